@@ -1,0 +1,17 @@
+"""What can go wrong, as exceptions whose message is a sentence for the person who reads it."""
+
+
+class KVCacheError(RuntimeError):
+    """The cache could not be read, thinned or trusted; the message says what to do."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model file cannot be read, or its cache cannot be bounded safely."""
+
+
+class BudgetError(ValueError):
+    """The numbers for the bounded cache (budget, sinks, recent, reserve, batch) do not fit together."""
+
+
+class ContextLengthError(ValueError):
+    """The text is longer than the logical context ``n_ctx``."""

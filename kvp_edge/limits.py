@@ -1,0 +1,168 @@
+"""How many cells a cache has, and how they are spent: budget, reserve, sinks, recent window."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvp_edge.errors import BudgetError
+
+#: llama.cpp rounds n_ctx up to this (llama_context's constructor in src/llama-context.cpp).
+CELL_UNIT = 256
+
+DEFAULT_SINKS = 4
+DEFAULT_RESERVE = 256
+DEFAULT_BATCH = 512
+
+_MEMORY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(KiB|MiB|GiB|KB|MB|GB)\s*", re.IGNORECASE)
+_UNIT = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def _round_up(n: int) -> int:
+    return -(-n // CELL_UNIT) * CELL_UNIT
+
+
+def parse_budget(text: str) -> int | str:
+    """A command line's budget: a plain number is tokens (int), "256MiB" stays a string.
+
+    Raises:
+        BudgetError: neither of them.
+    """
+    if text.strip().isdigit():
+        return int(text)
+    if not _MEMORY.fullmatch(text):
+        raise BudgetError(
+            f"a budget is a number of tokens like 512, or memory like 256MiB, not '{text}'"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class CacheLimits:
+    """The fixed numbers of one bounded cache, all in tokens (one token takes one cell).
+
+    Attributes:
+        n_ctx: logical context: the longest text that may be read and written.
+        cells: cells that exist, a multiple of CELL_UNIT; never more tokens than this are held.
+        budget: tokens kept after an eviction, the protected ones included.
+        sinks: the first tokens, never evicted (StreamingLLM, arXiv:2309.17453).
+        recent: the newest tokens, never evicted.
+        n_batch: the most tokens read at once.
+
+    Invariant: an eviction leaves at least ``n_batch`` free cells, so a batch always fits; or the
+    logical context fits into the cells and nothing is ever evicted.
+    """
+
+    n_ctx: int
+    cells: int
+    budget: int
+    sinks: int
+    recent: int
+    n_batch: int
+
+    @property
+    def reserve(self) -> int:
+        """Free cells right after an eviction."""
+        return self.cells - self.budget
+
+    @classmethod
+    def plan(
+        cls,
+        *,
+        n_ctx: int,
+        kv_budget: int | str,
+        sinks: int = DEFAULT_SINKS,
+        recent: int | None = None,
+        reserve: int | None = None,
+        n_batch: int | None = None,
+        bytes_per_cell: int,
+    ) -> CacheLimits:
+        """Turn what a user asks for into numbers that fit together.
+
+        Args:
+            n_ctx: logical context in tokens.
+            kv_budget: tokens to keep, or the memory of the whole cache as "256MiB" ("MB", "GiB",
+                ...); of memory, the reserve is taken first and the rest is the budget.
+            sinks: first tokens to protect.
+            recent: newest tokens to protect; a quarter of the budget, at most 256, when None.
+            reserve: free cells after an eviction; 256 when None, or ``n_batch`` if that is larger.
+                Rounding the cells up to a multiple of 256 adds to it.
+            n_batch: largest batch; when None, 512 or the reserve, whichever is smaller.
+            bytes_per_cell: K and V of one token over all layers, for budgets in bytes.
+
+        Raises:
+            BudgetError: the numbers contradict each other.
+        """
+        if n_ctx < 1:
+            raise BudgetError(f"n_ctx must be at least 1 token, not {n_ctx}")
+        if sinks < 0:
+            raise BudgetError(f"sinks must not be negative, not {sinks}")
+        if recent is not None and recent < 1:
+            raise BudgetError(
+                f"recent must be at least 1, not {recent}: the newest token is never evicted, "
+                "because llama.cpp continues from it"
+            )
+        if reserve is not None and reserve < 1:
+            raise BudgetError(f"reserve must be at least 1 free cell, not {reserve}")
+        if n_batch is not None and n_batch < 1:
+            raise BudgetError(f"n_batch must be at least 1 token, not {n_batch}")
+
+        wanted_reserve = reserve if reserve is not None else max(DEFAULT_RESERVE, n_batch or 0)
+        if isinstance(kv_budget, str):
+            cells, budget = cls._from_memory(kv_budget, wanted_reserve, reserve, bytes_per_cell)
+        else:
+            if kv_budget < 1:
+                raise BudgetError(f"kv_budget must be at least 1 token, not {kv_budget}")
+            budget = kv_budget
+            cells = _round_up(budget + wanted_reserve)
+        # cells beyond the logical context could never be used
+        cells = min(cells, _round_up(n_ctx))
+        never_full = cells >= n_ctx
+
+        if recent is None:
+            recent = max(1, min(256, budget // 4))
+        if budget <= sinks + recent:
+            raise BudgetError(
+                f"kv_budget={budget} must be larger than sinks + recent = {sinks} + {recent} = "
+                f"{sinks + recent}: those are never evicted, so nothing would be left to choose. "
+                f"Raise kv_budget to {sinks + recent + 1} or more, or lower recent"
+            )
+        if never_full:
+            batch = min(n_batch or DEFAULT_BATCH, cells)
+        else:
+            room = cells - budget
+            if n_batch is not None and n_batch > room:
+                raise BudgetError(
+                    f"n_batch={n_batch} does not fit into the {room} cells that an eviction frees "
+                    f"({cells} cells, kv_budget={budget}): raise reserve to {n_batch}, lower "
+                    "n_batch, or leave n_batch out"
+                )
+            batch = n_batch or min(DEFAULT_BATCH, room)
+        return cls(n_ctx, cells, budget, sinks, recent, batch)
+
+    @staticmethod
+    def _from_memory(
+        text: str, wanted_reserve: int, reserve: int | None, bytes_per_cell: int
+    ) -> tuple[int, int]:
+        match = _MEMORY.fullmatch(text)
+        if not match:
+            raise BudgetError(
+                f"kv_budget is a number of tokens like 512, or memory like '256MiB', not '{text}'"
+            )
+        size = int(float(match.group(1)) * _UNIT[match.group(2).lower()])
+        cells = size // bytes_per_cell // CELL_UNIT * CELL_UNIT if bytes_per_cell else 0
+        if cells == 0:
+            raise BudgetError(
+                f"kv_budget={text} is too little: a token of this model takes {bytes_per_cell} "
+                f"bytes and the smallest cache has {CELL_UNIT} cells, "
+                f"{CELL_UNIT * bytes_per_cell / 2**20:.2f} MiB"
+            )
+        if reserve is None:
+            # a small cache should not be mostly reserve
+            wanted_reserve = min(wanted_reserve, max(1, cells // 4))
+        if wanted_reserve >= cells:
+            raise BudgetError(
+                f"kv_budget={text} gives {cells} cells, not more than reserve={wanted_reserve}: "
+                "nothing could be kept. Give more memory or lower reserve"
+            )
+        return cells, cells - wanted_reserve

@@ -1,0 +1,398 @@
+"""``Llama``: llama_cpp's class with a cache of fixed size that a policy keeps useful."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import llama_cpp
+from llama_cpp import llama_chat_format
+import numpy as np
+
+from kvp_edge.chat_markers import MAX_MARKER_BYTES, template_markers, token_spans
+from kvp_edge.errors import BudgetError, ContextLengthError, UnsupportedModelError
+from kvp_edge.eviction import EvictionManager, Table
+from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
+from kvp_edge.llama_log import LlamaLog, listen
+from kvp_edge.native import NativeCache, read_model_shape
+from kvp_edge.policies import Policy, get_policy
+from kvp_edge.stats import Eviction, KVStats
+
+_GGML_TYPE_F16 = 1
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What the caller asked for, kept for pickling."""
+
+    kv_budget: int | str | None
+    policy: str | Policy
+    granularity: str
+    sinks: int
+    recent: int | None
+    reserve: int | None
+    protect_system: bool
+    on_evict: Callable[[Eviction], None] | None
+
+
+class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
+    """A llama_cpp.Llama whose KV cache never holds more than a fixed number of cells.
+
+    Without ``kv_budget`` it is llama_cpp.Llama. With it, ``n_ctx`` is the LOGICAL context, the
+    longest conversation, and the number of cells follows from ``kv_budget`` and ``reserve``: when the
+    cells are full, the policy decides which tokens to drop. All arguments of llama_cpp.Llama are
+    accepted and mean what they mean there.
+
+    Args:
+        model_path: GGUF file.
+        n_ctx: logical context in tokens; 0, or None with ``kv_budget``: what the model was trained
+            for. Positions are never shifted, so a conversation beyond the trained length leaves what
+            the model has learned, however small the cache.
+        kv_budget: tokens kept after an eviction (int), or the memory of the cache ("256MiB").
+        policy: a name in kvp_edge.policies.POLICIES, or a Policy object.
+        granularity: "token": a token is dropped from every layer and head at once.
+        sinks: first tokens that are never dropped.
+        recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
+        reserve: free cells after an eviction; None: 256, or n_batch if larger.
+        protect_system: never drop the system prompt of create_chat_completion.
+        on_evict: called with an Eviction after each eviction.
+        n_batch: most tokens decoded at once; None: 512, or the reserve if smaller.
+
+    Raises:
+        UnsupportedModelError: missing, truncated or foreign file, or a model whose cache cannot be
+            bounded (recurrent, hybrid, encoder, M-RoPE...). It is a ValueError.
+        BudgetError: numbers that contradict each other. It is a ValueError.
+    """
+
+    _kv: EvictionManager | None = None
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        n_ctx: int | None = None,
+        kv_budget: int | str | None = None,
+        policy: str | Policy = "keydiff",
+        granularity: str = "token",
+        sinks: int = DEFAULT_SINKS,
+        recent: int | None = None,
+        reserve: int | None = None,
+        protect_system: bool = False,
+        on_evict: Callable[[Eviction], None] | None = None,
+        n_batch: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._bound = _Bound(
+            kv_budget, policy, granularity, sinks, recent, reserve, protect_system, on_evict
+        )
+        if granularity != "token":
+            raise ValueError(f"granularity must be 'token', not '{granularity}'")
+        chosen = get_policy(policy)
+        model_path = os.fspath(model_path)
+        if not os.path.exists(model_path):
+            raise UnsupportedModelError(f"there is no model file '{model_path}'")
+
+        limits: CacheLimits | None = None
+        cells, batch = 512 if n_ctx is None else n_ctx, 512 if n_batch is None else n_batch
+        if kv_budget is not None:
+            if kwargs.get("embedding"):
+                raise BudgetError(
+                    "embedding=True needs a sequence for every text, and a bounded cache has one: "
+                    "leave kv_budget out"
+                )
+            shape = read_model_shape(model_path)
+            limits = CacheLimits.plan(
+                n_ctx=n_ctx or shape.n_ctx_train,
+                kv_budget=kv_budget,
+                sinks=sinks,
+                recent=recent,
+                reserve=reserve,
+                n_batch=n_batch,
+                bytes_per_cell=shape.bytes_per_cell(
+                    _or_f16(kwargs.get("type_k")), _or_f16(kwargs.get("type_v"))
+                ),
+            )
+            cells, batch = limits.cells, limits.n_batch
+
+        with listen() as log:
+            try:
+                super().__init__(model_path, n_ctx=cells, n_batch=batch, **kwargs)
+            except ValueError as error:
+                reason = log.first_error()
+                if reason is None:
+                    raise
+                raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
+            self._kv_bytes = _kv_bytes(log)
+        if limits is not None:
+            self._bind(limits, chosen)
+
+    # The base class makes its context parameters from llama.cpp's defaults and offers no way to
+    # change these two, so they are set the moment it stores them. They let a second sequence tag
+    # cells of the one cache (native/kvp_edge.h), and change nothing for the first.
+    @property
+    def context_params(self) -> Any:
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        if self._bound.kv_budget is not None:
+            params.n_seq_max = 2
+            params.kv_unified = True
+        self._context_params = params
+
+    def _bind(self, limits: CacheLimits, policy: Policy) -> None:
+        try:
+            cache = NativeCache(self._ctx.ctx)
+        except BaseException:
+            self.close()
+            raise
+        self._stack.callback(cache.close)  # runs before the context is freed
+        if not cache.shape.has_window:
+            self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
+        self._kv = EvictionManager(
+            limits, policy, cache, self._marker_spans, self._bound.on_evict
+        )
+        self._n_ctx = limits.n_ctx
+        self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
+        if self._logits_all:
+            self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
+        self._markers: list[bytes] | None = None
+        self._pieces: dict[int, bytes] = {}
+        self._system_prompt: bytes | None = None
+
+    # -- what it tells -----------------------------------------------------------------------
+
+    def n_ctx(self) -> int:
+        """The logical context in tokens. The cells are ``kv_stats.cells``."""
+        return int(self._n_ctx) if self._kv is not None else int(super().n_ctx())
+
+    @property
+    def kv_stats(self) -> KVStats:
+        """What the cache holds and what eviction has cost so far."""
+        kv, cells = self._kv, int(super().n_ctx())
+        if kv is None:
+            n = int(self.n_tokens)
+            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None)
+        return KVStats(
+            seen=kv.seen,
+            kept=kv.kept,
+            dropped=kv.seen - kv.kept,
+            evictions=kv.evictions,
+            cells=cells,
+            kv_bytes=self._kv_bytes,
+            eviction_ms=kv.eviction_ms,
+            budget=kv.limits.budget,
+            policy=kv.policy.name,
+        )
+
+    @property
+    def kv_positions(self) -> Any:
+        """Positions (token indices of the conversation) that the cache holds: int32 [kept]."""
+        if self._kv is None:
+            return np.arange(self.n_tokens, dtype=np.int32)
+        return self._kv.positions
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Read tokens, making room before every batch.
+
+        Raises:
+            ContextLengthError: they do not fit into the logical context.
+            KVCacheError: ``n_tokens`` was set back to where the cache cannot follow.
+        """
+        kv = self._kv
+        if kv is None:
+            super().eval(tokens)
+            return
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextLengthError(
+                f"{self.n_tokens} tokens were read and {len(tokens)} more are too many for the "
+                f"logical context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
+            )
+        self._follow()
+        at = 0
+        while at < len(tokens):
+            n = kv.make_room(len(tokens) - at)
+            super().eval(tokens[at : at + n])
+            kv.append(n)
+            at += n
+
+    def _follow(self) -> None:
+        """Bring table and cells to ``n_tokens``, which the base class sets freely."""
+        kv = self._kv
+        assert kv is not None
+        if self.n_tokens > kv.seen and kv.trusted:
+            # An interrupt came between decoding and append(): n_tokens only grows after a decode.
+            kv.append(self.n_tokens - kv.seen)
+        kv.rewind(self.n_tokens)
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        super().reset()
+        if self._kv is not None:
+            self._follow()
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """As in llama_cpp.Llama. Equal beginnings are not read again, if the cache can go back to
+        where the texts part; if tokens before that point were dropped meanwhile, all is re-read."""
+        if self._kv is not None:
+            tokens = list(tokens)
+            self._protect_system_prompt(tokens)
+            reset = kwargs.get("reset", args[7] if len(args) > 7 else True)
+            if reset:
+                self._reuse_prefix(tokens)
+        return super().generate(tokens, *args, **kwargs)
+
+    def _reuse_prefix(self, tokens: list[int]) -> None:
+        """Go back to the longest equal beginning, or to nothing if that cannot be exact.
+
+        The base class compares token ids again afterwards and arrives at the same point, since only
+        ids before ``n_tokens`` count.
+        """
+        kv = self._kv
+        assert kv is not None
+        known = self._input_ids
+        n = min(len(known), len(tokens))
+        differ = np.flatnonzero(known[:n] != np.asarray(tokens[:n], np.intc))
+        prefix = int(differ[0]) if len(differ) else n
+        all_read = prefix == len(tokens)
+        if all_read and self.n_tokens == prefix and not self._requires_eval and kv.trusted:
+            return  # the logits are there already
+        if all_read:
+            prefix -= 1  # one token is read again for its logits
+        if prefix < 1 or not kv.can_rewind(prefix):
+            self.reset()
+        else:
+            self.n_tokens = prefix
+            self._requires_eval = True
+            self._follow()
+
+    # -- completions -------------------------------------------------------------------------
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        completion = super()._create_completion(*args, **kwargs)
+        while True:
+            try:
+                result = next(completion)
+            except StopIteration:
+                return
+            except ValueError as error:
+                if self._kv is not None and "exceed context window" in str(error):
+                    # the base class names the cells here, which are not the limit
+                    n = str(error).partition("(")[2].partition(")")[0]
+                    raise ContextLengthError(
+                        f"the prompt has {n} tokens, too many for the logical context "
+                        f"n_ctx={self._n_ctx}: load the model with a larger n_ctx"
+                    ) from error
+                raise
+            if result["choices"][0]["finish_reason"] is not None:
+                result["kv_cache"] = dict(self.kv_stats)
+            yield result
+
+    def create_chat_completion(
+        self, messages: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in llama_cpp.Llama; the result, or the last chunk of a stream, has a ``kv_cache``
+        field with ``kv_stats``."""
+        if self._kv is not None:
+            self._system_prompt = _system_content(messages) if self._bound.protect_system else None
+        result = super().create_chat_completion(messages, *args, **kwargs)
+        if isinstance(result, dict):
+            result["kv_cache"] = dict(self.kv_stats)
+            return result
+        return self._with_stats(result)
+
+    def _with_stats(self, chunks: Iterator[Any]) -> Generator[Any, None, None]:
+        for chunk in chunks:
+            if chunk["choices"] and chunk["choices"][0]["finish_reason"] is not None:
+                chunk["kv_cache"] = dict(self.kv_stats)
+            yield chunk
+
+    # -- chat templates ----------------------------------------------------------------------
+
+    def _piece(self, token: int) -> bytes:
+        """A token's text, special tokens included."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = bytes(self._model.token_to_piece(token, special=True))
+        return piece
+
+    def _marker_spans(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Spans of template markers that reach into the conversation's tokens [start, end)."""
+        if self._markers is None:
+            handler = (
+                self.chat_handler
+                or self._chat_handlers.get(self.chat_format)
+                or llama_chat_format.get_chat_completion_handler(self.chat_format)
+            )
+            self._markers = template_markers(handler)
+        start = max(0, start - MAX_MARKER_BYTES)  # a marker has no more tokens than bytes
+        pieces = [self._piece(int(t)) for t in self.input_ids[start:end]]
+        return [(start + a, start + b) for a, b in token_spans(pieces, self._markers)]
+
+    def _protect_system_prompt(self, tokens: list[int]) -> None:
+        kv = self._kv
+        assert kv is not None
+        system, self._system_prompt = self._system_prompt, None
+        length = 0
+        if system is not None:
+            ends = list(accumulate(len(self._piece(t)) for t in tokens))
+            at = b"".join(map(self._piece, tokens)).find(system)
+            if at >= 0:
+                length = bisect_left(ends, at + len(system)) + 1
+            else:
+                warnings.warn(
+                    "the chat template does not show the system prompt to the model, so there is "
+                    "nothing to protect",
+                    stacklevel=2,
+                )
+        kv.protect_prefix(length)
+
+    # -- states and copies -------------------------------------------------------------------
+
+    def save_state(self) -> Any:
+        state = super().save_state()
+        if self._kv is not None:
+            self._follow()
+            state.kvp_table = self._kv.snapshot()
+        return state
+
+    def load_state(self, state: Any) -> None:
+        table = getattr(state, "kvp_table", None)
+        if self._kv is not None and not isinstance(table, Table):
+            raise ValueError(
+                "this state was saved without a bounded cache: it does not say which tokens it holds"
+            )
+        super().load_state(state)
+        if self._kv is not None:
+            assert isinstance(table, Table)
+            self._kv.restore(table)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.update(vars(self._bound), n_ctx=self._n_ctx)
+        return state
+
+
+def _or_f16(ggml_type: int | None) -> int:
+    return _GGML_TYPE_F16 if ggml_type is None else ggml_type
+
+
+def _kv_bytes(log: LlamaLog) -> int:
+    return round(sum(mib for mib, _ in log.kv_mib()) * 2**20)
+
+
+def _system_content(messages: Any) -> bytes | None:
+    """The text of a leading system message, as a template would show it."""
+    if messages and messages[0].get("role") == "system":
+        content = messages[0].get("content")
+        if isinstance(content, str) and content.strip():
+            return content.strip().encode()
+    return None

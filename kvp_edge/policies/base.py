@@ -1,0 +1,48 @@
+"""What a policy is: a score for every token in every KV head. Larger means keep."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+
+
+class Policy(ABC):
+    """A scorer of cached tokens. Write ``score`` and, if needed, set the three class attributes.
+
+    A policy only scores. When and how much to evict, and which tokens are protected whatever their
+    score, is decided by ``kvp_edge.eviction``.
+    """
+
+    #: What users call it.
+    name: ClassVar[str]
+
+    #: What ``score`` looks at. With "positions" the cache is never read and the arrays of keys and
+    #: values have a last axis of length 0.
+    inputs: ClassVar[Literal["positions", "keys", "keys+values"]] = "keys+values"
+
+    #: "token": a score depends on its own token alone, so every token is read and scored once.
+    #: "cache": it depends on the other tokens held, so all are scored again at every eviction.
+    scope: ClassVar[Literal["token", "cache"]] = "token"
+
+    #: The native scorer that computes the same numbers without copying keys to Python, if any
+    #: (a name in kvp_edge.native.SCORERS). ``score`` stays the definition that it is tested by.
+    native_scorer: ClassVar[str | None] = None
+
+    @abstractmethod
+    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+        """Score tokens.
+
+        Args:
+            keys: f32 [n_layer, n_head_kv, n_tokens, head_size_k], as cached (RoPE included).
+            values: f32 [n_layer, n_head_kv, n_tokens, head_size_v].
+            positions: int32 [n_tokens], ascending.
+
+        Returns:
+            f32 [n_layer, n_head_kv, n_tokens]; larger = keep.
+        """

@@ -1,0 +1,18 @@
+"""K-norm (Devoto et al., arXiv:2406.11430, section 3): keys of small norm attract attention."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvp_edge.policies.base import FloatArray, IntArray, Policy
+
+
+class KNorm(Policy):
+    """score = -||k||."""
+
+    name = "knorm"
+    inputs = "keys"
+    native_scorer = "knorm"
+
+    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+        return -np.linalg.norm(keys, axis=-1)

@@ -1,0 +1,18 @@
+"""Keep the newest tokens: with the protected sinks this is StreamingLLM (arXiv:2309.17453)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvp_edge.policies.base import FloatArray, IntArray, Policy
+
+
+class Recency(Policy):
+    """score = position."""
+
+    name = "recency"
+    inputs = "positions"
+
+    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+        # exact in f32 up to position 2^24
+        return np.broadcast_to(positions.astype(np.float32), (*keys.shape[:2], len(positions)))

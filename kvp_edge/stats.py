@@ -1,0 +1,77 @@
+"""What the cache tells: numbers on demand, and an event for every eviction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """The state of one bounded cache. ``seen = kept + dropped`` and ``kept <= cells`` always hold.
+
+    It can be read as attributes (``stats.kept``), as a mapping (``stats["kept"]``,
+    ``dict(stats)``), and as a sentence (``str(stats)``).
+
+    Attributes:
+        seen: tokens of the conversation read so far (the logical length).
+        kept: of these, still in the cache.
+        dropped: of these, evicted.
+        evictions: evictions since the model was loaded.
+        cells: cells of the cache; it never holds more tokens.
+        kv_bytes: bytes of the K and V buffers, from llama.cpp's own report.
+        eviction_ms: milliseconds spent reading, scoring and removing, since the model was loaded.
+        budget: tokens kept after an eviction; None when the cache is not bounded.
+        policy: name of the policy; None when the cache is not bounded.
+    """
+
+    seen: int
+    kept: int
+    dropped: int
+    evictions: int
+    cells: int
+    kv_bytes: int
+    eviction_ms: float
+    budget: int | None
+    policy: str | None
+
+    def keys(self) -> list[str]:
+        return [f.name for f in fields(self)]
+
+    def __getitem__(self, key: str) -> int | float | str | None:
+        value: int | float | str | None = asdict(self)[key]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __str__(self) -> str:
+        text = f"{self.seen} tokens seen, {self.kept} kept in {self.cells} cells"
+        text += f" ({self.kv_bytes / 2**20:.1f} MiB)"
+        if self.policy is None:
+            return text + ", cache not bounded"
+        return (
+            f"{text}, {self.dropped} dropped in {self.evictions} evictions by {self.policy} "
+            f"({self.eviction_ms:.0f} ms)"
+        )
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """One eviction, as handed to ``on_evict``.
+
+    Attributes:
+        dropped: [start, end) spans of positions (token indices of the conversation) just dropped.
+        n_dropped: tokens in these spans.
+        kept: tokens held afterwards.
+        seen: tokens of the conversation read so far.
+        policy: who chose.
+        ms: milliseconds it took.
+    """
+
+    dropped: tuple[tuple[int, int], ...]
+    n_dropped: int
+    kept: int
+    seen: int
+    policy: str
+    ms: float

@@ -1,0 +1,353 @@
+// kvp_cache: one context's KV cache, read and thinned through llama.cpp's public API.
+#include "error.h"
+#include "rows.h"
+#include "scorers.h"
+#include "state_blob.h"
+
+#include "llama.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+namespace {
+
+using namespace kvp;
+
+constexpr llama_seq_id SEQ_CHAT = 0;
+constexpr llama_seq_id SEQ_READ = 1; // tags the cells being read; empty between calls
+
+int64_t meta_int(const llama_model * model, const std::string & key, int64_t fallback) {
+    char text[64];
+    return llama_model_meta_val_str(model, key.c_str(), text, sizeof(text)) > 0 ? std::strtoll(text, nullptr, 10) : fallback;
+}
+
+std::string architecture(const llama_model * model) {
+    char text[64] = "";
+    llama_model_meta_val_str(model, "general.architecture", text, sizeof(text));
+    return text;
+}
+
+void refuse_unsupported_model(const llama_model * model, const std::string & arch) {
+    const char * why = nullptr;
+    if (llama_model_is_recurrent(model)) {
+        why = "it is recurrent: its memory is one state, not a cell for every token";
+    } else if (llama_model_is_hybrid(model)) {
+        why = "it is a hybrid with recurrent layers, whose state cannot be taken back to an earlier token";
+    } else if (llama_model_has_encoder(model)) {
+        why = "it has an encoder, and only decoder-only models have a cache of the conversation";
+    } else if (llama_model_is_diffusion(model)) {
+        why = "it is a diffusion model: it does not read a conversation token by token";
+    } else {
+        switch (llama_model_rope_type(model)) {
+            case LLAMA_ROPE_TYPE_NONE:
+            case LLAMA_ROPE_TYPE_NORM:
+            case LLAMA_ROPE_TYPE_NEOX: break;
+            default: why = "its positions are more than one number (M-RoPE)";
+        }
+    }
+    if (why) {
+        fail(KVP_ERR_UNSUPPORTED, "a model of architecture '%s' cannot have a bounded cache: %s. Load it without kv_budget.",
+             arch.c_str(), why);
+    }
+}
+
+} // namespace
+
+struct kvp_cache {
+    llama_context *      ctx;
+    llama_memory_t       mem;
+    kvp_cache_shape      shape{};
+    std::vector<uint8_t> blob; // reused between reads
+
+    // Takes the blob of the tokens at [p0, p1). Invariant: SEQ_READ is empty before and after.
+    state_blob read_blob(int32_t p0, int32_t p1) {
+        llama_memory_seq_cp(mem, SEQ_CHAT, SEQ_READ, p0, p1); // in a unified cache this only tags cells
+        const size_t size = llama_state_seq_get_size(ctx, SEQ_READ);
+        size_t       got  = 0;
+        try {
+            blob.resize(size);
+            got = llama_state_seq_get_data(ctx, blob.data(), size, SEQ_READ);
+        } catch (...) {
+            llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
+            throw;
+        }
+        llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
+        if (got == 0 || got != size) {
+            fail(KVP_ERR_RUNTIME, "llama.cpp wrote %zu of the %zu bytes of its state: the cache could not be read", got, size);
+        }
+        return parse_state_blob(blob.data(), size, SEQ_READ);
+    }
+
+    void open();
+    void learn_shape(const state_blob & state, const llama_model * model, const std::string & arch);
+
+    // Calls each(il, keys or values as f32 [n, n_head_kv * head_size] in ascending position order).
+    template <typename Each> void each_layer(const blob_cache & base, bool want_v, const std::vector<uint32_t> & order, Each each) {
+        const size_t n_values = size_t(shape.n_head_kv) * (want_v ? shape.head_size_v : shape.head_size_k);
+        const size_t n        = base.pos.size();
+        std::vector<float> in_cell_order(n * n_values), in_pos_order(n * n_values);
+        for (uint32_t il = 0; il < shape.n_layer; ++il) {
+            if (want_v) {
+                read_v(base.layers[il], base.v_trans, n, n_values, shape.v_rotation, in_cell_order.data());
+            } else {
+                read_k(base.layers[il], n, n_values, shape.k_rotation, in_cell_order.data());
+            }
+            for (size_t i = 0; i < n; ++i) {
+                std::memcpy(&in_pos_order[i * n_values], &in_cell_order[order[i] * n_values], n_values * sizeof(float));
+            }
+            each(il, in_pos_order.data());
+        }
+    }
+
+    // The blob of [p0, p1), checked against what the caller expects there; fills positions, returns cell order.
+    state_blob read_range(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, std::vector<uint32_t> & order) {
+        if (p0 < 0 || p1 < p0 || !positions) {
+            fail(KVP_ERR_ARGUMENT, "a position range must be 0 <= p0 <= p1 with room for its positions, not [%d, %d)", p0, p1);
+        }
+        state_blob state = read_blob(p0, p1);
+        const auto & base = state.base;
+        if (base.pos.size() != n) {
+            fail(KVP_ERR_ARGUMENT, "positions [%d, %d) hold %zu tokens, not the %u expected", p0, p1, base.pos.size(), n);
+        }
+        if (n > 0 && base.layers.size() != shape.n_layer) {
+            fail(KVP_ERR_LAYOUT, "llama.cpp's state blob has %zu layers, but had %u when the cache was opened",
+                 base.layers.size(), shape.n_layer);
+        }
+        order.resize(n);
+        std::iota(order.begin(), order.end(), 0u);
+        std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return base.pos[a] < base.pos[b]; });
+        for (uint32_t i = 0; i < n; ++i) {
+            positions[i] = base.pos[order[i]];
+        }
+        return state;
+    }
+};
+
+void kvp_cache::learn_shape(const state_blob & state, const llama_model * model, const std::string & arch) {
+    const int64_t n_head     = llama_model_n_head(model);
+    const int64_t per_head   = n_head > 0 ? llama_model_n_embd(model) / n_head : 0;
+    const int64_t head_k     = meta_int(model, arch + ".attention.key_length", per_head);
+    const int64_t head_v     = meta_int(model, arch + ".attention.value_length", per_head);
+    const auto    values     = [](ggml_type type, size_t row) { return int64_t(row / ggml_type_size(type)) * ggml_blck_size(type); };
+    const auto &  first      = state.base.layers.front();
+    const int64_t n_values_k = values(first.type_k, first.k_row);
+    const int64_t n_values_v = values(first.type_v, first.v_row);
+
+    if (head_k <= 0 || head_v <= 0 || n_values_k % head_k != 0 || n_values_v % head_v != 0 ||
+        n_values_k / head_k != n_values_v / head_v) {
+        fail(KVP_ERR_UNSUPPORTED,
+             "a model of architecture '%s' cannot have a bounded cache: its rows of %lld key and %lld value numbers are not "
+             "whole heads of %lld and %lld. Load it without kv_budget.",
+             arch.c_str(), (long long) n_values_k, (long long) n_values_v, (long long) head_k, (long long) head_v);
+    }
+    for (const blob_layer & layer : state.base.layers) {
+        if (layer.k_row != first.k_row || layer.v_row != first.v_row || layer.type_k != first.type_k || layer.type_v != first.type_v) {
+            fail(KVP_ERR_UNSUPPORTED,
+                 "a model of architecture '%s' cannot have a bounded cache: its layers differ in the size of their KV heads. "
+                 "Load it without kv_budget.",
+                 arch.c_str());
+        }
+    }
+    const rotation rot   = rotation_of(first.type_k, first.type_v, (uint32_t) head_k, (uint32_t) head_v);
+    shape.n_layer        = (uint32_t) state.base.layers.size();
+    shape.n_head_kv      = (uint32_t) (n_values_k / head_k);
+    shape.head_size_k    = (uint32_t) head_k;
+    shape.head_size_v    = (uint32_t) head_v;
+    shape.type_k         = first.type_k;
+    shape.type_v         = first.type_v;
+    shape.v_transposed   = state.base.v_trans;
+    shape.has_window     = state.has_window;
+    shape.k_rotation     = rot.k;
+    shape.v_rotation     = rot.v;
+    shape.bytes_per_cell = uint64_t(shape.n_layer) * (first.k_row + first.v_row);
+}
+
+void kvp_cache::open() {
+    const llama_model * model = llama_get_model(ctx);
+    const std::string   arch  = architecture(model);
+    refuse_unsupported_model(model, arch);
+    mem = llama_get_memory(ctx);
+    if (!mem) {
+        fail(KVP_ERR_UNSUPPORTED, "a model of architecture '%s' has no KV cache, so there is nothing to bound", arch.c_str());
+    }
+    if (llama_n_seq_max(ctx) < 2) {
+        fail(KVP_ERR_ARGUMENT, "the context must be made with n_seq_max >= 2 and kv_unified = true, so that tokens can be tagged");
+    }
+    for (uint32_t s = 0; s < llama_n_seq_max(ctx); ++s) {
+        if (llama_memory_seq_pos_max(mem, (llama_seq_id) s) >= 0) {
+            fail(KVP_ERR_ARGUMENT, "the context already holds tokens: a cache can only be opened on an empty context");
+        }
+    }
+
+    // Three real tokens tell more than any promise: can they be read, can the middle one be removed?
+    struct clear_on_exit {
+        llama_context * ctx;
+        llama_memory_t  mem;
+        ~clear_on_exit() {
+            llama_memory_clear(mem, true);
+            llama_perf_context_reset(ctx);
+        }
+    } cleanup{ ctx, mem };
+
+    llama_token bos = llama_vocab_bos(llama_model_get_vocab(model));
+    if (bos < 0) {
+        bos = 0;
+    }
+    llama_token   tokens[3] = { bos, bos, bos };
+    const int32_t step      = llama_n_batch(ctx) < 3 ? 1 : 3; // a batch above n_batch aborts the process
+    for (int32_t i = 0; i < 3; i += step) {
+        if (llama_decode(ctx, llama_batch_get_one(tokens + i, step)) != 0) {
+            fail(KVP_ERR_RUNTIME, "llama.cpp could not decode three tokens in the new context of %u cells", llama_n_ctx(ctx));
+        }
+    }
+    const state_blob before = read_blob(0, 3);
+    if (before.base.pos != std::vector<int32_t>{ 0, 1, 2 }) {
+        fail(KVP_ERR_LAYOUT, "three tokens were decoded, but llama.cpp's state blob names %zu cells", before.base.pos.size());
+    }
+    learn_shape(before, model, arch);
+
+    const bool       removed = llama_memory_seq_rm(mem, SEQ_CHAT, 1, 2);
+    const state_blob after   = read_blob(0, 3);
+    if (!removed || after.base.pos != std::vector<int32_t>{ 0, 2 }) {
+        fail(KVP_ERR_UNSUPPORTED,
+             "a model of architecture '%s' cannot have a bounded cache: llama.cpp cannot remove tokens from the middle of it. "
+             "Load it without kv_budget.",
+             arch.c_str());
+    }
+}
+
+extern "C" {
+
+int32_t      kvp_abi_version(void) { return KVP_ABI_VERSION; }
+const char * kvp_built_for(void) { return KVP_BUILT_FOR; }
+const char * kvp_built_llama_version(void) { return KVP_BUILT_LLAMA_VERSION; }
+const char * kvp_loaded_llama_version(void) { return llama_version(); }
+
+int32_t kvp_cache_open(llama_context * ctx, kvp_cache ** cache, kvp_error * err) {
+    return guard(err, [&] {
+        if (!ctx || !cache) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_open: ctx and cache must not be NULL");
+        }
+        std::unique_ptr<kvp_cache> opened(new kvp_cache{});
+        opened->ctx = ctx;
+        opened->open();
+        *cache = opened.release();
+    });
+}
+
+void kvp_cache_close(kvp_cache * cache) { delete cache; }
+
+void kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * shape) {
+    if (cache && shape) {
+        *shape = cache->shape;
+    }
+}
+
+int32_t kvp_cache_read(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, int32_t * positions, float * keys,
+                       float * values, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_read: cache must not be NULL");
+        }
+        std::vector<uint32_t> order;
+        const state_blob      state = cache->read_range(p0, p1, n, positions, order);
+        if (n == 0) {
+            return;
+        }
+        const uint32_t n_head = cache->shape.n_head_kv;
+        // [n, n_head, d] of a layer -> [n_head, n, d] of the result
+        const auto spread = [&](float * out, uint32_t d) {
+            return [=](uint32_t il, const float * rows) {
+                float * layer = out + size_t(il) * n_head * n * d;
+                for (uint32_t i = 0; i < n; ++i) {
+                    for (uint32_t h = 0; h < n_head; ++h) {
+                        std::memcpy(layer + (size_t(h) * n + i) * d, rows + (size_t(i) * n_head + h) * d, d * sizeof(float));
+                    }
+                }
+            };
+        };
+        if (keys) {
+            cache->each_layer(state.base, false, order, spread(keys, cache->shape.head_size_k));
+        }
+        if (values) {
+            cache->each_layer(state.base, true, order, spread(values, cache->shape.head_size_v));
+        }
+    });
+}
+
+int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p1, uint32_t n, int32_t * positions,
+                        float * scores, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !scores) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_score: cache and scores must not be NULL");
+        }
+        if (scorer != KVP_SCORER_KNORM && scorer != KVP_SCORER_KEYDIFF) {
+            fail(KVP_ERR_ARGUMENT, "there is no native scorer number %d", scorer);
+        }
+        const auto            score = scorer == KVP_SCORER_KNORM ? score_knorm : score_keydiff;
+        std::vector<uint32_t> order;
+        const state_blob      state  = cache->read_range(p0, p1, n, positions, order);
+        const size_t          n_head = cache->shape.n_head_kv;
+        if (n == 0) {
+            return;
+        }
+        cache->each_layer(state.base, false, order, [&](uint32_t il, const float * keys) {
+            score(keys, n, n_head, cache->shape.head_size_k, scores + il * n_head * n);
+        });
+    });
+}
+
+int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8_t * keep, uint32_t n, uint32_t * n_ranges,
+                         kvp_error * err) {
+    return guard(err, [&] {
+        if (n_ranges) {
+            *n_ranges = 0;
+        }
+        if (!cache || (n > 0 && (!present || !keep))) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_remove: cache, present and keep must not be NULL");
+        }
+        if (n == 0) {
+            return;
+        }
+        for (uint32_t i = 0; i < n; ++i) {
+            if (present[i] < 0 || (i > 0 && present[i] <= present[i - 1])) {
+                fail(KVP_ERR_ARGUMENT, "present positions must ascend, but entry %u is %d", i, present[i]);
+            }
+        }
+        const int32_t newest = llama_memory_seq_pos_max(cache->mem, SEQ_CHAT);
+        if (present[n - 1] != newest) {
+            fail(KVP_ERR_ARGUMENT, "the newest token is at position %d, not %d: the table of kept tokens is out of date", newest,
+                 present[n - 1]);
+        }
+        if (!keep[n - 1]) {
+            fail(KVP_ERR_ARGUMENT, "the newest token (position %d) cannot be removed: llama.cpp continues from it", newest);
+        }
+        // Positions between two present ones hold nothing, so a range may run across them: one call
+        // per run of removed entries, and no fewer calls can leave the kept entries between the runs.
+        for (uint32_t i = 0; i < n;) {
+            if (keep[i]) {
+                ++i;
+                continue;
+            }
+            uint32_t end = i;
+            while (!keep[end]) {
+                ++end; // stops: keep[n - 1] is set
+            }
+            if (!llama_memory_seq_rm(cache->mem, SEQ_CHAT, present[i], present[end - 1] + 1)) {
+                fail(KVP_ERR_RUNTIME, "llama.cpp would not remove positions [%d, %d) from its cache", present[i],
+                     present[end - 1] + 1);
+            }
+            if (n_ranges) {
+                ++*n_ranges;
+            }
+            i = end;
+        }
+    });
+}
+
+} // extern "C"

@@ -1,0 +1,138 @@
+/* kvp_edge: the native part of learned KV-cache eviction inside stock llama.cpp.
+ *
+ * This is the whole public surface. It works on a llama_context that somebody else owns, uses only
+ * llama.h, ggml.h and gguf.h, and knows nothing of budgets or turns: it reads the keys and values of
+ * a token range, scores them, and removes the tokens it is told to remove.
+ *
+ * Conventions
+ *   - A function returns KVP_OK (0) or the code that it also stores in *err (err may be NULL).
+ *     No exception crosses this header, and nothing aborts on bad arguments.
+ *   - The conversation is sequence 0. Sequence 1 is ours: it tags cells while they are read and is
+ *     empty between calls. So the context needs n_seq_max >= 2 and kv_unified = true.
+ *   - "Position" is llama_pos. A token keeps its position for life; kvp_edge never shifts positions.
+ *   - Arrays are dense, row-major, little-endian; [n_layer, n_head_kv, n, head_size] counts only the
+ *     layers of the base cache (models with sliding-window layers keep those in a second cache).
+ *   - A kvp_cache must not be used by two threads at once, nor outlive its llama_context.
+ */
+#ifndef KVP_EDGE_H
+#define KVP_EDGE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    define KVP_API __declspec(dllexport)
+#else
+#    define KVP_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_context;
+
+/* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
+#define KVP_ABI_VERSION 1
+
+/* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
+#define KVP_MAX_LAYERS 512
+
+enum kvp_status {
+    KVP_OK              = 0,
+    KVP_ERR_ARGUMENT    = 1, /* a caller's mistake: out of range, wrong order, NULL              */
+    KVP_ERR_FILE        = 2, /* missing, truncated or foreign model file                         */
+    KVP_ERR_UNSUPPORTED = 3, /* a model or cache that cannot be handled safely                   */
+    KVP_ERR_LAYOUT      = 4, /* the state blob is not laid out as this build expects             */
+    KVP_ERR_RUNTIME     = 5, /* llama.cpp refused or failed; the cache may have changed          */
+    KVP_ERR_MEMORY      = 6, /* out of memory                                                    */
+};
+
+typedef struct kvp_error {
+    int32_t code;         /* enum kvp_status */
+    char    message[512]; /* a sentence in UTF-8, zero-terminated */
+} kvp_error;
+
+/* Versions. kvp_built_for() is the llama-cpp-python version whose headers this library was compiled
+ * against, kvp_built_llama_version() what llama.cpp called itself then; both are static strings. */
+KVP_API int32_t      kvp_abi_version(void);
+KVP_API const char * kvp_built_for(void);
+KVP_API const char * kvp_built_llama_version(void);
+/* What the llama.cpp library in this process calls itself (llama_version() in llama.h). */
+KVP_API const char * kvp_loaded_llama_version(void);
+
+/* What a GGUF file says of its model, read from the metadata alone (no tensor is loaded). */
+typedef struct kvp_model_shape {
+    char     architecture[64];
+    uint32_t n_ctx_train;               /* tokens the model was trained to read                  */
+    uint32_t n_layer;
+    uint32_t head_size_k;               /* {arch}.attention.key_length or n_embd / n_head         */
+    uint32_t head_size_v;
+    uint32_t sliding_window;            /* tokens; 0 when no layer has a sliding window           */
+    uint32_t n_head_kv[KVP_MAX_LAYERS]; /* first n_layer entries                                  */
+} kvp_model_shape;
+
+KVP_API int32_t kvp_model_shape_read(const char * path, kvp_model_shape * shape, kvp_error * err);
+
+/* Bytes of one cell over all layers, K and V, for ggml types type_k and type_v (enum ggml_type).
+ * An upper bound for models with sliding-window layers, whose window cache may have fewer cells. */
+KVP_API int32_t kvp_model_bytes_per_cell(const kvp_model_shape * shape, int32_t type_k, int32_t type_v,
+                                         uint64_t * bytes, kvp_error * err);
+
+typedef struct kvp_cache kvp_cache;
+
+/* The layout of the base cache, as read back from a real state blob when the cache was opened. */
+typedef struct kvp_cache_shape {
+    uint32_t n_layer;
+    uint32_t n_head_kv;
+    uint32_t head_size_k;
+    uint32_t head_size_v;
+    int32_t  type_k;         /* enum ggml_type */
+    int32_t  type_v;         /* enum ggml_type */
+    uint32_t v_transposed;   /* 1 when flash attention is off */
+    uint32_t has_window;     /* 1 when a sliding-window cache follows the base cache */
+    uint32_t k_rotation;     /* block of the Hadamard rotation that K is stored under, 0 = none */
+    uint32_t v_rotation;
+    uint64_t bytes_per_cell; /* of the base cache, K and V, all layers */
+} kvp_cache_shape;
+
+/* Opens the cache of an EMPTY context: refuses what cannot be handled (recurrent, hybrid, encoder or
+ * diffusion models, positions of more than one number, caches without sequence 1), then decodes three
+ * tokens, reads them back, removes the middle one, checks every count, and clears the cache again.
+ * So a model that opens is a model whose blob was understood and whose cache can lose its middle. */
+KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_cache ** cache, kvp_error * err);
+KVP_API void    kvp_cache_close(kvp_cache * cache); /* NULL is allowed */
+KVP_API void    kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * shape);
+
+/* Reads the tokens of sequence 0 at positions [p0, p1), de-quantised and with llama.cpp's Hadamard
+ * rotation undone (RoPE stays in the keys).
+ *   n          number of tokens the caller expects there; another number is KVP_ERR_ARGUMENT
+ *   positions  int32 [n], ascending
+ *   keys       f32 [n_layer, n_head_kv, n, head_size_k] or NULL
+ *   values     f32 [n_layer, n_head_kv, n, head_size_v] or NULL                                   */
+KVP_API int32_t kvp_cache_read(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, int32_t * positions,
+                               float * keys, float * values, kvp_error * err);
+
+/* Scorers that run here, so that keys need not be copied out. A larger score means: keep. */
+enum kvp_scorer {
+    KVP_SCORER_KNORM   = 0, /* -||k||                            (arXiv:2406.11430)              */
+    KVP_SCORER_KEYDIFF = 1, /* -cos(k, mean of k_j / ||k_j||)    (arXiv:2504.15364), j over the n */
+};
+
+/* Scores the tokens of sequence 0 at positions [p0, p1): scores f32 [n_layer, n_head_kv, n]. */
+KVP_API int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p1, uint32_t n,
+                                int32_t * positions, float * scores, kvp_error * err);
+
+/* Removes tokens from every layer and head of sequence 0, in the fewest llama_memory_seq_rm calls.
+ *   present  int32 [n], ascending: every position the sequence holds now
+ *   keep     uint8 [n]: 0 = remove. The newest token must be kept (llama.cpp continues from it).
+ *   n_ranges number of calls made (may be NULL)
+ * On KVP_ERR_RUNTIME some ranges may be gone: the caller must re-read the conversation.           */
+KVP_API int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8_t * keep, uint32_t n,
+                                 uint32_t * n_ranges, kvp_error * err);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KVP_EDGE_H */

@@ -1,0 +1,1 @@
+"""Test support: tiny random models for llama.cpp and a numpy reference of their forward pass."""
