@@ -1,7 +1,7 @@
 """kvp_edge: learned KV-cache eviction inside stock llama.cpp.
 
-    from kvp_edge import Llama
-    llm = Llama("model.gguf", n_ctx=32768, kv_budget=2048)
+from kvp_edge import Llama
+llm = Llama("model.gguf", n_ctx=32768, kv_budget=2048)
 """
 
 from kvp_edge.errors import BudgetError, ContextLengthError, KVCacheError, UnsupportedModelError

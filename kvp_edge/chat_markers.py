@@ -102,10 +102,12 @@ def token_spans(pieces: Sequence[bytes], markers: Sequence[bytes]) -> list[tuple
     Returns:
         Spans of the tokens that hold any byte of a marker: ascending, not overlapping.
     """
-    text = b"".join(pieces)
+    found = _occurrences(b"".join(pieces), markers)
+    if not found:
+        return []
     ends = list(accumulate(map(len, pieces)))
     spans: list[tuple[int, int]] = []
-    for start, end in _occurrences(text, markers):
+    for start, end in found:
         first = bisect_right(ends, start)  # the token that holds byte `start`
         last = bisect_left(ends, end) + 1
         if spans and first < spans[-1][1]:

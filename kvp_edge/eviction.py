@@ -12,17 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from kvp_edge.errors import BudgetError, KVCacheError
 from kvp_edge.limits import CacheLimits
-from kvp_edge.native import NativeCache
+from kvp_edge.native import FloatArray, IntArray, NativeCache, choose_tokens
 from kvp_edge.policies import Policy
 from kvp_edge.stats import Eviction
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int32]
 
 #: Names the chat-template markers of which a part lies in the conversation's tokens [start, end):
 #: [start, end) pairs, ascending, not overlapping. What may be the first half of a marker at the very
@@ -55,65 +50,6 @@ class Table:
     def empty(cls, n_layer: int, n_head_kv: int) -> Table:
         none = np.empty(0, np.int32)
         return cls(0, none, none, np.empty((n_layer, n_head_kv, 0), np.float32), 0, 0)
-
-
-def token_scores(head_scores: FloatArray) -> npt.NDArray[np.float64]:
-    """One score per token from scores per head: the mean over layers and heads of z-scores.
-
-    Heads score on scales of their own (a K-norm of 3 is small in one head and large in the next),
-    so each is standardised over the tokens that compete before they are averaged.
-
-    Args:
-        head_scores: f32 [n_layer, n_head_kv, n].
-
-    Returns:
-        f64 [n].
-    """
-    s = head_scores.reshape(-1, head_scores.shape[-1]).astype(np.float64)
-    s = np.nan_to_num(s, nan=-1e30, posinf=1e30, neginf=-1e30)  # a broken score loses, never wins
-    centred = s - s.mean(axis=1, keepdims=True)
-    spread = centred.std(axis=1, keepdims=True)
-    z = np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 0)
-    mean: npt.NDArray[np.float64] = z.mean(axis=0)
-    return mean
-
-
-def choose(
-    scores: npt.NDArray[np.float64], unit: IntArray, protected: BoolArray, budget: int
-) -> BoolArray:
-    """Which tokens stay: all protected ones, then whole units by mean score while they fit.
-
-    Args:
-        scores: f64 [n], one per token held, larger = keep.
-        unit: int32 [n], ascending; tokens of one unit are neighbours.
-        protected: bool [n].
-        budget: tokens to keep. More stay only if the protected units alone are more.
-
-    Returns:
-        bool [n]. Never part of a unit. Equal scores favour the newer token.
-    """
-    starts = np.flatnonzero(np.diff(unit, prepend=unit[0] - 1)) if len(unit) else unit
-    if len(starts) == 0:
-        return np.zeros(0, np.bool_)
-    size = np.diff(np.append(starts, len(unit)))
-    unit_protected = np.logical_or.reduceat(protected, starts)
-    unit_score = np.add.reduceat(scores, starts) / size
-
-    keep_unit = unit_protected.copy()
-    room = budget - int(size[unit_protected].sum())
-    order = np.lexsort((-starts, -unit_score))
-    order = order[~unit_protected[order]]
-    fits = np.cumsum(size[order]) <= room
-    n_first = int(fits.argmin()) if not fits.all() else len(fits)
-    keep_unit[order[:n_first]] = True
-    room -= int(size[order[:n_first]].sum())
-    for u in order[n_first:]:  # a unit that was too large may leave room for smaller ones
-        if room <= 0:
-            break
-        if size[u] <= room:
-            keep_unit[u] = True
-            room -= int(size[u])
-    return np.repeat(keep_unit, size)
 
 
 def spans(positions: IntArray) -> tuple[tuple[int, int], ...]:
@@ -294,11 +230,7 @@ class EvictionManager:
         t = self._table
         protected = t.positions < self._protected_prefix
         protected |= t.positions >= t.seen - self.limits.recent
-        competing = ~protected
-        scores = np.zeros(self.kept)
-        if competing.any():
-            scores[competing] = token_scores(t.scores[:, :, competing])
-        keep = choose(scores, t.unit, protected, self.limits.budget)
+        keep = choose_tokens(t.scores, t.unit, protected, self.limits.budget)
         dropped = t.positions[~keep]
         with self._changing():
             self._cache.remove(t.positions, keep)
@@ -317,9 +249,7 @@ class EvictionManager:
         self.eviction_ms += ms
         if self.on_evict is not None:
             self.on_evict(
-                Eviction(
-                    spans(dropped), len(dropped), self.kept, self.seen, self.policy.name, ms
-                )
+                Eviction(spans(dropped), len(dropped), self.kept, self.seen, self.policy.name, ms)
             )
 
     def _mark_units(self) -> None:
@@ -359,5 +289,3 @@ class EvictionManager:
                 f"[n_layer, n_head_kv, n_tokens] = {expected}"
             )
         t.scores = np.concatenate((t.scores[:, :, :first], new.astype(np.float32)), axis=2)
-
-

@@ -11,7 +11,7 @@ from kvp_edge.errors import BudgetError
 CELL_UNIT = 256
 
 DEFAULT_SINKS = 4
-DEFAULT_RESERVE = 256
+MIN_DEFAULT_RESERVE = 256
 DEFAULT_BATCH = 512
 
 _MEMORY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(KiB|MiB|GiB|KB|MB|GB)\s*", re.IGNORECASE)
@@ -85,8 +85,9 @@ class CacheLimits:
                 ...); of memory, the reserve is taken first and the rest is the budget.
             sinks: first tokens to protect.
             recent: newest tokens to protect; a quarter of the budget, at most 256, when None.
-            reserve: free cells after an eviction; 256 when None, or ``n_batch`` if that is larger.
-                Rounding the cells up to a multiple of 256 adds to it.
+            reserve: free cells after an eviction; when None a quarter of the budget, but at least
+                256 and ``n_batch``: an eviction looks at every cell, so a larger cache should see
+                fewer of them. Rounding the cells up to a multiple of 256 adds to it.
             n_batch: largest batch; when None, 512 or the reserve, whichever is smaller.
             bytes_per_cell: K and V of one token over all layers, for budgets in bytes.
 
@@ -107,14 +108,23 @@ class CacheLimits:
         if n_batch is not None and n_batch < 1:
             raise BudgetError(f"n_batch must be at least 1 token, not {n_batch}")
 
-        wanted_reserve = reserve if reserve is not None else max(DEFAULT_RESERVE, n_batch or 0)
         if isinstance(kv_budget, str):
-            cells, budget = cls._from_memory(kv_budget, wanted_reserve, reserve, bytes_per_cell)
+            cells = cls._cells_in(kv_budget, bytes_per_cell)
+            if reserve is None:
+                reserve = max(cells // 5, n_batch or 0)  # a quarter of what is left
+            budget = cells - reserve
+            if budget < 1:
+                raise BudgetError(
+                    f"kv_budget={kv_budget} gives {cells} cells, not more than the reserve of "
+                    f"{reserve}: nothing could be kept. Give more memory or lower reserve"
+                )
         else:
             if kv_budget < 1:
                 raise BudgetError(f"kv_budget must be at least 1 token, not {kv_budget}")
             budget = kv_budget
-            cells = _round_up(budget + wanted_reserve)
+            if reserve is None:
+                reserve = max(MIN_DEFAULT_RESERVE, budget // 4, n_batch or 0)
+            cells = _round_up(budget + reserve)
         # cells beyond the logical context could never be used
         cells = min(cells, _round_up(n_ctx))
         never_full = cells >= n_ctx
@@ -141,28 +151,18 @@ class CacheLimits:
         return cls(n_ctx, cells, budget, sinks, recent, batch)
 
     @staticmethod
-    def _from_memory(
-        text: str, wanted_reserve: int, reserve: int | None, bytes_per_cell: int
-    ) -> tuple[int, int]:
-        match = _MEMORY.fullmatch(text)
+    def _cells_in(memory: str, bytes_per_cell: int) -> int:
+        match = _MEMORY.fullmatch(memory)
         if not match:
             raise BudgetError(
-                f"kv_budget is a number of tokens like 512, or memory like '256MiB', not '{text}'"
+                f"kv_budget is a number of tokens like 512, or memory like '256MiB', not '{memory}'"
             )
         size = int(float(match.group(1)) * _UNIT[match.group(2).lower()])
         cells = size // bytes_per_cell // CELL_UNIT * CELL_UNIT if bytes_per_cell else 0
         if cells == 0:
             raise BudgetError(
-                f"kv_budget={text} is too little: a token of this model takes {bytes_per_cell} "
+                f"kv_budget={memory} is too little: a token of this model takes {bytes_per_cell} "
                 f"bytes and the smallest cache has {CELL_UNIT} cells, "
                 f"{CELL_UNIT * bytes_per_cell / 2**20:.2f} MiB"
             )
-        if reserve is None:
-            # a small cache should not be mostly reserve
-            wanted_reserve = min(wanted_reserve, max(1, cells // 4))
-        if wanted_reserve >= cells:
-            raise BudgetError(
-                f"kv_budget={text} gives {cells} cells, not more than reserve={wanted_reserve}: "
-                "nothing could be kept. Give more memory or lower reserve"
-            )
-        return cells, cells - wanted_reserve
+        return cells

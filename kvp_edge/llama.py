@@ -11,8 +11,8 @@ from itertools import accumulate
 from typing import Any
 
 import llama_cpp
-from llama_cpp import llama_chat_format
 import numpy as np
+from llama_cpp import llama_chat_format
 
 from kvp_edge.chat_markers import MAX_MARKER_BYTES, template_markers, token_spans
 from kvp_edge.errors import BudgetError, ContextLengthError, UnsupportedModelError
@@ -58,7 +58,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         granularity: "token": a token is dropped from every layer and head at once.
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
-        reserve: free cells after an eviction; None: 256, or n_batch if larger.
+        reserve: free cells after an eviction; None: a quarter of the budget, at least 256 and n_batch.
         protect_system: never drop the system prompt of create_chat_completion.
         on_evict: called with an Eviction after each eviction.
         n_batch: most tokens decoded at once; None: 512, or the reserve if smaller.
@@ -70,6 +70,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     """
 
     _kv: EvictionManager | None = None
+
+    # set by the base class
+    n_tokens: int
+    _requires_eval: bool
 
     def __init__(
         self,
@@ -154,9 +158,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._stack.callback(cache.close)  # runs before the context is freed
         if not cache.shape.has_window:
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
-        self._kv = EvictionManager(
-            limits, policy, cache, self._marker_spans, self._bound.on_evict
-        )
+        self._kv = EvictionManager(limits, policy, cache, self._marker_spans, self._bound.on_evict)
         self._n_ctx = limits.n_ctx
         self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
         if self._logits_all:
@@ -263,7 +265,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         differ = np.flatnonzero(known[:n] != np.asarray(tokens[:n], np.intc))
         prefix = int(differ[0]) if len(differ) else n
         all_read = prefix == len(tokens)
-        if all_read and self.n_tokens == prefix and not self._requires_eval and kv.trusted:
+        live = not self._requires_eval and kv.trusted
+        if all_read and live and int(self.n_tokens) == prefix:
             return  # the logits are there already
         if all_read:
             prefix -= 1  # one token is read again for its logits
@@ -296,9 +299,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 result["kv_cache"] = dict(self.kv_stats)
             yield result
 
-    def create_chat_completion(
-        self, messages: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama; the result, or the last chunk of a stream, has a ``kv_cache``
         field with ``kv_stats``."""
         if self._kv is not None:

@@ -16,6 +16,7 @@ from kvp_edge.errors import KVCacheError, UnsupportedModelError
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
 
 _ABI_VERSION = 1
 _MAX_LAYERS = 512
@@ -117,6 +118,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [_PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, _PTR, _PTR, _ERR],
     ),
+    "kvp_choose_tokens": (
+        ctypes.c_int32,
+        [_PTR, ctypes.c_uint32, _PTR, _PTR, ctypes.c_uint32, ctypes.c_uint32, _PTR, _ERR],
+    ),
     "kvp_cache_remove": (ctypes.c_int32, [_PTR, _PTR, _PTR, ctypes.c_uint32, _PTR, _ERR]),
 }
 
@@ -217,6 +222,43 @@ def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
     return shape
 
 
+def choose_tokens(
+    scores: FloatArray, unit: IntArray, protected: BoolArray, budget: int
+) -> BoolArray:
+    """Which tokens stay: all protected ones, then the best by score until ``budget`` are kept.
+
+    A token's score is the mean over layers and heads of its z-scores, each head standardised over
+    the tokens that compete. See kvp_choose_tokens in native/kvp_edge.h.
+
+    Args:
+        scores: f32 [n_layer, n_head_kv, n], larger = keep; what is not finite is dropped first.
+        unit: int32 [n]; neighbours with the same number stay or go together.
+        protected: bool [n].
+        budget: tokens to keep; more stay only if the protected units alone are more.
+
+    Returns:
+        bool [n].
+    """
+    n = scores.shape[2]
+    if len(unit) != n or len(protected) != n:
+        raise ValueError(f"{n} scores, but {len(unit)} units and {len(protected)} protected flags")
+    scores = np.ascontiguousarray(scores, np.float32)
+    unit = np.ascontiguousarray(unit, np.int32)
+    protected = np.ascontiguousarray(protected, np.bool_)
+    keep = np.empty(n, np.bool_)
+    _call(
+        "kvp_choose_tokens",
+        scores.ctypes.data,
+        scores.shape[0] * scores.shape[1],
+        unit.ctypes.data,
+        protected.ctypes.data,
+        n,
+        budget,
+        keep.ctypes.data,
+    )
+    return keep
+
+
 class NativeCache:
     """One llama.cpp context's KV cache: read, score and remove tokens of sequence 0.
 
@@ -289,7 +331,7 @@ class NativeCache:
         )
         return positions, scores
 
-    def remove(self, present: IntArray, keep: npt.NDArray[np.bool_]) -> int:
+    def remove(self, present: IntArray, keep: BoolArray) -> int:
         """Remove the tokens at ``present[~keep]`` from every layer and head.
 
         Args:
@@ -313,5 +355,3 @@ class NativeCache:
             ctypes.byref(ranges),
         )
         return ranges.value
-
-

@@ -62,12 +62,14 @@ struct kvp_cache {
     llama_context *      ctx;
     llama_memory_t       mem;
     kvp_cache_shape      shape{};
-    std::vector<uint8_t> blob; // reused between reads
+    std::vector<uint8_t> blob; // reused between reads, as is
+    std::vector<float>   rows; // one layer's keys or values
 
     // Takes the blob of the tokens at [p0, p1). Invariant: SEQ_READ is empty before and after.
-    state_blob read_blob(int32_t p0, int32_t p1) {
+    state_blob read_blob(int32_t p0, int32_t p1, size_t upper_bound = 0) {
         llama_memory_seq_cp(mem, SEQ_CHAT, SEQ_READ, p0, p1); // in a unified cache this only tags cells
-        const size_t size = llama_state_seq_get_size(ctx, SEQ_READ);
+        // llama.cpp sizes a state by a full dry run; an upper bound saves that where it is known
+        const size_t size = upper_bound > 0 ? upper_bound : llama_state_seq_get_size(ctx, SEQ_READ);
         size_t       got  = 0;
         try {
             blob.resize(size);
@@ -77,10 +79,17 @@ struct kvp_cache {
             throw;
         }
         llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
-        if (got == 0 || got != size) {
-            fail(KVP_ERR_RUNTIME, "llama.cpp wrote %zu of the %zu bytes of its state: the cache could not be read", got, size);
+        if (got == 0) {
+            fail(KVP_ERR_RUNTIME, "llama.cpp could not write its state into %zu bytes: the cache could not be read", size);
         }
-        return parse_state_blob(blob.data(), size, SEQ_READ);
+        return parse_state_blob(blob.data(), got, SEQ_READ);
+    }
+
+    // Bytes that a blob of n tokens cannot exceed (see state_blob.h), or 0 where a window cache, whose
+    // tokens are not counted here, comes after the base cache.
+    size_t blob_bound(uint32_t n) const {
+        const size_t per_layer = 32; // types and sizes of K and V
+        return shape.has_window ? 0 : 64 + n * 12 + shape.n_layer * per_layer + n * shape.bytes_per_cell;
     }
 
     void open();
@@ -89,18 +98,14 @@ struct kvp_cache {
     // Calls each(il, keys or values as f32 [n, n_head_kv * head_size] in ascending position order).
     template <typename Each> void each_layer(const blob_cache & base, bool want_v, const std::vector<uint32_t> & order, Each each) {
         const size_t n_values = size_t(shape.n_head_kv) * (want_v ? shape.head_size_v : shape.head_size_k);
-        const size_t n        = base.pos.size();
-        std::vector<float> in_cell_order(n * n_values), in_pos_order(n * n_values);
+        rows.resize(order.size() * n_values);
         for (uint32_t il = 0; il < shape.n_layer; ++il) {
             if (want_v) {
-                read_v(base.layers[il], base.v_trans, n, n_values, shape.v_rotation, in_cell_order.data());
+                read_v(base.layers[il], base.v_trans, order, n_values, shape.v_rotation, rows.data());
             } else {
-                read_k(base.layers[il], n, n_values, shape.k_rotation, in_cell_order.data());
+                read_k(base.layers[il], order, n_values, shape.k_rotation, rows.data());
             }
-            for (size_t i = 0; i < n; ++i) {
-                std::memcpy(&in_pos_order[i * n_values], &in_cell_order[order[i] * n_values], n_values * sizeof(float));
-            }
-            each(il, in_pos_order.data());
+            each(il, rows.data());
         }
     }
 
@@ -109,7 +114,7 @@ struct kvp_cache {
         if (p0 < 0 || p1 < p0 || !positions) {
             fail(KVP_ERR_ARGUMENT, "a position range must be 0 <= p0 <= p1 with room for its positions, not [%d, %d)", p0, p1);
         }
-        state_blob state = read_blob(p0, p1);
+        state_blob state = read_blob(p0, p1, blob_bound(n));
         const auto & base = state.base;
         if (base.pos.size() != n) {
             fail(KVP_ERR_ARGUMENT, "positions [%d, %d) hold %zu tokens, not the %u expected", p0, p1, base.pos.size(), n);

@@ -123,6 +123,18 @@ enum kvp_scorer {
 KVP_API int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p1, uint32_t n,
                                 int32_t * positions, float * scores, kvp_error * err);
 
+/* Chooses the tokens that stay: all protected ones, then the best by score, until `budget` are kept.
+ * A token's score is the mean over all heads of its z-scores, each head standardised over the tokens
+ * that compete. Tokens with one unit number stay or go together, and are protected together; more
+ * than `budget` stay only when the protected ones alone are more. Equal scores favour newer tokens.
+ *   scores        f32 [n_head, n], n_head = n_layer * n_head_kv; larger = keep, not finite = drop
+ *   unit          int32 [n], equal numbers side by side
+ *   is_protected  uint8 [n]
+ *   keep          uint8 [n], result                                                               */
+KVP_API int32_t kvp_choose_tokens(const float * scores, uint32_t n_head, const int32_t * unit,
+                                  const uint8_t * is_protected, uint32_t n, uint32_t budget, uint8_t * keep,
+                                  kvp_error * err);
+
 /* Removes tokens from every layer and head of sequence 0, in the fewest llama_memory_seq_rm calls.
  *   present  int32 [n], ascending: every position the sequence holds now
  *   keep     uint8 [n]: 0 = remove. The newest token must be kept (llama.cpp continues from it).

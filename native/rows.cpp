@@ -46,56 +46,99 @@ void hadamard(float * y, size_t n, uint32_t block) {
 
 namespace {
 
-// n values of any ggml type -> f32. `src` may be unaligned: blobs are packed.
-void to_float(ggml_type type, const uint8_t * src, size_t n, float * out, std::vector<uint8_t> & aligned) {
-    const size_t bytes = ggml_row_size(type, (int64_t) n);
-    aligned.resize(bytes);
-    std::memcpy(aligned.data(), src, bytes);
-    if (type == GGML_TYPE_F32) {
-        std::memcpy(out, aligned.data(), bytes);
-        return;
+// IEEE half to single, exact, and without branches or subnormal arithmetic, so that compilers vectorise
+// it. ggml's conversion through the type traits is a scalar one that took most of a scoring pass.
+void half_to_float(const uint16_t * __restrict src, float * __restrict out, size_t n) {
+    constexpr uint32_t BIAS = (127 - 15) << 23; // between the two formats' exponents
+    for (size_t i = 0; i < n; ++i) {
+        const uint32_t h         = src[i];
+        const uint32_t magnitude = (h & 0x7fffu) << 13;
+        const uint32_t normal    = magnitude + BIAS + (magnitude >= 0x0f800000u ? BIAS : 0u); // infinity, NaN
+        // a subnormal is its fraction times 2^-14: give it that exponent, then take away the hidden one
+        const uint32_t with_one = magnitude + BIAS + (1u << 23);
+        float          value;
+        std::memcpy(&value, &with_one, sizeof(value));
+        value -= 0x1p-14f;
+        uint32_t subnormal;
+        std::memcpy(&subnormal, &value, sizeof(subnormal));
+        const uint32_t bits = (magnitude < (1u << 23) ? subnormal : normal) | (h & 0x8000u) << 16;
+        std::memcpy(&out[i], &bits, sizeof(bits));
     }
-    const ggml_to_float_t convert = ggml_get_type_traits(type)->to_float;
-    if (!convert) {
-        fail(KVP_ERR_UNSUPPORTED, "a cache of type %s cannot be read back", ggml_type_name(type));
-    }
-    convert(aligned.data(), out, (int64_t) n);
 }
 
-void check_width(const char * side, ggml_type type, size_t row, size_t n_values) {
-    if (n_values % ggml_blck_size(type) != 0 || row != ggml_row_size(type, (int64_t) n_values)) {
-        fail(KVP_ERR_LAYOUT, "a row of %s has %zu bytes, which %zu values of type %s do not make", side, row, n_values,
-             ggml_type_name(type));
+// A converter of rows of n_values values of any ggml type to f32. Source rows may be unaligned (blobs
+// are packed), so each passes through an aligned buffer.
+class row_reader {
+public:
+    row_reader(const char * side, ggml_type type, size_t row_bytes, size_t n_values)
+        : type(type), n_values(n_values), aligned(row_bytes) {
+        if (n_values % ggml_blck_size(type) != 0 || row_bytes != ggml_row_size(type, (int64_t) n_values)) {
+            fail(KVP_ERR_LAYOUT, "a row of %s has %zu bytes, which %zu values of type %s do not make", side, row_bytes,
+                 n_values, ggml_type_name(type));
+        }
+        convert = ggml_get_type_traits(type)->to_float;
+        if (!convert && type != GGML_TYPE_F32) {
+            fail(KVP_ERR_UNSUPPORTED, "a cache of type %s cannot be read back", ggml_type_name(type));
+        }
     }
-}
+
+    void read(const uint8_t * src, float * out) {
+        if (type == GGML_TYPE_F32) {
+            std::memcpy(out, src, aligned.size());
+        } else {
+            std::memcpy(aligned.data(), src, aligned.size());
+            if (type == GGML_TYPE_F16) {
+                half_to_float(reinterpret_cast<const uint16_t *>(aligned.data()), out, n_values);
+            } else {
+                convert(aligned.data(), out, (int64_t) n_values);
+            }
+        }
+    }
+
+private:
+    ggml_type            type;
+    size_t               n_values;
+    std::vector<uint8_t> aligned;
+    ggml_to_float_t      convert = nullptr;
+};
 
 } // namespace
 
-void read_k(const blob_layer & layer, size_t n_cells, size_t n_values, uint32_t rot, float * out) {
-    check_width("K", layer.type_k, layer.k_row, n_values);
-    std::vector<uint8_t> aligned;
-    to_float(layer.type_k, layer.k, n_cells * n_values, out, aligned);
+void read_k(const blob_layer & layer, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot, float * out) {
+    row_reader row("K", layer.type_k, layer.k_row, n_values);
+    for (size_t i = 0; i < order.size(); ++i) {
+        row.read(layer.k + order[i] * layer.k_row, out + i * n_values);
+    }
     if (rot) {
-        hadamard(out, n_cells * n_values, rot);
+        hadamard(out, order.size() * n_values, rot);
     }
 }
 
-void read_v(const blob_layer & layer, bool v_trans, size_t n_cells, size_t n_values, uint32_t rot, float * out) {
-    check_width("V", layer.type_v, layer.v_row, n_values);
-    std::vector<uint8_t> aligned;
+void read_v(const blob_layer & layer, bool v_trans, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot,
+            float * out) {
+    const size_t n = order.size();
     if (!v_trans) {
-        to_float(layer.type_v, layer.v, n_cells * n_values, out, aligned);
+        row_reader row("V", layer.type_v, layer.v_row, n_values);
+        for (size_t i = 0; i < n; ++i) {
+            row.read(layer.v + order[i] * layer.v_row, out + i * n_values);
+        }
     } else {
-        std::vector<float> columns(n_cells * n_values); // [n_values, n_cells]
-        to_float(layer.type_v, layer.v, n_cells * n_values, columns.data(), aligned);
-        for (size_t c = 0; c < n_cells; ++c) {
-            for (size_t j = 0; j < n_values; ++j) {
-                out[c * n_values + j] = columns[j * n_cells + c];
+        if (layer.v_row != ggml_row_size(layer.type_v, (int64_t) n_values)) {
+            fail(KVP_ERR_LAYOUT, "V is %zu bytes wide, which %zu values of type %s do not make", layer.v_row, n_values,
+                 ggml_type_name(layer.type_v));
+        }
+        const size_t       column_bytes = n * ggml_type_size(layer.type_v); // block size 1, as parsed
+        row_reader         column("V", layer.type_v, column_bytes, n);
+        std::vector<float> values(n);
+        for (size_t j = 0; j < n_values; ++j) {
+            column.read(layer.v + j * column_bytes, values.data());
+            for (size_t i = 0; i < n; ++i) {
+                out[i * n_values + j] = values[order[i]];
             }
         }
     }
     if (rot) {
-        hadamard(out, n_cells * n_values, rot);
+        hadamard(out, n * n_values, rot);
     }
 }
 

@@ -21,4 +21,5 @@ class KeyDiff(Policy):
         unit = keys / np.maximum(np.linalg.norm(keys, axis=-1, keepdims=True), _TINY)
         anchor = unit.mean(axis=2, keepdims=True)
         cosine = (unit * anchor).sum(-1) / np.maximum(np.linalg.norm(anchor, axis=-1), _TINY)
-        return -cosine.astype(np.float32)
+        score: FloatArray = -cosine.astype(np.float32)
+        return score

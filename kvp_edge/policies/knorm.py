@@ -15,4 +15,5 @@ class KNorm(Policy):
     native_scorer = "knorm"
 
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
-        return -np.linalg.norm(keys, axis=-1)
+        norm: FloatArray = np.linalg.norm(keys, axis=-1)
+        return -norm
