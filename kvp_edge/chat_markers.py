@@ -1,8 +1,8 @@
 """Where a chat template's own text (role headers, end-of-turn marks) lies among the tokens.
 
-Half a marker is worse than none: "<|im_start|>" without its role, or "[/INST" without its bracket,
-tells the model of a turn that does not exist (seen in practice: llama.cpp issue 15416). So a marker's
-tokens are evicted together or not at all.
+Half a marker is worse than none: "<|im_start|>" without its role, or "[/INST" without its
+bracket, tells the model of a turn that does not exist (seen in practice: llama.cpp issue 15416). So
+a marker's tokens are evicted together or not at all.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def template_markers(handler: Callable[..., Any]) -> list[bytes]:
 
 
 def _occurrences(text: bytes, markers: Sequence[bytes]) -> list[tuple[int, int]]:
-    """[start, end) byte spans of markers in ``text``, ascending, overlapping ones merged; at the end
-    of the text also the longest beginning of a marker."""
+    """[start, end) byte spans of markers in ``text``, ascending, overlapping ones merged; at the
+    end of the text also the longest beginning of a marker."""
     found = []
     for marker in markers:
         at = text.find(marker)

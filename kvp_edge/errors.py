@@ -10,7 +10,7 @@ class UnsupportedModelError(ValueError):
 
 
 class BudgetError(ValueError):
-    """The numbers for the bounded cache (budget, sinks, recent, reserve, batch) do not fit together."""
+    """The numbers for the bounded cache (budget, sinks, recent...) do not fit together."""
 
 
 class ContextLengthError(ValueError):

@@ -20,8 +20,8 @@ from kvp_edge.policies import Policy
 from kvp_edge.stats import Eviction
 
 #: Names the chat-template markers of which a part lies in the conversation's tokens [start, end):
-#: [start, end) pairs, ascending, not overlapping. What may be the first half of a marker at the very
-#: end counts as one, so that it is held, with the newest token, until the other half comes.
+#: [start, end) pairs, ascending, not overlapping. What may be the first half of a marker at the
+#: very end counts as one, so that it is held, with the newest token, until the other half comes.
 MarkerFinder = Callable[[int, int], list[tuple[int, int]]]
 
 
@@ -253,7 +253,7 @@ class EvictionManager:
             )
 
     def _mark_units(self) -> None:
-        """Give the tokens of each chat-template marker that came in since the last time one unit."""
+        """Give the tokens of each marker that came in since the last time one unit number."""
         t = self._table
         unit = t.unit.copy()
         for start, end in self._find_markers(t.marked, t.seen):

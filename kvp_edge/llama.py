@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import warnings
 from bisect import bisect_left
@@ -21,6 +23,7 @@ from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
 from kvp_edge.native import NativeCache, read_model_shape
 from kvp_edge.policies import Policy, get_policy
+from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
 
 _GGML_TYPE_F16 = 1
@@ -44,21 +47,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     """A llama_cpp.Llama whose KV cache never holds more than a fixed number of cells.
 
     Without ``kv_budget`` it is llama_cpp.Llama. With it, ``n_ctx`` is the LOGICAL context, the
-    longest conversation, and the number of cells follows from ``kv_budget`` and ``reserve``: when the
-    cells are full, the policy decides which tokens to drop. All arguments of llama_cpp.Llama are
-    accepted and mean what they mean there.
+    longest conversation, and the number of cells follows from ``kv_budget`` and ``reserve``: when
+    the cells are full, the policy decides which tokens to drop. All arguments of llama_cpp.Llama
+    are accepted and mean what they mean there.
 
     Args:
         model_path: GGUF file.
         n_ctx: logical context in tokens; 0, or None with ``kv_budget``: what the model was trained
-            for. Positions are never shifted, so a conversation beyond the trained length leaves what
-            the model has learned, however small the cache.
+            for. Positions are never shifted, so a conversation beyond the trained length leaves
+            what the model has learned, however small the cache.
         kv_budget: tokens kept after an eviction (int), or the memory of the cache ("256MiB").
         policy: a name in kvp_edge.policies.POLICIES, or a Policy object.
         granularity: "token": a token is dropped from every layer and head at once.
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
-        reserve: free cells after an eviction; None: a quarter of the budget, at least 256 and n_batch.
+        reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
+            n_batch.
         protect_system: never drop the system prompt of create_chat_completion.
         on_evict: called with an Eviction after each eviction.
         n_batch: most tokens decoded at once; None: 512, or the reserve if smaller.
@@ -89,8 +93,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         protect_system: bool = False,
         on_evict: Callable[[Eviction], None] | None = None,
         n_batch: int | None = None,
+        verbose: bool = True,
         **kwargs: Any,
     ) -> None:
+        self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
         self._bound = _Bound(
             kv_budget, policy, granularity, sinks, recent, reserve, protect_system, on_evict
         )
@@ -109,7 +115,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     "embedding=True needs a sequence for every text, and a bounded cache has one: "
                     "leave kv_budget out"
                 )
-            shape = read_model_shape(model_path)
+            with listen(pass_on=verbose):
+                shape = read_model_shape(model_path)
             limits = CacheLimits.plan(
                 n_ctx=n_ctx or shape.n_ctx_train,
                 kv_budget=kv_budget,
@@ -121,11 +128,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     _or_f16(kwargs.get("type_k")), _or_f16(kwargs.get("type_v"))
                 ),
             )
-            cells, batch = limits.cells, limits.n_batch
+            # llama.cpp aborts when its micro-batch is smaller than the number of sequences, here 2
+            # (see context_params); eval() still reads no more than limits.n_batch at once.
+            cells, batch = limits.cells, max(2, limits.n_batch)
+            kwargs["n_ubatch"] = max(2, kwargs.get("n_ubatch", 512))
 
-        with listen() as log:
+        # Quiet, llama_cpp would still print llama.cpp's warning that the cells are fewer than the
+        # trained context, which is the point here; errors become the exception's message.
+        with listen(pass_on=verbose) as log:
             try:
-                super().__init__(model_path, n_ctx=cells, n_batch=batch, **kwargs)
+                super().__init__(model_path, n_ctx=cells, n_batch=batch, verbose=verbose, **kwargs)
             except ValueError as error:
                 reason = log.first_error()
                 if reason is None:
@@ -249,25 +261,28 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._protect_system_prompt(tokens)
             reset = kwargs.get("reset", args[7] if len(args) > 7 else True)
             if reset:
-                self._reuse_prefix(tokens)
+                tokens = self._reuse_prefix(tokens)
         return super().generate(tokens, *args, **kwargs)
 
-    def _reuse_prefix(self, tokens: list[int]) -> None:
+    def _reuse_prefix(self, tokens: list[int]) -> list[int]:
         """Go back to the longest equal beginning, or to nothing if that cannot be exact.
 
         The base class compares token ids again afterwards and arrives at the same point, since only
         ids before ``n_tokens`` count.
+
+        Returns:
+            The tokens to generate from: the same text, perhaps in tokens that were read already.
         """
         kv = self._kv
         assert kv is not None
-        known = self._input_ids
-        n = min(len(known), len(tokens))
-        differ = np.flatnonzero(known[:n] != np.asarray(tokens[:n], np.intc))
-        prefix = int(differ[0]) if len(differ) else n
+        prefix = self._equal_beginning(tokens)
+        if not kv.can_rewind(min(prefix, len(tokens) - 1)):
+            tokens = begin_as_known(self._input_ids.tolist(), tokens, self._piece)
+            prefix = self._equal_beginning(tokens)
         all_read = prefix == len(tokens)
         live = not self._requires_eval and kv.trusted
         if all_read and live and int(self.n_tokens) == prefix:
-            return  # the logits are there already
+            return tokens  # the logits are there already
         if all_read:
             prefix -= 1  # one token is read again for its logits
         if prefix < 1 or not kv.can_rewind(prefix):
@@ -276,6 +291,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self.n_tokens = prefix
             self._requires_eval = True
             self._follow()
+        return tokens
+
+    def _equal_beginning(self, tokens: list[int]) -> int:
+        """How many of the first tokens are those that were read."""
+        known = self._input_ids
+        n = min(len(known), len(tokens))
+        differ = np.flatnonzero(known[:n] != np.asarray(tokens[:n], np.intc))
+        return int(differ[0]) if len(differ) else n
 
     # -- completions -------------------------------------------------------------------------
 
@@ -322,7 +345,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """A token's text, special tokens included."""
         piece = self._pieces.get(token)
         if piece is None:
-            piece = self._pieces[token] = bytes(self._model.token_to_piece(token, special=True))
+            piece = self._pieces[token] = _token_text(self._model.vocab, token)
         return piece
 
     def _marker_spans(self, start: int, end: int) -> list[tuple[int, int]]:
@@ -369,7 +392,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         table = getattr(state, "kvp_table", None)
         if self._kv is not None and not isinstance(table, Table):
             raise ValueError(
-                "this state was saved without a bounded cache: it does not say which tokens it holds"
+                "this state was saved without a bounded cache: it does not say which tokens it has"
             )
         super().load_state(state)
         if self._kv is not None:
@@ -380,6 +403,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         state: dict[str, Any] = super().__getstate__()
         state.update(vars(self._bound), n_ctx=self._n_ctx)
         return state
+
+
+def _token_text(vocab: Any, token: int) -> bytes:
+    """llama_cpp's token_to_piece returns its whole buffer, and only 32 bytes of a long token."""
+    size = 32
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, True)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n
 
 
 def _or_f16(ggml_type: int | None) -> int:

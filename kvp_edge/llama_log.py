@@ -13,7 +13,7 @@ from typing import Any
 
 import llama_cpp
 
-_ERROR_LEVEL = 3  # GGML_LOG_LEVEL_ERROR in ggml.h
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 
 # src/llama-kv-cache.cpp: "size = %7.2f MiB (%6u cells, ..."; one line for each cache
 _KV_SIZE = re.compile(r"size =\s*([0-9.]+) MiB \(\s*([0-9]+) cells")
@@ -39,8 +39,12 @@ class LlamaLog:
 
 
 @contextmanager
-def listen() -> Iterator[LlamaLog]:
-    """Collect log lines inside the ``with`` block, passing each on to whoever listened before."""
+def listen(*, pass_on: bool) -> Iterator[LlamaLog]:
+    """Collect log lines inside the ``with`` block.
+
+    Args:
+        pass_on: also hand each line to whoever listened before.
+    """
     log = LlamaLog()
     previous = llama_cpp.llama_log_callback()
     previous_data = ctypes.c_void_p()
@@ -49,7 +53,7 @@ def listen() -> Iterator[LlamaLog]:
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def hear(level: int, text: bytes, user_data: Any) -> None:
         log.lines.append((level, text.decode(errors="replace")))
-        if previous:
+        if pass_on and previous:
             previous(level, text, previous_data)
 
     llama_cpp.llama_log_set(hear, None)

@@ -59,14 +59,14 @@ class ModelShape(ctypes.Structure):
         return list(self._n_head_kv[: self.n_layer])
 
     def bytes_per_cell(self, type_k: int, type_v: int) -> int:
-        """Bytes of K and V that one cell takes over all layers, for ggml types ``type_k``, ``type_v``."""
+        """Bytes of one cell, K and V of all layers, for ggml types ``type_k``, ``type_v``."""
         size = ctypes.c_uint64()
         _call("kvp_model_bytes_per_cell", ctypes.byref(self), type_k, type_v, ctypes.byref(size))
         return size.value
 
 
 class CacheShape(ctypes.Structure):
-    """The layout of a context's base cache, learned from a real state blob (struct kvp_cache_shape)."""
+    """A base cache's layout, learned from a real state blob (struct kvp_cache_shape)."""
 
     _fields_ = [
         ("n_layer", ctypes.c_uint32),
@@ -173,8 +173,8 @@ def _load() -> ctypes.CDLL:
     library.kvp_abi_version.restype = ctypes.c_int32
     if library.kvp_abi_version() != _ABI_VERSION:
         raise ImportError(
-            f"kvp_edge's native library has interface {library.kvp_abi_version()}, this Python part "
-            f"needs {_ABI_VERSION}: the two come from different versions. Reinstall kvp_edge: "
+            f"kvp_edge's native library has interface {library.kvp_abi_version()}, this Python "
+            f"part needs {_ABI_VERSION}: they come from different versions. Reinstall kvp_edge: "
             "pip install --force-reinstall --no-deps kvp_edge"
         )
     for name, (restype, argtypes) in _SIGNATURES.items():

@@ -183,6 +183,11 @@ void kvp_cache::open() {
     if (llama_n_seq_max(ctx) < 2) {
         fail(KVP_ERR_ARGUMENT, "the context must be made with n_seq_max >= 2 and kv_unified = true, so that tokens can be tagged");
     }
+    // Between separate streams llama_memory_seq_cp copies, and aborts the process on a partial range.
+    if (llama_n_ctx_seq(ctx) != llama_n_ctx(ctx)) {
+        fail(KVP_ERR_ARGUMENT, "the context must be made with kv_unified = true: its %u cells are split into parts of %u",
+             llama_n_ctx(ctx), llama_n_ctx_seq(ctx));
+    }
     for (uint32_t s = 0; s < llama_n_seq_max(ctx); ++s) {
         if (llama_memory_seq_pos_max(mem, (llama_seq_id) s) >= 0) {
             fail(KVP_ERR_ARGUMENT, "the context already holds tokens: a cache can only be opened on an empty context");

@@ -18,6 +18,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from support.gguf_models import (
     ASSISTANT,
     BOS,

@@ -1,0 +1,95 @@
+"""Shared fixtures: real GGUF files, the bundled model, and texts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Two BLAS threads on two cores that llama.cpp uses as well cost more than they give.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+
+import kvp_edge
+from support.gguf_models import ModelShape, write_model
+from support.reference import Reference
+
+DATA = Path(__file__).parent / "data"
+
+#: Texts and models that a development checkout may have beside it; never needed, only more of them.
+BESIDE = Path(__file__).parents[2] / "shared"
+
+
+def beside(path: str) -> Path:
+    """A file of the development data; skips the test where it is absent."""
+    found = BESIDE / path
+    if not found.exists():
+        pytest.skip(f"needs the development data {path}, which is not beside this checkout")
+    return found
+
+
+@pytest.fixture(scope="session")
+def bundled_model() -> str:
+    """The model that ships with the package: it can look things up in its context."""
+    models = sorted((Path(kvp_edge.__file__).parent / "models").glob("*.gguf"))
+    assert len(models) == 1
+    return str(models[0])
+
+
+@pytest.fixture(scope="session")
+def book() -> str:
+    return (DATA / "penelope_brandling.txt").read_text(encoding="utf-8-sig")
+
+
+@pytest.fixture(scope="session")
+def dialogues() -> list[list[dict[str, str]]]:
+    lines = (DATA / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+class RandomModel:
+    """A random-weight GGUF file with the reference implementation of the same weights."""
+
+    def __init__(self, path: Path, shape: ModelShape) -> None:
+        self.path = str(path)
+        self.shape = shape
+        self.reference = Reference(shape, write_model(path, shape))
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModelShape], RandomModel]:
+    """random_model(shape) writes each shape once."""
+    folder = tmp_path_factory.mktemp("gguf")
+    made: dict[ModelShape, RandomModel] = {}
+
+    def make(shape: ModelShape) -> RandomModel:
+        if shape not in made:
+            made[shape] = RandomModel(folder / f"{len(made)}.gguf", shape)
+        return made[shape]
+
+    return make
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., kvp_edge.Llama]]:
+    """load(path, **kwargs) -> Llama, quiet and on one thread; closed after the test."""
+    loaded: list[kvp_edge.Llama] = []
+
+    def make(path: str, **kwargs: Any) -> kvp_edge.Llama:
+        kwargs = {"verbose": False, "n_threads": 1, "n_threads_batch": 1, **kwargs}
+        loaded.append(kvp_edge.Llama(path, **kwargs))
+        return loaded[-1]
+
+    yield make
+    for llm in loaded:
+        llm.close()
+
+
+def random_tokens(n: int, seed: int = 0) -> list[int]:
+    """<s> and n - 1 ordinary tokens of the random models' vocabulary."""
+    rng = np.random.default_rng(seed)
+    return [0, *rng.integers(6, 270, n - 1).tolist()]

@@ -1,0 +1,123 @@
+"""Budget, reserve, sinks and recent window: numbers that fit together, or a sentence."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvp_edge.errors import BudgetError
+from kvp_edge.limits import CELL_UNIT, CacheLimits, parse_budget
+
+
+def plan(**kwargs: object) -> CacheLimits:
+    return CacheLimits.plan(**{"n_ctx": 100_000, "bytes_per_cell": 2048, **kwargs})  # type: ignore[arg-type]
+
+
+def test_cells_are_budget_plus_reserve_rounded_up_to_llama_cpps_unit() -> None:
+    assert plan(kv_budget=512).cells == 768
+    assert plan(kv_budget=513).cells == 1024
+    assert plan(kv_budget=4096).cells == 4096 + 1024
+    assert plan(kv_budget=100, reserve=28).cells == 256
+
+
+def test_rounding_goes_to_the_reserve() -> None:
+    limits = plan(kv_budget=100, reserve=28)
+    assert limits.budget == 100
+    assert limits.reserve == 156
+
+
+def test_memory_is_all_cells_and_never_more_than_asked() -> None:
+    limits = plan(kv_budget="2MiB")
+    assert limits.cells == 1024
+    assert limits.cells * 2048 <= 2 * 2**20
+    assert plan(kv_budget="2.2MB").cells == 1024
+    assert plan(kv_budget="1GiB", n_ctx=10**6).cells == 2**30 // 2048
+
+
+def test_the_smallest_memory_that_holds_256_cells_is_accepted_and_one_byte_less_refused() -> None:
+    assert plan(kv_budget="512KiB").cells == 256
+    with pytest.raises(BudgetError, match=r"too little.*0\.50 MiB"):
+        plan(kv_budget="511KiB")
+
+
+def test_there_are_never_more_cells_than_the_logical_context_can_use() -> None:
+    limits = plan(kv_budget=4096, n_ctx=600)
+    assert limits.cells == 768
+
+
+def test_budget_must_exceed_what_is_protected() -> None:
+    with pytest.raises(BudgetError, match="larger than sinks \\+ recent = 4 \\+ 60 = 64"):
+        plan(kv_budget=64, recent=60)
+    assert plan(kv_budget=65, recent=60).budget == 65
+
+
+def test_a_batch_that_an_eviction_cannot_make_room_for_is_refused() -> None:
+    assert plan(kv_budget=500, reserve=12).n_batch == 12
+    assert plan(kv_budget=500, reserve=12, n_batch=12).n_batch == 12
+    with pytest.raises(BudgetError, match="n_batch=13 does not fit into the 12 cells"):
+        plan(kv_budget=500, reserve=12, n_batch=13)
+
+
+def test_a_batch_may_be_large_when_nothing_is_ever_evicted() -> None:
+    assert plan(kv_budget=512, n_ctx=512, reserve=1, n_batch=512).n_batch == 512
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kv_budget": 0},
+        {"kv_budget": -5},
+        {"kv_budget": "lots"},
+        {"kv_budget": "0MiB"},
+        {"kv_budget": 512, "sinks": -1},
+        {"kv_budget": 512, "recent": 0},
+        {"kv_budget": 512, "reserve": 0},
+        {"kv_budget": 512, "n_batch": 0},
+        {"kv_budget": 512, "n_ctx": 0},
+        {"kv_budget": "1MiB", "reserve": 512},
+    ],
+)
+def test_impossible_numbers_are_refused_with_the_value(wrong: dict[str, object]) -> None:
+    with pytest.raises(BudgetError, match=r"\d|lots"):
+        plan(**wrong)
+
+
+@given(
+    n_ctx=st.integers(1, 20_000),
+    kv_budget=st.one_of(st.integers(1, 6000), st.integers(1, 60).map(lambda m: f"{m}MiB")),
+    sinks=st.integers(0, 600),
+    recent=st.none() | st.integers(1, 600),
+    reserve=st.none() | st.integers(1, 3000),
+    n_batch=st.none() | st.integers(1, 3000),
+)
+def test_whatever_is_accepted_keeps_the_invariants(
+    n_ctx: int,
+    kv_budget: int | str,
+    sinks: int,
+    recent: int | None,
+    reserve: int | None,
+    n_batch: int | None,
+) -> None:
+    try:
+        limits = plan(
+            n_ctx=n_ctx,
+            kv_budget=kv_budget,
+            sinks=sinks,
+            recent=recent,
+            reserve=reserve,
+            n_batch=n_batch,
+        )
+    except BudgetError:
+        return
+    assert limits.cells % CELL_UNIT == 0
+    assert limits.budget > limits.sinks + limits.recent
+    assert limits.n_batch >= 1
+    assert limits.cells >= n_ctx or limits.budget + limits.n_batch <= limits.cells
+
+
+def test_a_budget_on_the_command_line_is_tokens_or_memory() -> None:
+    assert parse_budget("512") == 512
+    assert parse_budget("256MiB") == "256MiB"
+    with pytest.raises(BudgetError, match="'12x'"):
+        parse_budget("12x")
