@@ -17,8 +17,8 @@ from kvp_edge.errors import KVCacheError, UnsupportedModelError
 class ContextShift:
     """Reads into an ordinary llama_cpp.Llama without end, shifting its context when it is full.
 
-    Use ``read`` and the model's own ``sample``. Not ``generate``: it expects that a token's position
-    is its index in the text, which a shift ends.
+    Use ``read`` and the model's own ``sample``. Not ``generate``: it expects that a token's
+    position is its index in the text, which a shift ends.
 
     Args:
         llm: a model with ``n_ctx`` cells.

@@ -85,13 +85,11 @@ class EvictionManager:
         self.limits = limits
         self.policy = policy
         self.on_evict = on_evict
-        self.evictions = 0
-        self.eviction_ms = 0.0
         self.trusted = True
         self._cache = cache
         self._find_markers = find_markers
         self._protected_prefix = limits.sinks
-        self._table = self._empty_table()
+        self.clear()
 
     def _empty_table(self) -> Table:
         return Table.empty(self._cache.shape.n_layer, self._cache.shape.n_head_kv)
@@ -138,7 +136,10 @@ class EvictionManager:
         self.trusted = True
 
     def clear(self) -> None:
-        """Forget every token. The owner removes the cells (llama_memory_seq_rm from 0 on)."""
+        """Forget every token and begin to count anew. The owner removes the cells
+        (llama_memory_seq_rm from 0 on)."""
+        self.evictions = 0
+        self.eviction_ms = 0.0
         self._table = self._empty_table()
         self.trusted = True
 
@@ -152,6 +153,11 @@ class EvictionManager:
         if length == 0:
             self.clear()
             return
+        if not self.trusted:
+            raise KVCacheError(
+                "a change of the cache was interrupted, so it is not known what it holds. Call "
+                "reset() and read the conversation again"
+            )
         if not self.can_rewind(length):
             raise KVCacheError(
                 f"the cache cannot be taken back to {length} tokens: it has seen {self.seen}, and "

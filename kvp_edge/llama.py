@@ -16,7 +16,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import llama_chat_format
 
-from kvp_edge.chat_markers import MAX_MARKER_BYTES, template_markers, token_spans
+from kvp_edge.chat_markers import template_markers, token_spans
 from kvp_edge.errors import BudgetError, ContextLengthError, UnsupportedModelError
 from kvp_edge.eviction import EvictionManager, Table
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
@@ -357,7 +357,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 or llama_chat_format.get_chat_completion_handler(self.chat_format)
             )
             self._markers = template_markers(handler)
-        start = max(0, start - MAX_MARKER_BYTES)  # a marker has no more tokens than bytes
+        # a marker that reaches into the range begins no more tokens before it than it has bytes
+        start = max(0, start - max(map(len, self._markers), default=0))
         pieces = [self._piece(int(t)) for t in self.input_ids[start:end]]
         return [(start + a, start + b) for a, b in token_spans(pieces, self._markers)]
 

@@ -17,10 +17,10 @@ class KVStats:
         seen: tokens of the conversation read so far (the logical length).
         kept: of these, still in the cache.
         dropped: of these, evicted.
-        evictions: evictions since the model was loaded.
+        evictions: evictions since the conversation was begun, or read again from its start.
         cells: cells of the cache; it never holds more tokens.
         kv_bytes: bytes of the K and V buffers, from llama.cpp's own report.
-        eviction_ms: milliseconds spent reading, scoring and removing, since the model was loaded.
+        eviction_ms: milliseconds spent reading keys, scoring and removing in these evictions.
         budget: tokens kept after an eviction; None when the cache is not bounded.
         policy: name of the policy; None when the cache is not bounded.
     """

@@ -55,7 +55,11 @@ def bounded(model: str, cells: int, policy: str, tokens: list[int], n_decode: in
         decode = _seconds(lambda: _one_by_one(llm, tokens[:n_decode]))
         after = llm.kv_stats.eviction_ms
         return Run(
-            prefill, (between - before) / 1e3, decode, (after - between) / 1e3, llm.kv_stats.kv_bytes
+            prefill,
+            (between - before) / 1e3,
+            decode,
+            (after - between) / 1e3,
+            llm.kv_stats.kv_bytes,
         )
     finally:
         llm.close()

@@ -51,7 +51,9 @@ def main() -> int:
     if status:
         print("the installation failed; its messages are above", file=sys.stderr)
         return status
-    return subprocess.run([binaries / command[0], *command[1:], *rest], cwd=ROOT, check=False).returncode
+    return subprocess.run(
+        [binaries / command[0], *command[1:], *rest], cwd=ROOT, check=False
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -25,7 +25,16 @@ def _runtime_library(name: str) -> str:
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as build:
-        configure = ["cmake", "-G", "Ninja", "-S", ROOT / "native", "-B", build, "-DKVP_SANITIZE=ON"]
+        configure = [
+            "cmake",
+            "-G",
+            "Ninja",
+            "-S",
+            ROOT / "native",
+            "-B",
+            build,
+            "-DKVP_SANITIZE=ON",
+        ]
         subprocess.run([*configure, f"-DPython_EXECUTABLE={sys.executable}"], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
         # Python is not built with the sanitizer, so its runtime must come first; and libstdc++ with

@@ -1,0 +1,92 @@
+"""The ``kvp-edge`` command: chat, run, demo, policies."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from jinja2 import TemplateError  # a chat template's; llama_cpp brings jinja2
+
+import kvp_edge
+from kvp_edge.cli.chat import add_chat
+from kvp_edge.cli.demo import add_demo
+from kvp_edge.cli.policies import add_policies
+from kvp_edge.cli.run import add_run
+from kvp_edge.native import BUILT_FOR, LLAMA_VERSION
+
+_DESCRIPTION = """\
+Long conversations in a small KV cache, with stock llama.cpp.
+
+The cache has a fixed number of cells. When it is full, a policy decides which tokens the model can
+do without, and the conversation goes on. Never dropped: the first tokens (--sinks), the newest
+(--recent), and a system prompt that you give."""
+
+_EPILOG = """\
+examples:
+  kvp-edge demo                              what it is good for, in a table (a minute or two)
+  kvp-edge chat                              chat with the small model that comes along
+  kvp-edge chat model.gguf --kv-budget 1024  chat with yours
+  kvp-edge run model.gguf -f book.txt -p "Who found the map?"
+
+kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvp-edge",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=(
+            f"kvp-edge {kvp_edge.__version__} "
+            f"(llama-cpp-python {BUILT_FOR}, llama.cpp {LLAMA_VERSION})"
+        ),
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (add_chat, add_run, add_demo, add_policies):
+        add(commands)
+    return parser
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"kvp-edge: warning: {message}", file=sys.stderr)
+
+
+def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command; what is expected to go wrong becomes a sentence and an exit status."""
+    try:
+        return command(args)
+    except KeyboardInterrupt:
+        print("\nkvp-edge: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`| head`). Python would complain again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, TemplateError) as error:
+        if args.verbose:
+            raise
+        status = 2
+        message = str(error)
+    except (RuntimeError, MemoryError, ImportError) as error:
+        if args.verbose:
+            raise
+        status = 1
+        message = f"{str(error) or 'out of memory'} (--verbose tells more)"
+    print(f"kvp-edge: {message}", file=sys.stderr)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Bad usage and --help raise SystemExit."""
+    args = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(args.command, args)

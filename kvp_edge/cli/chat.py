@@ -1,0 +1,235 @@
+"""``kvp-edge chat``: a conversation that goes on when the cache is full."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from kvp_edge.cli import options
+from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama, note
+from kvp_edge.errors import BudgetError, ContextLengthError
+
+_DEFAULT_MAX_TOKENS = 512
+
+_COMMANDS = """\
+  /stats   what the cache holds
+  /regen   another reply to your last message
+  /undo    take back your last message and its reply
+  /clear   begin a new conversation
+  /help    this list
+  /exit    leave (also Ctrl-D)"""
+
+_EPILOG = f"""\
+in the chat:
+{_COMMANDS}
+  Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes on in the next one,
+  and so do lines between two lines of \"\"\".
+
+When standard input is not a terminal, each line is a message; replies go to standard output and
+everything else to standard error.
+
+never dropped: the first --sinks tokens, the newest --recent tokens, and the text of --system.
+
+{STATUS_LINE_HELP}
+
+examples:
+  kvp-edge chat
+  kvp-edge chat model.gguf --kv-budget 1024 --n-ctx 32768 --system "You answer briefly."
+  kvp-edge chat --hf-repo Qwen/Qwen2.5-0.5B-Instruct-GGUF --hf-file qwen2.5-0.5b-instruct-q8_0.gguf
+  printf 'My dog is called Rex.\\nWhat is my dog called?\\n' | kvp-edge chat --temperature 0"""
+
+_AS_BEFORE = "The conversation is as it was before your message."
+_MAKE_ROOM = """\
+/undo and /clear make room;
+a larger --n-ctx at the start makes longer conversations possible."""
+
+_ABOUT_BUNDLED_MODEL = """\
+This is the small model that comes along. It recalls what you tell it ("My dog is called Ralph.",
+later "What is my dog called?") and babbles otherwise. For a real conversation name a GGUF file."""
+
+
+def add_chat(commands: Any) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="chat with a model; the cache stays small",
+        description="Chat with a model whose KV cache stays small however long the chat becomes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model_options(parser)
+    options.add_cache_options(parser, n_ctx_default="what the model was trained for")
+    options.add_system_options(parser)
+    options.add_sampling_options(parser, temperature=0.7, max_tokens=_DEFAULT_MAX_TOKENS)
+    parser.set_defaults(command=_main)
+
+
+def _main(args: argparse.Namespace) -> int:
+    path = options.model_path(args)
+    llm = options.load(path, args.n_ctx, args)
+    options.warn_beyond_training(llm.n_ctx(), path)
+    chat = Chat(llm, args)
+    if not sys.stdin.isatty():
+        return _piped(chat)
+    stats = llm.kv_stats
+    note(
+        f"{os.path.basename(path)}: up to {llm.n_ctx()} tokens of conversation, in {stats.cells} "
+        f"cells ({stats.kv_bytes / 2**20:.1f} MiB); when they are full, {stats.policy} keeps "
+        f"{stats.budget}.\n/help lists the commands; Ctrl-D leaves."
+    )
+    if args.model is None and not args.hf_repo:
+        note(_ABOUT_BUNDLED_MODEL)
+    return _at_terminal(chat)
+
+
+class Chat:
+    """One conversation. Replies go to stdout, everything else to stderr."""
+
+    def __init__(self, llm: WatchedLlama, args: argparse.Namespace) -> None:
+        self._llm = llm
+        self._sampling = options.sampling(args)
+        self._seed = options.first_seed(args)
+        self._system: list[dict[str, str]] = (
+            [{"role": "system", "content": args.system}] if args.system else []
+        )
+        self._messages = list(self._system)
+
+    def hear(self, line: str) -> bool:
+        """Answer a message or obey a /command. Returns False if that failed."""
+        if not line.strip():
+            return True
+        if not line.startswith("/"):
+            return self._answer({"role": "user", "content": line})
+        command = line.strip()
+        if command == "/exit":
+            raise EOFError
+        if command == "/stats":
+            note(str(self._llm.kv_stats))
+        elif command == "/help":
+            note(_COMMANDS)
+        elif command == "/clear":
+            self._messages = list(self._system)
+            self._llm.reset()
+            note("A new conversation begins.")
+        elif command in ("/regen", "/undo"):
+            before = list(self._messages)
+            question = self._take_back()
+            if question is None:
+                note("Nothing has been said yet.")
+            elif command == "/undo":
+                note(f"Taken back: {question['content']}")
+            elif not self._answer(question):
+                self._messages = before
+                return False
+        else:
+            note(f"There is no command '{command}'. There are:\n{_COMMANDS}")
+            return False
+        return True
+
+    def _take_back(self) -> dict[str, str] | None:
+        """Remove the last message of the user with its reply."""
+        if len(self._messages) == len(self._system):
+            return None
+        del self._messages[-1]
+        return self._messages.pop()
+
+    def _answer(self, question: dict[str, str]) -> bool:
+        """Write a reply to stdout. If that fails, the conversation is as it was before."""
+        self._messages.append(question)
+        said: list[str] = []
+        try:
+            with self._llm.timed(bar_after=1.0 if sys.stderr.isatty() else None):
+                for text in self._stream():
+                    said.append(text)
+                    print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            if not said:
+                self._messages.pop()
+                note(f"\nStopped before the reply began. {_AS_BEFORE}")
+                return False
+        except BudgetError as error:
+            raise BudgetError(f"{error} (--no-protect-system)") from error
+        except (ContextLengthError, RuntimeError, MemoryError) as error:
+            self._messages.pop()
+            print(end="\n" if said else "", flush=True)
+            note(f"{str(error) or 'out of memory'}\n{_AS_BEFORE} {_MAKE_ROOM}")
+            return False
+        self._messages.append({"role": "assistant", "content": "".join(said)})
+        print(flush=True)
+        note(self._llm.status_line())
+        if self._llm.n_tokens + 1 >= self._llm.n_ctx():
+            note(f"The conversation has reached its {self._llm.n_ctx()} tokens. {_MAKE_ROOM}")
+        return True
+
+    def _stream(self) -> Iterator[str]:
+        self._seed += 1  # /regen shall not say the same again
+        chunks = self._llm.create_chat_completion(
+            self._messages, stream=True, seed=self._seed, **self._sampling
+        )
+        for chunk in chunks:
+            text = chunk["choices"][0]["delta"].get("content")
+            if text:
+                yield text
+
+
+def _piped(chat: Chat) -> int:
+    """One message per line. Status 1 if a line could not be obeyed or answered."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to stop
+    failed = False
+    try:
+        for line in sys.stdin:
+            failed |= not chat.hear(line.rstrip("\r\n"))
+    except EOFError:
+        pass
+    return int(failed)
+
+
+def _at_terminal(chat: Chat) -> int:
+    with suppress(ImportError):  # arrow keys and history, where Python has them
+        importlib.import_module("readline")
+    interrupted = False
+    while True:
+        try:
+            message = _read_message()
+            interrupted = False
+            chat.hear(message)
+        except EOFError:
+            note("")
+            return 0
+        except KeyboardInterrupt:
+            note("")
+            if interrupted:
+                return 130
+            interrupted = True
+            note("(Ctrl-C again leaves, and so do Ctrl-D and /exit)")
+
+
+def _read_message() -> str:
+    line = _read_line("> ")
+    if line.strip() == '"""':
+        lines = []
+        while (line := _read_line("... ")).strip() != '"""':
+            lines.append(line)
+        return "\n".join(lines)
+    while line.endswith("\\"):
+        line = line[:-1] + "\n" + _read_line("... ")
+    return line
+
+
+def _read_line(prompt: str) -> str:
+    if sys.stdout.isatty():
+        return input(prompt)
+    # input() would write the prompt among the replies
+    print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")

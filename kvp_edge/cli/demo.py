@@ -1,0 +1,317 @@
+"""``kvp-edge demo``: who still finds the facts when the cache is small?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import llama_cpp
+from llama_cpp import llama_chat_format
+from tqdm import tqdm
+
+from kvp_edge.cli import options
+from kvp_edge.cli.demo_tasks import Message, make_items
+from kvp_edge.cli.watch import note
+from kvp_edge.context_shift import ContextShift
+from kvp_edge.limits import CELL_UNIT, parse_budget
+from kvp_edge.llama import Llama
+from kvp_edge.policies import POLICIES
+
+_REPLY_TOKENS = 32
+_DEFAULT_ITEMS = 20
+_DEFAULT_LENGTH = 1500
+_DEFAULT_BUDGET = 256
+
+FULL, SHIFT = "full context", "drop oldest half"
+
+_INTRO = """\
+{items} conversations of about {length} tokens with {model}: facts are hidden in a novel's prose or
+told in earlier chat turns, and the question comes last. First the cache holds everything. Then it
+has {cells} cells, and what is dropped when they are full is dropped before the question is known:
+by llama.cpp's own rule (the oldest half), or by a policy that chooses."""
+
+_EPILOG = """\
+The rows of the table:
+  full context      every token stays in the cache
+  drop oldest half  llama.cpp's context shift, in as many cells as the policies have
+  the others        the policies of kvp-edge (kvp-edge policies tells what they are)
+Replies are greedy, and right if they name the value asked for. "dropped" counts the tokens of an
+average conversation that were not in the cache any more at its end.
+
+examples:
+  kvp-edge demo
+  kvp-edge demo --kv-budget 512 --items 60 --seed 1
+  kvp-edge demo model.gguf --threads 8     (may take hours: each row reads every conversation)"""
+
+
+def add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="compare policies on hidden facts, in one table",
+        description="Hide facts in long conversations and see which cache still knows them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model_options(parser)
+    group = parser.add_argument_group("task")
+    group.add_argument(
+        "--items",
+        type=options.count,
+        default=_DEFAULT_ITEMS,
+        metavar="N",
+        help=f"conversations (default: {_DEFAULT_ITEMS})",
+    )
+    group.add_argument(
+        "--length",
+        type=options.count,
+        default=_DEFAULT_LENGTH,
+        metavar="N",
+        help=f"tokens of a conversation, about (default: {_DEFAULT_LENGTH})",
+    )
+    group.add_argument(
+        "--kv-budget",
+        default=str(_DEFAULT_BUDGET),
+        metavar="N",
+        help="tokens that stay after an eviction, or the memory of the cache like 1MiB "
+        f"(default: {_DEFAULT_BUDGET})",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="draws the conversations (default: 0)"
+    )
+    group.add_argument(
+        "--json", action="store_true", help="print the rows as JSON instead of the table"
+    )
+    parser.set_defaults(command=_main)
+
+
+@dataclass
+class Row:
+    """One line of the table, over all items."""
+
+    cache: str
+    cells: int
+    kv_bytes: int
+    items: int = 0
+    right: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    dropped: int = 0
+    right_by_kind: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model with a way of handling a full cache."""
+
+    llm: Llama
+    read: Callable[[Sequence[int]], None]
+    reset: Callable[[], None]
+    dropped: Callable[[], int]
+
+
+def _main(args: argparse.Namespace) -> int:
+    demo = Demo(args)
+    note(
+        _INTRO.format(
+            items=args.items,
+            length=args.length,
+            model=os.path.basename(demo.path),
+            cells=demo.cells,
+        )
+    )
+    rows = demo.rows()
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return 0
+    print("\n".join(["", *table(rows), "", *reading(rows), ""]))
+    if demo.path == options.bundled_model():
+        print("The small model was trained for such questions; see how yours does: ", end="")
+        print("kvp-edge demo MODEL.gguf")
+    model = f" {args.model}" if args.model else ""
+    print(f"Try it: kvp-edge chat{model} --kv-budget {args.kv_budget}")
+    return 0
+
+
+class Demo:
+    """The conversations, and every way to read them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.path = options.model_path(args)
+        self._engine = options.engine_options(args)
+        self._budget = parse_budget(args.kv_budget)
+        # sentences are not cut, so a conversation may become somewhat longer than asked for
+        self._n_ctx = 2 * args.length + 1024
+        with self._bounded(next(iter(POLICIES))) as reader:
+            llm = reader.llm
+            self.cells = llm.kv_stats.cells
+            self._items = make_items(
+                args.items,
+                args.length,
+                lambda text: len(llm.tokenize(text.encode(), add_bos=False)),
+                args.seed,
+            )
+            self._prompts = [prompt_tokens(llm, item.messages) for item in self._items]
+        self._longest = max(map(len, self._prompts)) + _REPLY_TOKENS
+        if self._longest < self.cells:
+            raise ValueError(
+                f"the longest conversation has {self._longest} tokens and the cache {self.cells} "
+                "cells, so nothing would be dropped: raise --length or lower --kv-budget"
+            )
+
+    def rows(self) -> list[Row]:
+        """Read all conversations in every way. Shows a progress bar on a terminal."""
+        ways: dict[str, Callable[[], AbstractContextManager[Reader]]]
+        ways = {FULL: self._full, SHIFT: self._shift}
+        ways |= {name: partial(self._bounded, name) for name in POLICIES}
+        rows = []
+        with tqdm(total=len(ways) * len(self._items), unit=" conversations", disable=None) as bar:
+            for name, way in ways.items():
+                bar.set_description(name)
+                with way() as reader:
+                    rows.append(self._row(name, reader, bar))
+        return rows
+
+    def _row(self, name: str, reader: Reader, bar: tqdm[Any]) -> Row:
+        stats = reader.llm.kv_stats
+        row = Row(name, stats.cells, stats.kv_bytes)
+        for item, prompt in zip(self._items, self._prompts, strict=True):
+            reader.reset()
+            started = time.perf_counter()
+            reply, n_read = greedy(reader, prompt)
+            row.seconds += time.perf_counter() - started
+            row.tokens += n_read
+            row.dropped += reader.dropped()
+            right = item.is_right(reply)
+            row.items += 1
+            row.right += right
+            row.right_by_kind[item.kind] = row.right_by_kind.get(item.kind, 0) + right
+            bar.update()
+        return row
+
+    @contextmanager
+    def _full(self) -> Iterator[Reader]:
+        cells = -(-self._longest // CELL_UNIT) * CELL_UNIT
+        llm = Llama(self.path, n_ctx=cells, **self._engine)
+        try:
+            yield Reader(llm, llm.eval, llm.reset, lambda: 0)
+        finally:
+            llm.close()
+
+    @contextmanager
+    def _shift(self) -> Iterator[Reader]:
+        llm = Llama(self.path, n_ctx=self.cells, **self._engine)
+        try:
+            shift = ContextShift(llm)
+            yield Reader(llm, shift.read, shift.reset, lambda: shift.dropped)
+        finally:
+            llm.close()
+
+    @contextmanager
+    def _bounded(self, policy: str) -> Iterator[Reader]:
+        llm = Llama(
+            self.path, n_ctx=self._n_ctx, kv_budget=self._budget, policy=policy, **self._engine
+        )
+        try:
+            yield Reader(llm, llm.eval, llm.reset, lambda: llm.kv_stats.dropped)
+        finally:
+            llm.close()
+
+
+def greedy(reader: Reader, prompt: Sequence[int]) -> tuple[str, int]:
+    """Read a prompt and write the likeliest reply: its text, and the tokens read and written."""
+    llm = reader.llm
+    vocab = llama_cpp.llama_model_get_vocab(llm.model)
+    reader.read(prompt)
+    reply: list[int] = []
+    while len(reply) < _REPLY_TOKENS:
+        token = llm.sample(temp=0.0)
+        if llama_cpp.llama_vocab_is_eog(vocab, token):
+            break
+        reply.append(token)
+        reader.read([token])
+    text = llm.detokenize(reply).decode(errors="replace")
+    return text, len(prompt) + len(reply)
+
+
+class _Prompt(Exception):
+    """Carries the tokens out of a chat handler, which would otherwise go on to complete them."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
+class _PromptTaker:
+    """Stands in for a Llama where a chat handler tokenizes its prompt."""
+
+    def __init__(self, llm: Llama) -> None:
+        self._llm = llm
+
+    def tokenize(self, text: bytes, **how: bool) -> list[int]:
+        raise _Prompt(self._llm.tokenize(text, **how))
+
+
+def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
+    """The tokens that create_chat_completion would read for these messages."""
+    handler = (
+        llm.chat_handler
+        or llm._chat_handlers.get(llm.chat_format)
+        or llama_chat_format.get_chat_completion_handler(llm.chat_format)
+    )
+    try:
+        handler(llama=_PromptTaker(llm), messages=messages)
+    except _Prompt as prompt:
+        return prompt.tokens
+    raise ValueError(f"chat format '{llm.chat_format}' writes no text prompt")
+
+
+def table(rows: list[Row]) -> list[str]:
+    """The table as lines of text."""
+    lines = [f"{'cache':18}{'right':>8}{'cells':>8}{'KV MiB':>9}{'tokens/s':>10}{'dropped':>9}"]
+    lines.append("-" * len(lines[0]))
+    for row in rows:
+        lines.append(
+            f"{row.cache:18}{f'{row.right}/{row.items}':>8}{row.cells:>8}"
+            f"{row.kv_bytes / 2**20:>9.2f}{row.tokens / row.seconds:>10.0f}"
+            f"{row.dropped / row.items:>9.0f}"
+        )
+    return lines
+
+
+def reading(rows: list[Row]) -> list[str]:
+    """What the table says, and what it does not say."""
+    full, shift, *policies = rows
+    n, cells = full.items, shift.cells
+    best = max(policies, key=lambda row: row.right)
+    # two proportions near one half differ by this much in one of twenty comparisons of equals
+    chance = math.ceil(1.96 * math.sqrt(n / 2))
+    better = [row.cache for row in policies if row.right - shift.right >= chance]
+    others = [row.cache for row in policies if row.cache not in better]
+
+    lines = [f"With all tokens in the cache the model answers {full.right} of {n}."]
+    if full.right < 0.8 * n:
+        lines.append("It misses many even then: the other rows tell of the model, too.")
+    lines.append(f"In {cells} cells llama.cpp's rule leaves it {shift.right}: what is old is gone.")
+    if better:
+        share = best.kv_bytes / full.kv_bytes
+        lines.append(
+            f"In the same cells {best.cache} answers {best.right}, with {share:.0%} of the memory "
+            "of the full context."
+        )
+        if others:
+            lines.append(f"Not clearly better than dropping the oldest half: {', '.join(others)}.")
+    else:
+        lines.append("No policy is clearly better than that here.")
+    lines.append(
+        f"With {n} questions, rows less than {chance} answers apart may differ by chance "
+        "(--items asks more)."
+    )
+    return lines

@@ -1,0 +1,254 @@
+"""Options that several commands share, and the model they describe."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import secrets
+import warnings
+from importlib import resources
+from typing import Any
+
+import llama_cpp
+
+from kvp_edge.cli.watch import WatchedLlama
+from kvp_edge.limits import DEFAULT_SINKS, parse_budget
+from kvp_edge.llama_log import listen
+from kvp_edge.native import read_model_shape
+from kvp_edge.policies import POLICIES
+
+DEFAULT_BUDGET = "512"
+
+_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {n}")
+    return n
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "model", nargs="?", metavar="MODEL.gguf", help="default: the small model that comes along"
+    )
+    group.add_argument("--hf-repo", metavar="REPO", help="download the model from this repository")
+    group.add_argument("--hf-file", metavar="FILE", help="the GGUF file in --hf-repo")
+    group.add_argument("--threads", type=count, metavar="N", help="default: half of the processors")
+    group.add_argument(
+        "--gpu-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="layers on the GPU; -1: all (default: 0)",
+    )
+    group.add_argument("--flash-attn", action="store_true", help="use flash attention")
+    group.add_argument(
+        "--type-k", choices=_CACHE_TYPES, default="f16", help="keys in the cache (default: f16)"
+    )
+    group.add_argument(
+        "--type-v",
+        choices=_CACHE_TYPES,
+        default="f16",
+        help="values in the cache (default: f16); quantised types need --flash-attn",
+    )
+    group.add_argument(
+        "--verbose", action="store_true", help="show llama.cpp's log, and tracebacks of errors"
+    )
+
+
+def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> None:
+    group = parser.add_argument_group("bounded cache")
+    group.add_argument(
+        "--kv-budget",
+        default=DEFAULT_BUDGET,
+        metavar="N",
+        help="tokens that stay after an eviction, or the memory of the whole cache like 256MiB "
+        f"(default: {DEFAULT_BUDGET})",
+    )
+    group.add_argument(
+        "--n-ctx",
+        type=count,
+        metavar="N",
+        help="logical context: the longest conversation, in tokens; it costs next to no memory "
+        f"(default: {n_ctx_default})",
+    )
+    group.add_argument(
+        "--policy",
+        default="keydiff",
+        metavar="NAME",
+        help=f"who chooses: {', '.join(POLICIES)} (default: keydiff; see kvp-edge policies)",
+    )
+    group.add_argument(
+        "--granularity",
+        default="token",
+        help="token: a token is dropped from all layers and heads at once (default: token)",
+    )
+    group.add_argument(
+        "--sinks",
+        type=int,
+        default=DEFAULT_SINKS,
+        metavar="N",
+        help=f"first tokens that are never dropped (default: {DEFAULT_SINKS})",
+    )
+    group.add_argument(
+        "--recent",
+        type=int,
+        metavar="N",
+        help="newest tokens that are never dropped (default: a quarter of the budget, at most 256)",
+    )
+    group.add_argument(
+        "--reserve",
+        type=int,
+        metavar="N",
+        help="free cells after an eviction (default: a quarter of the budget, at least 256)",
+    )
+
+
+def add_system_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="system prompt; it is never dropped")
+    parser.add_argument(
+        "--no-protect-system", action="store_true", help="the system prompt may be dropped, too"
+    )
+
+
+def add_sampling_options(
+    parser: argparse.ArgumentParser, temperature: float, max_tokens: int
+) -> None:
+    group = parser.add_argument_group("reply")
+    group.add_argument(
+        "--max-tokens",
+        type=count,
+        default=max_tokens,
+        metavar="N",
+        help=f"longest reply (default: {max_tokens})",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="X",
+        help=f"0: always the likeliest token (default: {temperature:g})",
+    )
+    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help="default: 0.95")
+    group.add_argument("--top-k", type=int, default=40, metavar="N", help="default: 40")
+    group.add_argument("--min-p", type=float, default=0.05, metavar="X", help="default: 0.05")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="for a reply that can be repeated (default: random)"
+    )
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for create_chat_completion and create_completion, but for the seed."""
+    return {
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+    }
+
+
+def first_seed(args: argparse.Namespace) -> int:
+    """--seed, or a random one. llama_cpp would use the same seed in every process otherwise."""
+    return secrets.randbits(31) if args.seed is None else int(args.seed)
+
+
+def bundled_model() -> str:
+    """Path of the model that comes with the package."""
+    # GGUF files are mapped into memory by name, so the package must be installed as plain files
+    folder = resources.files("kvp_edge") / "models"
+    files = folder.iterdir() if folder.is_dir() else iter(())
+    found = [str(file) for file in files if file.name.endswith(".gguf")]
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"the package holds {len(found)} models instead of one: reinstall kvp_edge, or name a "
+            "model file: kvp-edge chat MODEL.gguf"
+        )
+    return found[0]
+
+
+def model_path(args: argparse.Namespace) -> str:
+    """The model file the user means, downloaded first if it is in a repository."""
+    if args.hf_repo or args.hf_file:
+        if args.model:
+            raise ValueError("give either MODEL.gguf or --hf-repo and --hf-file, not both")
+        if not (args.hf_repo and args.hf_file):
+            raise ValueError("--hf-repo and --hf-file belong together: give both")
+        return _download(args.hf_repo, args.hf_file)
+    if args.model is None:
+        return bundled_model()
+    if not os.path.exists(args.model):
+        raise FileNotFoundError(
+            f"there is no model file '{args.model}'. Give the path of a GGUF file, let "
+            "--hf-repo and --hf-file download one, or name none to use the small model that comes "
+            "along"
+        )
+    return str(args.model)
+
+
+def _download(repo: str, file: str) -> str:
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(
+            "--hf-repo needs the package huggingface_hub: pip install 'kvp_edge[hub]'"
+        ) from error
+    return str(hub.hf_hub_download(repo, file))
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of llama_cpp.Llama that say how, not what, to compute."""
+    return {
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads,
+        "n_gpu_layers": args.gpu_layers,
+        "flash_attn": args.flash_attn,
+        "type_k": getattr(llama_cpp, f"GGML_TYPE_{args.type_k.upper()}"),
+        "type_v": getattr(llama_cpp, f"GGML_TYPE_{args.type_v.upper()}"),
+        "verbose": args.verbose,
+    }
+
+
+def cache_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of kvp_edge.Llama that bound the cache, but for ``n_ctx``."""
+    return {
+        "kv_budget": parse_budget(args.kv_budget),
+        "policy": args.policy,
+        "granularity": args.granularity,
+        "sinks": args.sinks,
+        "recent": args.recent,
+        "reserve": args.reserve,
+    }
+
+
+def load(path: str, n_ctx: int | None, args: argparse.Namespace) -> WatchedLlama:
+    """The bounded model that the options describe."""
+    return WatchedLlama(
+        path,
+        n_ctx=n_ctx,
+        protect_system=bool(args.system) and not args.no_protect_system,
+        **cache_options(args),
+        **engine_options(args),
+    )
+
+
+def trained_context(path: str) -> int:
+    """The longest text that a model file says its model was trained on, in tokens."""
+    with listen(pass_on=False):  # what is wrong with the file becomes the exception's message
+        return read_model_shape(path).n_ctx_train
+
+
+def warn_beyond_training(n_tokens: int, path: str) -> None:
+    """Say so if a text is longer than any that the model has been trained on."""
+    trained = trained_context(path)
+    if n_tokens > trained:
+        warnings.warn(
+            f"up to {n_tokens} tokens will be read, but the model was trained for {trained}: "
+            "replies may get worse beyond that",
+            stacklevel=2,
+        )

@@ -1,0 +1,134 @@
+"""``kvp-edge run``: read long texts and answer one question."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from kvp_edge.cli import options
+from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama, note
+
+_DEFAULT_MAX_TOKENS = 256
+_TEMPLATE_ROOM = 1024  # tokens that a chat template may add to the text
+
+_EPILOG = f"""\
+The texts and the question go into one user message of the model's chat template. The cache holds a
+few hundred tokens while they are read, so the policy decides what is left when the question comes.
+never dropped: the first --sinks tokens, the newest --recent tokens, and the text of --system.
+
+{STATUS_LINE_HELP}
+
+examples:
+  kvp-edge run model.gguf -f book.txt -p "Who found the map?"
+  kvp-edge run model.gguf --kv-budget 2048 -f part1.txt -f part2.txt -p "What changed?"
+  git log | kvp-edge run model.gguf -f - -p "What was done last week?" --json
+  kvp-edge run model.gguf --raw -f story.txt          (no template: write on)"""
+
+
+def add_run(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="read long texts and answer a question",
+        description="Read texts of any length through a small KV cache, then answer a question.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "-f",
+        "--file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text file to read; may be given several times; - is standard input",
+    )
+    parser.add_argument(
+        "-p", "--prompt", default="", metavar="TEXT", help="the question, read after the texts"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="no chat template: the model continues the text"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: answer, usage, kv_cache"
+    )
+    parser.add_argument(
+        "--progress", action="store_true", help="show the progress bar even if not at a terminal"
+    )
+    options.add_model_options(parser)
+    options.add_cache_options(parser, n_ctx_default="enough for the texts")
+    options.add_system_options(parser)
+    options.add_sampling_options(parser, temperature=0.0, max_tokens=_DEFAULT_MAX_TOKENS)
+    parser.set_defaults(command=_main)
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.raw and args.system:
+        raise ValueError("--raw uses no chat template, so there is no place for --system")
+    if not args.prompt and not args.raw:
+        raise ValueError('ask something: -p "question" (or --raw, to let the model write on)')
+    text = "\n\n".join([read_text(name).strip() for name in args.file] + [args.prompt]).strip()
+    if not text:
+        raise ValueError("there is nothing to read: the text is empty")
+    path = options.model_path(args)
+    llm = options.load(path, args.n_ctx or _enough_context(text, path, args), args)
+    options.warn_beyond_training(len(llm.tokenize(text.encode())) + args.max_tokens, path)
+    show = args.progress or sys.stderr.isatty()
+    with llm.timed(bar_after=0.0 if show else None):
+        result = _answer(llm, text, args)
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+    else:
+        note(llm.status_line())
+    return 0
+
+
+def read_text(name: str) -> str:
+    """A text file, or standard input for "-"; bytes that are no UTF-8 become replacement marks.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    if name == "-":
+        data, what = sys.stdin.buffer.read(), "standard input"
+    else:
+        what = f"'{name}'"
+        try:
+            with open(name, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise ValueError(f"cannot read {what}: {error.strerror}") from error
+    if b"\0" in data:
+        raise ValueError(f"{what} is no text: it holds NUL bytes. Convert it to plain text first")
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def _enough_context(text: str, path: str, args: argparse.Namespace) -> int:
+    """A logical context for the text, known before there is a tokenizer: no token is shorter than
+    a byte."""
+    most: int = len(text.encode()) + len((args.system or "").encode()) + args.max_tokens
+    return max(options.trained_context(path), most + _TEMPLATE_ROOM)
+
+
+def _answer(llm: WatchedLlama, text: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Answer on stdout as it is written, unless it goes into the JSON object returned."""
+    how = {"seed": options.first_seed(args), "stream": not args.json, **options.sampling(args)}
+    if args.raw:
+        result = llm.create_completion(text, **how)
+    else:
+        messages = [{"role": "system", "content": args.system}] if args.system else []
+        messages.append({"role": "user", "content": text})
+        result = llm.create_chat_completion(messages, **how)
+    if not args.json:
+        for chunk in result:
+            choice = chunk["choices"][0]
+            said = choice["text"] if args.raw else choice["delta"].get("content")
+            print(said or "", end="", flush=True)
+        print(flush=True)
+        return {}
+    choice = result["choices"][0]
+    return {
+        "answer": choice["text"] if args.raw else choice["message"]["content"],
+        "usage": result["usage"],
+        "kv_cache": result["kv_cache"],
+    }

@@ -1,0 +1,120 @@
+"""A Llama that can be watched while it reads and writes: progress bar, pace, status line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from kvp_edge.llama import Llama
+
+
+def rate(n: int, seconds: float) -> str:
+    """Tokens per second; "-" when there is nothing to divide."""
+    return f"{n / seconds:.0f}" if n > 0 and seconds > 0 else "-"
+
+
+@dataclass
+class Pace:
+    """Tokens and seconds of one reply; ``total_s`` covers reading and writing."""
+
+    read: int = 0
+    written: int = 0
+    read_s: float = 0.0
+    total_s: float = 0.0
+
+    def __str__(self) -> str:
+        read, written = self.read_s, self.total_s - self.read_s
+        return (
+            f"read {self.read} at {rate(self.read, read)} t/s, "
+            f"wrote {self.written} at {rate(self.written, written)} t/s"
+        )
+
+
+class WatchedLlama(Llama):
+    """A Llama that measures its pace and tells how far it has read.
+
+    Attributes:
+        pace: of the last reply.
+        on_read: called after each batch of a prompt with (tokens read, tokens to read).
+    """
+
+    def __init__(self, model_path: str, **options: Any) -> None:
+        self.pace = Pace()
+        self.on_read: Callable[[int, int], None] | None = None
+        super().__init__(model_path, **options)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        if len(tokens) <= 1:  # a token of the reply
+            super().eval(tokens)
+            self.pace.written += len(tokens)
+            return
+        started = time.perf_counter()
+        for at in range(0, len(tokens), self.n_batch):
+            batch = tokens[at : at + self.n_batch]
+            super().eval(batch)
+            self.pace.read += len(batch)
+            if self.on_read is not None:
+                self.on_read(at + len(batch), len(tokens))
+        self.pace.read_s += time.perf_counter() - started
+
+    @contextmanager
+    def timed(self, *, bar_after: float | None) -> Iterator[None]:
+        """Measure one reply.
+
+        Args:
+            bar_after: show a progress bar on stderr if reading takes longer than these seconds;
+                None: never.
+        """
+        started = time.perf_counter()
+        pace = self.pace = Pace()
+        bar: tqdm[Any] | None = None
+
+        def show(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = tqdm(
+                    total=total, desc="reading", unit=" tokens", leave=False, delay=bar_after
+                )
+            bar.update(done - bar.n)
+            if done == total:  # the reply follows on the same terminal
+                bar.close()
+                bar = None
+
+        self.on_read = None if bar_after is None else show
+        try:
+            yield
+        finally:
+            pace.total_s = time.perf_counter() - started
+            self.on_read = None
+            if bar is not None:
+                bar.close()
+
+    def status_line(self) -> str:
+        """What the cache holds and how fast the last reply was, on one line."""
+        s = self.kv_stats
+        return (
+            f"[kvp: {s.seen} tokens seen, {s.kept} kept, {s.dropped} dropped by {s.policy} "
+            f"({s.evictions} evictions), {s.kv_bytes / 2**20:.1f} MiB | {self.pace}]"
+        )
+
+
+STATUS_LINE_HELP = """\
+the status line on stderr after a reply:
+  [kvp: 5321 tokens seen, 640 kept, 4681 dropped by keydiff (19 evictions), 1.5 MiB |
+   read 37 at 512 t/s, wrote 211 at 80 t/s]
+  seen     length of the conversation, with the marks that the chat template puts around messages
+  kept     of these, still in the cache; it varies between the budget and the number of cells
+  dropped  of these, evicted
+  MiB      memory of the cache; it stays the same however long the conversation becomes
+  read     tokens of the prompt that were new to the cache; wrote: tokens of the reply"""
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no reply."""
+    print(text, file=sys.stderr, flush=True)
