@@ -164,8 +164,9 @@ def _load() -> ctypes.CDLL:
     path = _library_path()
     if not path.exists():
         raise ImportError(
-            f"kvp_edge's native library is missing ({path}). It is compiled on installation: "
-            "pip install --force-reinstall --no-deps kvp_edge"
+            f"kvp_edge's native library is missing ({path}). Installing compiles it: pip install . "
+            "If this is a checkout, another folder finds the installed package; or install it with "
+            "pip install -e ."
         )
     # llama_cpp is imported above, so its llama.cpp is in the process already and the library's
     # references bind to that copy. Loading it must never bring in a second one.

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,13 @@ from kvp_edge.cli import main
 from kvp_edge.policies import POLICIES
 from support.gguf_models import write_mamba
 
-COMMAND = [sys.executable, "-m", "kvp_edge"]
+# What the console script does. "-m" would put the current folder first on the path, where a
+# checkout has the package without its compiled library.
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; sys.path.remove(''); from kvp_edge.cli import main; sys.exit(main())",
+]
 FEW_CELLS = ["--kv-budget", "64", "--recent", "16", "--threads", "1"]
 GREEDY = ["--temperature", "0"]
 
@@ -522,7 +529,7 @@ def test_downloading_without_the_hub_extra_tells_how_to_get_it(
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(
-        f"{' '.join(COMMAND)} chat --max-tokens 3000 --temperature 1.2 --seed 3 | head -c 20",
+        f"{shlex.join(COMMAND)} chat --max-tokens 3000 --temperature 1.2 --seed 3 | head -c 20",
         shell=True,
         input="Tell me something.\n",
         capture_output=True,
