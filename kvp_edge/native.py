@@ -134,7 +134,9 @@ def _library_path() -> Path:
     name = {"win32": "kvp_edge.dll", "darwin": "libkvp_edge.dylib"}.get(
         sys.platform, "libkvp_edge.so"
     )
-    return Path(__file__).parent / "_native" / name
+    # An editable installation has two folders: the sources and what was compiled.
+    folders = [Path(folder) / "_native" for folder in sys.modules["kvp_edge"].__path__]
+    return next((f / name for f in folders if (f / name).exists()), folders[0] / name)
 
 
 def check_versions(built_for: str, installed: str, built_llama: str, loaded_llama: str) -> None:
