@@ -1,7 +1,7 @@
 """The eviction manager: WHEN to evict, HOW MUCH, and what is protected. The policy only scores.
 
-It owns the table of which tokens of the conversation are still in the cache. At token granularity a
-token's position is its index in the conversation, for life.
+It owns the table of which tokens of the conversation are still in the cache. A token is named by
+its index in the conversation, for life; ``Table`` says which row of the cache holds it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from kvp_edge.errors import BudgetError, KVCacheError
 from kvp_edge.limits import CacheLimits
-from kvp_edge.native import FloatArray, IntArray, NativeCache, choose_tokens
+from kvp_edge.native import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    KeyTurn,
+    NativeCache,
+    choose_rows,
+    choose_tokens,
+)
 from kvp_edge.policies import Policy
+from kvp_edge.rope import KeyFrequencies
 from kvp_edge.stats import Eviction
+
+Granularity = Literal["token", "head"]
 
 #: Names the chat-template markers of which a part lies in the conversation's tokens [start, end):
 #: [start, end) pairs, ascending, not overlapping. What may be the first half of a marker at the
@@ -25,31 +37,109 @@ from kvp_edge.stats import Eviction
 MarkerFinder = Callable[[int, int], list[tuple[int, int]]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
-    """Which tokens the cache holds. All arrays run over the tokens held, by ascending position.
+    """Which tokens the cache holds. Row r is the cell with the r-th smallest llama.cpp position.
+
+    The first ``n_packed`` rows are what evictions have left of tokens 0 .. tail - 1; every token
+    from ``tail`` on is held, in the rows that follow, by all heads. ``groups`` is [1, 1] at token
+    granularity (all heads hold the same tokens) and [n_layer, n_head_kv] at head granularity.
+    Arrays are never changed in place, so a table may be kept as a snapshot.
 
     Attributes:
-        seen: tokens of the conversation read so far; positions are 0 .. seen - 1.
-        positions: int32 [kept].
-        unit: int32 [kept]; tokens with the same number stay or go together (chat-template markers
-            are one unit; any other token is its own: its position).
-        scores: f32 [n_layer, n_head_kv, n] of the first n tokens held, n <= kept.
+        seen: tokens of the conversation read so far: 0 .. seen - 1.
+        tail: see above; 0 while the cache is complete.
+        shift: token t of the tail is at llama.cpp position t - shift.
+        packed: int32 [*groups, n_packed], the tokens in the packed rows, ascending in each head.
+        rotated: int32 [*groups, n_packed], the RoPE position that the key of each of them carries.
+            The same as ``packed`` unless positions were compacted.
+        cells: int32 [n_packed], llama.cpp's position of each packed row, ascending. At head
+            granularity merely a row's name: attention never looks at it.
+        scores: f32 [n_layer, n_head_kv, n] of the first n rows, n <= kept.
+        markers: int32 [k, 2], [start, end) spans of tokens that stay or go together; ascending.
         marked: how far into the conversation markers have been looked for.
-        rewind_from: the cache can be taken back to any length >= this; 0 while it is complete.
     """
 
     seen: int
-    positions: IntArray
-    unit: IntArray
+    tail: int
+    shift: int
+    packed: IntArray
+    rotated: IntArray
+    cells: IntArray
     scores: FloatArray
+    markers: IntArray
     marked: int
-    rewind_from: int
 
     @classmethod
-    def empty(cls, n_layer: int, n_head_kv: int) -> Table:
-        none = np.empty(0, np.int32)
-        return cls(0, none, none, np.empty((n_layer, n_head_kv, 0), np.float32), 0, 0)
+    def empty(cls, n_layer: int, n_head_kv: int, granularity: Granularity) -> Table:
+        groups = (n_layer, n_head_kv) if granularity == "head" else (1, 1)
+        none = np.empty((*groups, 0), np.int32)
+        scores = np.empty((n_layer, n_head_kv, 0), np.float32)
+        no_markers = np.empty((0, 2), np.int32)
+        return cls(0, 0, 0, none, none, np.empty(0, np.int32), scores, no_markers, 0)
+
+    @property
+    def n_packed(self) -> int:
+        return len(self.cells)
+
+    @property
+    def kept(self) -> int:
+        """Rows held, by every head."""
+        return self.n_packed + self.seen - self.tail
+
+    @property
+    def rewind_from(self) -> int:
+        """The cache can be taken back to any length >= this. At least one token of the tail stays:
+        llama.cpp continues from the newest position."""
+        return self.tail + 1 if self.tail else 0
+
+    def tokens(self) -> IntArray:
+        """int32 [*groups, kept]: the token in every row."""
+        return self._with_tail(self.packed, 0)
+
+    def rope_positions(self) -> IntArray:
+        """int32 [*groups, kept]: the RoPE position that the key in every row carries."""
+        return self._with_tail(self.rotated, self.shift)
+
+    def present(self) -> IntArray:
+        """int32 [kept]: llama.cpp's position of every row."""
+        return self._with_tail(self.cells, self.shift)
+
+    def _with_tail(self, packed: IntArray, shift: int) -> IntArray:
+        tail = np.arange(self.tail - shift, self.seen - shift, dtype=np.int32)
+        tail = np.broadcast_to(tail, (*packed.shape[:-1], len(tail)))
+        return np.concatenate((packed, tail), axis=-1)
+
+    def cut(self, length: int) -> Table:
+        """The table after forgetting the tokens from ``length`` on, length >= rewind_from."""
+        markers = np.minimum(self.markers[self.markers[:, 0] < length], length)
+        return replace(
+            self,
+            seen=length,
+            scores=self.scores[:, :, : self.n_packed + length - self.tail],
+            markers=markers,
+            marked=min(self.marked, length),
+        )
+
+
+def merge_spans(old: IntArray, new: list[tuple[int, int]]) -> IntArray:
+    """[start, end) spans, ascending, overlapping ones merged: int32 [k, 2]."""
+    merged: list[list[int]] = []
+    for start, end in sorted([*old.tolist(), *map(list, new)]):
+        if merged and start < merged[-1][1]:
+            merged[-1][1] = max(end, merged[-1][1])
+        else:
+            merged.append([start, end])
+    return np.array(merged, np.int32).reshape(-1, 2)
+
+
+def units(tokens: IntArray, markers: IntArray) -> IntArray:
+    """A number for each token, the same for the tokens of one marker, ascending like the tokens."""
+    if len(markers) == 0:
+        return tokens
+    marker = np.searchsorted(markers[:, 0], tokens, side="right") - 1
+    inside = (marker >= 0) & (tokens < markers[marker, 1])
+    return np.where(inside, markers[marker, 0], tokens)
 
 
 def spans(positions: IntArray) -> tuple[tuple[int, int], ...]:
@@ -68,10 +158,16 @@ class EvictionManager:
     The owner calls, for every batch: ``rewind`` to the length it continues from, ``make_room``,
     decode, ``append``. Invariants between these calls:
 
-    - the cache holds exactly the tokens of ``positions``, and at most ``limits.cells`` of them;
+    - the cache holds exactly the rows of the table, and at most ``limits.cells`` of them;
     - the newest token read is held, so that the next batch can follow it;
     - ``trusted`` is False if any of this may have been broken by an error or an interrupt in the
       middle of a change; then only ``clear`` mends it.
+
+    Args:
+        granularity: "token": a token goes from every layer and head at once. "head": every (layer,
+            KV head) keeps its own tokens, all the same number.
+        compact_at: positions are compacted before they would reach this many, None: never.
+        frequencies: of RoPE, needed to compact at head granularity.
     """
 
     def __init__(
@@ -81,18 +177,27 @@ class EvictionManager:
         cache: NativeCache,
         find_markers: MarkerFinder,
         on_evict: Callable[[Eviction], None] | None = None,
+        *,
+        granularity: Granularity = "token",
+        compact_at: int | None = None,
+        frequencies: KeyFrequencies | None = None,
     ) -> None:
         self.limits = limits
         self.policy = policy
+        self.granularity = granularity
         self.on_evict = on_evict
         self.trusted = True
         self._cache = cache
         self._find_markers = find_markers
+        self._compact_at = compact_at
+        self._frequencies = frequencies
+        self._shift_pending = False
         self._protected_prefix = limits.sinks
         self.clear()
 
     def _empty_table(self) -> Table:
-        return Table.empty(self._cache.shape.n_layer, self._cache.shape.n_head_kv)
+        shape = self._cache.shape
+        return Table.empty(shape.n_layer, shape.n_head_kv, self.granularity)
 
     # -- what is held ------------------------------------------------------------------------
 
@@ -102,28 +207,38 @@ class EvictionManager:
 
     @property
     def kept(self) -> int:
-        return len(self._table.positions)
+        return self._table.kept
 
     @property
     def positions(self) -> IntArray:
-        """Positions of the tokens held, ascending, int32 [kept]."""
-        return self._table.positions.copy()
+        """Tokens held, as their indices in the conversation, ascending: int32 [kept], at head
+        granularity [n_layer, n_head_kv, kept]."""
+        tokens = self._table.tokens()
+        return tokens if self.granularity == "head" else tokens[0, 0]
+
+    @property
+    def shift(self) -> int:
+        """The next token, number ``seen``, goes to llama.cpp's position ``seen - shift``."""
+        return self._table.shift
 
     def can_rewind(self, length: int) -> bool:
         """Whether the cache can be taken back to the first ``length`` tokens as if it had never
         read further than the last eviction: every token it would have protected is still there."""
         if length == 0:
             return True
-        return self.trusted and self._table.rewind_from <= length <= self._table.seen
+        t = self._table
+        if not (self.trusted and t.rewind_from <= length <= t.seen):
+            return False
+        return length == t.seen or self._cache.can_continue_at(length - t.shift)
 
     def snapshot(self) -> Table:
         """The table, to be stored beside a copy of llama.cpp's state."""
-        t = self._table
-        return Table(t.seen, t.positions, t.unit, t.scores, t.marked, t.rewind_from)
+        return self._table
 
     def restore(self, table: Table) -> None:
         """Take over a table stored by ``snapshot``; llama.cpp's state must be that of its time."""
         self._table = table
+        self._shift_pending = False
         self.trusted = True
 
     # -- changes -----------------------------------------------------------------------------
@@ -140,8 +255,7 @@ class EvictionManager:
         (llama_memory_seq_rm from 0 on)."""
         self.evictions = 0
         self.eviction_ms = 0.0
-        self._table = self._empty_table()
-        self.trusted = True
+        self.restore(self._empty_table())
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from ``length`` on. The owner removes their cells.
@@ -164,31 +278,15 @@ class EvictionManager:
                 f"can go back to {self._table.rewind_from} at most. Call reset() and read the "
                 "conversation again"
             )
-        t = self._table
-        if length == t.seen:
-            return
-        n = int(np.searchsorted(t.positions, length))
-        self._table = Table(
-            length,
-            t.positions[:n],
-            t.unit[:n],
-            t.scores[:, :, :n],
-            min(t.marked, length),
-            t.rewind_from,
-        )
+        if length < self._table.seen:
+            self._table = self._table.cut(length)
 
     def append(self, n: int) -> None:
         """``n`` more tokens were decoded."""
-        t = self._table
-        new = np.arange(t.seen, t.seen + n, dtype=np.int32)
-        self._table = Table(
-            t.seen + n,
-            np.concatenate((t.positions, new)),
-            np.concatenate((t.unit, new)),
-            t.scores,
-            t.marked,
-            t.rewind_from,
-        )
+        self._table = replace(self._table, seen=self._table.seen + n)
+        if self._shift_pending:
+            self._shift_pending = False
+            self.trusted = True
 
     def protect_prefix(self, n: int) -> None:
         """Never evict the first ``n`` tokens (a system prompt); the sinks stay protected anyway.
@@ -231,42 +329,116 @@ class EvictionManager:
 
     def _evict(self) -> None:
         started = time.perf_counter()
-        self._mark_units()
+        self._mark()
         self._score()
-        t = self._table
-        protected = t.positions < self._protected_prefix
-        protected |= t.positions >= t.seen - self.limits.recent
-        keep = choose_tokens(t.scores, t.unit, protected, self.limits.budget)
-        dropped = t.positions[~keep]
-        with self._changing():
-            self._cache.remove(t.positions, keep)
-            self._table = Table(
-                t.seen,
-                t.positions[keep],
-                t.unit[keep],
-                t.scores[:, :, keep],
-                t.marked,
-                # The newest `recent` tokens are all held, so the conversation can be cut anywhere
-                # among them; but at least one must stay, for the next batch to follow.
-                max(1, t.seen - self.limits.recent + 1),
-            )
+        before = self._table
+        tokens = before.tokens()
+        protected = self._protected(tokens)
+        unit = units(tokens, before.markers)
+        if self.granularity == "head":
+            self._pack(tokens, protected, unit)
+        else:
+            self._remove(tokens[0, 0], protected[0, 0], unit[0, 0])
         ms = 1e3 * (time.perf_counter() - started)
         self.evictions += 1
         self.eviction_ms += ms
         if self.on_evict is not None:
+            dropped = _no_longer_held(tokens, self._table.tokens(), before.seen)
             self.on_evict(
                 Eviction(spans(dropped), len(dropped), self.kept, self.seen, self.policy.name, ms)
             )
 
-    def _mark_units(self) -> None:
-        """Give the tokens of each marker that came in since the last time one unit number."""
+    def _mark(self) -> None:
+        """Find the chat-template markers among the tokens that came in since the last time."""
         t = self._table
-        unit = t.unit.copy()
-        for start, end in self._find_markers(t.marked, t.seen):
-            a, b = np.searchsorted(t.positions, (start, end))
-            unit[a:b] = unit[a] if b > a else 0
-        t.unit = unit
-        t.marked = t.seen
+        markers = merge_spans(t.markers, self._find_markers(t.marked, t.seen))
+        self._table = replace(t, markers=markers, marked=t.seen)
+
+    def _protected(self, tokens: IntArray) -> BoolArray:
+        """The first and the newest tokens, with the markers of which they hold a part."""
+        t = self._table
+        first, newest = self._protected_prefix, t.seen - self.limits.recent
+        for start, end in t.markers.tolist():
+            if start < first < end:
+                first = end
+            if start < newest < end:
+                newest = start
+        return (tokens < first) | (tokens >= newest)
+
+    def _next_tail(self) -> int:
+        """The newest ``recent`` tokens are all held, so the conversation can be cut anywhere among
+        them; fewer only after a rewind, which may leave less than that of the old tail."""
+        return max(self._table.tail, self._table.seen - self.limits.recent)
+
+    def _must_compact(self, n_keep: int) -> bool:
+        """Whether positions would get past the limit before the next eviction."""
+        t = self._table
+        ahead = t.seen - t.shift + self.limits.cells - n_keep
+        return self._compact_at is not None and ahead > self._compact_at
+
+    def _remove(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
+        """Token granularity: choose by one score per token, and remove the others' cells."""
+        t = self._table
+        keep = choose_tokens(t.scores, unit, protected, self.limits.budget)
+        present = t.present()
+        kept, cells = tokens[keep], present[keep]
+        tail = self._next_tail()
+        n_packed, shift = len(kept) - (t.seen - tail), t.shift
+        with self._changing():
+            self._cache.remove(present, keep)
+            if self._must_compact(len(kept)):
+                new = np.arange(len(kept), dtype=np.int32)
+                self._cache.move(cells, new)
+                cells, shift = new, tail - n_packed
+                self._shift_pending = True
+            self._table = replace(
+                t,
+                tail=tail,
+                shift=shift,
+                packed=kept[None, None, :n_packed],
+                rotated=cells[None, None, :n_packed],
+                cells=cells[:n_packed],
+                scores=self._scores_to_carry(t.scores[:, :, keep]),
+            )
+        # llama.cpp turns the keys of moved cells when it decodes the next batch, not before
+        self.trusted = not self._shift_pending
+
+    def _pack(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
+        """Head granularity: every head ranks its own rows, and all keep the same number."""
+        t = self._table
+        n_keep = max(self.limits.budget, int(protected.sum(axis=-1).max()))
+        if n_keep >= t.kept:
+            return  # all protected: make_room finds no free cell and says so
+        keep = choose_rows(t.scores, unit, protected, n_keep)
+        tail = self._next_tail()
+        n_recent = t.seen - tail
+        n_packed, shift = n_keep - n_recent, t.shift
+        present = t.present()
+        rows = np.arange(n_keep, dtype=np.int32)
+        positions = np.concatenate((rows[:n_packed], present[t.kept - n_recent :]))
+        rotated = np.take_along_axis(t.rope_positions(), keep, axis=-1)
+        turn = None
+        if self._must_compact(n_keep):
+            assert self._frequencies is not None
+            positions, shift = rows, tail - n_packed
+            f = self._frequencies
+            turn = KeyTurn(f.radians, positions - rotated, f.neox)
+            rotated = np.broadcast_to(positions, rotated.shape)
+        with self._changing():
+            self._cache.pack(present, keep, positions, turn)
+            self._table = replace(
+                t,
+                tail=tail,
+                shift=shift,
+                packed=np.take_along_axis(tokens, keep[..., :n_packed], axis=-1),
+                rotated=rotated[..., :n_packed],
+                cells=positions[:n_packed],
+                scores=self._scores_to_carry(np.take_along_axis(t.scores, keep, axis=-1)),
+            )
+
+    def _scores_to_carry(self, scores: FloatArray) -> FloatArray:
+        """Scores move with their rows, unless every eviction scores all rows anew."""
+        return scores if self.policy.scope == "token" else scores[:, :, :0]
 
     def _score(self) -> None:
         """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
@@ -274,11 +446,14 @@ class EvictionManager:
         t = self._table
         shape = self._cache.shape
         first = 0 if self.policy.scope == "cache" else t.scores.shape[2]
-        positions = t.positions[first:]
-        n = len(positions)
+        present = t.present()[first:]
+        n = len(present)
         if n == 0:
             return
-        p0, p1 = int(positions[0]), int(positions[-1]) + 1
+        # rows that are scored for the first time lie in the tail, where all heads hold the same
+        tokens = t.tokens()[..., first:]
+        positions = tokens if first < t.n_packed and self.granularity == "head" else tokens[0, 0]
+        p0, p1 = int(present[0]), int(present[-1]) + 1
         if self.policy.inputs == "positions":
             nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
             new = self.policy.score(nothing, nothing, positions)
@@ -294,4 +469,13 @@ class EvictionManager:
                 f"policy '{self.policy.name}' returned scores of shape {new.shape}, not "
                 f"[n_layer, n_head_kv, n_tokens] = {expected}"
             )
-        t.scores = np.concatenate((t.scores[:, :, :first], new.astype(np.float32)), axis=2)
+        scores = np.concatenate((t.scores[:, :, :first], new.astype(np.float32)), axis=2)
+        self._table = replace(t, scores=scores)
+
+
+def _no_longer_held(before: IntArray, after: IntArray, seen: int) -> IntArray:
+    """Tokens that some head held before and none does now, ascending."""
+    held = np.zeros(seen, np.bool_)
+    held[before] = True
+    held[after] = False
+    return np.flatnonzero(held).astype(np.int32)

@@ -18,11 +18,12 @@ from llama_cpp import llama_chat_format
 
 from kvp_edge.chat_markers import template_markers, token_spans
 from kvp_edge.errors import BudgetError, ContextLengthError, UnsupportedModelError
-from kvp_edge.eviction import EvictionManager, Table
+from kvp_edge.eviction import EvictionManager, Granularity, Table
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
 from kvp_edge.native import NativeCache, read_model_shape
 from kvp_edge.policies import Policy, get_policy
+from kvp_edge.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
 
@@ -36,6 +37,7 @@ class _Bound:
     kv_budget: int | str | None
     policy: str | Policy
     granularity: str
+    positions: str
     sinks: int
     recent: int | None
     reserve: int | None
@@ -54,11 +56,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     Args:
         model_path: GGUF file.
         n_ctx: logical context in tokens; 0, or None with ``kv_budget``: what the model was trained
-            for. Positions are never shifted, so a conversation beyond the trained length leaves
-            what the model has learned, however small the cache.
+            for. With ``positions="keep"`` a conversation beyond the trained length leaves what the
+            model has learned, however small the cache.
         kv_budget: tokens kept after an eviction (int), or the memory of the cache ("256MiB").
         policy: a name in kvp_edge.policies.POLICIES, or a Policy object.
-        granularity: "token": a token is dropped from every layer and head at once.
+        granularity: "head": every (layer, KV head) keeps its own tokens. "token": a token is
+            dropped from every layer and head at once. "auto": "head" where the model and the
+            cache's types allow it, else "token".
+        positions: "keep": every token keeps its position for life. "compact": when positions would
+            pass what the model was trained for, the tokens held are moved to the front, so that a
+            conversation can go on for ever.
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
@@ -69,7 +76,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     Raises:
         UnsupportedModelError: missing, truncated or foreign file, or a model whose cache cannot be
-            bounded (recurrent, hybrid, encoder, M-RoPE...). It is a ValueError.
+            bounded (recurrent, hybrid, encoder, M-RoPE...), or not in the way asked for; the
+            message says what to ask for instead. It is a ValueError.
         BudgetError: numbers that contradict each other. It is a ValueError.
     """
 
@@ -86,7 +94,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         n_ctx: int | None = None,
         kv_budget: int | str | None = None,
         policy: str | Policy = "keydiff",
-        granularity: str = "token",
+        granularity: str = "head",
+        positions: str = "keep",
         sinks: int = DEFAULT_SINKS,
         recent: int | None = None,
         reserve: int | None = None,
@@ -98,10 +107,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     ) -> None:
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
         self._bound = _Bound(
-            kv_budget, policy, granularity, sinks, recent, reserve, protect_system, on_evict
+            kv_budget,
+            policy,
+            granularity,
+            positions,
+            sinks,
+            recent,
+            reserve,
+            protect_system,
+            on_evict,
         )
-        if granularity != "token":
-            raise ValueError(f"granularity must be 'token', not '{granularity}'")
+        if granularity not in ("head", "token", "auto"):
+            raise ValueError(f"granularity must be 'head', 'token' or 'auto', not '{granularity}'")
+        if positions not in ("keep", "compact"):
+            raise ValueError(f"positions must be 'keep' or 'compact', not '{positions}'")
         chosen = get_policy(policy)
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
@@ -132,6 +151,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             # (see context_params); eval() still reads no more than limits.n_batch at once.
             cells, batch = limits.cells, max(2, limits.n_batch)
             kwargs["n_ubatch"] = max(2, kwargs.get("n_ubatch", 512))
+            if positions == "compact" and limits.cells > shape.n_ctx_train:
+                raise BudgetError(
+                    f"positions='compact' keeps positions below the {shape.n_ctx_train} tokens "
+                    f"that the model was trained for, and {limits.cells} cells are more: lower "
+                    "kv_budget or reserve"
+                )
 
         # Quiet, llama_cpp would still print llama.cpp's warning that the cells are fewer than the
         # trained context, which is the point here; errors become the exception's message.
@@ -170,7 +195,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._stack.callback(cache.close)  # runs before the context is freed
         if not cache.shape.has_window:
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
-        self._kv = EvictionManager(limits, policy, cache, self._marker_spans, self._bound.on_evict)
+        try:
+            granularity = self._settle_granularity(cache)
+            compact_at, frequencies = self._plan_compaction(cache, granularity)
+        except BaseException:
+            self.close()
+            raise
+        self._kv = EvictionManager(
+            limits,
+            policy,
+            cache,
+            self._marker_spans,
+            self._bound.on_evict,
+            granularity=granularity,
+            compact_at=compact_at,
+            frequencies=frequencies,
+        )
         self._n_ctx = limits.n_ctx
         self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
         if self._logits_all:
@@ -178,6 +218,33 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
         self._system_prompt: bytes | None = None
+
+    def _settle_granularity(self, cache: NativeCache) -> Granularity:
+        if self._bound.granularity == "token":
+            return "token"
+        try:
+            cache.check_packing()
+        except UnsupportedModelError:
+            if self._bound.granularity == "auto":
+                return "token"
+            raise
+        return "head"
+
+    def _plan_compaction(
+        self, cache: NativeCache, granularity: Granularity
+    ) -> tuple[int | None, KeyFrequencies | None]:
+        if self._bound.positions == "keep":
+            return None, None
+        if granularity == "head" and cache.shape.has_window:
+            raise UnsupportedModelError(
+                "positions='compact' is not possible at head granularity with a model that has "
+                "sliding-window layers. Use granularity='token' or positions='keep'"
+            )
+        model = self._model.model
+        frequencies = measure_frequencies(
+            model, self.context_params, own_shift=granularity == "token"
+        )
+        return int(llama_cpp.llama_model_n_ctx_train(model)), frequencies
 
     # -- what it tells -----------------------------------------------------------------------
 
@@ -191,7 +258,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         kv, cells = self._kv, int(super().n_ctx())
         if kv is None:
             n = int(self.n_tokens)
-            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None)
+            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None)
         return KVStats(
             seen=kv.seen,
             kept=kv.kept,
@@ -202,11 +269,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             eviction_ms=kv.eviction_ms,
             budget=kv.limits.budget,
             policy=kv.policy.name,
+            granularity=kv.granularity,
         )
 
     @property
     def kv_positions(self) -> Any:
-        """Positions (token indices of the conversation) that the cache holds: int32 [kept]."""
+        """Tokens that the cache holds, as their indices in the conversation, ascending: int32
+        [kept]; at head granularity [n_layer, n_head_kv, kept], as every head holds its own."""
         if self._kv is None:
             return np.arange(self.n_tokens, dtype=np.int32)
         return self._kv.positions
@@ -233,9 +302,21 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         at = 0
         while at < len(tokens):
             n = kv.make_room(len(tokens) - at)
-            super().eval(tokens[at : at + n])
+            self._decode(list(tokens[at : at + n]), kv.shift)
             kv.append(n)
             at += n
+
+    def _decode(self, tokens: list[int], shift: int) -> None:
+        """What the base class's eval does for one batch, at positions of our own."""
+        start, n = self.n_tokens, len(tokens)
+        self._batch.set_batch(batch=tokens, n_past=start - shift, logits_all=self._logits_all)
+        self._ctx.decode(self._batch)
+        self.input_ids[start : start + n] = tokens
+        if self._logits_all:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
+            self.scores[start : start + n, :].reshape(-1)[::] = logits
+        self.n_tokens += n
+        self._requires_eval = False
 
     def _follow(self) -> None:
         """Bring table and cells to ``n_tokens``, which the base class sets freely."""
@@ -245,7 +326,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             # An interrupt came between decoding and append(): n_tokens only grows after a decode.
             kv.append(self.n_tokens - kv.seen)
         kv.rewind(self.n_tokens)
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens - kv.shift, -1)
 
     def reset(self) -> None:
         """Forget the conversation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _MAX_LAYERS = 512
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
@@ -123,6 +124,23 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_PTR, ctypes.c_uint32, _PTR, _PTR, ctypes.c_uint32, ctypes.c_uint32, _PTR, _ERR],
     ),
     "kvp_cache_remove": (ctypes.c_int32, [_PTR, _PTR, _PTR, ctypes.c_uint32, _PTR, _ERR]),
+    "kvp_choose_rows": (
+        ctypes.c_int32,
+        [_PTR, _PTR, _PTR, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _PTR, _ERR],
+    ),
+    "kvp_cache_check_packing": (ctypes.c_int32, [_PTR, _ERR]),
+    "kvp_cache_pack": (
+        ctypes.c_int32,
+        [_PTR, _PTR, ctypes.c_uint32, _PTR, _PTR, ctypes.c_uint32, _PTR, _ERR],
+    ),
+    "kvp_state_pack": (
+        ctypes.c_int32,
+        [
+            *(_PTR, ctypes.c_size_t, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint32),
+            *(_PTR, ctypes.c_uint32, _PTR, _PTR, ctypes.c_uint32),
+            *(_PTR, ctypes.c_uint32, _PTR, _ERR),
+        ],
+    ),
 }
 
 
@@ -262,8 +280,149 @@ def choose_tokens(
     return keep
 
 
+def choose_rows(scores: FloatArray, unit: IntArray, protected: BoolArray, n_keep: int) -> IntArray:
+    """Which rows each head keeps, the same number in all (see kvp_choose_rows).
+
+    Args:
+        scores: f32 [..., n], one leading index per head; larger = keep; what is not finite
+            is dropped first.
+        unit: int32 [..., n], ascending; rows with one number stay or go together. Only where
+            nothing but units too large for the last rows is left is one of them cut.
+        protected: bool [..., n]; a unit with a protected row stays.
+        n_keep: rows to keep.
+
+    Returns:
+        int32 [..., n_keep], ascending. Equal scores favour the newer row.
+
+    Raises:
+        ValueError: more rows are protected than ``n_keep``, or ``n_keep`` exceeds n.
+    """
+    *heads, n = scores.shape
+    scores = np.ascontiguousarray(scores, np.float32)
+    unit = np.ascontiguousarray(unit, np.int32)
+    flags = np.ascontiguousarray(protected, np.uint8)
+    if unit.shape != scores.shape or flags.shape != scores.shape:
+        raise ValueError(f"scores {scores.shape}, unit {unit.shape}, protected {flags.shape}")
+    keep = np.empty((*heads, n_keep), np.int32)
+    _call(
+        "kvp_choose_rows",
+        scores.ctypes.data,
+        unit.ctypes.data,
+        flags.ctypes.data,
+        int(np.prod(heads)),
+        n,
+        n_keep,
+        keep.ctypes.data,
+    )
+    return keep
+
+
+@dataclass(frozen=True)
+class KeyTurn:
+    """How kept keys are turned to new positions while they are packed (RoPE).
+
+    Attributes:
+        frequency: f64 [n_layer, n_pairs], radians per position.
+        turn: int32 [n_layer, n_head_kv, n_keep], new position minus old.
+        neox: pairs are (p, p + n_pairs) of a key; otherwise (2p, 2p + 1).
+    """
+
+    frequency: npt.NDArray[np.float64]
+    turn: IntArray
+    neox: bool
+
+    def as_struct(self) -> _KeyTurn:
+        """Borrows this object's arrays."""
+        return _KeyTurn(
+            self.frequency.ctypes.data,
+            self.turn.ctypes.data,
+            self.frequency.shape[1],
+            int(self.neox),
+        )
+
+
+class _KeyTurn(ctypes.Structure):
+    _fields_ = [
+        ("frequency", ctypes.c_void_p),
+        ("turn", ctypes.c_void_p),
+        ("n_pairs", ctypes.c_uint32),
+        ("neox", ctypes.c_uint32),
+    ]
+
+
+def _checked_turn(turn: KeyTurn | None, keep: IntArray) -> KeyTurn | None:
+    if turn is None:
+        return None
+    checked = KeyTurn(
+        np.ascontiguousarray(turn.frequency, np.float64),
+        np.ascontiguousarray(turn.turn, np.int32),
+        turn.neox,
+    )
+    if checked.turn.shape != keep.shape or checked.frequency.shape[:1] != keep.shape[:1]:
+        raise ValueError(
+            f"frequency {turn.frequency.shape} and turn {turn.turn.shape} do not fit rows "
+            f"{keep.shape}"
+        )
+    return checked
+
+
+def pack_state(
+    state: npt.NDArray[np.uint8],
+    seq_id: int,
+    present: IntArray,
+    keep: IntArray,
+    positions: IntArray,
+    *,
+    turn: KeyTurn | None = None,
+    rotation: int = 0,
+) -> npt.NDArray[np.uint8]:
+    """Pack a state blob of llama.cpp that lies in memory, without a context (see kvp_state_pack).
+
+    Args:
+        state: uint8 [size] from llama_state_seq_get_data; it is overwritten.
+        present: int32 [n], ascending: every position in it.
+        keep: int32 [n_layer, n_head_kv, n_keep]: rows, all different within a head.
+        positions: int32 [n_keep], ascending: positions of the new rows.
+        rotation: block of the Hadamard rotation of the keys, needed only with ``turn``.
+
+    Returns:
+        uint8 [new size], the beginning of ``state``.
+
+    Raises:
+        KVCacheError: the blob is laid out in an unknown way.
+        UnsupportedModelError: heads are not whole blocks of the cache's type.
+        ValueError: the plan does not fit the blob.
+    """
+    if state.dtype != np.uint8 or not state.flags.c_contiguous or not state.flags.writeable:
+        raise ValueError("a state must be a writeable, contiguous array of uint8")
+    present = np.ascontiguousarray(present, np.int32)
+    keep = np.ascontiguousarray(keep, np.int32)
+    positions = np.ascontiguousarray(positions, np.int32)
+    if keep.ndim != 3 or keep.shape[2] != len(positions):
+        raise ValueError(f"rows {keep.shape} and {len(positions)} positions do not fit together")
+    turn = _checked_turn(turn, keep)
+    size = ctypes.c_size_t()
+    _call(
+        "kvp_state_pack",
+        state.ctypes.data,
+        len(state),
+        seq_id,
+        keep.shape[0],
+        keep.shape[1],
+        present.ctypes.data,
+        len(present),
+        keep.ctypes.data,
+        positions.ctypes.data,
+        len(positions),
+        ctypes.byref(turn.as_struct()) if turn is not None else None,
+        rotation,
+        ctypes.byref(size),
+    )
+    return state[: size.value]
+
+
 class NativeCache:
-    """One llama.cpp context's KV cache: read, score and remove tokens of sequence 0.
+    """One llama.cpp context's KV cache: read, score, remove and pack tokens of sequence 0.
 
     Opening decodes three tokens to prove that the cache can be read back and thinned, then clears
     it (see kvp_cache_open). Not thread-safe; must be closed before the context is freed.
@@ -276,6 +435,7 @@ class NativeCache:
     """
 
     def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
         self._handle = ctypes.c_void_p()
         _call("kvp_cache_open", ctypes.cast(ctx, ctypes.c_void_p), ctypes.byref(self._handle))
         self.shape = CacheShape()
@@ -358,3 +518,80 @@ class NativeCache:
             ctypes.byref(ranges),
         )
         return ranges.value
+
+    def move(self, present: IntArray, positions: IntArray) -> None:
+        """Give the cells at ``present`` new, not larger, positions; both int32 [n], ascending.
+
+        llama.cpp turns the keys accordingly when it decodes the next batch (its "K-shift"); until
+        then the cache must not be read.
+        """
+        memory = llama_cpp.llama_get_memory(self._ctx)
+        delta = positions.astype(np.int64) - present
+        cut = np.flatnonzero(np.diff(delta) != 0) + 1
+        # Cells only move down, so none of a later run is caught by an earlier one's range.
+        for run in np.split(np.arange(len(present)), cut):
+            p0, p1 = int(present[run[0]]), int(present[run[-1]]) + 1
+            llama_cpp.llama_memory_seq_add(memory, 0, p0, p1, int(delta[run[0]]))
+
+    def check_packing(self) -> None:
+        """Test, on an empty context, that heads can keep different rows (kvp_cache_check_packing).
+
+        Raises:
+            UnsupportedModelError: they cannot; the message says why.
+        """
+        _call("kvp_cache_check_packing", self._handle)
+
+    def pack(
+        self,
+        present: IntArray,
+        keep: IntArray,
+        positions: IntArray,
+        turn: KeyTurn | None = None,
+    ) -> None:
+        """Let every head keep its own rows, in the same cells (see kvp_cache_pack).
+
+        Args:
+            present: int32 [n], ascending: every position that sequence 0 holds.
+            keep: int32 [n_layer, n_head_kv, n_keep]: rows, all different within a head; row r is
+                the cell at ``present[r]``.
+            positions: int32 [n_keep], ascending: positions of the new rows. The last one must be
+                ``present[-1]``, unless keys are turned.
+            turn: how keys are turned to new positions on the way.
+
+        Raises:
+            ValueError, UnsupportedModelError: the plan does not fit; the cache is what it was.
+            KVCacheError: llama.cpp's state is laid out in an unknown way (the cache is what it
+                was), or it did not take the packed state back (the cache is empty).
+        """
+        s = self.shape
+        present = np.ascontiguousarray(present, np.int32)
+        keep = np.ascontiguousarray(keep, np.int32)
+        positions = np.ascontiguousarray(positions, np.int32)
+        if keep.shape != (s.n_layer, s.n_head_kv, len(positions)):
+            raise ValueError(
+                f"rows {keep.shape} for {len(positions)} positions in {s.n_layer} layers of "
+                f"{s.n_head_kv} KV heads"
+            )
+        turn = _checked_turn(turn, keep)
+        _call(
+            "kvp_cache_pack",
+            self._handle,
+            present.ctypes.data,
+            len(present),
+            keep.ctypes.data,
+            positions.ctypes.data,
+            len(positions),
+            ctypes.byref(turn.as_struct()) if turn is not None else None,
+        )
+
+    def can_continue_at(self, position: int) -> bool:
+        """Whether the window cache still holds all that a token at ``position`` would see there.
+
+        Always true for models without sliding-window layers. llama.cpp reuses the cells of a window
+        as it moves on, so it can be moved back only as far as they last.
+        """
+        if not self.shape.has_window:
+            return True
+        window = int(llama_cpp.llama_model_n_swa(llama_cpp.llama_get_model(self._ctx)))
+        first = int(llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self._ctx), 0))
+        return 0 <= first <= max(0, position - window + 1)

@@ -15,14 +15,16 @@ class KVStats:
 
     Attributes:
         seen: tokens of the conversation read so far (the logical length).
-        kept: of these, still in the cache.
-        dropped: of these, evicted.
+        kept: of these, still in the cache. At head granularity: held by each head; heads hold
+            different tokens, but all the same number.
+        dropped: of these, evicted, from each head.
         evictions: evictions since the conversation was begun, or read again from its start.
         cells: cells of the cache; it never holds more tokens.
         kv_bytes: bytes of the K and V buffers, from llama.cpp's own report.
         eviction_ms: milliseconds spent reading keys, scoring and removing in these evictions.
         budget: tokens kept after an eviction; None when the cache is not bounded.
         policy: name of the policy; None when the cache is not bounded.
+        granularity: "token" or "head"; None when the cache is not bounded.
     """
 
     seen: int
@@ -34,6 +36,7 @@ class KVStats:
     eviction_ms: float
     budget: int | None
     policy: str | None
+    granularity: str | None
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)]
@@ -61,9 +64,11 @@ class Eviction:
     """One eviction, as handed to ``on_evict``.
 
     Attributes:
-        dropped: [start, end) spans of positions (token indices of the conversation) just dropped.
+        dropped: [start, end) spans of tokens, by index in the conversation, that were just dropped.
+            At head granularity: that no head holds any more. Each head drops its own tokens, so a
+            token may leave some heads in one eviction and the last of them in a later one.
         n_dropped: tokens in these spans.
-        kept: tokens held afterwards.
+        kept: tokens held afterwards (by each head).
         seen: tokens of the conversation read so far.
         policy: who chose.
         ms: milliseconds it took.

@@ -2,14 +2,16 @@
  *
  * This is the whole public surface. It works on a llama_context that somebody else owns, uses only
  * llama.h, ggml.h and gguf.h, and knows nothing of budgets or turns: it reads the keys and values of
- * a token range, scores them, and removes the tokens it is told to remove.
+ * a token range, scores and ranks them, and removes the tokens, or packs the rows, it is told to.
  *
  * Conventions
  *   - A function returns KVP_OK (0) or the code that it also stores in *err (err may be NULL).
  *     No exception crosses this header, and nothing aborts on bad arguments.
  *   - The conversation is sequence 0. Sequence 1 is ours: it tags cells while they are read and is
  *     empty between calls. So the context needs n_seq_max >= 2 and kv_unified = true.
- *   - "Position" is llama_pos. A token keeps its position for life; kvp_edge never shifts positions.
+ *   - "Position" is llama_pos, the number in llama.cpp's cell table. A removed token's neighbours keep
+ *     theirs; a packed cache has new ones, and what they stand for is the caller's to remember.
+ *   - A "row" is what one cell holds; row r has the r-th smallest position of the sequence.
  *   - Arrays are dense, row-major, little-endian; [n_layer, n_head_kv, n, head_size] counts only the
  *     layers of the base cache (models with sliding-window layers keep those in a second cache).
  *   - A kvp_cache must not be used by two threads at once, nor outlive its llama_context.
@@ -33,7 +35,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 1
+#define KVP_ABI_VERSION 2
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -142,6 +144,50 @@ KVP_API int32_t kvp_choose_tokens(const float * scores, uint32_t n_head, const i
  * On KVP_ERR_RUNTIME some ranges may be gone: the caller must re-read the conversation.           */
 KVP_API int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8_t * keep, uint32_t n,
                                  uint32_t * n_ranges, kvp_error * err);
+
+/* Chooses the rows that each head keeps, on its own, the same number in all heads.
+ *   scores        f32 [n_head, n]; larger = keep, not finite = drop
+ *   unit          int32 [n_head, n], ascending; rows with one number stay or go together
+ *   is_protected  uint8 [n_head, n]; a unit with a protected row stays
+ *   keep          int32 [n_head, n_keep], ascending rows
+ * Protected units come first, then whole units by mean score while they fit; equal scores favour the
+ * newer row. Only where nothing but units too large for the last rows is left is one of them cut. */
+KVP_API int32_t kvp_choose_rows(const float * scores, const int32_t * unit, const uint8_t * is_protected, uint32_t n_head,
+                                uint32_t n, uint32_t n_keep, int32_t * keep, kvp_error * err);
+
+/* Tests on an EMPTY context whether heads can keep different rows, and clears it again: heads must be
+ * whole blocks of the cache's types, and next-token logits must not change when the rows of every head
+ * are put into another order (they do with ALiBi). KVP_ERR_UNSUPPORTED says why not. */
+KVP_API int32_t kvp_cache_check_packing(kvp_cache * cache, kvp_error * err);
+
+/* How kept keys are turned to new positions (RoPE): pair p of a key by turn * frequency[p] radians. */
+typedef struct kvp_key_turn {
+    const double *  frequency; /* [n_layer, n_pairs], radians per position                        */
+    const int32_t * turn;      /* [n_layer, n_head_kv, n_keep], new position minus old            */
+    uint32_t        n_pairs;
+    uint32_t        neox;      /* 1: pairs (p, p + n_pairs) of a key; 0: pairs (2p, 2p + 1)       */
+} kvp_key_turn;
+
+/* Packs sequence 0 into n_keep cells: row i of layer l and KV head h becomes row keep[l, h, i] of now.
+ *   present    int32 [n], ascending: every position the sequence holds now
+ *   keep       int32 [n_layer, n_head_kv, n_keep]: rows, all different within a head
+ *   positions  int32 [n_keep], ascending: the new cells' positions; the last must be present[n - 1],
+ *              from which llama.cpp continues, unless keys are turned
+ *   turn       NULL, or how keys are turned on the way
+ * The window cache of a model with sliding-window layers stays as it is; keys cannot be turned then.
+ * On KVP_ERR_ARGUMENT, _UNSUPPORTED, _LAYOUT and _MEMORY the cache is what it was. On KVP_ERR_RUNTIME
+ * llama.cpp did not take the packed state and the cache is EMPTY: the conversation must be read again. */
+KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep,
+                               const int32_t * positions, uint32_t n_keep, const kvp_key_turn * turn, kvp_error * err);
+
+/* The same on a state blob of sequence seq_id in memory (llama_state_seq_get_data), without any context:
+ * the blob is rewritten in place and its new size stored in *packed_size. rotation: block of the Hadamard
+ * rotation that its keys are stored under (kvp_cache_shape.k_rotation), used only to turn keys.
+ * On any error the blob may be spoilt; it is never read or written outside [blob, blob + size). */
+KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
+                               const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions,
+                               uint32_t n_keep, const kvp_key_turn * turn, uint32_t rotation, size_t * packed_size,
+                               kvp_error * err);
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
 
 namespace kvp {
 
@@ -89,6 +91,89 @@ void choose_tokens(const double * scores, const int32_t * unit, const uint8_t * 
     }
 }
 
+namespace {
+
+// Unsigned integers that sort like floats: flip the sign bit of positive ones, all bits of negative ones.
+uint32_t sortable(float x) {
+    if (!std::isfinite(x)) {
+        return 0;
+    }
+    x += 0.0f; // -0 is 0
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+} // namespace
+
+void choose_rows(const float * scores, const int32_t * unit, const uint8_t * is_protected, size_t n, size_t n_keep, int32_t * keep) {
+    struct span {
+        uint32_t start, size;
+    };
+    std::vector<span>     units;
+    std::vector<uint64_t> order; // score of a unit, then its index: larger = first to stay
+    std::vector<uint8_t>  stays(n, 0);
+    size_t                room = n_keep;
+
+    for (size_t start = 0; start < n;) {
+        size_t end = start, n_protected = 0;
+        double sum = 0.0;
+        for (; end < n && unit[end] == unit[start]; ++end) {
+            sum += scores[end];
+            n_protected += is_protected[end] != 0;
+        }
+        if (end < n && unit[end] < unit[start]) {
+            fail(KVP_ERR_ARGUMENT, "units must ascend, but %d follows %d", unit[end], unit[start]);
+        }
+        if (n_protected > 0) {
+            if (end - start > room) {
+                fail(KVP_ERR_ARGUMENT, "more rows are protected than the %zu that stay", n_keep);
+            }
+            room -= end - start;
+            std::fill(stays.begin() + start, stays.begin() + end, uint8_t(1));
+        } else {
+            order.push_back(uint64_t(sortable(float(sum / double(end - start)))) << 32 | units.size());
+        }
+        units.push_back({ uint32_t(start), uint32_t(end - start) });
+        start = end;
+    }
+
+    // A unit has one row or more, so the best `room` of them are enough unless some do not fit.
+    const auto  best_first = std::greater<uint64_t>();
+    const auto  first_rest = order.begin() + std::min(room, order.size());
+    const auto  take       = [&](uint64_t entry) {
+        const span & u = units[uint32_t(entry)];
+        if (u.size <= room) {
+            std::fill_n(stays.begin() + u.start, u.size, uint8_t(1));
+            room -= u.size;
+        }
+    };
+    if (first_rest != order.end()) {
+        std::nth_element(order.begin(), first_rest, order.end(), best_first);
+    }
+    std::sort(order.begin(), first_rest, best_first);
+    std::for_each(order.begin(), first_rest, take);
+    if (room > 0) {
+        std::sort(first_rest, order.end(), best_first);
+        std::for_each(first_rest, order.end(), take);
+    }
+    for (auto entry = order.begin(); room > 0 && entry != order.end(); ++entry) {
+        const span & u = units[uint32_t(*entry)];
+        for (uint32_t i = u.start + u.size; room > 0 && i-- > u.start;) {
+            room -= stays[i] == 0;
+            stays[i] = 1;
+        }
+    }
+    if (room > 0) {
+        fail(KVP_ERR_ARGUMENT, "%zu rows cannot be kept of %zu", n_keep, n);
+    }
+    for (size_t i = 0, k = 0; i < n; ++i) {
+        if (stays[i]) {
+            keep[k++] = int32_t(i);
+        }
+    }
+}
+
 } // namespace kvp
 
 extern "C" int32_t kvp_choose_tokens(const float * scores, uint32_t n_head, const int32_t * unit, const uint8_t * is_protected,
@@ -101,5 +186,17 @@ extern "C" int32_t kvp_choose_tokens(const float * scores, uint32_t n_head, cons
         std::transform(is_protected, is_protected + n, competes.begin(), [](uint8_t p) { return uint8_t(p == 0); });
         const std::vector<double> mean = kvp::token_scores(scores, n_head, n, competes.data());
         kvp::choose_tokens(mean.data(), unit, is_protected, n, budget, keep);
+    });
+}
+
+extern "C" int32_t kvp_choose_rows(const float * scores, const int32_t * unit, const uint8_t * is_protected, uint32_t n_head, uint32_t n,
+                 uint32_t n_keep, int32_t * keep, kvp_error * err) {
+    return kvp::guard(err, [&] {
+        if (!scores || !unit || !is_protected || !keep) {
+            kvp::fail(KVP_ERR_ARGUMENT, "kvp_choose_rows: scores, unit, is_protected and keep must not be NULL");
+        }
+        for (size_t h = 0; h < n_head; ++h) {
+            kvp::choose_rows(scores + h * n, unit + h * n, is_protected + h * n, n, n_keep, keep + h * n_keep);
+        }
     });
 }

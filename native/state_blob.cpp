@@ -155,8 +155,10 @@ state_blob parse_state_blob(const uint8_t * data, size_t size, int32_t seq_id) {
     state_blob blob;
     blob.base = parse_cache(in, seq_id);
     if (in.left() > 0) {
-        blob.has_window = true;
-        blob.window     = parse_cache(in, seq_id);
+        blob.has_window   = true;
+        blob.window_size  = in.left();
+        blob.window_bytes = data + (size - in.left());
+        blob.window       = parse_cache(in, seq_id);
     }
     if (in.left() > 0) {
         fail(KVP_ERR_LAYOUT,

@@ -38,9 +38,11 @@ struct blob_cache {
 };
 
 struct state_blob {
-    blob_cache base;
-    bool       has_window = false;
-    blob_cache window;
+    blob_cache      base;
+    bool            has_window = false;
+    blob_cache      window;
+    const uint8_t * window_bytes = nullptr; // the window cache as it lies in the blob, up to its end
+    size_t          window_size  = 0;
 };
 
 // Throws kvp::error (KVP_ERR_LAYOUT) when anything does not add up. The result borrows from `data`.

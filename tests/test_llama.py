@@ -285,6 +285,7 @@ def test_any_reading_rewinding_and_clearing_keeps_table_and_cells_equal(
         recent=data.draw(st.integers(1, 30)),
         sinks=data.draw(st.integers(0, 8)),
         policy=data.draw(st.sampled_from(sorted(POLICIES))),
+        granularity=data.draw(st.sampled_from(["token", "head"])),
         verbose=False,
         n_threads=1,
         n_threads_batch=1,
@@ -302,7 +303,8 @@ def test_any_reading_rewinding_and_clearing_keeps_table_and_cells_equal(
                     llm.n_tokens = length
                     llm.eval([9])
             check_stats(llm)
-            held = llm.kv_positions
+            held = llm._kv.snapshot().present()
+            assert llm.kv_positions.shape[-1] == len(held)
             positions, _, _ = llm._kv._cache.read(0, 10**6, len(held), values=False)
             np.testing.assert_array_equal(positions, held)
     finally:

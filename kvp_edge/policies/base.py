@@ -41,7 +41,9 @@ class Policy(ABC):
         Args:
             keys: f32 [n_layer, n_head_kv, n_tokens, head_size_k], as cached (RoPE included).
             values: f32 [n_layer, n_head_kv, n_tokens, head_size_v].
-            positions: int32 [n_tokens], ascending.
+            positions: int32 [n_tokens], the tokens' indices in the conversation, ascending. With
+                scope "cache" at head granularity, where every head holds its own tokens,
+                [n_layer, n_head_kv, n_tokens].
 
         Returns:
             f32 [n_layer, n_head_kv, n_tokens]; larger = keep.

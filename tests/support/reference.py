@@ -6,7 +6,7 @@ llama.cpp is llama.cpp's own rounding. Every formula names the file it follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,8 +72,13 @@ class Reference:
         tokens: Tokens,
         visible: Visible | None = None,
         positions: NDArray[np.integer] | None = None,
+        key_positions: NDArray[np.integer] | None = None,
     ) -> Forward:
         """Run all layers; positions default to 0, 1, 2, ...
+
+        key_positions [n_layer, n_head_kv, n_tokens, n_tokens]: the RoPE position that each key
+        (column) has when a query (row) looks at it, for caches whose keys were turned meanwhile;
+        then causality is left to `visible`, which must not show a query its future.
 
         Pre-norm residual blocks; gemma3 also norms what each block adds and scales the embeddings
         (src/models/{llama,qwen2,qwen3,gemma3,phi3}.cpp).
@@ -90,8 +95,13 @@ class Reference:
         keys, values = [], []
         for il in range(shape.n_layer):
             q, k, v = self._qkv(il, self._norm(x, f"blk.{il}.attn_norm"), pos)
-            mask = seen[il] & self._mask(il, pos)
-            out = _attention(q, k, v, mask) @ w[f"blk.{il}.attn_output.weight"].T
+            if key_positions is None:
+                mask = seen[il] & self._mask(il, pos)
+                out = _attention(q, k, v, mask)
+            else:
+                by = key_positions[il] - pos  # [n_head_kv, query, key]: how far a key was turned
+                out = _attention(q, k, v, seen[il], lambda h, k, by=by: self._turn(k, by[h]))
+            out = out @ w[f"blk.{il}.attn_output.weight"].T
             if shape.arch == "gemma3":
                 out = self._norm(out, f"blk.{il}.post_attention_norm")
             x = x + out
@@ -128,6 +138,10 @@ class Reference:
         base = shape.rope_base_swa if shape.is_local(il) else shape.rope_base
         return _rope(q, pos, base, shape.arch), _rope(k, pos, base, shape.arch), v
 
+    def _turn(self, k: Array, by: NDArray[np.integer]) -> Array:
+        """Keys of one head, [n_tokens, dim], turned anew for every query: [query, key, dim]."""
+        return _rope(k, by, self.shape.rope_base, self.shape.arch)
+
     def _mask(self, il: int, pos: NDArray[np.integer]) -> Visible:
         """Causal mask by position, and the window on local layers, [n_tokens, n_tokens].
 
@@ -158,7 +172,13 @@ class Reference:
         return x / rms * self._w[name + ".weight"]
 
 
-def _attention(q: Array, k: Array, v: Array, mask: Visible) -> Array:
+def _attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Visible,
+    turn: Callable[[int, Array], Array] | None = None,
+) -> Array:
     """softmax(q.k / sqrt(head_dim)) v over the visible tokens, [n_tokens, n_head * head_dim].
 
     q [n_head, n_tokens, head_dim], k and v [n_head_kv, ...], mask [n_head_kv, n_tokens, n_tokens].
@@ -169,7 +189,11 @@ def _attention(q: Array, k: Array, v: Array, mask: Visible) -> Array:
     group = len(q) // len(k)
     out = np.empty_like(q)
     for h in range(len(q)):
-        scores = q[h] @ k[h // group].T / np.sqrt(q.shape[-1])
+        if turn is None:
+            scores = q[h] @ k[h // group].T
+        else:
+            scores = np.einsum("qd,qkd->qk", q[h], turn(h // group, k[h // group]))
+        scores /= np.sqrt(q.shape[-1])
         scores[~mask[h // group]] = -np.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         out[h] = p / p.sum(axis=-1, keepdims=True) @ v[h // group]
@@ -183,14 +207,14 @@ def _rope(x: Array, pos: NDArray[np.integer], base: float, arch: str) -> Array:
     `llama_model_rope_type`, llama-model.cpp, and `ggml_compute_forward_rope`, ggml-cpu/ops.cpp.
     """
     dim = x.shape[-1]
-    angle = pos[:, None] * base ** (-2.0 * np.arange(dim // 2) / dim)
+    angle = pos[..., None] * base ** (-2.0 * np.arange(dim // 2) / dim)
     cos, sin = np.cos(angle), np.sin(angle)
     if arch == "llama":
         first, second = slice(0, dim, 2), slice(1, dim, 2)
     else:
         first, second = slice(0, dim // 2), slice(dim // 2, dim)
     a, b = x[..., first], x[..., second]
-    out = np.empty_like(x)
+    out = np.empty((*np.broadcast_shapes(x.shape[:-1], pos.shape), dim))
     out[..., first], out[..., second] = a * cos - b * sin, a * sin + b * cos
     return out
 

@@ -1,0 +1,271 @@
+#include "pack.h"
+
+#include "error.h"
+#include "rows.h"
+#include "state_blob.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+namespace kvp {
+
+namespace {
+
+// Writes forward through the blob it was read from. Invariant: what is still to be read lies at or
+// behind the cursor, because packing only ever shrinks what came before.
+class writer {
+public:
+    explicit writer(uint8_t * at) : cur(at) {}
+
+    template <typename T> void put(T value) {
+        std::memcpy(cur, &value, sizeof(T));
+        cur += sizeof(T);
+    }
+
+    uint8_t * cur;
+};
+
+// [n_head_kv, n_keep] cells of one layer -> n_keep rows in which every head has its own slice.
+template <size_t S> void gather_rows_of(const uint8_t * src, size_t row, const uint32_t * cells, size_t n_head, size_t n_keep, uint8_t * dst) {
+    for (size_t i = 0; i < n_keep; ++i) {
+        for (size_t h = 0; h < n_head; ++h) {
+            std::memcpy(dst + i * row + h * S, src + cells[h * n_keep + i] * row + h * S, S);
+        }
+    }
+}
+
+void gather_rows(const uint8_t * src, size_t row, const uint32_t * cells, size_t n_head, size_t n_keep, uint8_t * dst) {
+    const size_t slice = row / n_head;
+    switch (slice) { // the usual head sizes in f16 and f32, where a copy of known length is a few moves
+        case 64:  return gather_rows_of<64>(src, row, cells, n_head, n_keep, dst);
+        case 128: return gather_rows_of<128>(src, row, cells, n_head, n_keep, dst);
+        case 192: return gather_rows_of<192>(src, row, cells, n_head, n_keep, dst);
+        case 256: return gather_rows_of<256>(src, row, cells, n_head, n_keep, dst);
+        default: break;
+    }
+    for (size_t i = 0; i < n_keep; ++i) {
+        for (size_t h = 0; h < n_head; ++h) {
+            std::memcpy(dst + i * row + h * slice, src + cells[h * n_keep + i] * row + h * slice, slice);
+        }
+    }
+}
+
+// The same for transposed V: n_column columns of n cells, plain values of `T`'s size.
+template <typename T>
+void gather_columns(const uint8_t * src, size_t n, const uint32_t * cells, size_t n_column, size_t n_head, size_t n_keep, uint8_t * dst) {
+    for (size_t j = 0; j < n_column; ++j) {
+        const uint8_t *  from = src + j * n * sizeof(T);
+        uint8_t *        to   = dst + j * n_keep * sizeof(T);
+        const uint32_t * cell = cells + j / (n_column / n_head) * n_keep;
+        for (size_t i = 0; i < n_keep; ++i) {
+            T value;
+            std::memcpy(&value, from + cell[i] * sizeof(T), sizeof(T));
+            std::memcpy(to + i * sizeof(T), &value, sizeof(T));
+        }
+    }
+}
+
+void check_plan(const state_blob & state, const pack_plan & plan, std::vector<uint32_t> & order) {
+    const blob_cache & base = state.base;
+    if (plan.n == 0 || plan.n_keep == 0 || plan.n_keep > plan.n || plan.n_head_kv == 0 || plan.n_layer == 0) {
+        fail(KVP_ERR_ARGUMENT, "%u of %u rows in %u layers of %u KV heads cannot be packed", plan.n_keep, plan.n, plan.n_layer,
+             plan.n_head_kv);
+    }
+    if (base.pos.size() != plan.n || base.layers.size() != plan.n_layer) {
+        fail(KVP_ERR_ARGUMENT, "the cache holds %zu tokens in %zu layers, not %u in %u: the table of kept tokens is out of date",
+             base.pos.size(), base.layers.size(), plan.n, plan.n_layer);
+    }
+    order.resize(plan.n);
+    std::iota(order.begin(), order.end(), 0u);
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return base.pos[a] < base.pos[b]; });
+    for (uint32_t i = 0; i < plan.n; ++i) {
+        if (base.pos[order[i]] != plan.present[i]) {
+            fail(KVP_ERR_ARGUMENT, "row %u of the cache is at position %d, not %d: the table of kept tokens is out of date", i,
+                 base.pos[order[i]], plan.present[i]);
+        }
+    }
+    for (uint32_t i = 0; i < plan.n_keep; ++i) {
+        if (plan.positions[i] < 0 || (i > 0 && plan.positions[i] <= plan.positions[i - 1])) {
+            fail(KVP_ERR_ARGUMENT, "new positions must ascend from 0, but entry %u is %d", i, plan.positions[i]);
+        }
+    }
+
+    std::vector<uint32_t> last_use(plan.n, 0);
+    for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
+        for (uint32_t i = 0; i < plan.n_keep; ++i) {
+            const int32_t row = plan.keep[size_t(g) * plan.n_keep + i];
+            if (row < 0 || uint32_t(row) >= plan.n || last_use[row] == g + 1) {
+                fail(KVP_ERR_ARGUMENT, "layer %u, KV head %u keeps row %d, which is %s", g / plan.n_head_kv, g % plan.n_head_kv,
+                     row, row < 0 || uint32_t(row) >= plan.n ? "none of the cache's" : "named twice");
+            }
+            last_use[row] = g + 1;
+        }
+    }
+
+    for (const blob_layer & layer : base.layers) {
+        for (const auto & [side, type, row] : { std::tuple{ "K", layer.type_k, layer.k_row }, { "V", layer.type_v, layer.v_row } }) {
+            if (row % plan.n_head_kv != 0 || row / plan.n_head_kv % ggml_type_size(type) != 0) {
+                fail(KVP_ERR_UNSUPPORTED,
+                     "per-head eviction needs KV heads that are whole blocks of the cache's type: %zu bytes of %s in %u heads of "
+                     "type %s are not. Use an f16 cache, or granularity='token'.",
+                     row, side, plan.n_head_kv, ggml_type_name(type));
+            }
+        }
+    }
+    if (plan.turning.frequency) {
+        for (const blob_layer & layer : base.layers) {
+            const int64_t head_size = int64_t(layer.k_row / plan.n_head_kv / ggml_type_size(layer.type_k)) * ggml_blck_size(layer.type_k);
+            if (!plan.turning.turn || plan.turning.n_pairs == 0 || 2 * int64_t(plan.turning.n_pairs) > head_size ||
+                (plan.turning.rotation && head_size % plan.turning.rotation != 0)) {
+                fail(KVP_ERR_ARGUMENT, "%u pairs cannot be turned in keys of %lld values", plan.turning.n_pairs, (long long) head_size);
+            }
+        }
+    }
+}
+
+// n values (whole blocks) of any ggml type to f32 and back. The typed side may be unaligned, as blobs are.
+void to_float(ggml_type type, const uint8_t * src, size_t n, float * out, std::vector<uint8_t> & aligned) {
+    aligned.assign(src, src + ggml_row_size(type, (int64_t) n));
+    if (type == GGML_TYPE_F32) {
+        std::memcpy(out, aligned.data(), aligned.size());
+        return;
+    }
+    const ggml_to_float_t convert = ggml_get_type_traits(type)->to_float;
+    if (!convert) {
+        fail(KVP_ERR_UNSUPPORTED, "a cache of type %s cannot be read back", ggml_type_name(type));
+    }
+    convert(aligned.data(), out, (int64_t) n);
+}
+
+void from_float(ggml_type type, const float * src, size_t n, uint8_t * out, std::vector<uint8_t> & aligned) {
+    aligned.resize(ggml_row_size(type, (int64_t) n));
+    if (ggml_quantize_chunk(type, src, aligned.data(), 0, 1, (int64_t) n, nullptr) != aligned.size()) {
+        fail(KVP_ERR_UNSUPPORTED, "a cache of type %s cannot be written", ggml_type_name(type));
+    }
+    std::memcpy(out, aligned.data(), aligned.size());
+}
+
+// Turns keys of one layer, n_keep rows of n_head heads. Those that stay where they are keep their bits.
+void turn_keys(const key_turn & how, const double * frequency, const int32_t * turn, ggml_type type, size_t row, size_t n_head,
+               size_t n_keep, uint8_t * keys) {
+    const size_t         slice     = row / n_head;
+    const size_t         head_size = slice / ggml_type_size(type) * size_t(ggml_blck_size(type));
+    std::vector<float>   k(head_size);
+    std::vector<uint8_t> aligned;
+    for (size_t h = 0; h < n_head; ++h) {
+        for (size_t i = 0; i < n_keep; ++i) {
+            const int32_t by = turn[h * n_keep + i];
+            if (by == 0) {
+                continue;
+            }
+            uint8_t * at = keys + i * row + h * slice;
+            to_float(type, at, head_size, k.data(), aligned);
+            if (how.rotation) {
+                hadamard(k.data(), head_size, how.rotation);
+            }
+            for (uint32_t p = 0; p < how.n_pairs; ++p) {
+                float &      a     = k[how.neox ? p : 2 * p];
+                float &      b     = k[how.neox ? p + how.n_pairs : 2 * p + 1];
+                const double angle = by * frequency[p], cos = std::cos(angle), sin = std::sin(angle);
+                const double a1 = a * cos - b * sin, b1 = a * sin + b * cos;
+                a = float(a1);
+                b = float(b1);
+            }
+            if (how.rotation) {
+                hadamard(k.data(), head_size, how.rotation);
+            }
+            from_float(type, k.data(), head_size, at, aligned);
+        }
+    }
+}
+
+} // namespace
+
+size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan & plan) {
+    const state_blob      state = parse_state_blob(blob, size, seq_id);
+    std::vector<uint32_t> order;
+    check_plan(state, plan, order);
+
+    const size_t          n_head = plan.n_head_kv, n_keep = plan.n_keep, per_layer = n_head * n_keep;
+    size_t                largest = 0;
+    std::vector<uint32_t> cells(per_layer);
+    for (const blob_layer & layer : state.base.layers) {
+        largest = std::max({ largest, layer.k_row * n_keep, layer.v_row * n_keep });
+    }
+    std::vector<uint8_t> scratch(largest);
+
+    writer out(blob + 2 * sizeof(uint32_t)); // behind magic and sequence
+    out.put<uint32_t>(1);                    // n_stream
+    out.put<uint32_t>(plan.n_keep);
+    for (uint32_t i = 0; i < plan.n_keep; ++i) {
+        out.put<int32_t>(plan.positions[i]);
+        out.put<uint32_t>(1);
+        out.put<int32_t>(seq_id);
+    }
+    out.put<uint32_t>(state.base.v_trans);
+    out.put<uint32_t>(plan.n_layer);
+
+    const auto cells_of = [&](uint32_t il) {
+        const int32_t * keep = plan.keep + il * per_layer;
+        for (size_t i = 0; i < per_layer; ++i) {
+            cells[i] = order[keep[i]];
+        }
+    };
+    // Early layers may overlap their own source; then the way leads through the scratch memory.
+    const auto through = [&](const uint8_t * src, size_t bytes, auto gather) {
+        if (out.cur + bytes <= src) {
+            gather(out.cur);
+        } else {
+            gather(scratch.data());
+            std::memcpy(out.cur, scratch.data(), bytes);
+        }
+        out.cur += bytes;
+    };
+
+    for (uint32_t il = 0; il < plan.n_layer; ++il) {
+        const blob_layer & layer = state.base.layers[il];
+        cells_of(il);
+        out.put<int32_t>(layer.type_k);
+        out.put<uint64_t>(layer.k_row);
+        through(layer.k, layer.k_row * n_keep, [&](uint8_t * dst) {
+            gather_rows(layer.k, layer.k_row, cells.data(), n_head, n_keep, dst);
+            if (plan.turning.frequency) {
+                turn_keys(plan.turning, plan.turning.frequency + size_t(il) * plan.turning.n_pairs,
+                          plan.turning.turn + il * per_layer, layer.type_k, layer.k_row, n_head, n_keep, dst);
+            }
+        });
+    }
+    for (uint32_t il = 0; il < plan.n_layer; ++il) {
+        const blob_layer & layer = state.base.layers[il];
+        cells_of(il);
+        out.put<int32_t>(layer.type_v);
+        if (!state.base.v_trans) {
+            out.put<uint64_t>(layer.v_row);
+            through(layer.v, layer.v_row * n_keep,
+                    [&](uint8_t * dst) { gather_rows(layer.v, layer.v_row, cells.data(), n_head, n_keep, dst); });
+            continue;
+        }
+        const size_t value = ggml_type_size(layer.type_v), n_column = layer.v_row / value;
+        out.put<uint32_t>(uint32_t(value));
+        out.put<uint32_t>(uint32_t(n_column));
+        through(layer.v, layer.v_row * n_keep, [&](uint8_t * dst) {
+            switch (value) {
+                case 1: return gather_columns<uint8_t>(layer.v, plan.n, cells.data(), n_column, n_head, n_keep, dst);
+                case 2: return gather_columns<uint16_t>(layer.v, plan.n, cells.data(), n_column, n_head, n_keep, dst);
+                case 4: return gather_columns<uint32_t>(layer.v, plan.n, cells.data(), n_column, n_head, n_keep, dst);
+                default: return gather_columns<uint64_t>(layer.v, plan.n, cells.data(), n_column, n_head, n_keep, dst);
+            }
+        });
+    }
+    if (state.has_window) {
+        std::memmove(out.cur, state.window_bytes, state.window_size);
+        out.cur += state.window_size;
+    }
+    return size_t(out.cur - blob);
+}
+
+} // namespace kvp

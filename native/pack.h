@@ -1,0 +1,39 @@
+// Packing: every (layer, KV head) keeps its own rows of a state blob, in the same few cells.
+//
+// Why this is sound: a cached key carries its RoPE rotation already and the attention mask asks only
+// whether a cell's position is older than the query, so it does not matter which token's key and value
+// lie in which cell, head by head. Not so for ALiBi, whose bias is made from cell positions; opening a
+// cache for packing tests it on the model at hand (kvp_cache_check_packing).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvp {
+
+// How keys are turned to new positions while they are packed: pair i of a head by turn * frequency[i].
+struct key_turn {
+    const double *  frequency = nullptr; // [n_layer, n_pairs], radians per position; nullptr: no turning
+    const int32_t * turn      = nullptr; // [n_layer, n_head_kv, n_keep], new position - old one
+    uint32_t        n_pairs   = 0;
+    bool            neox      = false; // pairs (i, i + n_pairs); else (2i, 2i + 1)
+    uint32_t        rotation  = 0;     // block of the Hadamard rotation that keys are stored under, 0 = none
+};
+
+struct pack_plan {
+    uint32_t        n_layer   = 0;
+    uint32_t        n_head_kv = 0;
+    uint32_t        n         = 0; // rows now; row r is the cell with the r-th smallest position
+    uint32_t        n_keep    = 0;
+    const int32_t * present   = nullptr; // [n], ascending: the positions that the blob must hold
+    const int32_t * keep      = nullptr; // [n_layer, n_head_kv, n_keep]: rows, all different in each head
+    const int32_t * positions = nullptr; // [n_keep], ascending: the new cells' positions; the newest stays
+    key_turn        turning;
+};
+
+// Rewrites the blob in place and returns its new size. Nothing is written before the whole blob and the
+// whole plan have been checked; throws kvp::error otherwise. A window cache behind the base cache is
+// moved up as it is.
+size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan & plan);
+
+} // namespace kvp
