@@ -4,7 +4,13 @@ from kvp_edge import Llama
 llm = Llama("model.gguf", n_ctx=32768, kv_budget=2048)
 """
 
-from kvp_edge.errors import BudgetError, ContextLengthError, KVCacheError, UnsupportedModelError
+from kvp_edge.errors import (
+    BudgetError,
+    ContextLengthError,
+    KVCacheError,
+    SessionError,
+    UnsupportedModelError,
+)
 from kvp_edge.llama import Llama
 from kvp_edge.policies import POLICIES, Policy
 from kvp_edge.stats import Eviction, KVStats
@@ -20,6 +26,7 @@ __all__ = [
     "KVStats",
     "Llama",
     "Policy",
+    "SessionError",
     "UnsupportedModelError",
     "__version__",
 ]

@@ -15,3 +15,7 @@ class BudgetError(ValueError):
 
 class ContextLengthError(ValueError):
     """The text is longer than the logical context ``n_ctx``."""
+
+
+class SessionError(ValueError):
+    """A session file cannot be written or read, or does not belong to this model and settings."""

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from kvp_edge.errors import BudgetError, KVCacheError
 from kvp_edge.limits import CacheLimits
@@ -77,6 +78,42 @@ class Table:
         scores = np.empty((n_layer, n_head_kv, 0), np.float32)
         no_markers = np.empty((0, 2), np.int32)
         return cls(0, 0, 0, none, none, np.empty(0, np.int32), scores, no_markers, 0)
+
+    @classmethod
+    def of(cls, numbers: dict[str, int], arrays: dict[str, npt.NDArray[Any]]) -> Table:
+        """What ``numbers`` and ``arrays`` gave; the arrays are copied."""
+        fields: dict[str, Any] = {**numbers}
+        fields |= {name: array.copy() for name, array in arrays.items()}
+        return cls(**fields)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """For a session file; with ``numbers`` all there is."""
+        names = ("packed", "rotated", "cells", "scores", "markers")
+        return {name: getattr(self, name) for name in names}
+
+    def numbers(self) -> dict[str, int]:
+        names = ("seen", "tail", "shift", "marked")
+        return {name: getattr(self, name) for name in names}
+
+    def adds_up(self, empty: Table) -> bool:
+        """Whether sizes and orders are those of a table of the same cache as ``empty``."""
+        n_packed = self.packed.shape[-1]
+        return (
+            0 <= self.tail < self.seen
+            and 0 <= self.shift <= self.tail
+            and 0 <= self.marked <= self.seen
+            and self.packed.shape == self.rotated.shape == (*empty.packed.shape[:2], n_packed)
+            and self.cells.shape == (n_packed,)
+            and self.scores.shape[:2] == empty.scores.shape[:2]
+            and self.scores.ndim == 3
+            and self.scores.shape[2] <= n_packed + self.seen - self.tail
+            and self.markers.ndim == 2
+            and self.markers.shape[1] == 2
+            and all(a.dtype == np.int32 for a in (self.packed, self.rotated, self.cells))
+            and bool((np.diff(self.tokens(), axis=-1) > 0).all())
+            and bool((np.diff(self.present()) > 0).all())
+            and (n_packed == 0 or (int(self.packed.min()) >= 0 and int(self.cells[0]) >= 0))
+        )
 
     @property
     def n_packed(self) -> int:
@@ -187,7 +224,7 @@ class EvictionManager:
         self.granularity = granularity
         self.on_evict = on_evict
         self.trusted = True
-        self._cache = cache
+        self.cache = cache
         self._find_markers = find_markers
         self._compact_at = compact_at
         self._frequencies = frequencies
@@ -195,8 +232,8 @@ class EvictionManager:
         self._protected_prefix = limits.sinks
         self.clear()
 
-    def _empty_table(self) -> Table:
-        shape = self._cache.shape
+    def empty_table(self) -> Table:
+        shape = self.cache.shape
         return Table.empty(shape.n_layer, shape.n_head_kv, self.granularity)
 
     # -- what is held ------------------------------------------------------------------------
@@ -229,17 +266,38 @@ class EvictionManager:
         t = self._table
         if not (self.trusted and t.rewind_from <= length <= t.seen):
             return False
-        return length == t.seen or self._cache.can_continue_at(length - t.shift)
+        return length == t.seen or self.cache.can_continue_at(length - t.shift)
 
     def snapshot(self) -> Table:
         """The table, to be stored beside a copy of llama.cpp's state."""
         return self._table
+
+    @property
+    def protected_prefix(self) -> int:
+        """The first so many tokens are never evicted."""
+        return self._protected_prefix
 
     def restore(self, table: Table) -> None:
         """Take over a table stored by ``snapshot``; llama.cpp's state must be that of its time."""
         self._table = table
         self._shift_pending = False
         self.trusted = True
+
+    def restore_with(self, table: Table, state: npt.NDArray[np.uint8]) -> None:
+        """Take over a table and the state of llama.cpp that belongs to it.
+
+        Raises:
+            ValueError, KVCacheError: see NativeCache.restore. If ``trusted`` is still True nothing
+                has changed, else the cache is empty.
+        """
+        try:
+            with self._changing():
+                self.cache.restore(state, table.present())
+        except (ValueError, KVCacheError):
+            newest = int(self._table.present()[-1]) if self.seen else -1
+            self.trusted = self.cache.newest_position() == newest
+            raise
+        self.restore(table)
 
     # -- changes -----------------------------------------------------------------------------
 
@@ -255,7 +313,7 @@ class EvictionManager:
         (llama_memory_seq_rm from 0 on)."""
         self.evictions = 0
         self.eviction_ms = 0.0
-        self.restore(self._empty_table())
+        self.restore(self.empty_table())
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from ``length`` on. The owner removes their cells.
@@ -385,10 +443,10 @@ class EvictionManager:
         tail = self._next_tail()
         n_packed, shift = len(kept) - (t.seen - tail), t.shift
         with self._changing():
-            self._cache.remove(present, keep)
+            self.cache.remove(present, keep)
             if self._must_compact(len(kept)):
                 new = np.arange(len(kept), dtype=np.int32)
-                self._cache.move(cells, new)
+                self.cache.move(cells, new)
                 cells, shift = new, tail - n_packed
                 self._shift_pending = True
             self._table = replace(
@@ -425,7 +483,7 @@ class EvictionManager:
             turn = KeyTurn(f.radians, positions - rotated, f.neox)
             rotated = np.broadcast_to(positions, rotated.shape)
         with self._changing():
-            self._cache.pack(present, keep, positions, turn)
+            self.cache.pack(present, keep, positions, turn)
             self._table = replace(
                 t,
                 tail=tail,
@@ -444,7 +502,7 @@ class EvictionManager:
         """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
         the whole cache."""
         t = self._table
-        shape = self._cache.shape
+        shape = self.cache.shape
         first = 0 if self.policy.scope == "cache" else t.scores.shape[2]
         present = t.present()[first:]
         n = len(present)
@@ -458,10 +516,10 @@ class EvictionManager:
             nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
             new = self.policy.score(nothing, nothing, positions)
         elif self.policy.native_scorer is not None:
-            _, new = self._cache.score(self.policy.native_scorer, p0, p1, n)
+            _, new = self.cache.score(self.policy.native_scorer, p0, p1, n)
         else:
             want_values = self.policy.inputs == "keys+values"
-            _, keys, values = self._cache.read(p0, p1, n, values=want_values)
+            _, keys, values = self.cache.read(p0, p1, n, values=want_values)
             new = self.policy.score(keys, keys[..., :0] if values is None else values, positions)
         expected = (shape.n_layer, shape.n_head_kv, n)
         if new.shape != expected:

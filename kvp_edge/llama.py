@@ -16,12 +16,19 @@ import llama_cpp
 import numpy as np
 from llama_cpp import llama_chat_format
 
+from kvp_edge import session
 from kvp_edge.chat_markers import template_markers, token_spans
-from kvp_edge.errors import BudgetError, ContextLengthError, UnsupportedModelError
+from kvp_edge.errors import (
+    BudgetError,
+    ContextLengthError,
+    KVCacheError,
+    SessionError,
+    UnsupportedModelError,
+)
 from kvp_edge.eviction import EvictionManager, Granularity, Table
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
-from kvp_edge.native import NativeCache, read_model_shape
+from kvp_edge.native import BUILT_FOR, NativeCache, read_model_shape
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.same_text import begin_as_known
@@ -218,6 +225,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
         self._system_prompt: bytes | None = None
+        self._fingerprint: str | None = None
 
     def _settle_granularity(self, cache: NativeCache) -> Granularity:
         if self._bound.granularity == "token":
@@ -480,6 +488,112 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if self._kv is not None:
             assert isinstance(table, Table)
             self._kv.restore(table)
+
+    def save_session(self, path: str | os.PathLike[str], extra: Any = None) -> None:
+        """Write the conversation and its cache to one file, from which ``load_session`` goes on.
+
+        The file is replaced at once or not at all. It holds the conversation's tokens in the clear.
+
+        Args:
+            extra: anything JSON can hold (a chat's messages, say), returned by ``load_session``.
+
+        Raises:
+            SessionError: the file cannot be written, or nothing was read yet.
+        """
+        kv = self._bounded("save_session")
+        self._follow()
+        if kv.seen == 0:
+            raise SessionError("there is nothing to save: no token was read yet")
+        table = kv.snapshot()
+        header = {
+            "made_with": self._session_settings(),
+            "table": table.numbers(),
+            "protected_prefix": kv.protected_prefix,
+            "extra": extra,
+        }
+        arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
+        session.write(path, header, {**arrays, "state": kv.cache.state()})
+
+    def load_session(self, path: str | os.PathLike[str]) -> Any:
+        """Go on where ``save_session`` was called, in place of the conversation read so far.
+
+        The model file, the cache's types and limits, the policy and the granularity must be those
+        of the time; llama.cpp's version too. ``n_ctx`` may differ, if the conversation fits.
+
+        Returns:
+            The ``extra`` given to ``save_session``.
+
+        Raises:
+            SessionError: a file that is missing, damaged, or from another model or other settings;
+                the conversation read so far is untouched.
+            KVCacheError: llama.cpp did not take the state; nothing is read now.
+        """
+        kv = self._bounded("load_session")
+        header, arrays = session.read(path)
+        session.require_same(path, header["made_with"], self._session_settings())
+        tokens, state = arrays.pop("tokens"), arrays.pop("state")
+        if len(tokens) > self._n_ctx:
+            raise SessionError(
+                f"the session '{path}' holds {len(tokens)} tokens, too many for the logical "
+                f"context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
+            )
+        table = Table.of(header["table"], arrays)
+        if table.seen != len(tokens) or not table.adds_up(kv.empty_table()):
+            raise SessionError(f"the session '{path}' does not add up: its table of kept tokens")
+        self._requires_eval = True  # the logits were not saved
+        try:
+            kv.restore_with(table, state)
+        except (ValueError, KVCacheError) as error:
+            if kv.trusted:
+                raise SessionError(f"the session '{path}' does not fit: {error}") from error
+            self.reset()
+            raise
+        self.n_tokens = len(tokens)
+        self.input_ids[: len(tokens)] = tokens
+        kv.protect_prefix(header["protected_prefix"])
+        return header["extra"]
+
+    def _bounded(self, name: str) -> EvictionManager:
+        if self._kv is None:
+            raise SessionError(
+                f"{name} is for a bounded cache: load the model with kv_budget, or use save_state"
+            )
+        return self._kv
+
+    def _session_settings(self) -> dict[str, Any]:
+        """Everything that decides what the cache's numbers mean and how they go on."""
+        kv = self._bounded("a session")
+        limits, shape, params = kv.limits, kv.cache.shape, self.context_params
+        if self._fingerprint is None:
+            self._fingerprint = session.fingerprint(self.model_path)
+        lora = getattr(self, "lora_path", None)
+        return {
+            "llama-cpp-python": BUILT_FOR,
+            "model": self._fingerprint,
+            "lora": [session.fingerprint(lora), self.lora_scale] if lora else None,
+            "policy": kv.policy.identity(),
+            "granularity": kv.granularity,
+            "positions": self._bound.positions,
+            "cells": limits.cells,
+            "budget": limits.budget,
+            "sinks": limits.sinks,
+            "recent": limits.recent,
+            "n_batch": limits.n_batch,
+            "type_k": shape.type_k,
+            "type_v": shape.type_v,
+            "v_transposed": shape.v_transposed,
+            "rotation": [shape.k_rotation, shape.v_rotation],
+            "rope": [
+                params.rope_scaling_type,
+                params.rope_freq_base,
+                params.rope_freq_scale,
+                params.yarn_ext_factor,
+                params.yarn_attn_factor,
+                params.yarn_beta_fast,
+                params.yarn_beta_slow,
+                params.yarn_orig_ctx,
+            ],
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -133,6 +133,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [_PTR, _PTR, ctypes.c_uint32, _PTR, _PTR, ctypes.c_uint32, _PTR, _ERR],
     ),
+    "kvp_cache_restore": (
+        ctypes.c_int32,
+        [_PTR, _PTR, ctypes.c_size_t, _PTR, ctypes.c_uint32, _ERR],
+    ),
     "kvp_state_pack": (
         ctypes.c_int32,
         [
@@ -583,6 +587,44 @@ class NativeCache:
             len(positions),
             ctypes.byref(turn.as_struct()) if turn is not None else None,
         )
+
+    def state(self) -> npt.NDArray[np.uint8]:
+        """llama.cpp's state of sequence 0: uint8 [size].
+
+        Raises:
+            KVCacheError: llama.cpp could not write it.
+        """
+        state = np.empty(llama_cpp.llama_state_seq_get_size(self._ctx, 0), np.uint8)
+        buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if llama_cpp.llama_state_seq_get_data(self._ctx, buffer, len(state), 0) != len(state):
+            raise KVCacheError("llama.cpp could not write its state")
+        return state
+
+    def restore(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+        """Put back what ``state`` gave, now or in another process.
+
+        Args:
+            state: uint8 [size].
+            present: int32 [n], ascending: the positions that it must hold.
+
+        Raises:
+            ValueError, UnsupportedModelError, KVCacheError: as for ``pack``; only where llama.cpp
+                does not take the state back (KVCacheError) is the cache changed, and empty.
+        """
+        state = np.ascontiguousarray(state, np.uint8)
+        present = np.ascontiguousarray(present, np.int32)
+        _call(
+            "kvp_cache_restore",
+            self._handle,
+            state.ctypes.data,
+            len(state),
+            present.ctypes.data,
+            len(present),
+        )
+
+    def newest_position(self) -> int:
+        """llama.cpp's largest position of sequence 0, -1 when it is empty."""
+        return int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._ctx), 0))
 
     def can_continue_at(self, position: int) -> bool:
         """Whether the window cache still holds all that a token at ``position`` would see there.

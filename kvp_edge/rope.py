@@ -9,7 +9,6 @@ the difference of angles between two positions, and far positions give it to man
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ class _Probe:
 
 @contextmanager
 def _probe(model: Any, context_params: Any) -> Iterator[_Probe]:
-    params = copy.copy(context_params)
+    params = type(context_params).from_buffer_copy(context_params)
     # Long-rope models choose their factors by the context's size, see get_rope_factors in
     # src/llama-model.cpp; so a context beyond the original length must be probed at its own size.
     if params.n_ctx <= _original_context(model):

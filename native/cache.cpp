@@ -155,7 +155,9 @@ struct kvp_cache {
         }
     }
 
+    void set_state(const uint8_t * bytes, size_t size, int32_t newest);
     void pack(const pack_plan & plan);
+    void restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n);
     void check_packing();
 
     void open();
@@ -298,15 +300,42 @@ void kvp_cache::pack(const pack_plan & plan) {
     uint8_t *    bytes  = blob.data();
     const size_t packed = pack_state(bytes, size, SEQ_CHAT, plan);
 
-    // From here on the cache changes. It was packed in place to spare the memory of a second state, so
-    // there is no way back: a state that llama.cpp does not take leaves the cache empty, never half full.
-    const size_t taken = llama_state_seq_set_data(ctx, bytes, packed, SEQ_CHAT);
-    if (taken != packed || llama_memory_seq_pos_max(mem, SEQ_CHAT) != last) {
+    // It was packed in place to spare the memory of a second state, so from here on there is no way back.
+    set_state(bytes, packed, last);
+}
+
+void kvp_cache::restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) {
+    const state_blob state = parse_state_blob(bytes, size, SEQ_CHAT);
+    std::vector<int32_t> pos = state.base.pos;
+    std::sort(pos.begin(), pos.end());
+    if (n == 0 || pos != std::vector<int32_t>(present, present + n)) {
+        fail(KVP_ERR_ARGUMENT, "the saved state holds %zu tokens, but not at the %u positions its table names", pos.size(), n);
+    }
+    if (state.has_window != (shape.has_window != 0) || state.base.layers.size() != shape.n_layer ||
+        state.base.v_trans != (shape.v_transposed != 0)) {
+        fail(KVP_ERR_UNSUPPORTED, "the saved state has %zu layers%s%s, and this cache has %u%s%s", state.base.layers.size(),
+             state.base.v_trans ? ", V transposed" : "", state.has_window ? ", a window" : "", shape.n_layer,
+             shape.v_transposed ? ", V transposed" : "", shape.has_window ? ", a window" : "");
+    }
+    for (const blob_layer & layer : state.base.layers) {
+        if (layer.type_k != shape.type_k || layer.type_v != shape.type_v ||
+            uint64_t(shape.n_layer) * (layer.k_row + layer.v_row) != shape.bytes_per_cell) {
+            fail(KVP_ERR_UNSUPPORTED, "the saved state holds rows of %zu bytes of %s and %zu of %s, which this cache does not",
+                 layer.k_row, ggml_type_name(layer.type_k), layer.v_row, ggml_type_name(layer.type_v));
+        }
+    }
+    set_state(bytes, size, present[n - 1]);
+}
+
+// A state that llama.cpp does not take leaves the cache empty, never half full.
+void kvp_cache::set_state(const uint8_t * bytes, size_t size, int32_t newest) {
+    const size_t taken = llama_state_seq_set_data(ctx, bytes, size, SEQ_CHAT);
+    if (taken != size || llama_memory_seq_pos_max(mem, SEQ_CHAT) != newest) {
         llama_memory_seq_rm(mem, SEQ_CHAT, -1, -1);
         fail(KVP_ERR_RUNTIME,
-             "llama.cpp took %zu of the %zu bytes of the packed cache. The cache is empty now, and the conversation must be "
+             "llama.cpp took %zu of the %zu bytes of a changed cache. The cache is empty now, and the conversation must be "
              "read again",
-             taken, packed);
+             taken, size);
     }
 }
 
@@ -514,6 +543,16 @@ int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, c
         }
         const kvp_cache_shape & s = cache->shape;
         cache->pack({ s.n_layer, s.n_head_kv, n, n_keep, present, keep, positions, turning_of(turn, s.k_rotation) });
+    });
+}
+
+int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present, uint32_t n,
+                          kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !blob || !present) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_restore: cache, blob and present must not be NULL");
+        }
+        cache->restore(blob, size, present, n);
     });
 }
 

@@ -180,7 +180,13 @@ typedef struct kvp_key_turn {
 KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep,
                                const int32_t * positions, uint32_t n_keep, const kvp_key_turn * turn, kvp_error * err);
 
-/* The same on a state blob of sequence seq_id in memory (llama_state_seq_get_data), without any context:
+/* Puts a state blob of sequence 0 back that was taken from a cache of the same layout, after checking it
+ * against this one: layers, types, sizes, and that it holds the positions `present` (int32 [n],
+ * ascending). Errors as in kvp_cache_pack: only KVP_ERR_RUNTIME leaves the cache changed, and EMPTY. */
+KVP_API int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present, uint32_t n,
+                                  kvp_error * err);
+
+/* The same as kvp_cache_pack on a state blob of sequence seq_id in memory (llama_state_seq_get_data), without any context:
  * the blob is rewritten in place and its new size stored in *packed_size. rotation: block of the Hadamard
  * rotation that its keys are stored under (kvp_cache_shape.k_rotation), used only to turn keys.
  * On any error the blob may be spoilt; it is never read or written outside [blob, blob + size). */

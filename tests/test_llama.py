@@ -305,7 +305,7 @@ def test_any_reading_rewinding_and_clearing_keeps_table_and_cells_equal(
             check_stats(llm)
             held = llm._kv.snapshot().present()
             assert llm.kv_positions.shape[-1] == len(held)
-            positions, _, _ = llm._kv._cache.read(0, 10**6, len(held), values=False)
+            positions, _, _ = llm._kv.cache.read(0, 10**6, len(held), values=False)
             np.testing.assert_array_equal(positions, held)
     finally:
         llm.close()
@@ -387,7 +387,7 @@ def test_models_with_a_sliding_window_are_bounded_too(random_model: Maker, load:
     reader = Reader(llm)
     tokens = random_tokens(300)
     llm.eval(tokens)
-    assert llm._kv._cache.shape.has_window == 1
+    assert llm._kv.cache.shape.has_window == 1
     assert llm.kv_stats.evictions >= 1
     want = model.reference.logits(tokens, visible=reader.matrix())
     assert np.abs(llm.scores[:300] - want).max() / want.std() < 2 * F16_LOGITS
@@ -644,7 +644,7 @@ def test_an_interrupt_around_a_removal_ends_in_a_clean_re_read(
 ) -> None:
     llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, recent=8)
     untouched = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, recent=8)
-    remove = llm._kv._cache.remove
+    remove = llm._kv.cache.remove
 
     def interrupted(*args: Any) -> int:
         if where == "after":
@@ -652,10 +652,10 @@ def test_an_interrupt_around_a_removal_ends_in_a_clean_re_read(
         raise KeyboardInterrupt
 
     tokens = random_tokens(700)
-    llm._kv._cache.remove = interrupted
+    llm._kv.cache.remove = interrupted
     with pytest.raises(KeyboardInterrupt):
         llm.eval(tokens)
-    llm._kv._cache.remove = remove
+    llm._kv.cache.remove = remove
     for model in (llm, untouched):
         model.create_completion(tokens, max_tokens=5, temperature=0.0)
     np.testing.assert_array_equal(llm.kv_positions, untouched.kv_positions)

@@ -129,7 +129,7 @@ def difference(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
 
 def native(llm: Llama) -> NativeCache:
     assert llm._kv is not None
-    return llm._kv._cache
+    return llm._kv.cache
 
 
 def some_rows(

@@ -34,6 +34,10 @@ class Policy(ABC):
     #: (a name in kvp_edge.native.SCORERS). ``score`` stays the definition that it is tested by.
     native_scorer: ClassVar[str | None] = None
 
+    def identity(self) -> str:
+        """What a saved session is checked against: the name, and all else that decides scores."""
+        return self.name
+
     @abstractmethod
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         """Score tokens.

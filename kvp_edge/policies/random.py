@@ -20,6 +20,9 @@ class Random(Policy):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
+    def identity(self) -> str:
+        return f"{self.name}(seed={self.seed})"
+
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         # SplitMix64 (Steele, Lea, Flood 2014), wrapping on purpose
         with np.errstate(over="ignore"):

@@ -1,0 +1,290 @@
+"""Saved sessions: what comes back goes on token for token, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import RandomModel, random_tokens
+from kvp_edge import KVCacheError, Llama, SessionError, session
+from kvp_edge.policies import Random
+from support.gguf_models import ModelShape
+
+Maker = Callable[[ModelShape], RandomModel]
+Loader = Callable[..., Llama]
+
+LLAMA = ModelShape("llama")
+WINDOW = ModelShape("gemma3", head_dim=64, n_head_kv=2, n_layer=4, sliding_window=24)
+BOUND = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60, "granularity": "head"}
+
+
+def go_on(llm: Llama, n: int = 40) -> list[int]:
+    """Greedy continuation of what was read, over at least one more eviction."""
+    before = llm.kv_stats.evictions
+    llm.eval(random_tokens(90, seed=5))
+    out = []
+    tokens = llm.generate([*llm.input_ids[: llm.n_tokens].tolist(), 42], temp=0.0, reset=True)
+    for token in tokens:
+        out.append(token)
+        if len(out) == n:
+            break
+    assert llm.kv_stats.evictions > before
+    return out
+
+
+@pytest.mark.parametrize("granularity", ["head", "token"])
+@pytest.mark.parametrize("policy", ["keydiff", "knorm", "random"])
+@pytest.mark.parametrize("shape", [LLAMA, ModelShape("qwen3", head_dim=64), WINDOW])
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_a_resumed_chat_goes_on_token_for_token(
+    random_model: Maker,
+    load: Loader,
+    tmp_path: Path,
+    granularity: str,
+    policy: str,
+    shape: ModelShape,
+    flash_attn: bool,
+) -> None:
+    kind = {**BOUND, "granularity": granularity, "policy": policy, "flash_attn": flash_attn}
+    first = load(random_model(shape).path, **kind)
+    first.eval(random_tokens(400))
+    first.save_session(tmp_path / "s", extra={"messages": ["hi"]})
+    second = load(random_model(shape).path, **kind)
+    assert second.load_session(tmp_path / "s") == {"messages": ["hi"]}
+    for name in ("seen", "kept", "dropped"):
+        assert second.kv_stats[name] == first.kv_stats[name]
+    np.testing.assert_array_equal(second.kv_positions, first.kv_positions)
+    assert go_on(second) == go_on(first)
+
+
+def test_a_chat_resumed_with_messages_does_not_read_them_again(
+    random_model: Maker, load: Loader, tmp_path: Path
+) -> None:
+    def chat(llm: Llama, messages: list[dict[str, str]], text: str) -> str:
+        messages.append({"role": "user", "content": text})
+        answer: Any = llm.create_chat_completion(messages, max_tokens=60, temperature=0.0)
+        messages.append(answer["choices"][0]["message"])
+        return str(messages[-1]["content"])
+
+    first = load(random_model(LLAMA).path, **BOUND)
+    messages: list[dict[str, str]] = []
+    for text in ("the thing and another", "then the other thing", "and the end " * 9):
+        chat(first, messages, text)
+    assert first.kv_stats.evictions > 0
+    first.save_session(tmp_path / "s", extra=messages)
+    second = load(random_model(LLAMA).path, **BOUND)
+    resumed = second.load_session(tmp_path / "s")
+    n_seen = second.kv_stats.seen
+    assert chat(second, resumed, "so?") == chat(first, messages, "so?")
+    assert second.kv_stats.seen > n_seen
+    assert second.kv_stats.evictions <= 1  # the beginning was not read again
+
+
+def test_saving_changes_nothing(random_model: Maker, load: Loader, tmp_path: Path) -> None:
+    one, other = (load(random_model(LLAMA).path, **BOUND) for _ in range(2))
+    for llm in (one, other):
+        llm.eval(random_tokens(400))
+    one.save_session(tmp_path / "s")
+    assert go_on(one) == go_on(other)
+
+
+def test_a_session_may_go_on_in_a_longer_context_but_not_in_too_short_a_one(
+    random_model: Maker, load: Loader, tmp_path: Path
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND)
+    llm.eval(random_tokens(400))
+    llm.save_session(tmp_path / "s")
+    longer = load(random_model(LLAMA).path, **{**BOUND, "n_ctx": 9000})
+    longer.load_session(tmp_path / "s")
+    assert longer.kv_stats.seen == 400
+    shorter = load(random_model(LLAMA).path, **{**BOUND, "n_ctx": 399})
+    with pytest.raises(SessionError, match="400 tokens, too many .* n_ctx=399"):
+        shorter.load_session(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"granularity": "token"}, "granularity"),
+        ({"policy": "knorm"}, "policy"),
+        ({"policy": Random(seed=3)}, "policy"),
+        ({"kv_budget": 101}, "budget"),
+        ({"recent": 19}, "recent"),
+        ({"sinks": 5}, "sinks"),
+        ({"reserve": 200}, "cells"),
+        ({"n_batch": 30}, "n_batch"),
+        ({"type_k": 0}, "type_k"),
+        ({"type_v": 0}, "type_v"),
+        ({"flash_attn": True}, "v_transposed"),
+        ({"rope_freq_base": 5000.0}, "rope"),
+        ({"positions": "compact"}, "positions"),
+    ],
+)
+def test_other_settings_are_refused_by_name_and_the_chat_at_hand_is_untouched(
+    random_model: Maker, load: Loader, tmp_path: Path, change: dict[str, Any], name: str
+) -> None:
+    bound = {**BOUND, "policy": "random"}
+    llm = load(random_model(LLAMA).path, **bound)
+    llm.eval(random_tokens(300))
+    llm.save_session(tmp_path / "s")
+    other = load(random_model(LLAMA).path, **{**bound, **change})
+    other.eval(random_tokens(200))
+    with pytest.raises(SessionError, match=f"with {name} = .* and here it is"):
+        other.load_session(tmp_path / "s")
+    assert other.kv_stats.seen == 200
+    other.eval([7])
+
+
+def test_another_model_is_refused(random_model: Maker, load: Loader, tmp_path: Path) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND)
+    llm.eval(random_tokens(50))
+    llm.save_session(tmp_path / "s")
+    other = load(random_model(ModelShape("llama", seed=1)).path, **BOUND)
+    with pytest.raises(SessionError, match="with model = "):
+        other.load_session(tmp_path / "s")
+
+
+@pytest.fixture
+def saved(random_model: Maker, load: Loader, tmp_path: Path) -> tuple[Llama, Path]:
+    llm = load(random_model(LLAMA).path, **BOUND)
+    llm.eval(random_tokens(300))
+    llm.save_session(tmp_path / "s")
+    return llm, tmp_path / "s"
+
+
+@pytest.mark.parametrize("where", [0, 9, 20, 300, -40, -1])
+def test_a_changed_byte_anywhere_is_noticed(saved: tuple[Llama, Path], where: int) -> None:
+    llm, path = saved
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SessionError, match="not a session|of version|damaged or cut short"):
+        llm.load_session(path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 30, 1000, -1])
+def test_a_file_cut_short_is_noticed(saved: tuple[Llama, Path], size: int) -> None:
+    llm, path = saved
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(SessionError, match="not a session|damaged or cut short"):
+        llm.load_session(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("seen", lambda h, a: h["table"].update(seen=299)),
+        ("tail", lambda h, a: h["table"].update(tail=300)),
+        ("rows", lambda h, a: a.update(packed=a["packed"][:, :, ::-1])),
+        ("cells", lambda h, a: a.update(cells=a["cells"] + 1)),
+        ("scores", lambda h, a: a.update(scores=np.zeros((2, 2, 999), np.float32))),
+        ("state", lambda h, a: a.update(state=a["state"][:-4])),
+        ("type", lambda h, a: a.update(cells=a["cells"].astype(np.float32))),
+    ],
+)
+def test_a_table_that_does_not_add_up_is_refused_and_the_chat_at_hand_is_untouched(
+    saved: tuple[Llama, Path], name: str, change: Any
+) -> None:
+    llm, path = saved
+    header, arrays = session.read(path)
+    change(header, arrays)
+    session.write(path, header, arrays)
+    with pytest.raises(SessionError, match="does not add up|does not fit"):
+        llm.load_session(path)
+    assert llm.kv_stats.seen == 300
+    llm.eval([7])
+
+
+def test_a_header_that_does_not_add_up_is_refused(tmp_path: Path) -> None:
+    import hashlib
+
+    for text in (
+        b"{}",
+        b"[]",
+        b"\xff",
+        json.dumps({"arrays": [{"name": "a", "dtype": "object", "shape": [1]}]}).encode(),
+        json.dumps({"arrays": [{"name": "a", "dtype": "int32", "shape": [2**62]}]}).encode(),
+        json.dumps({"arrays": [{"name": "a", "dtype": "int32", "shape": [-1]}]}).encode(),
+    ):
+        for length in (len(text), 2**40):
+            body = struct.pack("<8sIQ", session.MAGIC, session.VERSION, length) + text
+            (tmp_path / "s").write_bytes(body + hashlib.sha256(body).digest())
+            with pytest.raises(SessionError, match="does not add up"):
+                session.read(tmp_path / "s")
+
+
+def test_an_interrupted_save_leaves_the_old_file(
+    saved: tuple[Llama, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, path = saved
+    before = path.read_bytes()
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.save_session(path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_what_cannot_be_written_or_read_says_so(saved: tuple[Llama, Path]) -> None:
+    llm, path = saved
+    with pytest.raises(SessionError, match="cannot be written to"):
+        llm.save_session(path / "below" / "a" / "file")
+    with pytest.raises(SessionError, match="cannot be read"):
+        llm.load_session(path.parent / "absent")
+    with pytest.raises(SessionError, match="as JSON"):
+        llm.save_session(path, extra=object())
+    llm.reset()
+    with pytest.raises(SessionError, match="nothing to save"):
+        llm.save_session(path)
+
+
+def test_an_unbounded_model_has_no_session(random_model: Maker, load: Loader) -> None:
+    llm = load(random_model(LLAMA).path)
+    with pytest.raises(SessionError, match="kv_budget"):
+        llm.save_session("never")
+
+
+def test_a_state_that_llama_cpp_does_not_take_leaves_nothing_and_says_so(
+    saved: tuple[Llama, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, path = saved
+    assert llm._kv is not None
+    cache = llm._kv.cache
+
+    def fails(*args: Any) -> None:
+        llm._ctx.kv_cache_seq_rm(0, -1, -1)
+        raise KVCacheError("llama.cpp took 0 of the bytes")
+
+    monkeypatch.setattr(cache, "restore", fails)
+    with pytest.raises(KVCacheError):
+        llm.load_session(path)
+    assert llm.kv_stats.seen == 0
+    assert llm.n_tokens == 0
+    monkeypatch.undo()
+    llm.load_session(path)
+    assert llm.kv_stats.seen == 300
+
+
+def test_the_fingerprint_tells_files_apart(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    data = bytearray(np.random.default_rng(0).integers(0, 256, 3 * 2**20, np.uint8).tobytes())
+    path.write_bytes(data)
+    first = session.fingerprint(path)
+    assert session.fingerprint(path) == first
+    data[100] ^= 1
+    path.write_bytes(data)
+    assert session.fingerprint(path) != first
+    data[100] ^= 1
+    path.write_bytes(data[:-1])
+    assert session.fingerprint(path) != first
