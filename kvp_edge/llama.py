@@ -509,6 +509,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "made_with": self._session_settings(),
             "table": table.numbers(),
             "protected_prefix": kv.protected_prefix,
+            "evictions": kv.evictions,
+            "eviction_ms": kv.eviction_ms,
             "extra": extra,
         }
         arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
@@ -550,6 +552,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             raise
         self.n_tokens = len(tokens)
         self.input_ids[: len(tokens)] = tokens
+        kv.evictions, kv.eviction_ms = header["evictions"], header["eviction_ms"]
         kv.protect_prefix(header["protected_prefix"])
         return header["extra"]
 

@@ -94,8 +94,9 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str
     try:
         with _replacing(Path(path)) as file:
             digest = hashlib.sha256()
-            raw = (memoryview(array.reshape(-1).view(np.uint8)) for array in arrays.values())
-            for part in (_HEAD.pack(MAGIC, VERSION, len(text)), text, *raw):
+            parts: list[Any] = [_HEAD.pack(MAGIC, VERSION, len(text)), text]
+            parts += [array.reshape(-1).view(np.uint8) for array in arrays.values()]
+            for part in parts:
                 digest.update(part)
                 file.write(part)
             file.write(digest.digest())

@@ -503,6 +503,51 @@ def test_a_file_that_is_no_text_is_refused(kvp: Type, bundled_model: str) -> Non
     assert got.status == 2
 
 
+# -- sessions ----------------------------------------------------------------------------------
+
+
+def test_a_saved_chat_goes_on_in_another_process_as_if_never_interrupted(
+    kvp: Type, tmp_path: Path
+) -> None:
+    file = tmp_path / "dog.session"
+    about = ["My dog is called Ralph.", *["Tell me something."] * 5]
+    after = ["What is my dog called?", "Tell me more."]
+    sampled = ["--temperature", "0.9", "--seed", "4", "--max-tokens", "100"]
+
+    def typed(*lines: str) -> str:
+        return "".join(f"{line}\n" for line in lines)
+
+    whole = kvp("chat", *FEW_CELLS, *sampled, typed=typed(*about, *after))
+    first = kvp("chat", *FEW_CELLS, *sampled, typed=typed(*about, f"/save {file}"))
+    second = kvp("chat", *FEW_CELLS, *sampled, typed=typed(f"/load {file}", *after, "/regen"))
+    assert first.status == second.status == 0
+    assert "Saved to" in first.err
+    assert "Loaded" in second.err
+    assert first.replies == whole.replies[: len(first.replies)]
+    assert second.replies[:2] == whole.replies[len(first.replies) :]
+    assert second.stats[0]["read"] < 100
+
+
+def test_sessions_that_do_not_fit_are_a_sentence_and_the_chat_goes_on(
+    kvp: Type, tmp_path: Path, bundled_model: str
+) -> None:
+    file = tmp_path / "s"
+    kvp("chat", *GREEDY, "--max-tokens", "5", typed=f"Hello.\n/save {file}\n")
+    lines = f"Hello.\n/load {file}\n/load\n/save\n/load {tmp_path}/no\nHello.\n"
+    got = kvp("chat", *GREEDY, "--max-tokens", "5", "--policy", "knorm", typed=lines)
+    assert got.status == 1
+    assert len(got.stats) == 2
+    for says in ("with policy = keydiff", "/load FILE", "/save FILE", "cannot be read"):
+        assert says in got.err
+
+    llm = kvp_edge.Llama(bundled_model, kv_budget=512, verbose=False)
+    llm.eval([1, 2, 3])
+    llm.save_session(file)
+    got = kvp("chat", *GREEDY, "--max-tokens", "5", typed=f"Hi.\n/load {file}\nHi.\n")
+    assert "holds no messages. A new conversation begins" in got.err
+    assert len(got.stats) == 2
+
+
 @pytest.mark.parametrize(
     "argv",
     [[], ["sing"], ["chat", "--n-ctx", "0"], ["chat", "--type-k", "f8"], ["demo", "--items", "x"]],

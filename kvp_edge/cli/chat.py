@@ -13,7 +13,7 @@ from typing import Any
 
 from kvp_edge.cli import options
 from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama, note
-from kvp_edge.errors import BudgetError, ContextLengthError
+from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 
 _DEFAULT_MAX_TOKENS = 512
 
@@ -22,6 +22,8 @@ _COMMANDS = """\
   /regen   another reply to your last message
   /undo    take back your last message and its reply
   /clear   begin a new conversation
+  /save F  write the conversation and the cache to the file F
+  /load F  go on with what was saved there
   /help    this list
   /exit    leave (also Ctrl-D)"""
 
@@ -72,7 +74,7 @@ def add_chat(commands: Any) -> None:
 def _main(args: argparse.Namespace) -> int:
     path = options.model_path(args)
     llm = options.load(path, args.n_ctx, args)
-    options.warn_beyond_training(llm.n_ctx(), path)
+    options.warn_beyond_training(llm.n_ctx(), path, args)
     chat = Chat(llm, args)
     if not sys.stdin.isatty():
         return _piped(chat)
@@ -105,6 +107,9 @@ class Chat:
             return True
         if not line.startswith("/"):
             return self._answer({"role": "user", "content": line})
+        command, _, argument = line.strip().partition(" ")
+        if command in ("/save", "/load"):
+            return self._keep(command, argument.strip())
         command = line.strip()
         if command == "/exit":
             raise EOFError
@@ -130,6 +135,37 @@ class Chat:
             note(f"There is no command '{command}'. There are:\n{_COMMANDS}")
             return False
         return True
+
+    def _keep(self, command: str, path: str) -> bool:
+        """Save or load a session. If that fails, the conversation is as it was before."""
+        if not path:
+            note(f"Name a file: {command} FILE")
+            return False
+        try:
+            if command == "/save":
+                self._llm.save_session(path, {"messages": self._messages, "seed": self._seed})
+                note(f"Saved to {path} ({os.path.getsize(path) / 2**20:.1f} MiB).")
+            else:
+                self._resume(path)
+                note(f"Loaded {path}: {self._llm.kv_stats}.")
+        except SessionError as error:
+            note(str(error))
+            return False
+        return True
+
+    def _resume(self, path: str) -> None:
+        extra = self._llm.load_session(path)
+        try:
+            messages, self._seed = extra["messages"], extra["seed"]
+        except (KeyError, TypeError) as error:
+            self._llm.reset()
+            self._messages = list(self._system)
+            raise SessionError(
+                f"the session '{path}' was not saved by a chat: it holds no messages. A new "
+                "conversation begins"
+            ) from error
+        self._messages = messages
+        self._system = [m for m in messages[:1] if m["role"] == "system"]
 
     def _take_back(self) -> dict[str, str] | None:
         """Remove the last message of the user with its reply."""

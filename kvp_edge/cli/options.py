@@ -10,8 +10,6 @@ import warnings
 from importlib import resources
 from typing import Any
 
-import llama_cpp
-
 from kvp_edge.cli.watch import WatchedLlama
 from kvp_edge.limits import DEFAULT_SINKS, parse_budget
 from kvp_edge.llama_log import listen
@@ -20,7 +18,17 @@ from kvp_edge.policies import POLICIES
 
 DEFAULT_BUDGET = "512"
 
-_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+# enum ggml_type in ggml.h; llama_cpp has no name for bf16
+_CACHE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q5_1": 7,
+    "q5_0": 6,
+    "q4_1": 3,
+    "q4_0": 2,
+}
 
 
 def count(text: str) -> int:
@@ -85,8 +93,17 @@ def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> No
     )
     group.add_argument(
         "--granularity",
-        default="token",
-        help="token: a token is dropped from all layers and heads at once (default: token)",
+        default="head",
+        metavar="WHO",
+        help="head: every attention head keeps its own tokens; token: a token is dropped from all "
+        "layers and heads at once; auto: head where model and cache allow it (default: head)",
+    )
+    group.add_argument(
+        "--positions",
+        default="keep",
+        metavar="HOW",
+        help="keep: for life; compact: moved to the front when they would pass what the model was "
+        "trained for, so that a conversation never has to end (default: keep)",
     )
     group.add_argument(
         "--sinks",
@@ -208,8 +225,8 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "n_threads_batch": args.threads,
         "n_gpu_layers": args.gpu_layers,
         "flash_attn": args.flash_attn,
-        "type_k": getattr(llama_cpp, f"GGML_TYPE_{args.type_k.upper()}"),
-        "type_v": getattr(llama_cpp, f"GGML_TYPE_{args.type_v.upper()}"),
+        "type_k": _CACHE_TYPES[args.type_k],
+        "type_v": _CACHE_TYPES[args.type_v],
         "verbose": args.verbose,
     }
 
@@ -220,6 +237,7 @@ def cache_options(args: argparse.Namespace) -> dict[str, Any]:
         "kv_budget": parse_budget(args.kv_budget),
         "policy": args.policy,
         "granularity": args.granularity,
+        "positions": args.positions,
         "sinks": args.sinks,
         "recent": args.recent,
         "reserve": args.reserve,
@@ -243,12 +261,14 @@ def trained_context(path: str) -> int:
         return read_model_shape(path).n_ctx_train
 
 
-def warn_beyond_training(n_tokens: int, path: str) -> None:
+def warn_beyond_training(n_tokens: int, path: str, args: argparse.Namespace) -> None:
     """Say so if a text is longer than any that the model has been trained on."""
+    if args.positions == "compact":
+        return
     trained = trained_context(path)
     if n_tokens > trained:
         warnings.warn(
             f"up to {n_tokens} tokens will be read, but the model was trained for {trained}: "
-            "replies may get worse beyond that",
+            "replies may get worse beyond that (--positions compact prevents it)",
             stacklevel=2,
         )

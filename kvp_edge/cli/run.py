@@ -72,7 +72,7 @@ def _main(args: argparse.Namespace) -> int:
         raise ValueError("there is nothing to read: the text is empty")
     path = options.model_path(args)
     llm = options.load(path, args.n_ctx or _enough_context(text, path, args), args)
-    options.warn_beyond_training(len(llm.tokenize(text.encode())) + args.max_tokens, path)
+    options.warn_beyond_training(len(llm.tokenize(text.encode())) + args.max_tokens, path, args)
     show = args.progress or sys.stderr.isatty()
     with llm.timed(bar_after=0.0 if show else None):
         result = _answer(llm, text, args)
