@@ -157,7 +157,7 @@ KVP_API int32_t kvp_choose_rows(const float * scores, const int32_t * unit, cons
 
 /* Tests on an EMPTY context whether heads can keep different rows, and clears it again: heads must be
  * whole blocks of the cache's types, and next-token logits must not change when the rows of every head
- * are put into another order (they do with ALiBi). KVP_ERR_UNSUPPORTED says why not. */
+ * are put into another order and far away (they do with ALiBi). KVP_ERR_UNSUPPORTED says why not. */
 KVP_API int32_t kvp_cache_check_packing(kvp_cache * cache, kvp_error * err);
 
 /* How kept keys are turned to new positions (RoPE): pair p of a key by turn * frequency[p] radians. */

@@ -180,6 +180,37 @@ def write_bert(path: str | PathLike[str]) -> None:
     _close(writer)
 
 
+def write_mpt(path: str | PathLike[str]) -> None:
+    """Write a two-layer MPT: no RoPE, positions reach attention as ALiBi (models/mpt.cpp)."""
+    n_embd, n_head, n_ff, n_vocab = 64, 4, 96, 320
+    writer = GGUFWriter(fspath(path), "mpt")
+    writer.add_block_count(2)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_max_alibi_bias(8.0)
+    _add_tokenizer(writer, n_vocab)
+    rng = np.random.default_rng(0)
+    tensors = {
+        "token_embd.weight": _normal(rng, 1.0, n_vocab, n_embd),
+        "output_norm.weight": _norm(rng, n_embd),
+        "output.weight": _linear(rng, n_vocab, n_embd),
+    }
+    for il in range(2):
+        b = f"blk.{il}."
+        tensors[b + "attn_norm.weight"] = _norm(rng, n_embd)
+        tensors[b + "attn_qkv.weight"] = _linear(rng, 3 * n_embd, n_embd)
+        tensors[b + "attn_output.weight"] = _linear(rng, n_embd, n_embd, 2.0)
+        tensors[b + "ffn_norm.weight"] = _norm(rng, n_embd)
+        tensors[b + "ffn_up.weight"] = _linear(rng, n_ff, n_embd)
+        tensors[b + "ffn_down.weight"] = _linear(rng, n_embd, n_ff)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    _close(writer)
+
+
 def _draw_weights(shape: ModelShape) -> Weights:
     """Random weights scaled so that attention is peaked and removing a token shows in the logits.
 

@@ -1,0 +1,346 @@
+"""Per-head eviction as a whole: random histories, rewinding, failures, limits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import RandomModel, random_tokens
+from kvp_edge import KVCacheError, Llama, UnsupportedModelError
+from support.gguf_models import ModelShape, write_mpt
+from support.watch import Watch
+from test_packing import CacheNoise, Noise, difference
+
+Maker = Callable[[ModelShape], RandomModel]
+Loader = Callable[..., Llama]
+
+LLAMA = ModelShape("llama")
+WINDOW = ModelShape("gemma3", head_dim=64, n_head_kv=2, n_layer=4, sliding_window=24)
+BOUND: dict[str, Any] = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60}
+F32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+EXACT, EXACT_GELU = 3e-4, 0.02
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ModelShape:
+    arch: Any = draw(st.sampled_from(["llama", "qwen2", "qwen3", "gemma3", "phi3"]))
+    head_dim = draw(st.sampled_from([32, 64]))
+    n_head_kv = draw(st.integers(1, 2))
+    n_head = n_head_kv * draw(st.integers(1, 2))
+    return ModelShape(
+        arch,
+        n_layer=draw(st.integers(1, 3)) if arch != "gemma3" else 4,
+        n_embd=n_head * head_dim if arch in ("qwen2", "phi3") else 64,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim=head_dim,
+        n_ff=64,
+        sliding_window=draw(st.sampled_from([0, 16])) if arch == "gemma3" else 0,
+        seed=draw(st.integers(0, 3)),
+    )
+
+
+def any_history(random_model: Maker, data: st.DataObject) -> None:
+    """Reads, rewinds, saves and loads in any order; then every logit must be what the reference
+    gives when each query sees what its head held at the time."""
+    draw = data.draw
+    model = random_model(draw(shapes()))
+    budget = draw(st.integers(30, 120))
+    options: dict[str, Any] = {
+        "n_ctx": 2000,
+        "kv_budget": budget,
+        "recent": draw(st.integers(1, 20)),
+        "sinks": draw(st.integers(0, 6)),
+        "reserve": draw(st.integers(100, 200)),
+        "policy": draw(st.sampled_from([Noise, CacheNoise]))(),
+        "logits_all": True,
+        "verbose": False,
+        "n_threads": 1,
+        "n_threads_batch": 1,
+        **F32,
+    }
+    llm = Llama(model.path, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "session"
+        watch = Watch(llm, model.shape)
+        saved: tuple[Any, Any] | None = None
+        try:
+            for step in range(draw(st.integers(2, 7))):
+                action = draw(st.sampled_from(["read", "read", "write", "rewind", "save", "load"]))
+                room = 700 - llm.n_tokens
+                if action == "read":
+                    n = max(0, min(room, draw(st.integers(1, 250))))
+                    llm.eval(random_tokens(n + 1, seed=step)[1:])
+                elif action == "write":
+                    for token in random_tokens(draw(st.integers(1, 20)), seed=step)[1:]:
+                        llm.eval([token])
+                elif action == "rewind" and llm.n_tokens:
+                    back = draw(st.integers(0, min(llm.n_tokens - 1, 25)))
+                    if llm._kv is not None and llm._kv.can_rewind(llm.n_tokens - back):
+                        llm.n_tokens -= back
+                        llm.eval([11])
+                elif action == "save" and llm.n_tokens:
+                    llm.save_session(file)
+                    saved = (dict(watch.held), np.array(llm.scores[: llm.n_tokens]))
+                elif action == "load" and saved is not None:
+                    if draw(st.booleans()):  # in another process, as it were
+                        llm.close()
+                        llm = Llama(model.path, **options)
+                        watch = Watch(llm, model.shape)
+                    llm.load_session(file)
+                    watch.held = dict(saved[0])
+                    llm.scores[: llm.n_tokens] = saved[1]
+                stats = llm.kv_stats
+                assert stats.kept + stats.dropped == stats.seen == llm.n_tokens
+                assert stats.kept <= stats.cells
+            if llm.n_tokens == 0:
+                return
+            got, want = llm.scores[: llm.n_tokens], watch.expected(model.reference)
+            limit = EXACT_GELU if model.shape.arch == "gemma3" else EXACT
+            assert difference(got, want) < limit
+        finally:
+            llm.close()
+
+
+CHECKS = list(HealthCheck)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=CHECKS)
+@given(data=st.data())
+def test_any_history_equals_the_reference(random_model: Maker, data: st.DataObject) -> None:
+    any_history(random_model, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None, suppress_health_check=CHECKS)
+@given(data=st.data())
+def test_any_of_many_histories_equals_the_reference(
+    random_model: Maker, data: st.DataObject
+) -> None:
+    any_history(random_model, data)
+
+
+# -- rewinding -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [LLAMA, ModelShape("qwen3", head_dim=64)])
+def test_rewinding_inside_the_recent_window_is_exact(
+    random_model: Maker, load: Loader, shape: ModelShape
+) -> None:
+    model = random_model(shape)
+    llm = load(model.path, **BOUND, **F32, granularity="head", policy=Noise(), logits_all=True)
+    watch = Watch(llm, shape)
+    llm.eval(random_tokens(200))
+    llm.eval(random_tokens(60, seed=1))  # evicts: cells = 256
+    assert llm.kv_stats.evictions == 1
+    oldest = llm.kv_stats.seen - 60 - BOUND["recent"] + 1
+    for length in (llm.n_tokens - 1, llm.n_tokens - 30, oldest):
+        assert llm._kv is not None
+        assert llm._kv.can_rewind(length)
+        llm.n_tokens = length
+        llm.eval(random_tokens(40, seed=length))
+        want = watch.expected(model.reference)
+        assert difference(llm.scores[: llm.n_tokens], want) < EXACT
+    assert llm.kv_stats.evictions == 1
+    llm.n_tokens = oldest - 1
+    with pytest.raises(KVCacheError, match="can go back to"):
+        llm.eval([7])
+
+
+def test_an_edited_message_beyond_the_recent_window_is_read_again(
+    random_model: Maker, load: Loader
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, granularity="head")
+    fresh = load(random_model(LLAMA).path, **BOUND, granularity="head")
+    tokens = random_tokens(500)
+    llm.eval(tokens)
+    edited = [*tokens[:100], 99, *tokens[101:]]
+
+    def first(of: Llama, prompt: list[int]) -> int:
+        return int(next(iter(of.generate(prompt, temp=0.0))))
+
+    assert first(llm, edited) == first(fresh, edited)
+    np.testing.assert_array_equal(llm.kv_positions, fresh.kv_positions)
+
+
+def test_a_window_cache_that_moved_on_is_not_rewound_into(
+    random_model: Maker, load: Loader
+) -> None:
+    """llama.cpp frees the cells of a sliding window as it moves on, so going back needs a check of
+    its own; whatever length it allows must be exact."""
+    model = random_model(WINDOW)
+    llm = load(model.path, **BOUND, **F32, granularity="head", policy=Noise(), logits_all=True)
+    watch = Watch(llm, WINDOW)
+    llm.eval(random_tokens(200))
+    llm.eval(random_tokens(60, seed=1))
+    assert llm._kv is not None
+    allowed = [n for n in range(1, llm.n_tokens) if llm._kv.can_rewind(n)]
+    assert allowed
+    for length in (allowed[-1], allowed[len(allowed) // 2], allowed[0]):
+        if not llm._kv.can_rewind(length):
+            continue
+        llm.n_tokens = length
+        llm.eval(random_tokens(9, seed=length))
+        want = watch.expected(model.reference)
+        assert difference(llm.scores[: llm.n_tokens], want) < EXACT_GELU
+
+
+# -- limits and refusals ---------------------------------------------------------------------
+
+
+def test_no_more_cells_than_the_context_has_ever_hold_tokens(
+    random_model: Maker, load: Loader
+) -> None:
+    seen: list[int] = []
+    llm = load(
+        random_model(LLAMA).path,
+        **BOUND,
+        on_evict=lambda e: seen.append(e.kept),
+        granularity="head",
+    )
+    for seed in range(6):
+        llm.eval(random_tokens(150, seed=seed))
+        held = llm._kv.cache.read(0, 10**6, llm.kv_stats.kept, values=False)[0]  # type: ignore[union-attr]
+        assert len(held) == llm.kv_stats.kept <= llm.kv_stats.cells == 256
+    assert seen
+    assert set(seen) == {BOUND["kv_budget"]}
+
+
+def test_dropped_spans_name_tokens_that_no_head_holds_any_more(
+    random_model: Maker, load: Loader
+) -> None:
+    dropped: list[int] = []
+
+    def note(event: Any) -> None:
+        spans = [t for a, b in event.dropped for t in range(a, b)]
+        assert len(spans) == event.n_dropped
+        dropped.extend(spans)
+
+    llm = load(random_model(LLAMA).path, **BOUND, policy=Noise(), on_evict=note, granularity="head")
+    llm.eval(random_tokens(900))
+    held = set(llm.kv_positions.reshape(-1).tolist())
+    assert len(dropped) == len(set(dropped))
+    assert held.isdisjoint(dropped)
+    assert held | set(dropped) == set(range(900))
+
+
+def test_sinks_and_recent_tokens_are_in_the_same_rows_of_all_heads(
+    random_model: Maker, load: Loader
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, policy=Noise(), granularity="head")
+    llm.eval(random_tokens(257))
+    held = llm.kv_positions
+    assert (held[:, :, :4] == np.arange(4)).all()
+    assert (held[:, :, -21:] == np.arange(236, 257)).all()
+    assert (np.diff(held, axis=-1) > 0).all()
+    assert not (held == held[:1, :1]).all()
+
+
+def test_the_default_is_head_and_what_cannot_be_packed_is_refused_unless_allowed(
+    random_model: Maker, tmp_path: Path
+) -> None:
+    quiet: dict[str, Any] = {"kv_budget": 100, "verbose": False}
+    llm = Llama(random_model(LLAMA).path, **quiet)
+    assert llm.kv_stats.granularity == "head"
+    llm.close()
+    write_mpt(tmp_path / "alibi.gguf")
+    with pytest.raises(UnsupportedModelError, match="ALiBi.*granularity='token'"):
+        Llama(str(tmp_path / "alibi.gguf"), **quiet)
+    llm = Llama(str(tmp_path / "alibi.gguf"), **quiet, granularity="auto")
+    assert llm.kv_stats.granularity == "token"
+    llm.close()
+    with pytest.raises(ValueError, match="'head', 'token' or 'auto', not 'layer'"):
+        Llama(random_model(LLAMA).path, **quiet, granularity="layer")
+
+
+_FAILING = """
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdlib.h>
+/* Stands in for llama.cpp's own function and lets one call fail, before or half way through. */
+typedef size_t set_data(void * ctx, const uint8_t * src, size_t size, int32_t seq);
+size_t llama_state_seq_set_data(void * ctx, const uint8_t * src, size_t size, int32_t seq) {
+    static int calls = 0;
+    void * llama = dlopen(getenv("LLAMA_LIBRARY"), RTLD_NOW | RTLD_NOLOAD);
+    set_data * real = (set_data *) dlsym(llama, "llama_state_seq_set_data");
+    if (++calls == atoi(getenv("FAIL_AT"))) {
+        return atoi(getenv("FAIL_HALF")) ? real(ctx, src, size / 2, seq) : 0;
+    }
+    return real(ctx, src, size, seq);
+}
+"""
+
+_SURVIVOR = """
+import sys
+from kvp_edge import KVCacheError, Llama
+bound = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60, "verbose": False}
+llm, fresh = Llama(sys.argv[1], **bound), Llama(sys.argv[1], **bound)
+tokens = [0, *(6 + i * 7 % 200 for i in range(600))]
+try:
+    llm.eval(tokens)
+except KVCacheError as error:
+    assert "The cache is empty now" in str(error), error
+else:
+    raise SystemExit("it did not fail")
+assert int(llm._kv.cache.newest_position()) == -1
+try:
+    llm.eval([5])
+except KVCacheError as error:
+    assert "reset" in str(error), error
+answer = next(iter(llm.generate(tokens, temp=0.0)))
+assert answer == next(iter(fresh.generate(tokens, temp=0.0)))
+assert (llm.kv_positions == fresh.kv_positions).all()
+print("survived")
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+)
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the sanitizer's library is loaded already")
+@pytest.mark.parametrize("half", [False, True])
+def test_a_state_that_llama_cpp_does_not_take_leaves_an_empty_cache_and_is_read_again(
+    random_model: Maker, tmp_path: Path, half: bool
+) -> None:
+    (tmp_path / "failing.c").write_text(_FAILING)
+    library = tmp_path / "failing.so"
+    command = [
+        "cc",
+        "-D_GNU_SOURCE",
+        "-shared",
+        "-fPIC",
+        "-o",
+        library,
+        tmp_path / "failing.c",
+        "-ldl",
+    ]
+    subprocess.run(command, check=True)
+    # two packs while the two models are loaded, then the first eviction
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(library),
+        "LLAMA_LIBRARY": str(Path(llama_cpp.__file__).parent / "lib" / "libllama.so"),
+        "FAIL_AT": "3",
+        "FAIL_HALF": str(int(half)),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _SURVIVOR, random_model(LLAMA).path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout == "survived\n", done.stderr
