@@ -35,6 +35,7 @@ from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
 
 _GGML_TYPE_F16 = 1
+_PLAIN_TYPES = (0, 1, 30)  # f32, f16, bf16: enum ggml_type in ggml.h
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             raise UnsupportedModelError(
                 "positions='compact' is not possible at head granularity with a model that has "
                 "sliding-window layers. Use granularity='token' or positions='keep'"
+            )
+        # llama.cpp's shift reads a null pointer when keys are quantised but not Hadamard-rotated
+        # (build_rope_shift in src/llama-kv-cache.cpp), and shifts whole quantised heads only.
+        if granularity == "token" and cache.shape.type_k not in _PLAIN_TYPES:
+            raise UnsupportedModelError(
+                "positions='compact' at token granularity needs keys that are not quantised. Use "
+                "granularity='head', an f16 type_k, or positions='keep'"
             )
         model = self._model.model
         frequencies = measure_frequencies(

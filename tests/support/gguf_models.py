@@ -7,6 +7,7 @@ src/models/<arch>.cpp (`load_arch_tensors`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Literal, get_args
@@ -87,8 +88,15 @@ class ModelShape:
         return self.sliding_window > 0 and layer % self.sliding_pattern < last
 
 
-def write_model(path: str | PathLike[str], shape: ModelShape) -> Weights:
-    """Write a random model; return its weights as llama.cpp sees them (after rounding to f16)."""
+def write_model(
+    path: str | PathLike[str],
+    shape: ModelShape,
+    extra: Callable[[GGUFWriter], None] = lambda writer: None,
+) -> Weights:
+    """Write a random model; return its weights as llama.cpp sees them (after rounding to f16).
+
+    ``extra`` may add metadata and tensors that the reference does not know of.
+    """
     weights = _draw_weights(shape)
     writer = GGUFWriter(fspath(path), shape.arch)
     writer.add_block_count(shape.n_layer)
@@ -107,6 +115,7 @@ def write_model(path: str | PathLike[str], shape: ModelShape) -> Weights:
         writer.add_sliding_window_pattern(shape.sliding_pattern)
         writer.add_rope_freq_base_swa(shape.rope_base_swa)
     _add_tokenizer(writer, shape.n_vocab)
+    extra(writer)
     for name, tensor in weights.items():
         # ggml adds and multiplies biases and norms in f32 only
         as_f16 = shape.weight_type == "f16" and tensor.ndim == 2
