@@ -21,10 +21,11 @@ struct error : std::exception {
 };
 
 // printf-style: fail(KVP_ERR_ARGUMENT, "position %d is ...", p)
+[[noreturn]]
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-[[noreturn]] inline void fail(int32_t code, const char * format, ...) {
+inline void fail(int32_t code, const char * format, ...) {
     char    text[sizeof(kvp_error::message)];
     va_list args;
     va_start(args, format);

@@ -69,6 +69,22 @@ void gather_columns(const uint8_t * src, size_t n, const uint32_t * cells, size_
     }
 }
 
+// Types that llama.cpp offers for a KV cache and that can be written without further data.
+bool can_be_written(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_IQ4_NL: return true;
+        default: return false;
+    }
+}
+
 void check_plan(const state_blob & state, const pack_plan & plan, std::vector<uint32_t> & order) {
     const blob_cache & base = state.base;
     if (plan.n == 0 || plan.n_keep == 0 || plan.n_keep > plan.n || plan.n_head_kv == 0 || plan.n_layer == 0) {
@@ -118,6 +134,9 @@ void check_plan(const state_blob & state, const pack_plan & plan, std::vector<ui
     }
     if (plan.turning.frequency) {
         for (const blob_layer & layer : base.layers) {
+            if (!can_be_written(layer.type_k)) {
+                fail(KVP_ERR_UNSUPPORTED, "keys of type %s cannot be turned to new positions", ggml_type_name(layer.type_k));
+            }
             const int64_t head_size = int64_t(layer.k_row / plan.n_head_kv / ggml_type_size(layer.type_k)) * ggml_blck_size(layer.type_k);
             if (!plan.turning.turn || plan.turning.n_pairs == 0 || 2 * int64_t(plan.turning.n_pairs) > head_size ||
                 (plan.turning.rotation && head_size % plan.turning.rotation != 0)) {
@@ -143,9 +162,7 @@ void to_float(ggml_type type, const uint8_t * src, size_t n, float * out, std::v
 
 void from_float(ggml_type type, const float * src, size_t n, uint8_t * out, std::vector<uint8_t> & aligned) {
     aligned.resize(ggml_row_size(type, (int64_t) n));
-    if (ggml_quantize_chunk(type, src, aligned.data(), 0, 1, (int64_t) n, nullptr) != aligned.size()) {
-        fail(KVP_ERR_UNSUPPORTED, "a cache of type %s cannot be written", ggml_type_name(type));
-    }
+    ggml_quantize_chunk(type, src, aligned.data(), 0, 1, (int64_t) n, nullptr);
     std::memcpy(out, aligned.data(), aligned.size());
 }
 

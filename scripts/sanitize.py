@@ -15,7 +15,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/test_native.py", "tests/test_llama.py"]
+TESTS = [
+    "tests/test_native.py",
+    "tests/test_llama.py",
+    "tests/test_packing.py",
+    "tests/test_per_head.py",
+    "tests/test_positions.py",
+    "tests/test_session.py",
+]
 
 
 def _runtime_library(name: str) -> str:
