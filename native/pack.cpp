@@ -54,17 +54,31 @@ void gather_rows(const uint8_t * src, size_t row, const uint32_t * cells, size_t
     }
 }
 
-// The same for transposed V: n_column columns of n cells, plain values of `T`'s size.
+// C neighbouring columns of transposed V: values of `T`'s size, n cells long, all of one head. Several at
+// once, since a column of indices is longer than a column of f16.
+template <typename T, size_t C>
+void gather_columns_of(const uint8_t * src, size_t n, const uint32_t * cell, size_t n_keep, uint8_t * dst) {
+    for (size_t i = 0; i < n_keep; ++i) {
+        for (size_t c = 0; c < C; ++c) {
+            std::memcpy(dst + (c * n_keep + i) * sizeof(T), src + (c * n + cell[i]) * sizeof(T), sizeof(T));
+        }
+    }
+}
+
+// The same as gather_rows for transposed V: n_column columns, those of one head side by side.
 template <typename T>
 void gather_columns(const uint8_t * src, size_t n, const uint32_t * cells, size_t n_column, size_t n_head, size_t n_keep, uint8_t * dst) {
-    for (size_t j = 0; j < n_column; ++j) {
+    const size_t per_head = n_column / n_head;
+    for (size_t j = 0; j < n_column;) {
         const uint8_t *  from = src + j * n * sizeof(T);
         uint8_t *        to   = dst + j * n_keep * sizeof(T);
-        const uint32_t * cell = cells + j / (n_column / n_head) * n_keep;
-        for (size_t i = 0; i < n_keep; ++i) {
-            T value;
-            std::memcpy(&value, from + cell[i] * sizeof(T), sizeof(T));
-            std::memcpy(to + i * sizeof(T), &value, sizeof(T));
+        const uint32_t * cell = cells + j / per_head * n_keep;
+        if (j % per_head + 4 <= per_head) {
+            gather_columns_of<T, 4>(from, n, cell, n_keep, to);
+            j += 4;
+        } else {
+            gather_columns_of<T, 1>(from, n, cell, n_keep, to);
+            j += 1;
         }
     }
 }

@@ -138,26 +138,43 @@ void choose_rows(const float * scores, const int32_t * unit, const uint8_t * is_
         start = end;
     }
 
-    // A unit has one row or more, so the best `room` of them are enough unless some do not fit.
-    const auto  best_first = std::greater<uint64_t>();
-    const auto  first_rest = order.begin() + std::min(room, order.size());
-    const auto  take       = [&](uint64_t entry) {
+    // Halving finds the units that all fit without sorting them: whatever better half fits is taken, else
+    // the search goes on inside it.
+    const auto best_first = std::greater<uint64_t>();
+    const auto stay       = [&](uint64_t entry) {
         const span & u = units[uint32_t(entry)];
-        if (u.size <= room) {
-            std::fill_n(stays.begin() + u.start, u.size, uint8_t(1));
-            room -= u.size;
+        std::fill_n(stays.begin() + u.start, u.size, uint8_t(1));
+        room -= u.size;
+    };
+    auto lo = order.begin(), hi = order.end();
+    while (hi - lo > 16) {
+        const auto mid = lo + (hi - lo) / 2;
+        std::nth_element(lo, mid, hi, best_first);
+        size_t size = 0;
+        for (auto entry = lo; entry != mid; ++entry) {
+            size += units[uint32_t(*entry)].size;
+        }
+        if (size <= room) {
+            std::for_each(lo, mid, stay);
+            lo = mid;
+        } else {
+            hi = mid;
+        }
+    }
+    // Where the first does not fit, smaller ones behind it still may: one by one, best first.
+    const auto stay_if_it_fits = [&](uint64_t entry) {
+        if (units[uint32_t(entry)].size <= room) {
+            stay(entry);
         }
     };
-    if (first_rest != order.end()) {
-        std::nth_element(order.begin(), first_rest, order.end(), best_first);
-    }
-    std::sort(order.begin(), first_rest, best_first);
-    std::for_each(order.begin(), first_rest, take);
+    std::sort(lo, hi, best_first);
+    std::for_each(lo, hi, stay_if_it_fits);
     if (room > 0) {
-        std::sort(first_rest, order.end(), best_first);
-        std::for_each(first_rest, order.end(), take);
+        std::sort(hi, order.end(), best_first);
+        std::for_each(hi, order.end(), stay_if_it_fits);
     }
-    for (auto entry = order.begin(); room > 0 && entry != order.end(); ++entry) {
+    // Only units larger than the room are left: the best of them is cut, its newest rows stay.
+    for (auto entry = lo; room > 0 && entry != order.end(); ++entry) {
         const span & u = units[uint32_t(*entry)];
         for (uint32_t i = u.start + u.size; room > 0 && i-- > u.start;) {
             room -= stays[i] == 0;
