@@ -212,7 +212,7 @@ def test_the_command_works_in_a_pipe() -> None:
         input="My dog is called Ralph.\nWhat is my dog called?\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0
@@ -232,7 +232,7 @@ class Terminal:
         if self.pid == 0:
             os.execve(sys.executable, [*COMMAND, *argv], {**os.environ, "TERM": "dumb"})
 
-    def read_until(self, text: str, seconds: float = 20) -> str:
+    def read_until(self, text: str, seconds: float = 120) -> str:
         """What was printed since the last call, up to and with ``text``."""
         end = time.monotonic() + seconds
         while text.encode() not in self._ahead:
@@ -251,8 +251,9 @@ class Terminal:
         return status
 
     def close(self) -> None:
-        os.close(self._fd)  # hangs up
-        if self.pid:
+        os.close(self._fd)
+        if self.pid:  # a test failed: a hang-up would do, unless the tests run under nohup
+            os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
 
@@ -289,7 +290,7 @@ def test_ctrl_c_stops_a_reply_and_the_conversation_goes_on(
     assert "tokens seen" in stats
     t.read_until("> ")
     t.type("What is my dog called?\n")
-    t.read_until("Ralph", seconds=40)
+    t.read_until("Ralph")
     t.type("\x03")
     t.read_until("> ")
     t.type("/exit\n")
@@ -579,7 +580,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         input="Tell me something.\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert len(done.stdout) == 20

@@ -341,6 +341,6 @@ def test_a_state_that_llama_cpp_does_not_take_leaves_an_empty_cache_and_is_read_
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert done.stdout == "survived\n", done.stderr
