@@ -197,6 +197,44 @@ def test_a_window_cache_that_moved_on_is_not_rewound_into(
         assert difference(llm.scores[: llm.n_tokens], want) < EXACT_GELU
 
 
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_an_interrupt_around_packing_ends_in_a_clean_re_read(
+    random_model: Maker, load: Loader, where: str
+) -> None:
+    llm, untouched = (load(random_model(LLAMA).path, **BOUND, granularity="head") for _ in range(2))
+    assert llm._kv is not None
+    pack = llm._kv.cache.pack
+
+    def interrupted(*args: Any) -> None:
+        if where == "after":
+            pack(*args)
+        raise KeyboardInterrupt
+
+    tokens = random_tokens(700)
+    llm._kv.cache.pack = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.eval(tokens)
+    llm._kv.cache.pack = pack  # type: ignore[method-assign]
+    with pytest.raises(KVCacheError, match="interrupted"):
+        llm.eval([7])
+    answers = [next(iter(of.generate(tokens, temp=0.0))) for of in (llm, untouched)]
+    assert answers[0] == answers[1]
+    np.testing.assert_array_equal(llm.kv_positions, untouched.kv_positions)
+
+
+def test_states_in_memory_go_back_and_forth(random_model: Maker, load: Loader) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, granularity="head", logits_all=True)
+    llm.eval(random_tokens(400))
+    state = llm.save_state()
+    held = llm.kv_positions
+    llm.eval(random_tokens(300, seed=1))
+    want = np.array(llm.scores[400:700])
+    llm.load_state(state)
+    np.testing.assert_array_equal(llm.kv_positions, held)
+    llm.eval(random_tokens(300, seed=1))
+    np.testing.assert_array_equal(llm.scores[400:700], want)
+
+
 # -- limits and refusals ---------------------------------------------------------------------
 
 
