@@ -7,6 +7,7 @@ implementation of the model is needed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,13 +118,14 @@ class Tracer(Llama):
     """
 
     def __init__(self, model_path: str, length: int, block: int | None = None, **engine: Any):
+        self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
+        self._native: NativeCache | None = None
+        self._handle = ctypes.c_void_p()
         if engine.pop("flash_attn", False):
             raise ValueError(
                 "tracing needs flash attention off: with it llama.cpp never has the "
                 "attention in memory. Leave --flash-attn (flash_attn) out"
             )
-        self._handle = ctypes.c_void_p()
-        self._native: NativeCache | None = None
         _call("kvp_capture_create", ctypes.byref(self._handle))
         try:
             # llama.cpp aborts when its micro-batch is smaller than the number of sequences
@@ -241,7 +243,7 @@ def smallest_block(shape: CacheShape, length: int) -> int:
 
 def _half(rows: npt.NDArray[np.float32], what: str) -> HalfArray:
     largest = float(np.abs(rows).max())
-    if not largest <= np.finfo(np.float16).max:  # also when it is no number
+    if not largest <= float(np.finfo(np.float16).max):  # also when it is no number
         raise KVCacheError(
             f"the model's {what} reach {largest:g}, which is no number that a trace can hold "
             "(float16): the model file may be damaged"

@@ -8,7 +8,7 @@ import os
 import random
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -89,7 +89,8 @@ class TextFile:
 @dataclass(frozen=True)
 class ChatFile:
     """JSON lines, each a list of {"role", "content"} (or {"messages": list}). A trace ends with the
-    last reply that fits, and the reply is the future."""
+    last reply that fits, or the first one cut to fit, and the reply is the future. A chat whose first
+    message is too long is left out."""
 
     path: str
 
@@ -110,6 +111,8 @@ class ChatFile:
                 else:
                     reply = llm.tokenize(messages[i]["content"].encode(), add_bos=False)
                     piece = Piece([*prompt, *reply], len(prompt), 0, name)
+                    if i == replies[0] and len(prompt) + cut.future_tokens <= cut.length:
+                        piece = replace(piece, tokens=piece.tokens[: cut.length])
                 if len(piece.tokens) + piece.n_generate <= cut.length:
                     yield piece
                     break
