@@ -89,8 +89,8 @@ class TextFile:
 @dataclass(frozen=True)
 class ChatFile:
     """JSON lines, each a list of {"role", "content"} (or {"messages": list}). A trace ends with the
-    last reply that fits, or the first one cut to fit, and the reply is the future. A chat whose first
-    message is too long is left out."""
+    last reply that fits, or the first one cut to fit, and the reply is the future. A chat whose
+    first message is too long is left out."""
 
     path: str
 
