@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -133,16 +133,25 @@ class Trace:
                 f"a split must be from 1 to {last}, the last border between blocks of {self.block} "
                 f"queries in this trace of {len(self)} tokens, not {n}"
             )
-        return self.received(n, len(self) if until is None else until)[:, :, :n]
+        return self.received(n, len(self) if until is None else until, n)
 
-    def received(self, start: int, stop: int) -> FloatArray:
-        """Attention that the queries of [start, stop) paid to every token, each end rounded up to
-        the next border: float32 [L, H, T]. With stop = n, it is what is known at an eviction."""
-        out = np.zeros((*self.keys.shape[:2], len(self)), np.float32)
+    def received(self, start: int, stop: int, n_tokens: int | None = None) -> FloatArray:
+        """Attention that the queries of [start, stop) paid to the first ``n_tokens`` tokens (None:
+        all), the largest of each group, each end rounded up to the next border.
+
+        With stop = n it is what is known at an eviction: [0, n) for accumulated attention as in
+        H2O, [n - w, n) for a window as in SnapKV, but with the maximum over a group, not its mean.
+
+        Returns:
+            float32 [L, H, n_tokens].
+        """
+        n_tokens = len(self) if n_tokens is None else n_tokens
+        out = np.zeros((*self.keys.shape[:2], n_tokens), np.float32)
         at = begin = 0
         for end in self.blocks.ends(len(self)):
             if start <= begin < stop:
-                out[:, :, :end] += self.attention[:, :, at : at + end]
+                n = min(end, n_tokens)
+                out[:, :, :n] += self.attention[:, :, at : at + n]
             begin, at = end, at + end
         out /= self.scale
         return out
@@ -194,7 +203,13 @@ class TraceSet(Sequence[Trace]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Trace: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Trace]: ...
+
+    def __getitem__(self, index: int | slice) -> Trace | list[Trace]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         entry = self._entries[index]
@@ -374,6 +389,7 @@ def capture_traces(
             "type_k": tracer.shape.type_k,
             "type_v": tracer.shape.type_v,
             "n_batch": tracer.n_batch,
+            "n_gpu_layers": tracer.model_params.n_gpu_layers,
         }
         manifest = _manifest(model_path, tracer, about, settings)
         _make_folder(folder)
@@ -402,8 +418,8 @@ def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) ->
         "head_size_v": shape.head_size_v,
     }
     # the file's name is for people; the fingerprint is what counts
-    what = {"model": {**model, "file": ""}, "sources": sources, "settings": settings}
-    run = hashlib.sha256(json.dumps([FORMAT_VERSION, what], sort_keys=True).encode()).hexdigest()
+    what = [FORMAT_VERSION, LLAMA_VERSION, {**model, "file": ""}, sources, settings]
+    run = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -167,6 +167,18 @@ def test_the_future_of_a_task_is_its_question_and_answer(llm: Llama) -> None:
         assert answer in before
 
 
+def test_tasks_use_other_words_than_the_demo() -> None:
+    from kvp_edge import trace_tasks
+    from kvp_edge.cli import demo_tasks
+
+    for ours, theirs in (
+        (trace_tasks._WORDS, demo_tasks.WORDS),
+        (trace_tasks._NAMES, demo_tasks.NAMES),
+        (" ".join(told[3] for told in trace_tasks._TOLD), " ".join(demo_tasks.PERSONAL)),
+    ):
+        assert not {*ours.split()} & {*theirs.split()}
+
+
 def test_the_future_of_a_chat_is_the_last_reply_that_fits(llm: Llama, tmp_path: Path) -> None:
     chat = [
         {"role": "user", "content": "My dog is called Ralph."},
