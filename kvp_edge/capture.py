@@ -30,6 +30,8 @@ _LARGEST_SUM = 32768
 #: Bytes of a trace file beside its arrays of numbers per head: header, and 8 for every token.
 _FILE_OVERHEAD = 1024
 _BYTES_PER_TOKEN = 8
+#: None is llama.cpp's own choice, f16; then f32, f16, bf16 (enum ggml_type).
+_TYPES_V = (None, 0, 1, 30)
 #: llama.cpp pads caches to this many cells.
 _CELL_UNIT = 256
 
@@ -125,6 +127,11 @@ class Tracer(Llama):
             raise ValueError(
                 "tracing needs flash attention off: with it llama.cpp never has the "
                 "attention in memory. Leave --flash-attn (flash_attn) out"
+            )
+        if engine.get("type_v") not in _TYPES_V:
+            raise ValueError(
+                "tracing cannot keep values in a quantised type, because llama.cpp allows that only "
+                "with flash attention, which hides the attention. Trace with --type-v f16 (type_v)"
             )
         _call("kvp_capture_create", ctypes.byref(self._handle))
         try:

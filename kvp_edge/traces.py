@@ -450,7 +450,7 @@ def _refuse_another_run(folder: Path, manifest: Json) -> None:
     differ = [
         f"{name} {_short(found['settings'].get(name))} instead of {_short(value)}"
         for name, value in manifest["settings"].items()
-        if found["settings"].get(name) != value
+        if found["settings"].get(name, value) != value
     ]
     if found["model"].get("fingerprint") != manifest["model"]["fingerprint"]:
         differ.insert(0, f"model {found['model'].get('name') or found['model'].get('file')}")

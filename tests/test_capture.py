@@ -244,7 +244,7 @@ def test_flash_attention_is_refused(random_model: Maker) -> None:
 
 def test_quantised_values_are_refused(random_model: Maker) -> None:
     model = random_model(SHAPES["llama, 2 queries to a key"])
-    with pytest.raises(ValueError, match=r"(?i)V cache|values"):
+    with pytest.raises(ValueError, match="values in a quantised type"):
         Tracer(model.path, 64, type_v=Q8_0, verbose=False)
 
 
