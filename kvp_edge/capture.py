@@ -130,8 +130,8 @@ class Tracer(Llama):
             )
         if engine.get("type_v") not in _TYPES_V:
             raise ValueError(
-                "tracing cannot keep values in a quantised type, because llama.cpp allows that only "
-                "with flash attention, which hides the attention. Trace with --type-v f16 (type_v)"
+                "tracing cannot keep values in a quantised type: llama.cpp allows that only with "
+                "flash attention, which hides the attention. Trace with --type-v f16 (type_v)"
             )
         _call("kvp_capture_create", ctypes.byref(self._handle))
         try:

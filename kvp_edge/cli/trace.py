@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from typing import Any
 
 from tqdm import tqdm
@@ -120,7 +121,13 @@ def _main(args: argparse.Namespace) -> int:
     if not sources:
         raise ValueError("give something to read: --text FILE, --chats FILE or --tasks N")
     path = options.model_path(args)
-    options.warn_beyond_training(args.length, path)
+    trained = options.trained_context(path)
+    if args.length > trained:
+        warnings.warn(
+            f"traces of {args.length} tokens are longer than the {trained} that the model was "
+            "trained for: what it looks up beyond them may mean little",
+            stacklevel=2,
+        )
     note(f"tracing; what is finished stays in '{args.out}', and the same command goes on")
     with tqdm(unit=" traces", disable=None) as bar:
 
