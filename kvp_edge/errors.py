@@ -19,3 +19,7 @@ class ContextLengthError(ValueError):
 
 class SessionError(ValueError):
     """A session file cannot be written or read, or does not belong to this model and settings."""
+
+
+class TraceError(ValueError):
+    """Traces that are damaged, incomplete or foreign, or that cannot be made of what was given."""

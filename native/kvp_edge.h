@@ -1,7 +1,7 @@
 /* kvp_edge: the native part of learned KV-cache eviction inside stock llama.cpp.
  *
  * This is the whole public surface. It works on a llama_context that somebody else owns, uses only
- * llama.h, ggml.h and gguf.h, and knows nothing of budgets or turns: it reads the keys and values of
+ * llama.h, ggml*.h and gguf.h, and knows nothing of budgets or turns: it reads the keys and values of
  * a token range, scores and ranks them, and removes the tokens, or packs the rows, it is told to.
  *
  * Conventions
@@ -19,6 +19,7 @@
 #ifndef KVP_EDGE_H
 #define KVP_EDGE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -80,6 +81,11 @@ KVP_API int32_t kvp_model_shape_read(const char * path, kvp_model_shape * shape,
  * An upper bound for models with sliding-window layers, whose window cache may have fewer cells. */
 KVP_API int32_t kvp_model_bytes_per_cell(const kvp_model_shape * shape, int32_t type_k, int32_t type_v,
                                          uint64_t * bytes, kvp_error * err);
+
+/* The tensors of a GGUF file, one line for each: "name type ne0 ne1 ne2 ne3 offset bytes", the offset
+ * counted from the start of the file. *needed tells how many bytes `text` must have, the closing zero
+ * included; with fewer (0, say) nothing is written. */
+KVP_API int32_t kvp_model_tensors(const char * path, char * text, uint64_t size, uint64_t * needed, kvp_error * err);
 
 typedef struct kvp_cache kvp_cache;
 
@@ -194,6 +200,42 @@ KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint
                                const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions,
                                uint32_t n_keep, const kvp_key_turn * turn, uint32_t rotation, size_t * packed_size,
                                kvp_error * err);
+
+/* Captures the attention that a running context pays, reduced at once: for every token, KV head and
+ * block of queries the sum over the block's queries of the LARGEST attention that any query head of the
+ * KV head's group pays to the token (arXiv:2602.10238, section 3: the maximum comes before the sum).
+ *
+ * Flash attention must be off: llama.cpp then computes nodes "kq_soft_max-<layer>", and lets a callback
+ * see them. Set the callback before the context is made:
+ *     params.cb_eval = kvp_capture_callback();  params.cb_eval_user_data = capture;
+ * The capture must outlive the context. Between begin and end decode ONE sequence from an empty cache,
+ * token by token or in batches; outside them the callback asks for nothing. */
+struct ggml_tensor;
+typedef struct kvp_capture kvp_capture;
+typedef bool (*kvp_eval_callback)(struct ggml_tensor * node, bool ask, void * capture);
+
+typedef struct kvp_capture_plan {
+    uint32_t n_layer;    /* of the base cache (kvp_cache_shape)                                            */
+    uint32_t n_head_kv;
+    uint32_t n_tokens;   /* most tokens that will be decoded                                               */
+    uint32_t block;      /* queries in a block; the last block may have fewer                              */
+    uint32_t first;      /* queries in the first block, 1..block: moves the borders                        */
+    uint32_t base_cells; /* only layers whose cache has this many cells (0: all layers), which tells those
+                            of the base cache from those with a sliding window                             */
+    float    scale;      /* sums are multiplied by it before they become f16; block * scale <= 65504       */
+} kvp_capture_plan;
+
+KVP_API int32_t           kvp_capture_create(kvp_capture ** capture, kvp_error * err);
+KVP_API void              kvp_capture_free(kvp_capture * capture); /* NULL is allowed */
+KVP_API kvp_eval_callback kvp_capture_callback(void);
+KVP_API int32_t           kvp_capture_begin(kvp_capture * capture, const kvp_capture_plan * plan, kvp_error * err);
+
+/* Ends a capture of n_tokens tokens and writes its sums: f16 bits [n_layer, n_head_kv, P]. P holds the
+ * blocks one after the other; the block of queries [s, e) has e values, for tokens 0 to e - 1 (no query
+ * sees more). So P = sum over blocks of their e, and n_sums must be n_layer * n_head_kv * P.
+ * What went wrong while decoding is told here: attention that is no probability, a layer without it. */
+KVP_API int32_t kvp_capture_end(kvp_capture * capture, uint32_t n_tokens, uint16_t * sums, uint64_t n_sums,
+                                kvp_error * err);
 
 #ifdef __cplusplus
 }

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     "tests/test_native.py",
     "tests/test_llama.py",
+    "tests/test_capture.py",
     "tests/test_packing.py",
     "tests/test_per_head.py",
     "tests/test_positions.py",

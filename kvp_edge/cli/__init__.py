@@ -1,4 +1,4 @@
-"""The ``kvp-edge`` command: chat, run, demo, policies."""
+"""The ``kvp-edge`` command: chat, run, demo, policies, trace."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kvp_edge.cli.chat import add_chat
 from kvp_edge.cli.demo import add_demo
 from kvp_edge.cli.policies import add_policies
 from kvp_edge.cli.run import add_run
+from kvp_edge.cli.trace import add_trace
 from kvp_edge.native import BUILT_FOR, LLAMA_VERSION
 
 _DESCRIPTION = """\
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_chat, add_run, add_demo, add_policies):
+    for add in (add_chat, add_run, add_demo, add_policies, add_trace):
         add(commands)
     return parser
 

@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import llama_cpp
-from llama_cpp import llama_chat_format
 from tqdm import tqdm
 
+from kvp_edge.chat_prompt import prompt_tokens
 from kvp_edge.cli import options
-from kvp_edge.cli.demo_tasks import Message, make_items
+from kvp_edge.cli.demo_tasks import make_items
 from kvp_edge.cli.watch import note
 from kvp_edge.context_shift import ContextShift
 from kvp_edge.limits import CELL_UNIT, parse_budget
@@ -239,38 +239,6 @@ def greedy(reader: Reader, prompt: Sequence[int]) -> tuple[str, int]:
         reader.read([token])
     text = llm.detokenize(reply).decode(errors="replace")
     return text, len(prompt) + len(reply)
-
-
-class _Prompt(Exception):
-    """Carries the tokens out of a chat handler, which would otherwise go on to complete them."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-
-class _PromptTaker:
-    """Stands in for a Llama where a chat handler tokenizes its prompt."""
-
-    def __init__(self, llm: Llama) -> None:
-        self._llm = llm
-
-    def tokenize(self, text: bytes, **how: bool) -> list[int]:
-        raise _Prompt(self._llm.tokenize(text, **how))
-
-
-def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
-    """The tokens that create_chat_completion would read for these messages."""
-    handler = (
-        llm.chat_handler
-        or llm._chat_handlers.get(llm.chat_format)
-        or llama_chat_format.get_chat_completion_handler(llm.chat_format)
-    )
-    try:
-        handler(llama=_PromptTaker(llm), messages=messages)
-    except _Prompt as prompt:
-        return prompt.tokens
-    raise ValueError(f"chat format '{llm.chat_format}' writes no text prompt")
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -67,14 +67,22 @@ class Reference:
         """Values, [n_layer, n_head_kv, n_tokens, head_dim]."""
         return self.forward(tokens, visible, positions).values
 
+    def attention(self, tokens: Tokens) -> NDArray[np.float32]:
+        """What each query head's queries (rows) pay to the tokens (columns) with nothing evicted,
+        [n_layer, n_head, n_tokens, n_tokens]."""
+        paid: list[Array] = []
+        self.forward(tokens, paid=paid)
+        return np.stack(paid).astype(np.float32)
+
     def forward(
         self,
         tokens: Tokens,
         visible: Visible | None = None,
         positions: NDArray[np.integer] | None = None,
         key_positions: NDArray[np.integer] | None = None,
+        paid: list[Array] | None = None,
     ) -> Forward:
-        """Run all layers; positions default to 0, 1, 2, ...
+        """Run all layers; positions default to 0, 1, 2, ...; `paid` takes each layer's attention.
 
         key_positions [n_layer, n_head_kv, n_tokens, n_tokens]: the RoPE position that each key
         (column) has when a query (row) looks at it, for caches whose keys were turned meanwhile;
@@ -97,7 +105,7 @@ class Reference:
             q, k, v = self._qkv(il, self._norm(x, f"blk.{il}.attn_norm"), pos)
             if key_positions is None:
                 mask = seen[il] & self._mask(il, pos)
-                out = _attention(q, k, v, mask)
+                out = _attention(q, k, v, mask, paid=paid)
             else:
                 by = key_positions[il] - pos  # [n_head_kv, query, key]: how far a key was turned
                 out = _attention(q, k, v, seen[il], lambda h, k, by=by: self._turn(k, by[h]))
@@ -178,6 +186,7 @@ def _attention(
     v: Array,
     mask: Visible,
     turn: Callable[[int, Array], Array] | None = None,
+    paid: list[Array] | None = None,
 ) -> Array:
     """softmax(q.k / sqrt(head_dim)) v over the visible tokens, [n_tokens, n_head * head_dim].
 
@@ -188,6 +197,7 @@ def _attention(
         raise ValueError("every query must see at least one token in every head")
     group = len(q) // len(k)
     out = np.empty_like(q)
+    weights = np.empty((len(q), q.shape[1], q.shape[1]))
     for h in range(len(q)):
         if turn is None:
             scores = q[h] @ k[h // group].T
@@ -196,7 +206,10 @@ def _attention(
         scores /= np.sqrt(q.shape[-1])
         scores[~mask[h // group]] = -np.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out[h] = p / p.sum(axis=-1, keepdims=True) @ v[h // group]
+        weights[h] = p / p.sum(axis=-1, keepdims=True)
+        out[h] = weights[h] @ v[h // group]
+    if paid is not None:
+        paid.append(weights)
     return out.swapaxes(0, 1).reshape(q.shape[1], -1)
 
 

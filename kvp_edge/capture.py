@@ -1,0 +1,258 @@
+"""Read a text with a GGUF model and keep what later tokens paid to earlier ones.
+
+Attention comes from llama.cpp itself, as it is computed (native/capture.cpp), keys and values from
+the cache at the end: so a trace has the model's quantisation and peculiarities in it, and no other
+implementation of the model is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.errors import KVCacheError
+from kvp_edge.llama import Llama
+from kvp_edge.llama_log import listen
+from kvp_edge.native import CacheShape, NativeCache, _call, _lib, read_model_shape
+
+HalfArray = npt.NDArray[np.float16]
+IntArray = npt.NDArray[np.int32]
+
+#: A stored sum is at most this; float16 ends at 65504.
+_LARGEST_SUM = 32768
+#: Bytes of a trace file beside its arrays of numbers per head: header, and 8 for every token.
+_FILE_OVERHEAD = 1024
+_BYTES_PER_TOKEN = 8
+#: None is llama.cpp's own choice, f16; then f32, f16, bf16 (enum ggml_type).
+_TYPES_V = (None, 0, 1, 30)
+#: llama.cpp pads caches to this many cells.
+_CELL_UNIT = 256
+
+
+class _Plan(ctypes.Structure):
+    """struct kvp_capture_plan"""
+
+    _fields_ = [
+        ("n_layer", ctypes.c_uint32),
+        ("n_head_kv", ctypes.c_uint32),
+        ("n_tokens", ctypes.c_uint32),
+        ("block", ctypes.c_uint32),
+        ("first", ctypes.c_uint32),
+        ("base_cells", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+    ]
+
+
+_PTR = ctypes.c_void_p
+_lib.kvp_capture_create.argtypes = [_PTR, _PTR]
+_lib.kvp_capture_free.argtypes = [_PTR]
+_lib.kvp_capture_free.restype = None
+_lib.kvp_capture_callback.argtypes = []
+_lib.kvp_capture_callback.restype = _PTR
+_lib.kvp_capture_begin.argtypes = [_PTR, _PTR, _PTR]
+_lib.kvp_capture_end.argtypes = [_PTR, ctypes.c_uint32, _PTR, ctypes.c_uint64, _PTR]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How queries are gathered: blocks of ``size``, the first one shorter where ``first`` < size,
+    so that the end of the prompt is a border."""
+
+    size: int
+    first: int
+
+    @classmethod
+    def with_border_at(cls, n: int, size: int) -> Blocks:
+        return cls(size, n % size or size)
+
+    @property
+    def scale(self) -> float:
+        """What sums are multiplied by before they are rounded to float16, a power of two: the
+        largest that cannot overflow, so that small sums keep their digits."""
+        return float(2 ** ((_LARGEST_SUM // self.size).bit_length() - 1))
+
+    def ends(self, n_tokens: int) -> list[int]:
+        """The end of every block of ``n_tokens`` queries; the last is ``n_tokens``."""
+        return [*range(self.first, n_tokens, self.size), n_tokens] if n_tokens > 0 else []
+
+    def n_sums(self, n_tokens: int) -> int:
+        """Sums of one head: a block that ends at e has one for each of the tokens before e."""
+        return sum(self.ends(n_tokens))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one text left behind: L layers, H KV heads, T tokens, P = blocks.n_sums(T)."""
+
+    tokens: IntArray
+    """int32 [T]"""
+    positions: IntArray
+    """int32 [T], ascending"""
+    keys: HalfArray
+    """float16 [L, H, T, head_size_k], RoPE included"""
+    values: HalfArray
+    """float16 [L, H, T, head_size_v]"""
+    sums: HalfArray
+    """float16 [L, H, P], times blocks.scale: see kvp_capture_end in native/kvp_edge.h"""
+    blocks: Blocks
+
+
+class Tracer(Llama):
+    """A model that reads texts of up to ``length`` tokens and captures them.
+
+    Args:
+        model_path: GGUF file.
+        length: most tokens of a text.
+        block: queries that are summed up; None: the fewest with which a trace takes no more than
+            twice the bytes of its keys and values.
+        engine: arguments of llama_cpp.Llama, but for flash attention, which hides the attention.
+
+    Raises:
+        UnsupportedModelError: no model file, or one that cannot be traced (recurrent, hybrid...).
+        ValueError: flash attention, or values in a type that llama.cpp allows only with it.
+    """
+
+    def __init__(self, model_path: str, length: int, block: int | None = None, **engine: Any):
+        self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
+        self._native: NativeCache | None = None
+        self._handle = ctypes.c_void_p()
+        if engine.pop("flash_attn", False):
+            raise ValueError(
+                "tracing needs flash attention off: with it llama.cpp never has the "
+                "attention in memory. Leave --flash-attn (flash_attn) out"
+            )
+        if engine.get("type_v") not in _TYPES_V:
+            raise ValueError(
+                "tracing cannot keep values in a quantised type: llama.cpp allows that only with "
+                "flash attention, which hides the attention. Trace with --type-v f16 (type_v)"
+            )
+        _call("kvp_capture_create", ctypes.byref(self._handle))
+        try:
+            # llama.cpp aborts when its micro-batch is smaller than the number of sequences
+            engine["n_ubatch"] = n_ubatch = max(2, engine.get("n_ubatch") or 512)
+            engine["n_batch"] = max(n_ubatch, engine.get("n_batch") or 0)
+            # A window cache must be smaller than the base cache, to be told from it by its size
+            # (2 sequences' windows and a micro-batch: llama_kv_cache_iswa).
+            with listen(pass_on=False):
+                window = read_model_shape(model_path).sliding_window
+            windows = 2 * window + n_ubatch + 2 * _CELL_UNIT if window else 0
+            cells = -(-max(length, windows, _CELL_UNIT) // _CELL_UNIT) * _CELL_UNIT
+            super().__init__(model_path, n_ctx=cells, swa_full=False, **engine)
+            self._native = NativeCache(self._ctx.ctx)
+        except BaseException:
+            self.close()
+            raise
+        self.length = length
+        self.shape: CacheShape = self._native.shape
+        self.block = smallest_block(self.shape, length) if block is None else block
+
+    @property
+    def context_params(self) -> Any:
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        params.n_seq_max, params.kv_unified = 2, True  # see native/kvp_edge.h
+        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(_lib.kvp_capture_callback())
+        params.cb_eval_user_data = self._handle
+        self._context_params = params
+
+    def close(self) -> None:
+        if self._native is not None:
+            self._native.close()
+            self._native = None
+        super().close()
+        if self._handle:
+            _lib.kvp_capture_free(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def capture(self, tokens: Sequence[int], n_prompt: int, n_generate: int = 0) -> Captured:
+        """Read tokens, then write up to ``n_generate`` more: the likeliest ones, until the model
+        ends its reply.
+
+        Args:
+            tokens: what is read, from an empty cache.
+            n_prompt: where a border between blocks will be.
+            n_generate: tokens to write.
+
+        Raises:
+            KVCacheError: the model computes numbers that are not finite, or too large for float16.
+        """
+        most = len(tokens) + n_generate
+        if not 0 < len(tokens) <= most <= self.length:
+            raise ValueError(
+                f"a trace of {len(tokens)} tokens and {n_generate} more does not fit the "
+                f"{self.length} tokens planned for"
+            )
+        blocks = Blocks.with_border_at(n_prompt, self.block)
+        s = self.shape
+        # the context's own number: llama.cpp may have rounded ours
+        base_cells = llama_cpp.llama_n_ctx(self.ctx) if s.has_window else 0
+        plan = _Plan(
+            s.n_layer, s.n_head_kv, most, blocks.size, blocks.first, base_cells, blocks.scale
+        )
+        self.forget()
+        _call("kvp_capture_begin", self._handle, ctypes.byref(plan))
+        self.eval(tokens)
+        while self.n_tokens < most:
+            token = self._likeliest()
+            if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+                break
+            self.eval([token])
+        n = int(self.n_tokens)
+        sums = np.empty((s.n_layer, s.n_head_kv, blocks.n_sums(n)), np.uint16)
+        _call("kvp_capture_end", self._handle, n, sums.ctypes.data, sums.size)
+        assert self._native is not None
+        positions, keys, values = self._native.read(0, n, n)
+        assert values is not None
+        return Captured(
+            tokens=np.array(self.input_ids[:n], np.int32),
+            positions=positions,
+            keys=_half(keys, "keys"),
+            values=_half(values, "values"),
+            sums=sums.view(np.float16),
+            blocks=blocks,
+        )
+
+    def forget(self) -> None:
+        """Empty the cache, so that the next text begins in its first cell."""
+        self.reset()
+        self._ctx.kv_cache_clear()
+
+    def _likeliest(self) -> int:
+        logits = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits_ith(self.ctx, -1), shape=(self._n_vocab,)
+        )
+        if not np.isfinite(logits).any():
+            raise KVCacheError("the model gives no token a finite likelihood: it cannot write")
+        return int(np.nanargmax(logits))
+
+
+def smallest_block(shape: CacheShape, length: int) -> int:
+    """The fewest queries per block with which a trace of ``length`` tokens is no larger than twice
+    its keys and values in float16: a power of two."""
+    n_heads = shape.n_layer * shape.n_head_kv
+    keys_and_values = 2 * n_heads * length * (shape.head_size_k + shape.head_size_v)
+    left = keys_and_values - _FILE_OVERHEAD - _BYTES_PER_TOKEN * length
+    block = 1
+    # a first block of one query makes the most blocks
+    while block < length and 2 * n_heads * Blocks(block, 1).n_sums(length) > left:
+        block *= 2
+    return block
+
+
+def _half(rows: npt.NDArray[np.float32], what: str) -> HalfArray:
+    largest = float(np.abs(rows).max())
+    if not largest <= float(np.finfo(np.float16).max):  # also when it is no number
+        raise KVCacheError(
+            f"the model's {what} reach {largest:g}, which is no number that a trace can hold "
+            "(float16): the model file may be damaged"
+        )
+    return rows.astype(np.float16)

@@ -1,0 +1,41 @@
+"""The tokens of a chat, as the model's chat template writes it."""
+
+from __future__ import annotations
+
+from llama_cpp import llama_chat_format
+
+from kvp_edge.llama import Llama
+
+Message = dict[str, str]
+
+
+class _Prompt(Exception):
+    """Carries the tokens out of a chat handler, which would otherwise go on to complete them."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
+class _PromptTaker:
+    """Stands in for a Llama where a chat handler tokenizes its prompt."""
+
+    def __init__(self, llm: Llama) -> None:
+        self._llm = llm
+
+    def tokenize(self, text: bytes, **how: bool) -> list[int]:
+        raise _Prompt(self._llm.tokenize(text, **how))
+
+
+def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
+    """The tokens that create_chat_completion would read for these messages."""
+    handler = (
+        llm.chat_handler
+        or llm._chat_handlers.get(llm.chat_format)
+        or llama_chat_format.get_chat_completion_handler(llm.chat_format)
+    )
+    try:
+        handler(llama=_PromptTaker(llm), messages=messages)
+    except _Prompt as prompt:
+        return prompt.tokens
+    raise ValueError(f"chat format '{llm.chat_format}' writes no text prompt")

@@ -1,0 +1,161 @@
+"""``kvp-edge trace``: read texts with a model and keep what a policy can learn from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from typing import Any
+
+from tqdm import tqdm
+
+from kvp_edge.cli import options
+from kvp_edge.cli.watch import note
+from kvp_edge.trace_sources import ChatFile, Source, Tasks, TextFile
+from kvp_edge.traces import TraceSet, capture_traces
+
+_DEFAULT_LENGTH = 1024
+
+_EPILOG = """\
+A policy learns which tokens a model can do without by looking at what it really looked up. For each
+text, this command runs the model as it is (quantised, on your machine) and stores, for every layer
+and KV head, the keys and values in its cache and the attention that later tokens paid to earlier
+ones. Any point of a trace can later be taken as the moment of an eviction.
+
+what to read (several may be given together):
+  --text   plain text, cut into traces of --length tokens; the end of each is its future
+  --chats  JSON lines, each a list of {"role": ..., "content": ...}; the last reply that fits into
+           --length tokens is the future
+  --tasks  generated questions about facts hidden in prose (that of --task-prose, or of the novel
+           that comes along); the question and its answer are the future
+Give texts like those that your chats will be about, and in the language they will be in.
+
+what the future is:
+  --future text    what follows in the source
+  --future greedy  what the model itself goes on with: closer to a chat, and slower, because tokens
+                   are written one by one
+
+A trace takes at most twice the bytes of its keys and values in float16: the fewer numbers the
+model has per token, and the longer a trace, the larger the blocks of queries that are summed up
+(--block).
+An interrupted run goes on when the same command is given again, and gives the same files.
+
+examples:
+  kvp-edge trace --out traces --tasks 100                    with the small model that comes along
+  kvp-edge trace model.gguf --out traces --text books/*.txt --traces 500
+  kvp-edge trace model.gguf --out traces --chats chats.jsonl --tasks 200 --length 4096
+  kvp-edge trace model.gguf --out traces --chats chats.jsonl --future greedy --future-tokens 300"""
+
+
+def add_trace(commands: Any) -> None:
+    parser = commands.add_parser(
+        "trace",
+        help="record what a model looks up, to train a policy",
+        description="Read texts with a model and keep keys, values and the attention they got.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model_options(parser)
+    group = parser.add_argument_group("traces")
+    group.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the traces; made if need be"
+    )
+    for name, what in (("--text", "text files to read"), ("--chats", "chats, as JSON lines")):
+        group.add_argument(name, nargs="+", action="extend", default=[], metavar="FILE", help=what)
+    group.add_argument("--tasks", type=options.count, metavar="N", help="generate N questions")
+    group.add_argument(
+        "--task-prose",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="texts to hide the facts of --tasks in",
+    )
+    group.add_argument(
+        "--length",
+        type=options.count,
+        default=_DEFAULT_LENGTH,
+        metavar="N",
+        help=f"most tokens of a trace (default: {_DEFAULT_LENGTH})",
+    )
+    group.add_argument(
+        "--traces",
+        type=options.count,
+        metavar="N",
+        help="how many, drawn from all that can be made (default: all)",
+    )
+    group.add_argument(
+        "--future",
+        choices=("text", "greedy"),
+        default="text",
+        help="what the future is made of (default: text)",
+    )
+    group.add_argument(
+        "--future-tokens",
+        type=options.count,
+        metavar="N",
+        help="tokens of a text, or of the model's own, that are the future (default: a quarter of "
+        "--length)",
+    )
+    group.add_argument(
+        "--block",
+        type=options.count,
+        metavar="N",
+        help="queries summed up together (default: as few as the size on disk allows)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="draws tasks and traces (default: 0)"
+    )
+    parser.set_defaults(command=_main)
+
+
+def _main(args: argparse.Namespace) -> int:
+    sources: list[Source] = [TextFile(path) for path in args.text]
+    sources += [ChatFile(path) for path in args.chats]
+    if args.tasks:
+        sources.append(Tasks(args.tasks, tuple(args.task_prose)))
+    elif args.task_prose:
+        raise ValueError(
+            "--task-prose is where the facts of --tasks are hidden: give --tasks N, too"
+        )
+    if not sources:
+        raise ValueError("give something to read: --text FILE, --chats FILE or --tasks N")
+    path = options.model_path(args)
+    trained = options.trained_context(path)
+    if args.length > trained:
+        warnings.warn(
+            f"traces of {args.length} tokens are longer than the {trained} that the model was "
+            "trained for: what it looks up beyond them may mean little",
+            stacklevel=2,
+        )
+    note(f"tracing; what is finished stays in '{args.out}', and the same command goes on")
+    with tqdm(unit=" traces", disable=None) as bar:
+
+        def show(done: int, planned: int, n_tokens: int) -> None:
+            bar.total = planned
+            bar.update(done - bar.n)
+
+        folder = capture_traces(
+            path,
+            sources,
+            args.out,
+            length=args.length,
+            n_traces=args.traces,
+            seed=args.seed,
+            future=args.future,
+            future_tokens=args.future_tokens,
+            block=args.block,
+            progress=show,
+            **options.engine_options(args),
+        )
+    traces = TraceSet(folder)
+    entries = traces.manifest["traces"]
+    n_tokens, n_bytes = (sum(e[key] for e in entries) for key in ("n_tokens", "bytes"))
+    note(
+        f"{len(traces)} traces, {n_tokens} tokens, {n_bytes / 2**20:.1f} MiB "
+        f"({n_bytes / n_tokens:.0f} bytes per token), blocks of "
+        f"{traces.manifest['settings']['block']} queries"
+    )
+    sys.stderr.flush()
+    print(folder, flush=True)
+    return 0

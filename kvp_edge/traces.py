@@ -1,0 +1,561 @@
+"""Traces: what a model kept of a text, and what later tokens wanted of it, in files.
+
+A trace is one text (or chat, or task) read by one GGUF model: keys, values, positions and tokens,
+and the attention that every block of later queries paid to every token, so that any block's border
+can be taken as the moment of an eviction. A folder of traces has
+
+- ``manifest.json``: format, versions, model, sources, settings, and one entry for every trace;
+- ``trace-00000.safetensors``, ...: one file for every trace, written whole or not at all.
+
+A file holds, for L layers, H KV heads, T tokens, head sizes dk and dv:
+
+==========  =======  ============  ================================================================
+keys        float16  [L, H, T, dk]  with RoPE, as attention sees them
+values      float16  [L, H, T, dv]
+positions   int32    [T]            ascending
+tokens      int32    [T]            the model's token ids
+attention   float16  [L, H, P]      sums over blocks of queries, times ``scale``
+==========  =======  ============  ================================================================
+
+and, in its metadata under the one key "kvp_trace", JSON with run, index, source, n_prompt, block,
+first, scale. Queries are gathered in blocks: the first has ``first`` queries, the others ``block``,
+the last what is left; ``n_prompt`` is always a border. ``attention`` holds the blocks one after the
+other. A block of queries [s, e) has e values, for tokens 0 to e - 1, which are all it can see: for
+each the sum over the block's queries of the largest attention among the query heads of the group
+(Learning to Evict from Key-Value Cache, arXiv:2602.10238: the maximum comes before the sum).
+
+The same command makes the same bytes, whether it was interrupted or not.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.capture import Blocks, Captured, Tracer
+from kvp_edge.errors import TraceError
+from kvp_edge.fingerprint import model_fingerprint
+from kvp_edge.native import BUILT_FOR, LLAMA_VERSION
+from kvp_edge.trace_sources import Cut, Piece, Source, plan
+
+FloatArray = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
+IntArray = npt.NDArray[np.int32]
+
+FORMAT = "kvp-traces"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+#: The manifest is rewritten after so many traces; files that it does not name yet are found anyway.
+_SAVE_EVERY = 16
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Json = dict[str, Any]
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One text as the model saw it: L layers, H KV heads, T tokens.
+
+    Attributes:
+        keys: float16 [L, H, T, head_size_k], RoPE included.
+        values: float16 [L, H, T, head_size_v].
+        positions: int32 [T], ascending.
+        tokens: int32 [T].
+        attention: float16 [L, H, P], see the module.
+        n_prompt: where the future begins, a border between blocks.
+        blocks: how queries were gathered.
+        scale: what ``attention`` was multiplied by.
+        source: where the text is from.
+    """
+
+    keys: HalfArray
+    values: HalfArray
+    positions: IntArray
+    tokens: IntArray
+    attention: HalfArray
+    n_prompt: int
+    blocks: Blocks
+    scale: float
+    source: str
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self.tokens)
+
+    @property
+    def block(self) -> int:
+        """Queries in a block."""
+        return self.blocks.size
+
+    @cached_property
+    def splits(self) -> IntArray:
+        """The numbers n that ``importance`` answers exactly, ascending: the borders between
+        blocks."""
+        return np.array(self.blocks.ends(len(self))[:-1], np.int32)
+
+    def importance(self, n: int, until: int | None = None) -> FloatArray:
+        """What the queries from ``n`` on want of the tokens before ``n``.
+
+        a[l, h, i] = sum over queries j >= n of max over the group's query heads of attn(j -> i):
+        Learning to Evict from Key-Value Cache, arXiv:2602.10238, section 3.1.1.
+
+        Exact to float16's rounding of each block's sum (2^-11 of it) when n is in ``splits``. For
+        another n the queries between n and the next border are left out.
+
+        Args:
+            n: how many tokens there are at the moment of eviction, 1 <= n <= splits[-1].
+            until: count the queries before this one only (rounded up likewise); None: all.
+
+        Returns:
+            float32 [L, H, n].
+
+        Raises:
+            ValueError: no whole block of queries comes after n.
+        """
+        last = int(self.splits[-1]) if len(self.splits) else 0
+        if not 1 <= n <= last:
+            raise ValueError(
+                f"a split must be from 1 to {last}, the last border between blocks of {self.block} "
+                f"queries in this trace of {len(self)} tokens, not {n}"
+            )
+        return self.received(n, len(self) if until is None else until, n)
+
+    def received(self, start: int, stop: int, n_tokens: int | None = None) -> FloatArray:
+        """Attention that the queries of [start, stop) paid to the first ``n_tokens`` tokens (None:
+        all), the largest of each group, each end rounded up to the next border.
+
+        With stop = n it is what is known at an eviction: [0, n) for accumulated attention as in
+        H2O, [n - w, n) for a window as in SnapKV, but with the maximum over a group, not its mean.
+
+        Returns:
+            float32 [L, H, n_tokens].
+        """
+        n_tokens = len(self) if n_tokens is None else n_tokens
+        out = np.zeros((*self.keys.shape[:2], n_tokens), np.float32)
+        at = begin = 0
+        for end in self.blocks.ends(len(self)):
+            if start <= begin < stop:
+                n = min(end, n_tokens)
+                out[:, :, :n] += self.attention[:, :, at : at + n]
+            begin, at = end, at + end
+        out /= self.scale
+        return out
+
+
+class TraceSet(Sequence[Trace]):
+    """A folder of traces. ``len``, index and iteration; a trace is read when it is asked for.
+
+    Args:
+        path: the folder.
+        partial: accept what an interrupted run has finished.
+        model: a GGUF file that must be the one that was traced.
+
+    Attributes:
+        manifest: manifest.json as it is.
+        model: architecture, name, fingerprint, n_layer, n_head_kv, head_size_k, head_size_v.
+
+    Raises:
+        TraceError: no traces there, of another format, incomplete, or of another model.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        partial: bool = False,
+        model: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        manifest = _read_manifest(self.path)
+        if manifest is None:
+            raise TraceError(f"'{self.path}' holds no traces: there is no {MANIFEST} in it")
+        self.manifest = manifest
+        self.model: Json = manifest["model"]
+        self._entries: list[Json] = manifest["traces"]
+        if not manifest["complete"] and not partial:
+            raise TraceError(
+                f"'{self.path}' has {len(self._entries)} of {manifest['planned']} traces: the run "
+                "was interrupted. The same kvp-edge trace command finishes it; partial=True takes "
+                "what is there"
+            )
+        if model is not None and model_fingerprint(model) != self.model["fingerprint"]:
+            raise TraceError(
+                f"the traces in '{self.path}' are of another model than '{os.fspath(model)}': of "
+                f"{self.model['name'] or 'a model without a name'} ({self.model['architecture']}, "
+                f"fingerprint {self.model['fingerprint'][:12]}). Trace this model, too"
+            )
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Trace: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Trace]: ...
+
+    def __getitem__(self, index: int | slice) -> Trace | list[Trace]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        entry = self._entries[index]
+        return _load(self.path / entry["file"], entry)
+
+    def __iter__(self) -> Iterator[Trace]:
+        return (self[i] for i in range(len(self)))
+
+    def check(self) -> None:
+        """Read every file and compare its SHA-256 with the manifest's.
+
+        Raises:
+            TraceError: the first that is damaged.
+        """
+        for entry in self._entries:
+            data = _read_file(self.path / entry["file"], entry)
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise TraceError(f"'{self.path / entry['file']}' was changed: {_AGAIN}")
+
+
+_AGAIN = "delete it, and the same kvp-edge trace command makes it again"
+
+
+def _read_manifest(folder: Path) -> Json | None:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise TraceError(f"cannot read '{path}': {error.strerror}") from error
+    except ValueError as error:
+        raise TraceError(f"'{path}' is damaged: it is no JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise TraceError(
+            f'\'{path}\' is not the manifest of traces: it has no "format": "{FORMAT}"'
+        )
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise TraceError(
+            f"the traces in '{folder}' have format version {manifest.get('format_version')}, this "
+            f"kvp_edge reads {FORMAT_VERSION}: make them again with kvp-edge trace"
+        )
+    missing = {"complete", "planned", "run", "model", "sources", "settings", "traces"} - set(
+        manifest
+    )
+    if missing:
+        raise TraceError(f"'{path}' is damaged: it has no {', '.join(sorted(missing))}")
+    return manifest
+
+
+def _read_file(path: Path, entry: Json) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TraceError(f"cannot read '{path}': {error.strerror}") from error
+    if len(data) != entry["bytes"]:
+        raise TraceError(
+            f"'{path}' is damaged: it has {len(data)} bytes instead of {entry['bytes']}: {_AGAIN}"
+        )
+    return data
+
+
+def _load(path: Path, entry: Json) -> Trace:
+    data = _read_file(path, entry)
+    try:
+        arrays = _safetensors().load(data)
+        about = _about(data)
+        trace = Trace(
+            keys=arrays["keys"],
+            values=arrays["values"],
+            positions=arrays["positions"],
+            tokens=arrays["tokens"],
+            attention=arrays["attention"],
+            n_prompt=int(about["n_prompt"]),
+            blocks=Blocks(int(about["block"]), int(about["first"])),
+            scale=float(about["scale"]),
+            source=str(about["source"]),
+        )
+    except ImportError:
+        raise
+    except Exception as error:  # safetensors has its own, KeyError, ValueError...
+        raise TraceError(f"'{path}' is damaged ({error}): {_AGAIN}") from error
+    heads, n = trace.keys.shape[:2], len(trace.tokens)
+    fits = (
+        trace.keys.shape[:3] == (*heads, n)
+        and trace.values.shape[:3] == (*heads, n)
+        and trace.positions.shape == (n,)
+        and trace.attention.shape == (*heads, trace.blocks.n_sums(n))
+    )
+    if not fits:
+        raise TraceError(f"'{path}' is damaged: its arrays do not fit together: {_AGAIN}")
+    return trace
+
+
+def _about(data: bytes) -> Json:
+    """The "kvp_trace" metadata. A safetensors file begins with the length of its JSON header."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    about: Json = json.loads(header["__metadata__"]["kvp_trace"])
+    return about
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.numpy  # noqa: PLC0415  # only those who trace and train need it
+    except ImportError as error:
+        raise ImportError(
+            "traces need the package safetensors: pip install 'kvp_edge[train]'"
+        ) from error
+    module: ModuleType = safetensors.numpy
+    return module
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+def capture_traces(
+    model_path: str | os.PathLike[str],
+    sources: Sequence[Source],
+    out_dir: str | os.PathLike[str],
+    *,
+    length: int = 1024,
+    n_traces: int | None = None,
+    seed: int = 0,
+    future: str = "text",
+    future_tokens: int | None = None,
+    block: int | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
+    **engine: Any,
+) -> Path:
+    """Trace texts with a model. What an interrupted run left in ``out_dir`` is kept and completed.
+
+    Args:
+        model_path: GGUF file.
+        sources: TextFile, ChatFile, Tasks (kvp_edge.trace_sources), or your own.
+        out_dir: folder for the traces, made if need be.
+        length: most tokens of a trace.
+        n_traces: how many, drawn by ``seed`` from all that the sources make; None: all.
+        seed: draws tasks and traces.
+        future: "text": the source goes on; "greedy": the model goes on, with its likeliest tokens.
+        future_tokens: tokens of a text, or of the model's own, that are the future; None: a
+            quarter of ``length``.
+        block: queries per block; None: the fewest with which a file has at most twice the bytes of
+            its keys and values.
+        progress: called with (traces done, traces planned, tokens of the last one).
+        engine: arguments of llama_cpp.Llama (n_gpu_layers, n_threads, type_k...).
+
+    Returns:
+        The folder.
+
+    Raises:
+        TraceError: nothing to trace, or ``out_dir`` holds traces of another run.
+        UnsupportedModelError: a model that cannot be traced.
+        KVCacheError: a model whose numbers are not finite.
+        OSError: the folder cannot be written, or the disk is full. Finished traces are kept.
+    """
+    _safetensors()
+    if future not in ("text", "greedy"):
+        raise TraceError(f"the future must be 'text' or 'greedy', not '{future}'")
+    future_tokens = length // 4 if future_tokens is None else future_tokens
+    if not 1 <= future_tokens <= length - 8:
+        raise TraceError(
+            f"a trace of {length} tokens cannot have {future_tokens} of them in its future: at "
+            "least 8 must come before, and 1 after"
+        )
+    model_path, folder = os.fspath(model_path), Path(out_dir)
+    engine.setdefault("verbose", False)
+    about = [source.about() for source in sources]
+    tracer = Tracer(model_path, length, block, **engine)
+    try:
+        settings = {
+            "length": length,
+            "n_traces": n_traces,
+            "seed": seed,
+            "future": future,
+            "future_tokens": future_tokens,
+            "block": tracer.block,
+            "type_k": tracer.shape.type_k,
+            "type_v": tracer.shape.type_v,
+            "n_batch": tracer.n_batch,
+            "n_gpu_layers": tracer.model_params.n_gpu_layers,
+        }
+        manifest = _manifest(model_path, tracer, about, settings)
+        _make_folder(folder)
+        _refuse_another_run(folder, manifest)
+        pieces = plan(sources, tracer, Cut(length, future, future_tokens, seed), n_traces)
+        manifest["planned"] = len(pieces)
+        _trace_all(tracer, pieces, folder, manifest, progress)
+    finally:
+        tracer.close()
+    return folder
+
+
+def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) -> Json:
+    """The manifest without traces. Nothing in it depends on when or how fast the run was."""
+    from kvp_edge import __version__  # noqa: PLC0415  # the package imports this module
+
+    meta, shape = tracer.metadata, tracer.shape
+    model = {
+        "architecture": meta.get("general.architecture", ""),
+        "name": meta.get("general.name", ""),
+        "file": os.path.basename(path),
+        "fingerprint": model_fingerprint(path),
+        "n_layer": shape.n_layer,
+        "n_head_kv": shape.n_head_kv,
+        "head_size_k": shape.head_size_k,
+        "head_size_v": shape.head_size_v,
+    }
+    # the file's name is for people; the fingerprint is what counts
+    what = [FORMAT_VERSION, LLAMA_VERSION, {**model, "file": ""}, sources, settings]
+    run = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "complete": False,
+        "planned": 0,
+        "run": run,
+        "kvp_edge": __version__,
+        "llama_cpp": LLAMA_VERSION,
+        "llama_cpp_python": BUILT_FOR,
+        "model": model,
+        "sources": sources,
+        "settings": settings,
+        "traces": [],
+    }
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder '{folder}': {error.strerror}") from error
+
+
+def _refuse_another_run(folder: Path, manifest: Json) -> None:
+    found = _read_manifest(folder)
+    if found is None or found["run"] == manifest["run"]:
+        return
+    differ = [
+        f"{name} {_short(found['settings'].get(name))} instead of {_short(value)}"
+        for name, value in manifest["settings"].items()
+        if found["settings"].get(name, value) != value
+    ]
+    if found["model"].get("fingerprint") != manifest["model"]["fingerprint"]:
+        differ.insert(0, f"model {found['model'].get('name') or found['model'].get('file')}")
+    if found["sources"] != manifest["sources"]:
+        differ.append("other sources")
+    raise TraceError(
+        f"'{folder}' holds traces of another run ({', '.join(differ) or 'another version'}): name "
+        "another folder, or delete that one"
+    )
+
+
+def _short(value: Any) -> str:
+    return "all" if value is None else str(value)
+
+
+def _trace_all(
+    tracer: Tracer,
+    pieces: list[Piece],
+    folder: Path,
+    manifest: Json,
+    progress: Callable[[int, int, int], None] | None,
+) -> None:
+    done: list[Json] = manifest["traces"]
+    known = {e["file"]: e["sha256"] for e in (_read_manifest(folder) or manifest)["traces"]}
+    try:
+        _save_manifest(folder, manifest)
+        for index, piece in enumerate(pieces):
+            path = folder / f"trace-{index:05}.safetensors"
+            about = {"run": manifest["run"], "index": index, "source": piece.source}
+            data = _finished(path, about, known.get(path.name))
+            if data is None:
+                got = tracer.capture(piece.tokens, piece.n_prompt, piece.n_generate)
+                data = _file_bytes(got, {**about, "n_prompt": piece.n_prompt})
+                _write_whole(path, data)
+            done.append(_entry(path, piece, data))
+            if len(done) % _SAVE_EVERY == 0:
+                _save_manifest(folder, manifest)
+            if progress is not None:
+                progress(len(done), len(pieces), done[-1]["n_tokens"])
+        manifest["complete"] = True
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise OSError(
+            f"the disk is full ({error.strerror}): {len(done)} of {len(pieces)} traces are "
+            f"finished and kept in '{folder}'. Make room, and the same command goes on"
+        ) from error
+    finally:
+        _save_manifest(folder, manifest)
+
+
+def _finished(path: Path, about: Json, sha256: str | None) -> bytes | None:
+    """The trace that an earlier run has left, if it is whole and of this run."""
+    try:
+        data = path.read_bytes()
+        found = _about(data)
+        _safetensors().load(data)  # refuses what is cut off
+    except Exception:  # whatever is wrong with it, it is made again
+        return None
+    same = all(found.get(key) == value for key, value in about.items())
+    intact = sha256 is None or hashlib.sha256(data).hexdigest() == sha256
+    return data if same and intact else None
+
+
+def _file_bytes(got: Captured, about: Json) -> bytes:
+    about |= {"block": got.blocks.size, "first": got.blocks.first, "scale": got.blocks.scale}
+    arrays = {
+        "keys": got.keys,
+        "values": got.values,
+        "positions": got.positions,
+        "tokens": got.tokens,
+        "attention": got.sums,
+    }
+    # one key: safetensors writes several in any order
+    data: bytes = _safetensors().save(arrays, {"kvp_trace": json.dumps(about, sort_keys=True)})
+    return data
+
+
+def _entry(path: Path, piece: Piece, data: bytes) -> Json:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {
+        "file": path.name,
+        "source": piece.source,
+        "n_tokens": header["tokens"]["shape"][0],
+        "n_prompt": piece.n_prompt,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _save_manifest(folder: Path, manifest: Json) -> None:
+    _write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno not in _DISK_FULL:
+            raise OSError(f"cannot write '{path}': {error.strerror}") from error
+        raise

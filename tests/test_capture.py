@@ -1,0 +1,328 @@
+"""Captured attention, keys and values against the numpy reference of the same weights."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from conftest import RandomModel, random_tokens
+from kvp_edge.capture import Blocks, Captured, Tracer, smallest_block
+from kvp_edge.errors import KVCacheError, UnsupportedModelError
+from kvp_edge.fingerprint import model_fingerprint
+from kvp_edge.native import CacheShape, _call
+from support.gguf_models import ModelShape, write_mamba, write_model
+
+F16, F32, BF16, Q8_0 = (
+    llama_cpp.GGML_TYPE_F16,
+    llama_cpp.GGML_TYPE_F32,
+    30,  # GGML_TYPE_BF16 in ggml.h; llama_cpp has no name for it
+    llama_cpp.GGML_TYPE_Q8_0,
+)
+
+SHAPES = {
+    "llama, 2 queries to a key": ModelShape("llama", head_dim=32),
+    "qwen2, 4 queries to a key": ModelShape("qwen2", n_embd=256, head_dim=64, n_head_kv=1),
+    "qwen3, 1 query to a key": ModelShape("qwen3", head_dim=64, n_head=3, n_head_kv=3),
+    "gemma3, sliding window": ModelShape("gemma3", n_layer=3, sliding_window=24),
+}
+N_TOKENS = 90
+
+Maker = Callable[[ModelShape], RandomModel]
+Trace = Callable[..., Tracer]
+Sums = NDArray[np.float32]
+
+
+@pytest.fixture
+def tracer() -> Iterator[Trace]:
+    """tracer(path, length, ...) -> Tracer, quiet and on one thread; closed after the test."""
+    made: list[Tracer] = []
+
+    def make(path: str, length: int = N_TOKENS, block: int | None = None, **kwargs: Any) -> Tracer:
+        how = {"verbose": False, "n_threads": 1, "n_threads_batch": 1, **kwargs}
+        made.append(Tracer(path, length, block, **how))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def expected(model: RandomModel, tokens: list[int]) -> Sums:
+    """The largest attention of each group, [n_layer, n_head_kv, n_query, n_token], base layers."""
+    paid = model.reference.attention(tokens)
+    shape = model.shape
+    base = [il for il in range(shape.n_layer) if not shape.is_local(il)]
+    grouped = paid[base].reshape(len(base), shape.n_head_kv, -1, len(tokens), len(tokens))
+    largest: Sums = grouped.max(axis=2)
+    return largest
+
+
+def block_sums(got: Captured) -> list[tuple[int, int, Sums]]:
+    """(first query, end, sums of the tokens before the end) of every block."""
+    out, begin, at = [], 0, 0
+    for end in got.blocks.ends(len(got.tokens)):
+        sums = got.sums[:, :, at : at + end].astype(np.float32) / got.blocks.scale
+        out.append((begin, end, sums))
+        begin, at = end, at + end
+    return out
+
+
+@pytest.mark.parametrize("n_ubatch", [7, 512])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_block_sums_are_the_references_attention(
+    shape: str, n_ubatch: int, random_model: Maker, tracer: Trace
+) -> None:
+    model = random_model(SHAPES[shape])
+    tokens = random_tokens(N_TOKENS)
+    llm = tracer(model.path, block=8, n_ubatch=n_ubatch, type_k=F32, type_v=F32)
+    got = llm.capture(tokens, n_prompt=43)
+    want = expected(model, tokens)
+    # gemma3: ggml looks GELU up in an f16 table (see test_reference.py)
+    tolerance = 0.01 if model.shape.arch == "gemma3" else 1e-3
+    for begin, end, sums in block_sums(got):
+        np.testing.assert_allclose(
+            sums, want[:, :, begin:end, :end].sum(axis=2), rtol=tolerance, atol=tolerance
+        )
+    assert [b for b, _, _ in block_sums(got)] == [0, *range(3, N_TOKENS, 8)]
+    assert got.sums.shape == (*want.shape[:2], sum(e for _, e, _ in block_sums(got)))
+
+
+def test_the_maximum_over_a_group_comes_before_the_sum(random_model: Maker, tracer: Trace) -> None:
+    model = random_model(SHAPES["llama, 2 queries to a key"])
+    tokens = random_tokens(N_TOKENS)
+    got = tracer(model.path, block=128, type_k=F32, type_v=F32).capture(tokens, N_TOKENS)
+    [(_, _, sums)] = block_sums(got)
+    paid = model.reference.attention(tokens).reshape(2, 2, 2, N_TOKENS, N_TOKENS)
+    sum_first = paid.sum(axis=3).max(axis=2)
+    np.testing.assert_allclose(sums, paid.max(axis=2).sum(axis=2), rtol=1e-3, atol=1e-4)
+    assert np.abs(sums - sum_first).max() > 0.5
+
+
+@pytest.mark.parametrize("types", [(F32, F32), (F16, F16), (BF16, BF16), (Q8_0, F16)])
+def test_keys_and_values_are_the_references(
+    types: tuple[int, int], random_model: Maker, tracer: Trace
+) -> None:
+    model = random_model(SHAPES["qwen2, 4 queries to a key"])
+    tokens = random_tokens(N_TOKENS)
+    got = tracer(model.path, type_k=types[0], type_v=types[1]).capture(tokens, 40)
+    tolerance = 0.06 if types[0] in (Q8_0, BF16) else 0.01
+    for name in ("keys", "values"):
+        want = getattr(model.reference, name)(tokens)
+        error = np.abs(getattr(got, name).astype(np.float32) - want).max() / want.std()
+        assert error < tolerance, name
+        assert getattr(got, name).dtype == np.float16
+    np.testing.assert_array_equal(got.positions, np.arange(N_TOKENS))
+    np.testing.assert_array_equal(got.tokens, tokens)
+
+
+def test_small_sums_keep_their_digits(random_model: Maker, tracer: Trace) -> None:
+    """Unscaled, sums below 6e-5 would be float16's subnormal numbers."""
+    model = random_model(SHAPES["qwen3, 1 query to a key"])
+    tokens = random_tokens(N_TOKENS)
+    got = tracer(model.path, block=1, type_k=F32, type_v=F32).capture(tokens, N_TOKENS)
+    want = expected(model, tokens)
+    small = 0
+    for begin, end, sums in block_sums(got):
+        exact = want[:, :, begin, :end]
+        tiny = (exact < 1e-5) & (exact > 0)
+        small += int(tiny.sum())
+        np.testing.assert_allclose(sums[tiny], exact[tiny], rtol=2e-3)
+    assert small > 50
+
+
+def test_a_capture_does_not_depend_on_what_was_read_before(
+    random_model: Maker, tracer: Trace
+) -> None:
+    model = random_model(SHAPES["llama, 2 queries to a key"])
+    llm = tracer(model.path)
+    first = llm.capture(random_tokens(50), 20)
+    llm.capture(random_tokens(N_TOKENS, seed=1), 30)
+    again = llm.capture(random_tokens(50), 20)
+    for name in ("keys", "values", "sums", "tokens", "positions"):
+        assert getattr(first, name).tobytes() == getattr(again, name).tobytes(), name
+
+
+def test_the_models_own_future_is_its_greedy_continuation(
+    random_model: Maker, tracer: Trace, load: Callable[..., Any]
+) -> None:
+    model = random_model(SHAPES["qwen3, 1 query to a key"])
+    prompt = random_tokens(40)
+    got = tracer(model.path, block=4).capture(prompt, 40, n_generate=12)
+    reply = []
+    for token in load(model.path, n_ctx=256).generate(prompt, temp=0.0, repeat_penalty=1.0):
+        reply.append(token)
+        if len(reply) == 12:
+            break
+    assert got.tokens.tolist() == [*prompt, *reply]
+    want = expected(model, got.tokens.tolist())
+    _, end, sums = block_sums(got)[-1]
+    np.testing.assert_allclose(sums, want[:, :, end - 4 :].sum(axis=2), atol=0.02)
+
+
+def test_reading_is_not_captured_outside_a_capture(random_model: Maker, tracer: Trace) -> None:
+    """The same tokens give the same cache with and without a callback that asks for nothing."""
+    model = random_model(SHAPES["llama, 2 queries to a key"])
+    llm = tracer(model.path)
+    captured = llm.capture(random_tokens(60), 20)
+    llm.forget()
+    llm.eval(random_tokens(60))
+    assert llm._native is not None
+    _, keys, _ = llm._native.read(0, 60, 60)
+    np.testing.assert_array_equal(keys.astype(np.float16), captured.keys)
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 128])
+@pytest.mark.parametrize("length", [64, 512, 4096])
+def test_the_smallest_block_keeps_a_trace_within_twice_its_keys_and_values(
+    head_size: int, length: int
+) -> None:
+    shape = CacheShape(n_layer=8, n_head_kv=2, head_size_k=head_size, head_size_v=head_size)
+    block = smallest_block(shape, length)
+    keys_and_values = 2 * 16 * length * 2 * head_size
+
+    def on_disk(block: int, n_prompt: int) -> int:
+        n_sums = Blocks.with_border_at(n_prompt, block).n_sums(length)
+        return keys_and_values + 2 * 16 * n_sums + 8 * length + 1024
+
+    assert max(on_disk(block, n) for n in range(1, block + 1)) <= 2 * keys_and_values
+    if block > 1:
+        assert on_disk(block // 2, 1) > 2 * keys_and_values
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+def test_weights_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace) -> None:
+    from support import gguf_models
+
+    path = tmp_path / "nan.gguf"
+    normal = gguf_models._draw_weights
+
+    def with_nan(shape: ModelShape) -> gguf_models.Weights:
+        weights = normal(shape)
+        weights["blk.1.attn_k.weight"][3, 5] = np.nan
+        return weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_models, "_draw_weights", with_nan)
+        write_model(path, ModelShape())
+    llm = tracer(str(path))
+    with pytest.raises(KVCacheError, match="layer 1 .* no probability .* not finite"):
+        llm.capture(random_tokens(30), 10)
+
+
+def test_numbers_too_large_for_a_trace_are_reported(random_model: Maker, tracer: Trace) -> None:
+    from kvp_edge.capture import _half
+
+    with pytest.raises(KVCacheError, match="the model's keys reach 70000"):
+        _half(np.full((1, 2), 7e4, np.float32), "keys")
+
+
+def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:
+    write_mamba(tmp_path / "mamba.gguf")
+    with pytest.raises(UnsupportedModelError, match="recurrent"):
+        Tracer(str(tmp_path / "mamba.gguf"), 64, verbose=False)
+
+
+def test_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"none\.gguf"):
+        Tracer(str(tmp_path / "none.gguf"), 64, verbose=False)
+
+
+def test_flash_attention_is_refused(random_model: Maker) -> None:
+    model = random_model(SHAPES["llama, 2 queries to a key"])
+    with pytest.raises(ValueError, match="flash attention off"):
+        Tracer(model.path, 64, flash_attn=True, verbose=False)
+
+
+def test_quantised_values_are_refused(random_model: Maker) -> None:
+    model = random_model(SHAPES["llama, 2 queries to a key"])
+    with pytest.raises(ValueError, match="values in a quantised type"):
+        Tracer(model.path, 64, type_v=Q8_0, verbose=False)
+
+
+def test_a_text_longer_than_announced_is_refused(random_model: Maker, tracer: Trace) -> None:
+    llm = tracer(random_model(SHAPES["llama, 2 queries to a key"]).path, 64)
+    with pytest.raises(ValueError, match="60 tokens and 5 more does not fit the 64"):
+        llm.capture(random_tokens(60), 60, n_generate=5)
+
+
+def begin(llm: Tracer, **changed: Any) -> None:
+    from kvp_edge.capture import _Plan
+
+    plan = {"n_layer": 2, "n_head_kv": 2, "n_tokens": 64, "block": 8, "first": 8, "scale": 1.0}
+    _call("kvp_capture_begin", llm._handle, ctypes.byref(_Plan(**{**plan, **changed})))
+
+
+def end(llm: Tracer, n_tokens: int, n_sums: int) -> None:
+    sums = np.empty(n_sums, np.uint16)
+    _call("kvp_capture_end", llm._handle, n_tokens, sums.ctypes.data, n_sums)
+
+
+def test_the_library_refuses_what_cannot_be(random_model: Maker, tracer: Trace) -> None:
+    llm = tracer(random_model(SHAPES["llama, 2 queries to a key"]).path, 64)
+    for wrong in ({"block": 0}, {"first": 9}, {"first": 0}, {"scale": 0.0}, {"n_tokens": 0}):
+        with pytest.raises(ValueError, match="a capture needs|cannot begin"):
+            begin(llm, **wrong)
+    with pytest.raises(ValueError, match="no capture to end"):
+        end(llm, 1, 4)
+    begin(llm)
+    with pytest.raises(UnsupportedModelError, match="the attention of 0 layers, but the cache has"):
+        end(llm, 0, 0)
+    begin(llm)
+    llm.eval(random_tokens(10))
+    with pytest.raises(ValueError, match="10 tokens make 72 sums, not 71"):
+        end(llm, 10, 71)
+    with pytest.raises(ValueError, match="no capture to end"):  # it ended all the same
+        end(llm, 10, 72)
+
+
+def test_the_library_notices_a_cache_that_is_not_in_order(
+    random_model: Maker, tracer: Trace
+) -> None:
+    llm = tracer(random_model(SHAPES["llama, 2 queries to a key"]).path, 64)
+    llm.eval(random_tokens(10))
+    begin(llm)
+    llm.eval(random_tokens(5))  # these see ten tokens that the capture does not know of
+    with pytest.raises(KVCacheError, match="attends past token 0"):
+        end(llm, 5, 20)
+
+
+def test_the_library_notices_heads_that_do_not_fit(random_model: Maker, tracer: Trace) -> None:
+    llm = tracer(random_model(SHAPES["llama, 2 queries to a key"]).path, 64)
+    begin(llm, n_head_kv=3)
+    llm.eval(random_tokens(5))
+    with pytest.raises(UnsupportedModelError, match="4 query heads, which its 3 KV heads"):
+        end(llm, 5, 30)
+    llm.forget()
+    begin(llm, n_layer=1)
+    llm.eval(random_tokens(5))
+    with pytest.raises(UnsupportedModelError, match="layer 1 .* 1 layers in all"):
+        end(llm, 5, 10)
+    llm.forget()
+    begin(llm, n_tokens=4)
+    llm.eval(random_tokens(5))
+    with pytest.raises(ValueError, match="more than the 4 tokens"):
+        end(llm, 5, 20)
+
+
+def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
+    paths = {name: tmp_path / f"{name}.gguf" for name in ("a", "same", "other", "f16")}
+    write_model(paths["a"], ModelShape())
+    write_model(paths["same"], ModelShape())
+    write_model(paths["other"], ModelShape(seed=1))
+    write_model(paths["f16"], ModelShape(weight_type="f16"))
+    prints = {name: model_fingerprint(path) for name, path in paths.items()}
+    assert prints["a"] == prints["same"]
+    assert len({*prints.values()}) == 3
+    assert len(prints["a"]) == 64
+    paths["a"].write_bytes(paths["a"].read_bytes()[:1000])
+    with pytest.raises(UnsupportedModelError, match="cannot be read as a GGUF file"):
+        model_fingerprint(paths["a"])
