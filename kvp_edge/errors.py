@@ -19,3 +19,11 @@ class ContextLengthError(ValueError):
 
 class SessionError(ValueError):
     """A session file cannot be written or read, or does not belong to this model and settings."""
+
+
+class PolicyFileError(ValueError):
+    """The policy file cannot be read, or belongs to another model."""
+
+
+class TrainingError(ValueError):
+    """The traces, the settings or the folder do not allow (more) training; what was done is kept."""
