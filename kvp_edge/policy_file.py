@@ -60,7 +60,7 @@ class PolicyWeights:
     Attributes:
         key [L, H, h, head_size_k], value [L, H, h, head_size_v], position [L, H, h, 4],
         fc1_bias [L, H, h]: the first layer.
-        conv [L, H, w, h]: over tokens; conv[:, :, w // 2] is the token's own.
+        conv [L, H, w, h]: over tokens; conv[:, :, w // 2] is the token's own. All 1 for w = 1.
         fc2 [L, H, h, h], fc2_bias [L, H, h], out [L, H, h].
         aggregate [L, H]: weights of the heads' scores in the score of a whole token.
     """

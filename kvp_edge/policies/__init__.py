@@ -8,6 +8,7 @@ from kvp_edge.policies.base import Policy
 from kvp_edge.policies.keydiff import KeyDiff
 from kvp_edge.policies.knorm import KNorm
 from kvp_edge.policies.learned import Learned
+from kvp_edge.policies.onnx import Onnx
 from kvp_edge.policies.random import Random
 from kvp_edge.policies.recency import Recency
 
@@ -27,6 +28,8 @@ def get_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
     policy = os.fspath(policy)
     if policy.endswith(".gguf"):
         return Learned(policy)
+    if policy.endswith(".onnx"):
+        return Onnx(policy)
     if policy not in POLICIES:
         raise ValueError(
             f"there is no policy '{policy}'; choose one of {', '.join(POLICIES)}, or a policy file "
@@ -35,4 +38,4 @@ def get_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
     return POLICIES[policy]()
 
 
-__all__ = ["POLICIES", "KNorm", "KeyDiff", "Learned", "Policy", "Random", "Recency", "get_policy"]
+__all__ = ["POLICIES", "KNorm", "KeyDiff", "Learned", "Onnx", "Policy", "Random", "Recency", "get_policy"]

@@ -68,7 +68,7 @@ class Agents(nn.Module):
         self.fc1_bias = nn.Parameter(torch.zeros(n, h))
         identity = torch.zeros(n, h, shape.context)
         identity[..., shape.context // 2] = 1.0
-        self.conv = nn.Parameter(identity)
+        self.conv = nn.Parameter(identity, requires_grad=shape.context > 1)
         self.fc2 = normal(n, h, h, std=h**-0.5)
         self.fc2_bias = nn.Parameter(torch.zeros(n, h))
         self.out = normal(n, h, std=h**-0.5)

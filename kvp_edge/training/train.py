@@ -195,7 +195,7 @@ class _Run:
         self.agents.mean.copy_(mean)
         self.agents.scale.copy_(scale)
         self.agents.to(device)
-        parameters = dict(self.agents.named_parameters())
+        parameters = {k: p for k, p in self.agents.named_parameters() if p.requires_grad}
         token_parameters = {"log_aggregate": parameters.pop("log_aggregate")}
         self.optimiser = HeadAdamW(parameters, s.weight_decay)
         self.token_optimiser = HeadAdamW(token_parameters, 0.0)
@@ -403,8 +403,8 @@ class _Run:
         total.backward()
         if self.world > 1:
             for parameter in optimiser.parameters.values():
-                distributed.all_reduce(parameter.grad)
                 if parameter.grad is not None:
+                    distributed.all_reduce(parameter.grad)
                     parameter.grad /= self.world
         optimiser.step(heads, self._lr(phase))
         self._average()
