@@ -57,8 +57,10 @@ class _Tokens:
     keys: npt.NDArray[np.float16]
     values: npt.NDArray[np.float16]
     positions: npt.NDArray[np.int32]
-    n_prompt: int = 0
-    block: int = 1
+
+    @property
+    def splits(self) -> npt.NDArray[np.int32]:
+        return self.positions[:0]
 
     def importance(self, n: int) -> FloatArray:
         raise NotImplementedError  # scores alone are compared
@@ -73,8 +75,8 @@ def check_parity(
 ) -> Parity:
     """Compare PyTorch with both files.
 
-    The file's executor is compared with PyTorch running the file's own weights, so that the rounding
-    of ``--outtype`` does not hide an error; what the rounding itself changes is reported apart.
+    The file's executor is compared with PyTorch running the file's own weights, so that the
+    rounding of ``--outtype`` hides no error; what the rounding itself changes is reported apart.
     """
     samples = _samples(agents, traces)
     if traces is None:
@@ -98,7 +100,9 @@ def check_parity(
     return parity
 
 
-def _check_onnx(parity: Parity, path: Path, exact: list[FloatArray], samples: list[_Tokens]) -> None:
+def _check_onnx(
+    parity: Parity, path: Path, exact: list[FloatArray], samples: list[_Tokens]
+) -> None:
     try:
         from kvp_edge.policies.onnx import Onnx  # noqa: PLC0415
 

@@ -26,4 +26,4 @@ class PolicyFileError(ValueError):
 
 
 class TrainingError(ValueError):
-    """The traces, the settings or the folder do not allow (more) training; what was done is kept."""
+    """Traces, settings or folder do not allow (more) training; what was done is kept."""

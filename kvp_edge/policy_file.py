@@ -271,7 +271,9 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         import gguf  # noqa: PLC0415
     except ImportError as error:
-        raise ImportError("reading a policy file needs the package gguf: pip install gguf") from error
+        raise ImportError(
+            "reading a policy file needs the package gguf: pip install gguf"
+        ) from error
     try:
         reader = gguf.GGUFReader(path)
         values = {key: field.contents() for key, field in reader.fields.items()}

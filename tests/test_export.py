@@ -11,17 +11,17 @@ import pytest
 pytest.importorskip("torch", reason="export needs torch: pip install kvp_edge[train]")
 pytest.importorskip("safetensors", reason="checkpoints need safetensors: kvp_edge[train]")
 
-import support.installed_export  # noqa: E402, F401
-from kvp_edge.cli import main  # noqa: E402
-from kvp_edge.errors import PolicyFileError, TrainingError  # noqa: E402
-from kvp_edge.export import export, policy_of  # noqa: E402
-from kvp_edge.export.parity import check_parity, common_tokens  # noqa: E402
-from kvp_edge.policies import Learned, get_policy  # noqa: E402
-from kvp_edge.policy_file import read_policy, write_policy  # noqa: E402
-from kvp_edge.training.checkpoint import load_agents  # noqa: E402
-from kvp_edge.training.train import Settings, train  # noqa: E402
-from kvp_edge.training.validate import agent_scorer  # noqa: E402
-from support.synthetic_traces import SyntheticTraces  # noqa: E402
+import support.installed_export  # noqa: F401
+from kvp_edge.cli import main
+from kvp_edge.errors import PolicyFileError, TrainingError
+from kvp_edge.export import export, policy_of
+from kvp_edge.export.parity import check_parity, common_tokens
+from kvp_edge.policies import Learned, get_policy
+from kvp_edge.policy_file import read_policy, write_policy
+from kvp_edge.training.checkpoint import load_agents
+from kvp_edge.training.train import Settings, train
+from kvp_edge.training.validate import agent_scorer
+from support.synthetic_traces import SyntheticTraces
 
 TRACES = SyntheticTraces(6, "neighbour", shape=(2, 2, 32, 16))
 
@@ -40,7 +40,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pytorch_numpy_and_onnx_agree(run: Path, tmp_path: Path, outtype: Any) -> None:
     pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
     pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
-    done = export(run, outfile=tmp_path / "p-{ftype}.gguf", outtype=outtype, onnx=True, traces=TRACES)
+    done = export(
+        run, outfile=tmp_path / "p-{ftype}.gguf", outtype=outtype, onnx=True, traces=TRACES
+    )
     assert done.gguf == tmp_path / f"p-{outtype}.gguf"
     parity = done.parity
     assert parity is not None

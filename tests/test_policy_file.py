@@ -157,7 +157,7 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
 
 
 def rewrite(path: Path, out: Path, drop: str = "", **changed: Any) -> Path:
-    """A copy of a policy file with keys (``__`` for the dot) changed, or a key or tensor missing."""
+    """A copy of a policy file with keys (``__``: dot) changed, or a key or tensor missing."""
     reader = gguf.GGUFReader(path)
     values = {k: f.contents() for k, f in reader.fields.items()}
     values |= {k.replace("__", "."): v for k, v in changed.items()}

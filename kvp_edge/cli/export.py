@@ -12,8 +12,8 @@ from kvp_edge.native import read_model_shape
 from kvp_edge.policy_file import check_model
 
 _EPILOG = """\
-The files are then scored against PyTorch; what does not agree is an error. The last line of the output
-is the name of the policy file.
+The files are then scored against PyTorch; what does not agree is an error. The last line of the
+output is the name of the policy file.
 
 examples:
   kvp-edge export run                                 kvp-<model>-w<context>-F16.gguf in run

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 _EPILOG = """\
-A run that was interrupted goes on when the same command is given again; it ends with the same policy
-as if it had not been interrupted. DIR then holds
+A run that was interrupted goes on when the same command is given again, and ends with the same
+policy as if it had not been interrupted. DIR then holds
 
   best.safetensors   the policy, for kvp-edge export
   last.safetensors   what a run needs to go on

@@ -38,4 +38,14 @@ def get_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
     return POLICIES[policy]()
 
 
-__all__ = ["POLICIES", "KNorm", "KeyDiff", "Learned", "Onnx", "Policy", "Random", "Recency", "get_policy"]
+__all__ = [
+    "POLICIES",
+    "KNorm",
+    "KeyDiff",
+    "Learned",
+    "Onnx",
+    "Policy",
+    "Random",
+    "Recency",
+    "get_policy",
+]

@@ -1,4 +1,4 @@
-"""A learned policy (KVP, arXiv:2602.10238): a small network per KV head, read from a policy file."""
+"""A learned policy (KVP, arXiv:2602.10238): a small network per KV head, from a policy file."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def position_features(positions: IntArray) -> FloatArray:
 
 def silu(x: FloatArray) -> FloatArray:
     # tanh does not overflow where exp would
-    return x * (0.5 + 0.5 * np.tanh(0.5 * x))
+    y: FloatArray = x * (0.5 + 0.5 * np.tanh(0.5 * x))
+    return y
 
 
 def forward(

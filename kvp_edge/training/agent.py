@@ -41,7 +41,7 @@ class AgentShape:
             raise ValueError("agents need at least one layer, head, dimension and hidden unit")
 
 
-class Agents(nn.Module):
+class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its types are not followed
     """N = n_layer * n_head_kv scorers and the weights that add them up to a score of whole tokens.
 
     Attributes (f32; N heads, F features, h hidden):

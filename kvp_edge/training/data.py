@@ -1,7 +1,7 @@
 """From traces to batches of states: a cut point in a trace, and the tokens that compete there.
 
-A state is what an eviction would see: the tokens before the cut, of which the first ``sinks`` and the
-newest ``recent`` are protected and do not compete, and the attention that each competing token
+A state is what an eviction would see: the tokens before the cut, of which the first ``sinks`` and
+the newest ``recent`` are protected and do not compete, and the attention that each competing token
 receives after the cut.
 """
 
@@ -32,9 +32,10 @@ class TraceLike(Protocol):
     values: npt.NDArray[np.float16]
     #: int32 [T]: each token's index in the conversation.
     positions: IntArray
-    n_prompt: int
-    #: ``importance`` is exact for multiples of this many tokens.
-    block: int
+
+    @property
+    def splits(self) -> IntArray:
+        """The numbers n for which ``importance`` is exact, ascending."""
 
     def importance(self, n: int) -> npt.NDArray[np.float32]:
         """f32 [L, H, n]: attention that the first n tokens receive from the later ones; the maximum
@@ -60,14 +61,37 @@ class Protected:
         return self.sinks, n - self.recent
 
 
-def cut_points(trace: TraceLike, protected: Protected) -> range:
+def cut_points(trace: TraceLike, protected: Protected) -> IntArray:
     """The numbers of tokens n at which this trace can be cut; empty if it is too short.
 
-    At least a few tokens must compete, and at least a block of later queries must follow.
+    At least a few tokens must compete, and later queries must follow.
     """
     least = protected.sinks + protected.recent + _MIN_COMPETING
-    first = -(-least // trace.block) * trace.block
-    return range(first, trace.keys.shape[2] - trace.block + 1, trace.block)
+    cuts: IntArray = trace.splits[(trace.splits >= least) & (trace.splits < trace.keys.shape[2])]
+    return cuts
+
+
+class InMemory:
+    """Keeps the traces that it was asked for, as long as they fit: reading one takes longer than
+    training on it."""
+
+    def __init__(self, traces: TraceSetLike, limit: int = 4 * 2**30) -> None:
+        self._traces = traces
+        self._kept: dict[int, TraceLike] = {}
+        self._room = limit
+
+    def __len__(self) -> int:
+        return len(self._traces)
+
+    def __getitem__(self, index: int, /) -> TraceLike:
+        if index in self._kept:
+            return self._kept[index]
+        trace = self._traces[index]
+        # what the attention takes is about as much as keys and values
+        self._room -= 2 * (trace.keys.nbytes + trace.values.nbytes)
+        if self._room > 0:
+            self._kept[index] = trace
+        return trace
 
 
 def check_traces(traces: TraceSetLike, protected: Protected) -> tuple[list[int], tuple[int, ...]]:
@@ -96,7 +120,7 @@ def check_traces(traces: TraceSetLike, protected: Protected) -> tuple[list[int],
         raise TrainingError(
             f"all {len(traces)} traces are too short: with {protected.sinks} sinks and "
             f"{protected.recent} recent tokens protected, at least {_MIN_COMPETING} more and a "
-            f"block of later ones ({traces[0].block}) are needed"
+            "block of later ones are needed"
         )
     return usable, shape
 
@@ -164,7 +188,7 @@ class Sampler:
             index = self.usable[int(rng.integers(len(self.usable)))]
             trace = self.traces[index]
             cuts = cut_points(trace, self.protected)
-            n = cuts[int(rng.integers(len(cuts)))]
+            n = int(cuts[rng.integers(len(cuts))])
             first, end = self.protected.competing(n)
             starts = self._starts(rng, first, end, runs)
             at = starts[:, None] + np.arange(-half, self.run + half)

@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter, arXiv:1711.05101) in which every head steps on its own.
 
-All heads' weights lie in shared tensors, but they are separate agents: a head that takes no part in a
-step keeps its weights, its moments and its count of steps, and gradients are clipped head by head.
+All heads' weights lie in shared tensors, but they are separate agents: a head that takes no part in
+a step keeps its weights, moments and count of steps, and gradients are clipped head by head.
 """
 
 from __future__ import annotations
@@ -25,35 +25,37 @@ class HeadAdamW:
         self.first = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
-    @torch.no_grad()
     def step(self, heads: Tensor, lr: float) -> None:
         """Move ``heads`` (int64 [n]) by their gradients, then forget the gradients."""
-        gradients = {
-            name: p.grad[heads] for name, p in self.parameters.items() if p.grad is not None
-        }
-        norm = torch.stack([g.square().reshape(len(g), -1).sum(1) for g in gradients.values()]).sum(0).sqrt()
-        shrink = (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0)
-        self.steps[heads] += 1
-        t = self.steps[heads]
-        for name, gradient in gradients.items():
-            p = self.parameters[name]
-            per_head = (-1, *([1] * (p.dim() - 1)))
-            g = gradient * shrink.view(per_head)
-            m = self.first[name][heads] * _BETA1 + g * (1 - _BETA1)
-            v = self.second[name][heads] * _BETA2 + g.square() * (1 - _BETA2)
-            self.first[name][heads], self.second[name][heads] = m, v
-            move = m / (1 - _BETA1**t).view(per_head)
-            move = move / ((v / (1 - _BETA2**t).view(per_head)).sqrt() + _EPS)
-            if p.dim() > 2:
-                move = move + self.weight_decay * p[heads]
-            p[heads] -= lr * move
-            p.grad = None
+        with torch.no_grad():
+            gradients = {
+                name: p.grad[heads] for name, p in self.parameters.items() if p.grad is not None
+            }
+            squares = [g.square().reshape(len(g), -1).sum(1) for g in gradients.values()]
+            norm = torch.stack(squares).sum(0).sqrt()
+            shrink = (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0)
+            self.steps[heads] += 1
+            t = self.steps[heads]
+            for name, gradient in gradients.items():
+                p = self.parameters[name]
+                per_head = (-1, *([1] * (p.dim() - 1)))
+                g = gradient * shrink.view(per_head)
+                m = self.first[name][heads] * _BETA1 + g * (1 - _BETA1)
+                v = self.second[name][heads] * _BETA2 + g.square() * (1 - _BETA2)
+                self.first[name][heads], self.second[name][heads] = m, v
+                move = m / (1 - _BETA1**t).view(per_head)
+                move = move / ((v / (1 - _BETA2**t).view(per_head)).sqrt() + _EPS)
+                if p.dim() > 2:
+                    move = move + self.weight_decay * p[heads]
+                p[heads] -= lr * move
+                p.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Everything a later run needs to go on exactly here."""
         out = {"adam.steps": self.steps}
         for name in self.parameters:
-            out |= {f"adam.first.{name}": self.first[name], f"adam.second.{name}": self.second[name]}
+            out[f"adam.first.{name}"] = self.first[name]
+            out[f"adam.second.{name}"] = self.second[name]
         return out
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -5,9 +5,9 @@ the future attention that is lost when only its first b tokens are kept, summed 
 relative to what the best ranking loses. The cost is lowered by REINFORCE over K sampled rankings of
 the same state.
 
-Shapes: ``...`` stands for any leading axes (heads, states); K rankings come before the last axis, of
-m competing tokens. Everything is f32. Tokens that only fill up a batch have the score ``PADDING`` and
-importance 0: they are ranked last and count for nothing.
+Shapes: ``...`` stands for any leading axes (heads, states); K rankings come before the last axis,
+of m competing tokens. Everything is f32. Tokens that only fill up a batch have the score
+``PADDING`` and importance 0: they are ranked last and count for nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WORST = -200.0  # where nothing is attended to, a ratio of costs has no meaning
 
 
 def sample_rankings(scores: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    """K rankings from the Plackett-Luce distribution of ``scores`` [..., m]: Gumbel noise, then sort.
+    """K rankings drawn from ``scores`` [..., m] (Plackett-Luce): Gumbel noise, then sort.
 
     Returns:
         int64 [..., K, m]: token indices, best first.

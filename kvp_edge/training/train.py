@@ -1,8 +1,8 @@
 """The training run: all heads at once, then the weights that add heads up to tokens.
 
-Steps 0 .. steps - 1 train the agents by the KVP objective, each head on its own importance. Of these
-a share (``effort``) of the heads takes part in each step, drawn by what they still lose in
-validation: most heads have little to lose. The ``token_steps`` after that train, with the agents as
+Steps 0 .. steps - 1 train the agents by the KVP objective, each head on its own importance. A share
+(``effort``) of the heads takes part in each of them, drawn by what they still lose in validation:
+most heads have little to lose. The ``token_steps`` after that train, with the agents as
 they were at their best, only the heads' weights in a whole token's score, by the same objective on
 the importance summed over heads.
 
@@ -33,6 +33,7 @@ from kvp_edge.training import checkpoint
 from kvp_edge.training.agent import Agents, AgentShape
 from kvp_edge.training.data import (
     Batch,
+    InMemory,
     Protected,
     Sampler,
     TraceSetLike,
@@ -60,7 +61,7 @@ class Settings:
 
     Attributes:
         steps, token_steps: of the agents, and of the token weights after them.
-        lr, token_lr: highest learning rates; linear warm-up over ``warmup`` steps, then cosine to 0.
+        lr, token_lr: highest learning rates; ``warmup`` steps up to them, then a cosine to 0.
         states, tokens: B states per step with up to so many competing tokens each.
         rankings: K, sampled per state.
         effort: share of the heads in a step.
@@ -101,7 +102,7 @@ class Settings:
         if min(self.steps, self.states, self.tokens, self.eval_every) < 1:
             raise TrainingError("steps, states, tokens and eval_every must be at least 1")
         if not 0 < self.effort <= 1:
-            raise TrainingError(f"effort is a share of the heads, above 0 and up to 1: {self.effort}")
+            raise TrainingError(f"effort is a share of the heads, at most 1: {self.effort}")
         if not 0 < self.validation < 1:
             raise TrainingError(f"validation is a share of the traces: {self.validation}")
         if self.recent < self.context // 2:
@@ -174,6 +175,8 @@ class _Run:
         rank: int,
         world: int,
     ) -> None:
+        self.facts = model_facts(traces)
+        traces = InMemory(traces)
         self.traces, self.out, self.settings = traces, out, settings
         self.device, self.rank, self.world = device, rank, world
         s = settings
@@ -187,7 +190,6 @@ class _Run:
         self.states = choose_states(traces, held_out, self.protected, s.validation_states)
         self.shape = AgentShape(n_layer, n_head_kv, dk, dv, s.hidden, s.context)
         self.sampler = Sampler(traces, training, self.protected, s.context, s.states, s.tokens)
-        self.facts = model_facts(traces)
         self.all_heads = np.arange(self.shape.n_heads)
 
         self.agents = Agents(self.shape, s.seed)
@@ -281,8 +283,8 @@ class _Run:
                 self.seconds += time.perf_counter() - started
                 if not math.isfinite(loss):
                     raise TrainingError(
-                        f"training diverged at step {self.step}: lower lr ({s.lr}). The checkpoints "
-                        f"in '{self.out}' are from before that"
+                        f"training diverged at step {self.step}: lower lr ({s.lr}). The "
+                        f"checkpoints in '{self.out}' are from before that"
                     )
                 self.step += 1
                 bar.update()
@@ -339,11 +341,11 @@ class _Run:
         self.ema.load_state_dict(self.agents.state_dict())
         self.best = math.inf
 
-    @torch.no_grad()
     def _spread(self) -> Tensor:
         """Standard deviation of each head's scores in a state: f32 [N]."""
         batch = self.sampler.draw(np.random.default_rng([self.settings.seed, 1]), self.all_heads)
-        scores, _ = self._score(batch.to(self.device), None)
+        with torch.no_grad():
+            scores, _ = self._score(batch.to(self.device), None)
         mask = batch.present.to(self.device)
         inside = torch.where(mask, scores, torch.nan)
         mean = inside.nanmean(-1, keepdim=True)
@@ -430,12 +432,12 @@ class _Run:
         rng = np.random.default_rng([self.settings.seed, 2, self.step])  # the same on all ranks
         return np.sort(rng.choice(self.all_heads, n, replace=False, p=share / share.sum()))
 
-    @torch.no_grad()
     def _average(self) -> None:
         # a short memory at first, or the average would long remember the random start
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-        for mean, now in zip(self.ema.parameters(), self.agents.parameters(), strict=True):
-            mean.lerp_(now, 1 - decay)
+        with torch.no_grad():
+            for mean, now in zip(self.ema.parameters(), self.agents.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How good a ranking is on states that were not trained on, head by head, against the heuristics."""
+"""How good a ranking is on states not trained on, head by head, against the heuristics."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def choose_states(
     for share in (0.5, 0.75, 0.25, 1.0):
         for index in usable:
             cuts = cut_points(traces[index], protected)
-            states.append(State(index, cuts[min(len(cuts) - 1, int(share * len(cuts)))]))
+            states.append(State(index, int(cuts[min(len(cuts) - 1, int(share * len(cuts)))])))
     return list(dict.fromkeys(states))[:count]
 
 
@@ -101,9 +101,7 @@ def measure(
             whole = token_weights @ scores
         token_rows.append(costs(whole[None], received.mean(0)[None], queries))
     cost, lost = (np.mean(column, axis=0) for column in zip(*rows, strict=True))
-    token_cost, token_lost = (
-        float(np.mean(column)) for column in zip(*token_rows, strict=True)
-    )
+    token_cost, token_lost = (float(np.mean(column)) for column in zip(*token_rows, strict=True))
     return Quality(cost, lost, token_cost, token_lost)
 
 
@@ -129,7 +127,6 @@ def costs(
 def agent_scorer(agents: Agents) -> Scorer:
     """The agents as they are, without noise."""
 
-    @torch.no_grad()
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         shape, device = agents.shape, agents.mean.device
         group = max(1, _ELEMENTS // (n * shape.n_features))
@@ -137,7 +134,8 @@ def agent_scorer(agents: Agents) -> Scorer:
         for start in range(0, shape.n_heads, group):
             heads = np.arange(start, min(start + group, shape.n_heads))
             features = torch.from_numpy(gather(trace, np.arange(n), heads, 0)).to(device)
-            parts.append(agents(features[:, None], heads=torch.from_numpy(heads).to(device)))
+            with torch.no_grad():
+                parts.append(agents(features[:, None], heads=torch.from_numpy(heads).to(device)))
         return np.asarray(torch.cat(parts)[:, 0].cpu().numpy())
 
     return score
@@ -158,4 +156,8 @@ def heuristic_scorer(name: str) -> Scorer:
 
 def oracle_scorer() -> Scorer:
     """The importance itself."""
-    return lambda trace, n: trace.importance(n).reshape(-1, n)
+
+    def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
+        return trace.importance(n).reshape(-1, n)
+
+    return score

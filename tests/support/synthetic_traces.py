@@ -16,11 +16,14 @@ class SyntheticTrace:
     values: NDArray[np.float16]
     positions: NDArray[np.int32]
     paid: NDArray[np.float32]
-    n_prompt: int
     block: int = 16
 
+    @property
+    def splits(self) -> NDArray[np.int32]:
+        return np.arange(self.block, len(self.positions), self.block, dtype=np.int32)
+
     def importance(self, n: int) -> NDArray[np.float32]:
-        assert n % self.block == 0
+        assert n in self.splits
         return self.paid[:, :, :n] * np.float32(self.keys.shape[2] - n)
 
 
@@ -49,11 +52,7 @@ class SyntheticTraces:
                 signal = np.roll(signal, -2, axis=-1)
             paid = np.exp(2 * signal)
             paid /= paid.sum(-1, keepdims=True)
-            self.items.append(
-                SyntheticTrace(
-                    keys, values, np.arange(tokens, dtype=np.int32), paid, n_prompt=tokens
-                )
-            )
+            self.items.append(SyntheticTrace(keys, values, np.arange(tokens, dtype=np.int32), paid))
 
     def __len__(self) -> int:
         return len(self.items)
