@@ -4,6 +4,7 @@ against the definition in docs/policy-format.md, written down here token by toke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,32 @@ def test_another_architecture_or_shape_is_refused_another_quantisation_a_warning
 def test_a_bundled_model_is_not_a_policy(bundled_model: str) -> None:
     with pytest.raises(PolicyFileError, match="is not a policy: it is a GGUF file of"):
         get_policy(bundled_model)
+
+
+def test_a_policy_file_runs_in_a_bounded_chat_and_another_model_s_is_refused(
+    bundled_model: str, tmp_path: Path, load: Callable[..., Any]
+) -> None:
+    own = replace(INFO, n_layer=4, n_head_kv=2, head_size_k=64, head_size_v=64)
+    write_policy(tmp_path / "own.gguf", own, random_weights(own), "f16")
+    limits = {"n_ctx": 4096, "kv_budget": 64, "recent": 16, "reserve": 64, "n_batch": 64}
+    for granularity in ("token", "head"):
+        llm = load(
+            bundled_model, policy=str(tmp_path / "own.gguf"), granularity=granularity, **limits
+        )
+        llm.eval([1, *range(100, 600)])
+        assert llm.kv_stats.evictions > 0
+    write_policy(tmp_path / "other.gguf", INFO, random_weights(INFO), "f16")
+    with pytest.raises(PolicyFileError, match="is for a cache of 2 layers"):
+        load(bundled_model, policy=str(tmp_path / "other.gguf"), **limits)
+    write_policy(tmp_path / "qwen.gguf", replace(own, architecture="qwen2"), random_weights(own))
+    with pytest.raises(PolicyFileError, match="architecture 'qwen2'"):
+        load(bundled_model, policy=str(tmp_path / "qwen.gguf"), **limits)
+
+
+def test_a_saved_session_can_tell_two_policies_apart(policy_file: Path, tmp_path: Path) -> None:
+    write_policy(tmp_path / "other.gguf", INFO, random_weights(INFO, seed=1), "f32")
+    assert Learned(policy_file).identity() == Learned(policy_file).identity()
+    assert Learned(policy_file).identity() != Learned(tmp_path / "other.gguf").identity()
 
 
 def test_inspect_explains_a_file(policy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

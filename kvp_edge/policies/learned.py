@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import numpy as np
@@ -47,7 +48,10 @@ class Learned(Policy):
         head_size_v: int,
         fingerprint: str = "",
     ) -> None:
-        """See ``kvp_edge.policy_file.check_model``."""
+        """Raises:
+        PolicyFileError: the policy is for another architecture or shape. Another fingerprint alone
+            is a warning.
+        """
         check_model(
             self.info,
             architecture=architecture,
@@ -57,6 +61,12 @@ class Learned(Policy):
             head_size_v=head_size_v,
             fingerprint=fingerprint,
         )
+
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for array in vars(self.weights).values():
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return f"{self.info.name}({digest.hexdigest()[:16]})"
 
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         check_arrays(self.info, keys, values)
