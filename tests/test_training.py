@@ -188,6 +188,7 @@ def test_what_was_finished_is_kept_when_a_trace_turns_out_bad(tmp_path: Path) ->
     [
         ({"objective": "magic"}, "no objective 'magic'"),
         ({"rankings": 1}, "at least 2 rankings"),
+        ({"advantage": "both"}, "advantage is loo or zscore, not 'both'"),
         ({"context": 99}, "must cover half of the context width"),
         ({"effort": 0.0}, "effort is a share"),
         ({"validation": 1.0}, "validation is a share"),
@@ -273,6 +274,20 @@ def test_costs_are_relative_to_the_best_ranking_and_per_query() -> None:
     assert relative[0] == pytest.approx((3 * 4 + 2 * 3 + 2) / (3 + 2 * 2 + 3))
     # at the budgets 2, 1, 1, 1 of 4 tokens: (7 - 3), 4 - 1 three times
     assert lost[0] == pytest.approx((4 + 3 * 3) / 4 / 10)
+
+
+def test_the_command_trains_and_tells_what_came_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvp_edge.cli.train.open_traces", lambda path: SyntheticTraces(6))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    assert main(["train", "traces", "--out", str(tmp_path), *options]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told[1:7]] == [
+        "policy", "keydiff", "knorm", "recency", "random", "oracle"
+    ]  # fmt: skip
+    assert told[-2].startswith("below the best heuristic in ")
+    assert told[-1] == str(tmp_path / "best.safetensors")
 
 
 def test_the_command_says_what_is_missing(

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from kvp_edge.training.settings import Settings
+
 _EPILOG = """\
 A run that was interrupted goes on when the same command is given again, and ends with the same
 policy as if it had not been interrupted. DIR then holds
@@ -24,7 +26,7 @@ examples:
   kvp-edge train traces --out run
   kvp-edge train traces --out run --context 1      (the paper's agent: every token scored alone)"""
 
-#: option -> (what it does, choices)
+#: setting -> what it does
 _HELP: dict[str, str] = {
     "objective": "what is optimised (kvp)",
     "hidden": "hidden units of each of an agent's two layers",
@@ -63,7 +65,8 @@ def add_train(commands: Any) -> None:
     parser.add_argument("traces", metavar="TRACES", help="folder that kvp-edge trace wrote")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the run")
     for name, text in _HELP.items():
-        kind, default = _TYPES[name]
+        default = getattr(Settings, name)
+        kind = type(default)
         parser.add_argument(
             "--" + name.replace("_", "-"),
             type=kind,
@@ -75,34 +78,6 @@ def add_train(commands: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=_main)
-
-
-#: setting -> (type, default), as in kvp_edge.training.train.Settings, which needs torch to import
-_TYPES: dict[str, tuple[type, Any]] = {
-    "objective": (str, "kvp"),
-    "hidden": (int, 64),
-    "context": (int, 9),
-    "steps": (int, 2000),
-    "token_steps": (int, 200),
-    "lr": (float, 2e-3),
-    "token_lr": (float, 2e-2),
-    "warmup": (int, 100),
-    "weight_decay": (float, 1e-3),
-    "ema": (float, 0.99),
-    "states": (int, 8),
-    "tokens": (int, 512),
-    "rankings": (int, 8),
-    "rank_weights": (str, "i-1"),
-    "advantage": (str, "zscore"),
-    "effort": (float, 1.0),
-    "sinks": (int, 4),
-    "recent": (int, 32),
-    "eval_every": (int, 200),
-    "validation": (float, 0.1),
-    "validation_states": (int, 24),
-    "seed": (int, 0),
-    "precision": (str, "f32"),
-}
 
 
 def open_traces(path: str) -> Any:
@@ -129,7 +104,7 @@ def _main(args: argparse.Namespace) -> int:
     require_torch("training")
     import torch  # noqa: PLC0415
 
-    from kvp_edge.training.train import Result, Settings, train  # noqa: PLC0415
+    from kvp_edge.training.train import Result, train  # noqa: PLC0415
 
     if args.threads:
         torch.set_num_threads(args.threads)

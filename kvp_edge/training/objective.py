@@ -12,22 +12,13 @@ of m competing tokens. Everything is f32. Tokens that only fill up a batch have 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from kvp_edge.training.settings import Advantage, RankWeights
+
 #: The score of a token that is not there. Finite, so that no gradient becomes NaN.
 PADDING = -1e9
-
-#: "i-1": the sum over the budgets 1 .. m - 1 (the paper's section 3.1.1). "i": the budget 0 as well
-#: (the released code); every ranking then costs the same constant more.
-RankWeights = Literal["i-1", "i"]
-
-#: "loo": r_k minus the mean of the other rankings' rewards (the paper): an unbiased gradient.
-#: "zscore": divided by their standard deviation as well and clamped (the released code): easy and
-#: hard states count alike.
-Advantage = Literal["loo", "zscore"]
 
 _CLAMP = 2.0
 _TINY = 1e-8
