@@ -23,3 +23,11 @@ class SessionError(ValueError):
 
 class TraceError(ValueError):
     """Traces that are damaged, incomplete or foreign, or that cannot be made of what was given."""
+
+
+class PolicyFileError(ValueError):
+    """The policy file cannot be read, or belongs to another model."""
+
+
+class TrainingError(ValueError):
+    """Traces, settings or folder do not allow (more) training; what was done is kept."""

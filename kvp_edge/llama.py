@@ -67,7 +67,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             for. With ``positions="keep"`` a conversation beyond the trained length leaves what the
             model has learned, however small the cache.
         kv_budget: tokens kept after an eviction (int), or the memory of the cache ("256MiB").
-        policy: a name in kvp_edge.policies.POLICIES, or a Policy object.
+        policy: a name in kvp_edge.policies.POLICIES, a policy file (.gguf), or a Policy object.
         granularity: "head": every (layer, KV head) keeps its own tokens. "token": a token is
             dropped from every layer and head at once. "auto": "head" where the model and the
             cache's types allow it, else "token".
@@ -178,7 +178,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
             self._kv_bytes = _kv_bytes(log)
         if limits is not None:
-            self._bind(limits, chosen)
+            self._bind(limits, chosen, shape.architecture)
 
     # The base class makes its context parameters from llama.cpp's defaults and offers no way to
     # change these two, so they are set the moment it stores them. They let a second sequence tag
@@ -194,7 +194,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             params.kv_unified = True
         self._context_params = params
 
-    def _bind(self, limits: CacheLimits, policy: Policy) -> None:
+    def _bind(self, limits: CacheLimits, policy: Policy, architecture: str) -> None:
         try:
             cache = NativeCache(self._ctx.ctx)
         except BaseException:
@@ -204,6 +204,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if not cache.shape.has_window:
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
         try:
+            c = cache.shape
+            policy.check_model(architecture, c.n_layer, c.n_head_kv, c.head_size_k, c.head_size_v)
             granularity = self._settle_granularity(cache)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
         except BaseException:

@@ -1,4 +1,4 @@
-"""The ``kvp-edge`` command: chat, run, demo, policies, trace."""
+"""The ``kvp-edge`` command: one module per subcommand."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from jinja2 import TemplateError  # a chat template's; llama_cpp brings jinja2
 import kvp_edge
 from kvp_edge.cli.chat import add_chat
 from kvp_edge.cli.demo import add_demo
+from kvp_edge.cli.export import add_export
+from kvp_edge.cli.inspect import add_inspect
 from kvp_edge.cli.policies import add_policies
 from kvp_edge.cli.run import add_run
 from kvp_edge.cli.trace import add_trace
+from kvp_edge.cli.train import add_train
 from kvp_edge.native import BUILT_FOR, LLAMA_VERSION
 
 _DESCRIPTION = """\
@@ -51,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_chat, add_run, add_demo, add_policies, add_trace):
+    adders = (add_chat, add_run, add_demo, add_policies, add_trace, add_train, add_export)
+    for add in (*adders, add_inspect):
         add(commands)
     return parser
 

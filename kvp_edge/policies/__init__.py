@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from kvp_edge.policies.base import Policy
 from kvp_edge.policies.keydiff import KeyDiff
 from kvp_edge.policies.knorm import KNorm
+from kvp_edge.policies.learned import Learned
+from kvp_edge.policies.onnx import Onnx
 from kvp_edge.policies.random import Random
 from kvp_edge.policies.recency import Recency
 
@@ -12,17 +16,36 @@ from kvp_edge.policies.recency import Recency
 POLICIES: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, KNorm, Recency, Random)}
 
 
-def get_policy(policy: str | Policy) -> Policy:
-    """The policy of that name, or the object itself when it is a Policy already.
+def get_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
+    """The policy of that name or in that policy file (.gguf), or the Policy object itself.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        ValueError: unknown name; the message lists the known ones. Or a policy file that cannot be
+            used (PolicyFileError).
     """
     if isinstance(policy, Policy):
         return policy
+    policy = os.fspath(policy)
+    if policy.endswith(".gguf"):
+        return Learned(policy)
+    if policy.endswith(".onnx"):
+        return Onnx(policy)
     if policy not in POLICIES:
-        raise ValueError(f"there is no policy '{policy}'; choose one of {', '.join(POLICIES)}")
+        raise ValueError(
+            f"there is no policy '{policy}'; choose one of {', '.join(POLICIES)}, or a policy file "
+            "(.gguf)"
+        )
     return POLICIES[policy]()
 
 
-__all__ = ["POLICIES", "KNorm", "KeyDiff", "Policy", "Random", "Recency", "get_policy"]
+__all__ = [
+    "POLICIES",
+    "KNorm",
+    "KeyDiff",
+    "Learned",
+    "Onnx",
+    "Policy",
+    "Random",
+    "Recency",
+    "get_policy",
+]

@@ -38,6 +38,21 @@ class Policy(ABC):
         """What a saved session is checked against: the name, and all else that decides scores."""
         return self.name
 
+    def check_model(  # noqa: B027 (most policies fit every model)
+        self,
+        architecture: str,
+        n_layer: int,
+        n_head_kv: int,
+        head_size_k: int,
+        head_size_v: int,
+        fingerprint: str = "",
+    ) -> None:
+        """Refuse a model that this policy was not made for; the sizes are its base KV cache's.
+
+        Raises:
+            PolicyFileError: the policy is another model's. Heuristics fit every model.
+        """
+
     @abstractmethod
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         """Score tokens.

@@ -1,0 +1,65 @@
+"""``kvp-edge inspect``: what a policy file is, for a person."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import numpy as np
+
+from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
+
+
+def add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="explain a policy file",
+        description="Explain a policy file (.gguf): what it was trained for, and how it scores.",
+    )
+    parser.add_argument("file", metavar="FILE", help="policy file")
+    parser.set_defaults(command=_main, verbose=False)
+
+
+def _main(args: argparse.Namespace) -> int:
+    info, weights = read_policy(args.file)
+    for name, value in _facts(args.file, info, weights):
+        print(f"{name:16}{value}")
+    return 0
+
+
+def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[str, str]]:
+    numbers = sum(array.size for array in vars(weights).values())
+    heads = info.n_layer * info.n_head_kv
+    sight = (
+        "every token is scored alone"
+        if info.context == 1
+        else f"a score sees {info.context // 2} tokens before and after its own"
+    )
+    share = weights.aggregate / max(float(weights.aggregate.sum()), 1e-12)
+    layer, head = np.unravel_index(int(share.argmax()), share.shape)
+    return [
+        ("name", info.name),
+        ("for the model", f"{info.base_model or 'unknown'} (architecture {info.architecture})"),
+        ("fingerprint", info.fingerprint or "none"),
+        (
+            "its cache",
+            f"{info.n_layer} layers x {info.n_head_kv} KV heads, keys of {info.head_size_k} "
+            f"numbers, values of {info.head_size_v}",
+        ),
+        ("objective", info.objective),
+        (
+            "scorer",
+            f"{heads} networks, one per KV head, of {info.hidden} + {info.hidden} hidden units on "
+            "key, value and position",
+        ),
+        ("context width", f"{info.context}: {sight}"),
+        (
+            "whole tokens",
+            f"sum of the heads' scores; heaviest is head {head} of layer {layer}",
+        ),
+        ("trained with", f"{info.sinks} sinks and {info.recent} recent tokens protected"),
+        ("training data", info.training_data or "not said"),
+        ("licence", info.license or "not said"),
+        ("size", f"{numbers} weights, {os.path.getsize(path) / 1024:.0f} KiB"),
+    ]

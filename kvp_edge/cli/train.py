@@ -1,0 +1,135 @@
+"""``kvp-edge train``: traces in, policy out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from kvp_edge.training.settings import Settings
+
+_EPILOG = """\
+A run that was interrupted goes on when the same command is given again, and ends with the same
+policy as if it had not been interrupted. DIR then holds
+
+  best.safetensors   the policy, for kvp-edge export
+  last.safetensors   what a run needs to go on
+  log.jsonl          every validation, head by head
+  report.json        the finished policy's cost and the heuristics', head by head
+
+Several GPUs or machines:  torchrun --nproc-per-node 8 -m kvp_edge train TRACES --out DIR
+
+examples:
+  kvp-edge train traces --out run
+  kvp-edge train traces --out run --context 1      (the paper's agent: every token scored alone)"""
+
+#: setting -> what it does
+_HELP: dict[str, str] = {
+    "objective": "what is optimised (kvp)",
+    "hidden": "hidden units of each of an agent's two layers",
+    "context": "tokens that a score sees, an odd number around its own; 1: the paper's agent",
+    "steps": "training steps of the agents",
+    "token_steps": "steps after that, of the heads' weights in a whole token's score",
+    "lr": "highest learning rate",
+    "token_lr": "the same for the heads' weights",
+    "warmup": "steps until the highest learning rate is reached; a cosine to 0 follows",
+    "weight_decay": "AdamW's",
+    "ema": "memory of the averaged weights that become the policy",
+    "states": "cut texts per step",
+    "tokens": "tokens that compete in each, at most",
+    "rankings": "sampled rankings of each",
+    "rank_weights": "i-1: budgets from 1 on (the paper); i: budget 0 as well (its code)",
+    "advantage": "loo: reward minus the other rankings' mean; zscore: scaled and clamped as well",
+    "effort": "share of the heads in a step; those that lose most are drawn most often",
+    "sinks": "first tokens, never ranked",
+    "recent": "newest tokens, never ranked",
+    "eval_every": "steps between validations, each with a checkpoint",
+    "validation": "share of the traces that is kept out of training",
+    "validation_states": "most cut texts in a validation",
+    "seed": "of everything random",
+    "precision": "f32, or bf16 for the networks (GPUs)",
+}
+
+
+def add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a policy on traces",
+        description="Train an eviction policy on the traces of a model (see kvp-edge trace).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("traces", metavar="TRACES", help="folder that kvp-edge trace wrote")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the run")
+    for name, text in _HELP.items():
+        default = getattr(Settings, name)
+        kind = type(default)
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=kind,
+            default=default,
+            metavar="X" if kind is float else "N" if kind is int else "NAME",
+            help=f"{text} (default: {default})",
+        )
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
+    parser.set_defaults(command=_main)
+
+
+def open_traces(path: str) -> Any:
+    """The traces in a folder.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"there are no traces '{path}'")
+    return importlib.import_module("kvp_edge.traces").TraceSet(path)
+
+
+def require_torch(what: str) -> None:
+    """Raises:
+    ImportError: a package of the extra ``train`` is missing; a sentence.
+    """
+    for package in ("torch", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{what} needs {package}: pip install 'kvp_edge[train]'")
+
+
+def _main(args: argparse.Namespace) -> int:
+    require_torch("training")
+    import torch  # noqa: PLC0415
+
+    from kvp_edge.training.train import Result, train  # noqa: PLC0415
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    result: Result = train(open_traces(args.traces), args.out, settings, device=args.device)
+    print(_table(result))
+    print(f"{Path(args.out) / 'best.safetensors'}")
+    return 0
+
+
+def _table(result: Any) -> str:
+    """Cost of every scorer, and where the policy loses most."""
+    rows = {"policy": result.quality, **result.baselines}
+    lines = [f"{'':10}{'cost':>8}{'lost':>8}{'tokens: cost':>14}{'lost':>8}"]
+    for name, q in rows.items():
+        lines.append(
+            f"{name:10}{q.cost.mean():8.2f}{q.lost.mean():8.3f}"
+            f"{q.token_cost:14.2f}{q.token_lost:8.3f}"
+        )
+    heuristics = [q for name, q in result.baselines.items() if name != "oracle"]
+    best = [min(costs) for costs in zip(*(q.cost for q in heuristics), strict=True)]
+    won = sum(mine < theirs for mine, theirs in zip(result.quality.cost, best, strict=True))
+    lines.append(
+        "cost: attention lost over all budgets, the best ranking's = 1; lost: share of attention "
+        "lost\nmore than the best ranking does, at 1/2 to 1/16 of the tokens; means over heads"
+    )
+    lines.append(f"below the best heuristic in {won} of {len(best)} heads")
+    return "\n".join(lines)

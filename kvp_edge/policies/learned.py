@@ -1,0 +1,150 @@
+"""A learned policy (KVP, arXiv:2602.10238): a small network per KV head, from a policy file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.errors import PolicyFileError
+from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.policy_file import PolicyInfo, PolicyWeights, check_model, read_policy
+
+
+class Learned(Policy):
+    """Runs a policy file's weights in numpy: the definition that other executors are tested by.
+
+    Attributes:
+        info: what the file says of itself.
+        context: half the context width. A token's score is final once this many tokens after it are
+            known; before that it is what it would be if the conversation ended there.
+        head_weights: f32 [n_layer, n_head_kv]; a whole token's score is the sum of its scores in
+            all heads, each times its weight (see ``token_scores``).
+    """
+
+    name = "learned"
+    inputs = "keys+values"
+    scope = "token"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Read the file.
+
+        Raises:
+            PolicyFileError: missing, damaged, or not a policy file.
+        """
+        self.path = os.fspath(path)
+        self.info, self.weights = read_policy(path)
+        self.context = self.info.context // 2
+        self.head_weights = self.weights.aggregate
+
+    def check_model(
+        self,
+        architecture: str,
+        n_layer: int,
+        n_head_kv: int,
+        head_size_k: int,
+        head_size_v: int,
+        fingerprint: str = "",
+    ) -> None:
+        """Raises:
+        PolicyFileError: the policy is for another architecture or shape. Another fingerprint alone
+            is a warning.
+        """
+        check_model(
+            self.info,
+            architecture=architecture,
+            n_layer=n_layer,
+            n_head_kv=n_head_kv,
+            head_size_k=head_size_k,
+            head_size_v=head_size_v,
+            fingerprint=fingerprint,
+        )
+
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for array in vars(self.weights).values():
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return f"{self.info.name}({digest.hexdigest()[:16]})"
+
+    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+        check_arrays(self.info, keys, values)
+        at = with_gaps(positions, self.context)
+        return forward(self.weights, keys, values, positions, at)
+
+    def token_scores(self, scores: FloatArray) -> FloatArray:
+        """Scores of whole tokens: f32 [n_tokens] from [n_layer, n_head_kv, n_tokens]."""
+        total: FloatArray = np.einsum("lhn,lh->n", scores, self.head_weights)
+        return total
+
+
+def check_arrays(info: PolicyInfo, keys: FloatArray, values: FloatArray) -> None:
+    """Raises:
+    PolicyFileError: the arrays are not those of the policy's model.
+    """
+    found = (*keys.shape[:2], keys.shape[3], values.shape[3])
+    wanted = (info.n_layer, info.n_head_kv, info.head_size_k, info.head_size_v)
+    if found != wanted:
+        raise PolicyFileError(
+            f"the policy '{info.name}' scores {wanted[0]} layers x {wanted[1]} KV heads x "
+            f"{wanted[2]}+{wanted[3]}, and the cache holds {found[0]} x {found[1]} x "
+            f"{found[2]}+{found[3]}: it is another model's policy"
+        )
+
+
+def with_gaps(positions: IntArray, half: int) -> npt.NDArray[np.intp]:
+    """Where each token stands in conversation order, with -1 where tokens are missing between them.
+
+    Between two tokens that are not neighbours come as many -1 as are missing, but no more than
+    ``half``, which is how far the convolution sees.
+
+    Returns:
+        intp [n']: indices into ``positions``, or -1.
+    """
+    missing = np.minimum(np.diff(positions) - 1, half)
+    n = len(positions)
+    at = np.full(n + int(missing.sum()), -1, np.intp)
+    at[np.arange(n) + np.concatenate(([0], np.cumsum(missing))).astype(np.intp)[:n]] = np.arange(n)
+    return at
+
+
+def position_features(positions: IntArray) -> FloatArray:
+    """f32 [n, 4] from tokens' indices in the conversation."""
+    p = np.maximum(positions, 0).astype(np.float32)
+    log = np.log2(1 + p)
+    return np.stack((log / 16, np.sin(log), np.cos(log), 1 / (1 + p)), -1)
+
+
+def silu(x: FloatArray) -> FloatArray:
+    # tanh does not overflow where exp would
+    y: FloatArray = x * (0.5 + 0.5 * np.tanh(0.5 * x))
+    return y
+
+
+def forward(
+    w: PolicyWeights,
+    keys: FloatArray,
+    values: FloatArray,
+    positions: IntArray,
+    at: npt.NDArray[np.intp],
+) -> FloatArray:
+    """The network of docs/policy-format.md: f32 [n_layer, n_head_kv, n] of all n tokens."""
+    x: FloatArray = keys @ w.key.swapaxes(2, 3)
+    x += values @ w.value.swapaxes(2, 3)
+    x += position_features(positions) @ w.position.swapaxes(2, 3)
+    x += w.fc1_bias[:, :, None]
+    width = w.conv.shape[2]
+    if width > 1:
+        half = width // 2
+        there = at >= 0
+        spread = np.zeros((*x.shape[:2], len(at) + 2 * half, x.shape[3]), np.float32)
+        spread[:, :, half : half + len(at)][:, :, there] = x
+        mixed = np.zeros((*x.shape[:2], len(at), x.shape[3]), np.float32)
+        for tap in range(width):
+            mixed += w.conv[:, :, tap, None] * spread[:, :, tap : tap + len(at)]
+        x = mixed[:, :, there]
+    x = silu(x)
+    x = silu(x @ w.fc2.swapaxes(2, 3) + w.fc2_bias[:, :, None])
+    scores: FloatArray = (x @ w.out[..., None])[..., 0]
+    return scores

@@ -1,0 +1,91 @@
+"""A learned policy run by onnxruntime (extra ``onnx``), on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import numpy as np
+
+from kvp_edge.errors import PolicyFileError
+from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.policies.learned import check_arrays, with_gaps
+from kvp_edge.policy_file import PolicyInfo, check_model
+
+
+class Onnx(Policy):
+    """Scores like ``Learned``, from the .onnx file that ``kvp-edge export --onnx`` writes."""
+
+    name = "onnx"
+    inputs = "keys+values"
+    scope = "token"
+
+    def __init__(self, path: str | os.PathLike[str], providers: list[str] | None = None) -> None:
+        """Load the file.
+
+        Args:
+            providers: onnxruntime's; None: CUDA where this onnxruntime has it, then the CPU.
+
+        Raises:
+            PolicyFileError: missing, damaged, or not an exported policy.
+        """
+        try:
+            import onnxruntime  # noqa: PLC0415
+        except ImportError as error:
+            raise ImportError(
+                "an ONNX policy needs onnxruntime: pip install 'kvp_edge[onnx]'"
+            ) from error
+        self.path = os.fspath(path)
+        if not os.path.isfile(path):
+            raise PolicyFileError(f"there is no policy file '{self.path}'")
+        if providers is None:
+            here = onnxruntime.get_available_providers()
+            wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+            providers = [provider for provider in wanted if provider in here]
+        try:
+            self._session = onnxruntime.InferenceSession(self.path, providers=providers)
+        except Exception as error:  # onnxruntime's own exceptions, one per way to fail
+            raise PolicyFileError(f"onnxruntime cannot load '{self.path}': {error}") from error
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if "kvp.info" not in metadata:
+            raise PolicyFileError(f"'{self.path}' is not a policy exported by kvp-edge export")
+        self.info = PolicyInfo(**json.loads(metadata["kvp.info"]))
+        self.head_weights = np.asarray(json.loads(metadata["kvp.aggregate"]), np.float32)
+        self.context = self.info.context // 2
+
+    def identity(self) -> str:
+        with open(self.path, "rb") as file:
+            return f"{self.info.name}({hashlib.sha256(file.read()).hexdigest()[:16]})"
+
+    def check_model(
+        self,
+        architecture: str,
+        n_layer: int,
+        n_head_kv: int,
+        head_size_k: int,
+        head_size_v: int,
+        fingerprint: str = "",
+    ) -> None:
+        check_model(
+            self.info,
+            architecture=architecture,
+            n_layer=n_layer,
+            n_head_kv=n_head_kv,
+            head_size_k=head_size_k,
+            head_size_v=head_size_v,
+            fingerprint=fingerprint,
+        )
+
+    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+        check_arrays(self.info, keys, values)
+        at = with_gaps(positions, self.context)
+        inputs = {
+            "keys": np.ascontiguousarray(keys[:, :, at], np.float32),
+            "values": np.ascontiguousarray(values[:, :, at], np.float32),
+            # a negative position marks a token that is missing
+            "positions": np.where(at < 0, -1, positions[at]).astype(np.int32),
+        }
+        (scores,) = self._session.run(["scores"], inputs)
+        out: FloatArray = scores[:, :, at >= 0]
+        return out

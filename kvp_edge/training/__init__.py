@@ -1,0 +1,1 @@
+"""Training eviction policies with PyTorch (extra ``train``): traces in, policy checkpoint out."""

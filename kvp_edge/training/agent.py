@@ -1,0 +1,130 @@
+"""The agents: one small MLP per (layer, KV head), all of them in one batched computation.
+
+What a token's score is made of is defined in docs/policy-format.md; ``kvp_edge.policies.learned``
+computes the same in numpy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvp_edge.policy_file import N_POSITION_FEATURES
+
+
+@dataclass(frozen=True)
+class AgentShape:
+    """Sizes of the agents. ``context`` is the convolution's width; 1 is the paper's blind agent."""
+
+    n_layer: int
+    n_head_kv: int
+    head_size_k: int
+    head_size_v: int
+    hidden: int = 64
+    context: int = 9
+
+    @property
+    def n_heads(self) -> int:
+        return self.n_layer * self.n_head_kv
+
+    @property
+    def n_features(self) -> int:
+        return self.head_size_k + self.head_size_v + N_POSITION_FEATURES
+
+    def __post_init__(self) -> None:
+        if self.context < 1 or self.context % 2 == 0:
+            raise ValueError(f"the context width must be an odd number, not {self.context}")
+        if min(self.n_layer, self.n_head_kv, self.head_size_k, self.head_size_v, self.hidden) < 1:
+            raise ValueError("agents need at least one layer, head, dimension and hidden unit")
+
+
+class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its types are not followed
+    """N = n_layer * n_head_kv scorers and the weights that add them up to a score of whole tokens.
+
+    Attributes (f32; N heads, F features, h hidden):
+        mean, scale [N, F]: buffers that standardise the features: (x - mean) * scale.
+        fc1 [N, F, h], fc1_bias [N, h]; conv [N, h, w]; fc2 [N, h, h], fc2_bias [N, h];
+        out [N, h]; log_aggregate [N]: log of the heads' weights in a token's score.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: AgentShape, seed: int = 0) -> None:
+        super().__init__()
+        self.shape = shape
+        n, f, h = shape.n_heads, shape.n_features, shape.hidden
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*dims: int, std: float) -> nn.Parameter:
+            return nn.Parameter(std * torch.randn(dims, generator=generator))
+
+        self.register_buffer("mean", torch.zeros(n, f))
+        self.register_buffer("scale", torch.ones(n, f))
+        self.fc1 = normal(n, f, h, std=f**-0.5)
+        self.fc1_bias = nn.Parameter(torch.zeros(n, h))
+        identity = torch.zeros(n, h, shape.context)
+        identity[..., shape.context // 2] = 1.0
+        self.conv = nn.Parameter(identity, requires_grad=shape.context > 1)
+        self.fc2 = normal(n, h, h, std=h**-0.5)
+        self.fc2_bias = nn.Parameter(torch.zeros(n, h))
+        self.out = normal(n, h, std=h**-0.5)
+        self.log_aggregate = nn.Parameter(torch.full((n,), 1.0 / n).log())
+
+    def forward(
+        self, features: Tensor, known: Tensor | None = None, heads: Tensor | None = None
+    ) -> Tensor:
+        """Score the inner tokens of runs of neighbours.
+
+        Args:
+            features: [N, B, T, F], B runs of T tokens in conversation order, not standardised.
+            known: bool [B, T]; False where there is no such token (before the first one, after the
+                newest one). None: zeros are known nowhere but outside the run, and all T tokens
+                are scored.
+            heads: int64 [n]; the first axis of ``features`` holds these heads only.
+
+        Returns:
+            f32 [N, B, T - (context - 1)], or [N, B, T] without ``known``.
+        """
+
+        def own(parameter: Tensor) -> Tensor:
+            return parameter if heads is None else parameter[heads]
+
+        n, b, t, _ = features.shape
+        x = (features - own(self.mean)[:, None, None]) * own(self.scale)[:, None, None]
+        x = torch.baddbmm(own(self.fc1_bias)[:, None], x.flatten(1, 2), own(self.fc1))
+        if self.shape.context > 1:
+            x = x.view(n, b, t, -1)
+            if known is not None:
+                x = x * known[:, :, None]
+            x = _convolve(x, own(self.conv), 0 if known is not None else self.shape.context // 2)
+            t = x.shape[2]
+            x = x.flatten(1, 2)
+        x = F.silu(x)
+        x = F.silu(torch.baddbmm(own(self.fc2_bias)[:, None], x, own(self.fc2)))
+        # no bias: a constant changes no ranking, so nothing would hold it in place
+        scores = torch.bmm(x, own(self.out)[:, :, None])
+        return scores.view(n, b, t).float()
+
+    def token_scores(self, scores: Tensor) -> Tensor:
+        """Scores of whole tokens, [...] from [N, ...]: the heads' scores, weighted and summed."""
+        return torch.einsum("n...,n->...", scores, self.log_aggregate.exp())
+
+
+def _convolve(x: Tensor, conv: Tensor, padding: int) -> Tensor:
+    """Every channel of every head with its own kernel: [n, B, T, h] -> [n, B, T', h]."""
+    n, b, t, h = x.shape
+    channels = x.permute(1, 0, 3, 2).reshape(b, n * h, t)
+    kernel = conv.reshape(n * h, 1, -1).to(channels.dtype)
+    y = F.conv1d(channels, kernel, padding=padding, groups=n * h)
+    return y.view(b, n, h, -1).permute(1, 0, 3, 2)
+
+
+def position_features(positions: Tensor) -> Tensor:
+    """f32 [..., 4] from indices of tokens in the conversation; unlike a table, without an end."""
+    p = positions.clamp_min(0).float()
+    log = torch.log2(1 + p)
+    return torch.stack((log / 16, torch.sin(log), torch.cos(log), 1 / (1 + p)), -1)

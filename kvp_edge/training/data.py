@@ -1,0 +1,268 @@
+"""From traces to batches of states: a cut point in a trace, and the tokens that compete there.
+
+A state is what an eviction would see: the tokens before the cut, of which the first ``sinks`` and
+the newest ``recent`` are protected and do not compete, and the attention that each competing token
+receives after the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvp_edge.errors import TrainingError
+from kvp_edge.training.agent import position_features
+
+IntArray = npt.NDArray[np.int32]
+
+_MIN_COMPETING = 16  # fewer tokens than this are not worth ranking
+
+
+class TraceLike(Protocol):
+    """One text as a model saw it: L layers, H KV heads, T tokens."""
+
+    #: f16 [L, H, T, head_size_k] and [L, H, T, head_size_v], as cached (RoPE included).
+    keys: npt.NDArray[np.float16]
+    values: npt.NDArray[np.float16]
+    #: int32 [T]: each token's index in the conversation.
+    positions: IntArray
+
+    @property
+    def splits(self) -> IntArray:
+        """The numbers n for which ``importance`` is exact, ascending."""
+
+    def importance(self, n: int) -> npt.NDArray[np.float32]:
+        """f32 [L, H, n]: attention that the first n tokens receive from the later ones; the maximum
+        over a KV head's query group, then the sum over queries."""
+
+
+class TraceSetLike(Protocol):
+    """Traces of one model. ``model``, if there, may name its architecture, name and fingerprint."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> TraceLike: ...
+
+
+@dataclass(frozen=True)
+class Protected:
+    """What never competes."""
+
+    sinks: int = 4
+    recent: int = 32
+
+    def competing(self, n: int) -> tuple[int, int]:
+        """[first, end) of the tokens that compete when n tokens are in the cache."""
+        return self.sinks, n - self.recent
+
+
+def cut_points(trace: TraceLike, protected: Protected) -> IntArray:
+    """The numbers of tokens n at which this trace can be cut; empty if it is too short.
+
+    At least a few tokens must compete, and later queries must follow.
+    """
+    least = protected.sinks + protected.recent + _MIN_COMPETING
+    cuts: IntArray = trace.splits[(trace.splits >= least) & (trace.splits < trace.keys.shape[2])]
+    return cuts
+
+
+class InMemory:
+    """Keeps the traces that it was asked for, as long as they fit: reading one takes longer than
+    training on it."""
+
+    def __init__(self, traces: TraceSetLike, limit: int = 4 * 2**30) -> None:
+        self._traces = traces
+        self._kept: dict[int, TraceLike] = {}
+        self._room = limit
+
+    def __len__(self) -> int:
+        return len(self._traces)
+
+    def __getitem__(self, index: int, /) -> TraceLike:
+        if index in self._kept:
+            return self._kept[index]
+        trace = self._traces[index]
+        # what the attention takes is about as much as keys and values
+        self._room -= 2 * (trace.keys.nbytes + trace.values.nbytes)
+        if self._room > 0:
+            self._kept[index] = trace
+        return trace
+
+
+def check_traces(traces: TraceSetLike, protected: Protected) -> tuple[list[int], tuple[int, ...]]:
+    """Which traces can be used, and the shape (L, H, head_size_k, head_size_v) of all of them.
+
+    Raises:
+        TrainingError: none can be, or they are of different models.
+    """
+    usable: list[int] = []
+    shape: tuple[int, ...] | None = None
+    for i in range(len(traces)):
+        trace = traces[i]
+        found = (*trace.keys.shape[:2], trace.keys.shape[3], trace.values.shape[3])
+        if trace.values.shape[:3] != trace.keys.shape[:3]:
+            raise TrainingError(f"trace {i} is damaged: its keys and values do not fit together")
+        if shape is not None and found != shape:
+            raise TrainingError(
+                f"trace {i} is of another model: {_words(found)} instead of {_words(shape)}"
+            )
+        shape = found
+        if len(cut_points(trace, protected)):
+            usable.append(i)
+    if shape is None:
+        raise TrainingError("there are no traces to train on")
+    if not usable:
+        raise TrainingError(
+            f"all {len(traces)} traces are too short: with {protected.sinks} sinks and "
+            f"{protected.recent} recent tokens protected, at least {_MIN_COMPETING} more and a "
+            "block of later ones are needed"
+        )
+    return usable, shape
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} layers x {shape[1]} KV heads x {shape[2]}+{shape[3]}"
+
+
+def model_facts(traces: Any) -> dict[str, str]:
+    """What the traces say of their model: any of architecture, name, fingerprint."""
+    facts = getattr(traces, "model", None)
+    if not isinstance(facts, Mapping):
+        return {}
+    return {key: str(facts[key]) for key in ("architecture", "name", "fingerprint") if key in facts}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B states of which up to C runs of S tokens compete; h is half the context width.
+
+    Attributes:
+        features: f32 [n, B * C, S + 2h, F] of n heads.
+        known: bool [B * C, S + 2h]; False where there is no token to see.
+        present: bool [B, C * S]; the tokens that compete.
+        importance: f32 [n, B, C * S], 0 where not present.
+    """
+
+    features: Tensor
+    known: Tensor
+    present: Tensor
+    importance: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.features.to(device),
+            self.known.to(device),
+            self.present.to(device),
+            self.importance.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws states at random. In long ones only some runs of neighbouring tokens compete, drawn at
+    random too, so that every batch has the same size however long the traces are."""
+
+    traces: TraceSetLike
+    usable: list[int]
+    protected: Protected
+    context: int
+    states: int  # B
+    tokens: int  # C * S
+    run: int = 64  # S
+
+    def draw(self, rng: np.random.Generator, heads: npt.NDArray[np.intp]) -> Batch:
+        """A batch of the features of ``heads`` (indices into layers x KV heads, flattened).
+
+        Raises:
+            TrainingError: a trace holds NaN or infinite numbers.
+        """
+        half = self.context // 2
+        runs = max(1, self.tokens // self.run)
+        features, known, present, importance = [], [], [], []
+        for _ in range(self.states):
+            index = self.usable[int(rng.integers(len(self.usable)))]
+            trace = self.traces[index]
+            cuts = cut_points(trace, self.protected)
+            n = int(cuts[rng.integers(len(cuts))])
+            first, end = self.protected.competing(n)
+            starts = self._starts(rng, first, end, runs)
+            at = starts[:, None] + np.arange(-half, self.run + half)
+            inner = at[:, half : half + self.run].reshape(-1)
+            there = (inner >= first) & (inner < end)
+            known.append((at >= 0) & (at < n))
+            present.append(there)
+            inside = at.clip(0, n - 1).reshape(-1)
+            features.append(gather(trace, inside, heads, index).reshape(len(heads), *at.shape, -1))
+            received = importance_of(trace, n, heads, index)[:, inner.clip(0, n - 1)]
+            importance.append(np.where(there, received, 0.0))
+        return Batch(
+            torch.from_numpy(np.concatenate(features, axis=1)),
+            torch.from_numpy(np.concatenate(known)),
+            torch.from_numpy(np.stack(present)),
+            torch.from_numpy(np.stack(importance, axis=1).astype(np.float32)),
+        )
+
+    def _starts(
+        self, rng: np.random.Generator, first: int, end: int, runs: int
+    ) -> npt.NDArray[np.intp]:
+        """Where ``runs`` runs of tokens begin, ascending; those past ``end`` are empty."""
+        if end - first <= runs * self.run:
+            return first + self.run * np.arange(runs)
+        # a grid with a random phase, or tokens would always compete in the same company
+        grid = np.arange(first - int(rng.integers(self.run)), end, self.run)
+        return np.sort(rng.choice(grid, runs, replace=False))
+
+
+def gather(
+    trace: TraceLike, at: npt.NDArray[np.intp], heads: npt.NDArray[np.intp], index: int
+) -> npt.NDArray[np.float32]:
+    """Features of some tokens in some heads: f32 [n, len(at), F], as docs/policy-format.md lists
+    them, not standardised. ``index`` names the trace in errors."""
+    layer, head = np.unravel_index(heads, trace.keys.shape[:2])
+    dk, dv = trace.keys.shape[3], trace.values.shape[3]
+    out = np.empty((len(heads), len(at), dk + dv + 4), np.float32)
+    for i, (il, ih) in enumerate(zip(layer, head, strict=True)):
+        out[i, :, :dk] = trace.keys[il, ih][at]
+        out[i, :, dk : dk + dv] = trace.values[il, ih][at]
+    out[:, :, dk + dv :] = position_features(torch.from_numpy(trace.positions[at])).numpy()
+    if not np.isfinite(out).all():
+        raise TrainingError(
+            f"trace {index} holds keys or values that are not numbers (NaN or infinite): leave it "
+            "out or make it again"
+        )
+    return out
+
+
+def importance_of(
+    trace: TraceLike, n: int, heads: npt.NDArray[np.intp], index: int
+) -> npt.NDArray[np.float32]:
+    """``trace.importance(n)`` of some heads: f32 [len(heads), n]."""
+    received = trace.importance(n).reshape(-1, n)[heads]
+    if not np.isfinite(received).all() or (received < 0).any():
+        raise TrainingError(
+            f"trace {index} holds attention that is negative or not a number: make it again"
+        )
+    return received
+
+
+def standardisation(
+    traces: TraceSetLike, usable: list[int], heads: npt.NDArray[np.intp], sample: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of every feature in every head: f32 [n, F] each, from up to
+    ``sample`` traces spread over the set."""
+    chosen = [usable[i] for i in np.unique(np.linspace(0, len(usable) - 1, sample).astype(int))]
+    total, squares, count = 0.0, 0.0, 0
+    for index in chosen:
+        trace = traces[index]
+        x = gather(trace, np.arange(trace.keys.shape[2]), heads, index).astype(np.float64)
+        total, squares, count = total + x.sum(1), squares + (x**2).sum(1), count + x.shape[1]
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+    # a feature that never changes carries nothing: it must not become large elsewhere
+    scale = np.where(std > 1e-4, 1 / np.maximum(std, 1e-4), 0.0)
+    return torch.from_numpy(np.float32(mean)), torch.from_numpy(np.float32(scale))

@@ -1,0 +1,163 @@
+"""How good a ranking is on states not trained on, head by head, against the heuristics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvp_edge.policies import POLICIES
+from kvp_edge.training.agent import Agents
+from kvp_edge.training.data import (
+    Protected,
+    TraceLike,
+    TraceSetLike,
+    cut_points,
+    gather,
+    importance_of,
+)
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Shares of the competing tokens that are kept, where a head's loss is looked at.
+BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+
+_WORST = 200.0
+_ELEMENTS = 2**24  # features held at once while a state is scored
+
+#: Scores of the first n tokens of a trace: f32 [N, n] for N = layers x KV heads.
+Scorer = Callable[[TraceLike, int], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of one scorer; means over states. N heads.
+
+    Attributes:
+        cost: f64 [N], all budgets, relative to the oracle's (the paper's measure; 1 is best).
+        lost: f64 [N], share of a later query's attention that is lost over what the oracle loses,
+            mean over BUDGETS: near 0 also where there was nothing to lose.
+        token_cost, token_lost: the same for whole tokens, ranked by the scorer's heads together.
+    """
+
+    cost: FloatArray
+    lost: FloatArray
+    token_cost: float
+    token_lost: float
+
+
+@dataclass(frozen=True)
+class State:
+    """A trace cut after n tokens."""
+
+    trace: int
+    n: int
+
+
+def choose_states(
+    traces: TraceSetLike, usable: list[int], protected: Protected, count: int
+) -> list[State]:
+    """Up to ``count`` states, the same at every call: cuts at 1/2, 3/4, 1/4 and all of what each
+    trace allows, one trace after the other."""
+    states: list[State] = []
+    for share in (0.5, 0.75, 0.25, 1.0):
+        for index in usable:
+            cuts = cut_points(traces[index], protected)
+            states.append(State(index, int(cuts[min(len(cuts) - 1, int(share * len(cuts)))])))
+    return list(dict.fromkeys(states))[:count]
+
+
+def measure(
+    scorer: Scorer,
+    traces: TraceSetLike,
+    states: list[State],
+    protected: Protected,
+    token_weights: npt.NDArray[np.floating[Any]] | None = None,
+) -> Quality:
+    """Rank every state's competing tokens by ``scorer`` and see what that loses.
+
+    Args:
+        token_weights: f32 [N]; a whole token's score is its heads' weighted sum. None: the mean of
+            the heads' standardised scores.
+    """
+    rows: list[tuple[FloatArray, FloatArray]] = []
+    token_rows: list[tuple[FloatArray, FloatArray]] = []
+    for state in states:
+        trace = traces[state.trace]
+        first, end = protected.competing(state.n)
+        scores = scorer(trace, state.n)[:, first:end]
+        received = importance_of(trace, state.n, np.arange(len(scores)), state.trace)[:, first:end]
+        queries = trace.keys.shape[2] - state.n
+        rows.append(costs(scores, received, queries))
+        if token_weights is None:
+            spread = scores.std(1, keepdims=True)
+            centred = scores - scores.mean(1, keepdims=True)
+            whole = (centred / np.maximum(spread, 1e-12)).mean(0)
+        else:
+            whole = token_weights @ scores
+        token_rows.append(costs(whole[None], received.mean(0)[None], queries))
+    cost, lost = (np.mean(column, axis=0) for column in zip(*rows, strict=True))
+    token_cost, token_lost = (float(np.mean(column)) for column in zip(*token_rows, strict=True))
+    return Quality(cost, lost, token_cost, token_lost)
+
+
+def costs(
+    scores: npt.NDArray[np.float32], importance: npt.NDArray[np.float32], queries: int
+) -> tuple[FloatArray, FloatArray]:
+    """Relative cost and excess attention lost of ranking by descending score: f64 [N] each.
+
+    Args:
+        scores, importance: [N, m].
+        queries: how many later queries paid the attention.
+    """
+    m = scores.shape[1]
+    ranked = np.take_along_axis(importance, np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    best = -np.sort(-importance, axis=1)
+    weights = np.arange(m, dtype=np.float64)
+    relative = np.minimum((ranked @ weights) / np.maximum(best @ weights, 1e-8), _WORST)
+    kept = [max(1, round(share * m)) for share in BUDGETS]
+    lost = np.mean([(best[:, :b] - ranked[:, :b]).sum(1) for b in kept], axis=0) / queries
+    return relative, lost.astype(np.float64)
+
+
+def agent_scorer(agents: Agents) -> Scorer:
+    """The agents as they are, without noise."""
+
+    def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
+        shape, device = agents.shape, agents.mean.device
+        group = max(1, _ELEMENTS // (n * shape.n_features))
+        parts = []
+        for start in range(0, shape.n_heads, group):
+            heads = np.arange(start, min(start + group, shape.n_heads))
+            features = torch.from_numpy(gather(trace, np.arange(n), heads, 0)).to(device)
+            with torch.no_grad():
+                parts.append(agents(features[:, None], heads=torch.from_numpy(heads).to(device)))
+        return np.asarray(torch.cat(parts)[:, 0].cpu().numpy())
+
+    return score
+
+
+def heuristic_scorer(name: str) -> Scorer:
+    """A policy of ``kvp_edge.policies``, which sees the n tokens that are in the cache."""
+    policy = POLICIES[name]()
+
+    def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
+        keys = trace.keys[:, :, :n].astype(np.float32)
+        values = trace.values[:, :, :n].astype(np.float32)
+        scores = policy.score(keys, values, trace.positions[:n])
+        return scores.reshape(-1, n)
+
+    return score
+
+
+def oracle_scorer() -> Scorer:
+    """The importance itself."""
+
+    def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
+        return trace.importance(n).reshape(-1, n)
+
+    return score

@@ -1,0 +1,292 @@
+"""Policy files: what is written comes back, what does not fit is refused by name; the numpy network
+against the definition in docs/policy-format.md, written down here token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from kvp_edge.cli import main
+from kvp_edge.errors import PolicyFileError
+from kvp_edge.policies import Learned, get_policy
+from kvp_edge.policy_file import (
+    FEATURES,
+    PolicyInfo,
+    PolicyWeights,
+    check_model,
+    read_policy,
+    weight_shapes,
+    write_policy,
+)
+
+INFO = PolicyInfo(
+    architecture="llama",
+    n_layer=2,
+    n_head_kv=3,
+    head_size_k=32,
+    head_size_v=64,
+    hidden=32,
+    context=5,
+    name="kvp-test-w5",
+    sinks=5,
+    recent=40,
+    base_model="Test 3M",
+    fingerprint="f00d",
+    training_data="12 traces",
+    license="mit",
+)
+
+
+def random_weights(info: PolicyInfo, seed: int = 0) -> PolicyWeights:
+    rng = np.random.default_rng(seed)
+    shapes = weight_shapes(info)
+    arrays = {k: rng.normal(size=s).astype(np.float32) * 0.3 for k, s in shapes.items()}
+    if info.context == 1:
+        arrays["conv"][:] = 1  # no convolution
+    return PolicyWeights(**{**arrays, "aggregate": np.abs(arrays["aggregate"])})
+
+
+@pytest.fixture
+def policy_file(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.gguf"
+    write_policy(path, INFO, random_weights(INFO), "f32")
+    return path
+
+
+def test_what_is_written_comes_back(policy_file: Path) -> None:
+    info, weights = read_policy(policy_file)
+    assert info == INFO
+    for name, array in vars(random_weights(INFO)).items():
+        np.testing.assert_array_equal(getattr(weights, name), array, err_msg=name)
+    assert not list(policy_file.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize(("outtype", "error"), [("f16", 1e-3), ("q8_0", 1e-2)])
+def test_smaller_types_come_back_rounded(tmp_path: Path, outtype: Any, error: float) -> None:
+    weights = random_weights(INFO)
+    write_policy(tmp_path / "p.gguf", INFO, weights, outtype)
+    _, back = read_policy(tmp_path / "p.gguf")
+    assert 0 < np.abs(back.key - weights.key).max() < error
+    np.testing.assert_array_equal(back.conv, weights.conv)
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "p.gguf").tensors}
+    assert types["blk.1.kvp_key.weight"] == outtype.upper()
+    assert types["blk.1.kvp_position.weight"] == "F32"
+
+
+def test_rows_that_are_no_whole_blocks_stay_f16(tmp_path: Path) -> None:
+    info = replace(INFO, head_size_k=24)
+    write_policy(tmp_path / "p.gguf", info, random_weights(info), "q8_0")
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "p.gguf").tensors}
+    assert types["blk.0.kvp_key.weight"] == "F16"
+    assert types["blk.0.kvp_value.weight"] == "Q8_0"
+    assert read_policy(tmp_path / "p.gguf")[0] == info
+
+
+def by_definition(
+    w: PolicyWeights, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Every token and head on its own, in f64."""
+    n_layer, n_head, n, _ = keys.shape
+    index = {int(p): i for i, p in enumerate(positions)}
+    half = w.conv.shape[2] // 2
+    scores = np.zeros((n_layer, n_head, n))
+
+    def silu(x: np.ndarray) -> np.ndarray:
+        return x / (1 + np.exp(-x))
+
+    def first(layer: int, head: int, i: int) -> np.ndarray:
+        p = int(positions[i])
+        log = math.log2(1 + p)
+        position = np.array([log / 16, math.sin(log), math.cos(log), 1 / (1 + p)])
+        return (
+            w.key[layer, head].astype(np.float64) @ keys[layer, head, i]
+            + w.value[layer, head].astype(np.float64) @ values[layer, head, i]
+            + w.position[layer, head] @ position
+            + w.fc1_bias[layer, head]
+        )
+
+    for layer in range(n_layer):
+        for head in range(n_head):
+            for i, p in enumerate(positions):
+                x = np.zeros(w.conv.shape[3])
+                for tap in range(-half, half + 1):
+                    if int(p) + tap in index:
+                        x += w.conv[layer, head, half + tap] * first(layer, head, index[p + tap])
+                x = silu(w.fc2[layer, head] @ silu(x) + w.fc2_bias[layer, head])
+                scores[layer, head, i] = w.out[layer, head] @ x
+    return scores
+
+
+@pytest.mark.parametrize("context", [1, 3, 7])
+def test_scores_are_those_of_the_definition_also_where_tokens_are_missing(
+    tmp_path: Path, context: int
+) -> None:
+    info = replace(INFO, context=context)
+    write_policy(tmp_path / "p.gguf", info, random_weights(info), "f32")
+    policy = get_policy(str(tmp_path / "p.gguf"))
+    assert isinstance(policy, Learned)
+    assert policy.context == context // 2
+    rng = np.random.default_rng(1)
+    positions = np.array([0, 1, 2, 5, 6, 8, 40, 41, 1000, 1001], np.int32)
+    keys = rng.normal(size=(2, 3, len(positions), 32)).astype(np.float32)
+    values = rng.normal(size=(2, 3, len(positions), 64)).astype(np.float32)
+    got = policy.score(keys, values, positions)
+    want = by_definition(policy.weights, keys, values, positions)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    # a score is final once `context` later tokens are known
+    cut = len(positions) - 2
+    shorter = policy.score(keys[:, :, :cut], values[:, :, :cut], positions[:cut])
+    final = positions[:cut] + policy.context < positions[cut]
+    np.testing.assert_allclose(shorter[..., final], got[..., :cut][..., final], atol=1e-5)
+    np.testing.assert_allclose(
+        policy.token_scores(got), (got * policy.head_weights[..., None]).sum((0, 1)), rtol=1e-4
+    )
+
+
+def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None:
+    policy = Learned(policy_file)
+    keys = np.zeros((2, 3, 4, 16), np.float32)
+    with pytest.raises(PolicyFileError, match="another model's policy"):
+        policy.score(keys, keys, np.arange(4, dtype=np.int32))
+
+
+def rewrite(path: Path, out: Path, drop: str = "", **changed: Any) -> Path:
+    """A copy of a policy file with keys (``__``: dot) changed, or a key or tensor missing."""
+    reader = gguf.GGUFReader(path)
+    values = {k: f.contents() for k, f in reader.fields.items()}
+    values |= {k.replace("__", "."): v for k, v in changed.items()}
+    writer = gguf.GGUFWriter(out, values.pop("general.architecture"))
+    for key, value in values.items():
+        if key == drop or key.startswith("GGUF."):
+            continue
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_uint32(key, int(value))
+    for tensor in reader.tensors:
+        if tensor.name != drop:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"general__type": "model"}, "not a policy: it is a GGUF file of type 'model'"),
+        ({"adapter__type": "lora"}, "not a policy: it is a GGUF file of type 'lora'"),
+        ({"kvp__format_version": 2}, "format version 2.*update kvp_edge"),
+        ({"kvp__features": ["key", "query"]}, "scores by key, query"),
+        ({"kvp__hidden_sizes": [32, 64]}, "kvp.hidden_sizes"),
+        ({"kvp__hidden_sizes": [16, 16]}, "kvp_key.weight of shape"),
+        ({"kvp__activation": "gelu"}, "kvp.activation 'gelu'"),
+        ({"kvp__context_width": 4}, "must be odd"),
+        ({"kvp__block_count": 3}, "lacks the tensor blk.2.kvp_key.weight"),
+        ({"kvp__key_length": 64}, "kvp_key.weight of shape"),
+        ({"drop": "kvp.head_count_kv"}, "lacks the key kvp.head_count_kv"),
+        ({"drop": "kvp_aggregate.weight"}, "lacks the tensor kvp_aggregate.weight"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(
+    policy_file: Path, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(PolicyFileError, match=sentence):
+        read_policy(rewrite(policy_file, tmp_path / "changed.gguf", **change))
+
+
+def test_a_damaged_file_is_refused(policy_file: Path, tmp_path: Path) -> None:
+    whole = policy_file.read_bytes()
+    for length in (2, 20, 200, len(whole) // 2, len(whole) - 400):
+        cut = tmp_path / "cut.gguf"
+        cut.write_bytes(whole[:length])
+        with pytest.raises(PolicyFileError, match="cut short|not a GGUF"):
+            read_policy(cut)
+    with pytest.raises(PolicyFileError, match="there is no policy file"):
+        read_policy(tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(PolicyFileError, match="not a GGUF file"):
+        get_policy(tmp_path / "text.gguf")
+
+
+def test_weights_that_are_not_numbers_are_refused(policy_file: Path, tmp_path: Path) -> None:
+    broken = random_weights(INFO)
+    broken.fc2[0, 1, 2, 3] = np.nan
+    with pytest.raises(PolicyFileError, match="not numbers"):
+        write_policy(tmp_path / "p.gguf", INFO, broken, "f32")
+    assert not list(tmp_path.glob("p.gguf*"))
+    data = bytearray(policy_file.read_bytes())
+    data[-200:-196] = np.float32(np.nan).tobytes()  # in the last tensors, which are f32
+    (tmp_path / "nan.gguf").write_bytes(data)
+    with pytest.raises(PolicyFileError, match="not numbers"):
+        read_policy(tmp_path / "nan.gguf")
+
+
+def test_another_architecture_or_shape_is_refused_another_quantisation_a_warning() -> None:
+    model: dict[str, Any] = {
+        "architecture": "llama",
+        "n_layer": 2,
+        "n_head_kv": 3,
+        "head_size_k": 32,
+        "head_size_v": 64,
+        "fingerprint": "f00d",
+    }
+    check_model(INFO, **model)
+    with pytest.raises(PolicyFileError, match="architecture 'llama', and the model's is 'qwen2'"):
+        check_model(INFO, **{**model, "architecture": "qwen2"})
+    with pytest.raises(PolicyFileError, match=r"2 layers x 3 KV heads x 32\+64.*4 layers"):
+        check_model(INFO, **{**model, "n_layer": 4})
+    with pytest.warns(UserWarning, match="another quantisation"):
+        check_model(INFO, **{**model, "fingerprint": "beef"})
+
+
+def test_a_bundled_model_is_not_a_policy(bundled_model: str) -> None:
+    with pytest.raises(PolicyFileError, match="is not a policy: it is a GGUF file of"):
+        get_policy(bundled_model)
+
+
+def test_a_policy_file_runs_in_a_bounded_chat_and_another_model_s_is_refused(
+    bundled_model: str, tmp_path: Path, load: Callable[..., Any]
+) -> None:
+    own = replace(INFO, n_layer=4, n_head_kv=2, head_size_k=64, head_size_v=64)
+    write_policy(tmp_path / "own.gguf", own, random_weights(own), "f16")
+    limits = {"n_ctx": 4096, "kv_budget": 64, "recent": 16, "reserve": 64, "n_batch": 64}
+    for granularity in ("token", "head"):
+        llm = load(
+            bundled_model, policy=str(tmp_path / "own.gguf"), granularity=granularity, **limits
+        )
+        llm.eval([1, *range(100, 600)])
+        assert llm.kv_stats.evictions > 0
+    write_policy(tmp_path / "other.gguf", INFO, random_weights(INFO), "f16")
+    with pytest.raises(PolicyFileError, match="is for a cache of 2 layers"):
+        load(bundled_model, policy=str(tmp_path / "other.gguf"), **limits)
+    write_policy(tmp_path / "qwen.gguf", replace(own, architecture="qwen2"), random_weights(own))
+    with pytest.raises(PolicyFileError, match="architecture 'qwen2'"):
+        load(bundled_model, policy=str(tmp_path / "qwen.gguf"), **limits)
+
+
+def test_a_saved_session_can_tell_two_policies_apart(policy_file: Path, tmp_path: Path) -> None:
+    write_policy(tmp_path / "other.gguf", INFO, random_weights(INFO, seed=1), "f32")
+    assert Learned(policy_file).identity() == Learned(policy_file).identity()
+    assert Learned(policy_file).identity() != Learned(tmp_path / "other.gguf").identity()
+
+
+def test_inspect_explains_a_file(policy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(policy_file)]) == 0
+    told = capsys.readouterr().out
+    for part in ("kvp-test-w5", "llama", "Test 3M", "2 layers x 3 KV heads", "12 traces", "mit"):
+        assert part in told
+    assert main(["inspect", "none.gguf"]) == 2
+    assert "there is no policy file" in capsys.readouterr().err
+    assert len(FEATURES) == 6
