@@ -1,0 +1,163 @@
+"""Sizes and schedules: everything that decides the result, besides the books and the seed."""
+
+from dataclasses import dataclass
+
+from .model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training with sequences of one length.
+
+    `length` tokens per sequence, `batch` sequences per step, `tokens` in all, `mix` task -> share,
+    `other_weight` the loss weight of tokens that are not answers, `predicted` the share of tokens
+    that enter the loss (all answers and a random choice of the others), `rates` the learning rate
+    at the start and the end of the stage as shares of its peak (linear in between), `invented` the
+    share of made-up words in the tasks, `wide` whether they use all training wordings.
+    """
+
+    length: int
+    batch: int
+    tokens: int
+    mix: dict[str, float]
+    other_weight: float = 0.5
+    predicted: float = 0.9
+    rates: tuple[float, float] = (1.0, 1.0)
+    invented: float = 0.0
+    wide: bool = False
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.tokens // (self.length * self.batch))
+
+    @property
+    def predictions(self) -> int:
+        """Number of tokens per step that enter the loss."""
+        return int(self.predicted * self.length * self.batch)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One size of run; learning rates are peaks."""
+
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    max_books: int | None = None
+    tokenizer_chars: int = 10_000_000
+    matrix_lr: float = 0.01  # Muon
+    embed_lr: float = 0.008  # AdamW
+    norm_lr: float = 0.003
+    gain_lr: float = 0.001  # the final norm, which starts small
+    warmup_steps: int = 50
+    momentum: float = 0.95
+    weight_decay: float = 0.05
+    evaluation_items: int = 200
+    save_every: int = 100  # steps
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+# Looking back must pay from the first step: short sequences, many repeats.
+_FIRST = {"repeated": 0.35, "associations": 0.35, "reading": 0.3}
+_SKILLS = {
+    "needle": 0.10,
+    "queries": 0.05,
+    "values": 0.15,
+    "variables": 0.15,
+    "lookup": 0.10,
+    "facts": 0.11,
+    "copying": 0.03,
+    "repeated": 0.03,
+    "associations": 0.03,
+    "reading": 0.25,
+}
+
+
+# With the skills in place, most of what is left to learn is English.
+_PROSE = {
+    "needle": 0.08,
+    "queries": 0.05,
+    "values": 0.14,
+    "variables": 0.14,
+    "lookup": 0.08,
+    "facts": 0.10,
+    "copying": 0.02,
+    "repeated": 0.02,
+    "associations": 0.02,
+    "reading": 0.35,
+}
+# More of what is learned last: lists of values, unknown questions.
+_LATE = {
+    "needle": 0.08,
+    "queries": 0.05,
+    "values": 0.20,
+    "variables": 0.15,
+    "lookup": 0.09,
+    "facts": 0.12,
+    "copying": 0.01,
+    "reading": 0.30,
+}
+_LAST = {
+    "needle": 0.07,
+    "queries": 0.05,
+    "values": 0.20,
+    "variables": 0.12,
+    "lookup": 0.08,
+    "facts": 0.10,
+    "copying": 0.01,
+    "reading": 0.37,
+}
+_Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], float, bool]
+
+
+def _mixed_lengths(cycles: int) -> list[_Row]:
+    """Short, middle and long sequences by turns, while the learning rate falls from 0.4 to 0.
+
+    After the long stage alone, the model takes a question near the beginning of a chat for a
+    remark: in long training chats only remarks stand there.
+    """
+    rows: list[_Row] = []
+    for cycle in range(cycles):
+        rates = (0.4 * (1 - cycle / cycles), 0.4 * (1 - (cycle + 1) / cycles))
+        for length, millions in ((4096, 0.02), (1024, 0.041), (256, 0.123)):
+            rows.append((length, millions, _LAST, 0.5, 0.9, rates, 0.4, True))
+    return rows
+
+
+def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
+    """Lengths from 64 to 4,096; `scale` multiplies the tokens, `batch_tokens` is one step."""
+    plan = (
+        (64, 1.2, _FIRST, 0.2, 0.5, (1.0, 1.0), 0.0, False),
+        (128, 0.8, _FIRST, 0.3, 0.5, (1.0, 1.0), 0.0, False),
+        (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, False),
+        (256, 3.261, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, False),
+        (256, 2.458, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.4, False),
+        (256, 1.64, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, True),
+        (256, 0.82, _LAST, 0.5, 0.9, (1.0, 0.8), 0.4, True),
+        (1024, 0.41, _LAST, 0.5, 0.9, (0.8, 0.588), 0.4, True),
+        (1024, 0.82, _LAST, 0.5, 0.9, (0.588, 0.3), 0.4, True),
+        (4096, 0.41, _LAST, 0.5, 0.9, (0.3, 0.0), 0.4, True),
+        *_mixed_lengths(cycles=4),
+    )
+    return tuple(
+        Stage(length, max(1, batch_tokens // length), int(millions * scale * 1e6), *rest)
+        for length, millions, *rest in plan
+    )
+
+
+FULL_CPU = Recipe(ModelConfig(), schedule(1.0, 4096))
+FULL_CUDA = Recipe(ModelConfig(), schedule(20.0, 65_536))
+SMOKE = Recipe(
+    ModelConfig(vocab_size=2048, width=64, n_layer=2, n_head=2, n_head_kv=1, ff_width=128),
+    (
+        Stage(64, 8, 64 * 8 * 12, _FIRST),
+        Stage(256, 2, 256 * 2 * 8, _SKILLS, invented=0.4, wide=True),
+    ),
+    max_books=2,
+    tokenizer_chars=300_000,
+    warmup_steps=4,
+    evaluation_items=4,
+    save_every=5,
+)

@@ -1,0 +1,464 @@
+"""Generated look-up tasks: something is said, other text follows, then it is asked for.
+
+Every item is a chat. `Item.context` is what is read before the first question, so that an
+evaluation can evict in between; each turn is a question and its answer.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .phrases import ANSWER, HELD_OUT, SMALL_TALK, SYSTEM_PROMPTS, TRAIN, FactKind, Phrases
+from .tokenizer import ASSISTANT, BOS, END, SYSTEM, USER, WordPools
+
+OTHER, ANSWERED = 0, 1  # token classes: predicted with a small and with full loss weight
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`question` ends with the assistant token, `answer` with the end token (token ids)."""
+
+    question: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One chat. `context` starts with the beginning-of-text token (token ids)."""
+
+    context: list[int]
+    turns: list[Turn]
+
+    def flatten(self) -> tuple[list[int], list[int]]:
+        """(token ids, token classes) of the whole chat."""
+        ids, classes = list(self.context), [OTHER] * len(self.context)
+        for turn in self.turns:
+            ids += turn.question + turn.answer
+            classes += [OTHER] * len(turn.question) + [ANSWERED] * len(turn.answer)
+        return ids, classes
+
+
+class Prose:
+    """Random excerpts of a long token array (uint16 [n])."""
+
+    def __init__(self, ids: np.ndarray, tokenizer: Tokenizer) -> None:
+        self.ids = ids
+        self.stop = tokenizer.encode(".").ids[0]
+        spaced = np.array(
+            [
+                tokenizer.id_to_token(i).startswith("\u0120")
+                for i in range(tokenizer.get_vocab_size())
+            ]
+        )
+        ends = np.flatnonzero(ids[:-1] == self.stop) + 1
+        self.ends = ends[spaced[ids[ends]]]
+
+    def ending(self, rng: Random, length: int) -> list[int]:
+        """`length` tokens that end with a sentence (they may begin within one)."""
+        first = int(np.searchsorted(self.ends, length))
+        end = int(self.ends[rng.randrange(first, len(self.ends))])
+        return self.ids[end - length : end].tolist()
+
+    def anywhere(self, rng: Random, length: int) -> list[int]:
+        start = rng.randrange(len(self.ids) - length)
+        return self.ids[start : start + length].tolist()
+
+    def gaps(self, excerpt: list[int]) -> list[int]:
+        """Places between two sentences where a sentence can be put in without new tokenisation."""
+        found = [i + 1 for i, token in enumerate(excerpt) if token == self.stop]
+        return found or [0]
+
+
+class TaskMaker:
+    """Makes items of exactly `length` tokens; the same seed makes the same items.
+
+    `held_out=True` takes the wordings kept for evaluation; `pools` and `prose` must then be the
+    held-out ones as well. `invented` is the share of made-up words among keys, values and subjects:
+    a model that has met only real ones learns them by heart and does not copy a new one. None of
+    the `reserved` words is ever made up.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        pools: WordPools,
+        prose: Prose,
+        held_out: bool = False,
+        reserved: Sequence[str] = (),
+    ) -> None:
+        self.tokenizer, self.pools, self.prose = tokenizer, pools, prose
+        self.invented = 0.0
+        self._reserved = {word.lower() for word in reserved}
+        pieces = sorted(tokenizer.get_vocab())
+        self._beginnings = [p[1:] for p in pieces if re.fullmatch("\u0120[a-z]{2,}", p)]
+        self._endings = [p for p in pieces if re.fullmatch("[a-z]{2,}", p)]
+        self.phrases: Phrases = HELD_OUT if held_out else TRAIN
+        self.rng = Random(0)
+        self._cache: dict[str, list[int]] = {}
+
+    def seed(self, *key: int) -> None:
+        self.rng = Random(repr(key))
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def fixed(self, text: str) -> list[int]:
+        """Encode a text that comes again and again."""
+        if text not in self._cache:
+            self._cache[text] = self.encode(text)
+        return self._cache[text]
+
+    # ---- pieces -------------------------------------------------------------------------------
+
+    def number(self) -> str:
+        if self.rng.random() < 0.75:
+            return str(self.rng.randrange(100_000, 1_000_000))
+        return str(self.rng.randrange(100, 10_000_000))
+
+    def made_up(self) -> str:
+        while True:
+            word = self.rng.choice(self._beginnings)
+            if len(word) < 4 or self.rng.random() < 0.5:
+                word += self.rng.choice(self._endings)
+            if word not in self._reserved:
+                return word
+
+    def inventing(self) -> bool:
+        return self.invented > 0 and self.rng.random() < self.invented
+
+    def word(self) -> str:
+        return self.made_up() if self.inventing() else self.rng.choice(self.pools.words)
+
+    def name(self) -> str:
+        if self.inventing():
+            return self.made_up().capitalize()
+        return self.rng.choice(self.pools.names)
+
+    def key(self) -> str:
+        draw = self.rng.random()
+        if draw < 0.5:
+            return self.word()
+        return f"{self.word()}-{self.word()}" if draw < 0.8 else self.name()
+
+    def distinct(self, make: Callable[[], str], count: int) -> list[str]:
+        found: dict[str, None] = {}
+        while len(found) < count:
+            found[make()] = None
+        return list(found)
+
+    def opening(self) -> list[int]:
+        if self.rng.random() < 0.2:
+            return [BOS, SYSTEM, *self.fixed(self.rng.choice(SYSTEM_PROMPTS)), END]
+        return [BOS]
+
+    def scatter(self, sentences: Sequence[list[int]], room: int) -> list[int]:
+        """Put the sentences, in their order, between the sentences of `room` tokens of prose."""
+        text = self.prose.ending(self.rng, room) if room else []
+        gaps = self.prose.gaps(text)
+        out, last = [], 0
+        places = sorted(self.rng.choice(gaps) for _ in sentences)
+        for place, sentence in zip(places, sentences, strict=True):
+            out += text[last:place] + sentence
+            last = place
+        return out + text[last:]
+
+    def turns(self, pairs: Sequence[tuple[str, str]], asked_in_text: bool) -> list[Turn]:
+        """Questions and answers; the first question may end the user turn that holds the text."""
+        made = []
+        for i, (question, answer) in enumerate(pairs):
+            inside = asked_in_text and i == 0
+            start = [] if inside else [USER]
+            text = question if inside else question.lstrip()
+            made.append(
+                Turn([*start, *self.encode(text), END, ASSISTANT], [*self.encode(answer), END])
+            )
+        return made
+
+    def in_text(
+        self, length: int, sentences: list[str], pairs: Sequence[tuple[str, str]], opening: str = ""
+    ) -> Item | None:
+        """Sentences scattered over prose in one user turn, then the questions."""
+        needles = [self.encode(s) for s in sentences]
+        turns = self.turns(pairs, asked_in_text=True)
+        head = [*self.opening(), USER, *self.fixed(opening)]
+        used = len(head) + sum(map(len, needles))
+        used += sum(len(t.question) + len(t.answer) for t in turns)
+        if used > length:
+            return None
+        return Item(head + self.scatter(needles, length - used), turns)
+
+    # ---- tasks --------------------------------------------------------------------------------
+
+    def needle(
+        self,
+        length: int,
+        keys: int | None = None,
+        values: int | None = None,
+        asked: int | None = None,
+        kind: str | None = None,
+        at_once: bool = False,
+    ) -> Item | None:
+        """Find what was said about a key; `asked` of `keys` keys, one turn each or `at_once`."""
+        rng, p = self.rng, self.phrases
+        kind = kind or rng.choice(["number", "number", "word"])
+        noun = rng.choice(p.number_nouns if kind == "number" else p.word_nouns)
+        keys = keys or rng.randint(1, max(1, min(24, length // 40)))
+        names = self.distinct(self.key, keys)
+        value = self.number if kind == "number" else self.word
+        counts = [1] * keys
+        if values:
+            counts = [values if i == 0 or rng.random() < 0.5 else 1 for i in range(keys)]
+        told = {k: self.distinct(value, n) for k, n in zip(names, counts, strict=True)}
+        owners = [k for k in names for _ in told[k]]
+        rng.shuffle(owners)
+        upcoming = {k: iter(v) for k, v in told.items()}
+        # Repeated keys keep one wording, as in RULER's multi-value task.
+        wording = {k: rng.choice(p.needles) for k in names}
+        sentences = [wording[k].format(n=noun, k=k, v=next(upcoming[k])) for k in owners]
+
+        asked = min(keys, asked or rng.randint(1, max(1, length // 60)))
+        chosen = [names[0], *rng.sample(names[1:], asked - 1)]
+        if not values:
+            rng.shuffle(chosen)
+        answers = [ANSWER.format(k=k, v=", ".join(told[k])) for k in chosen]
+        if at_once:
+            listed = ", ".join(chosen[:-1]) + " and " + chosen[-1] if asked > 1 else chosen[0]
+            question = rng.choice(p.several_keys).format(n=noun, k=listed)
+            return self.in_text(length, sentences, [(question, " ".join(answers))])
+        pairs = [
+            (rng.choice(p.questions if len(told[k]) == 1 else p.all_values).format(n=noun, k=k), a)
+            for k, a in zip(chosen, answers, strict=True)
+        ]
+        return self.in_text(length, sentences, pairs)
+
+    def variables(
+        self,
+        length: int,
+        chains: int | None = None,
+        hops: int | None = None,
+        asked: int | None = None,
+        names: bool | None = None,
+    ) -> Item | None:
+        """Follow assignments: the value of the last variable, or all variables of a value.
+
+        The answer walks the chain ("X3 = X2 = X1 = 52071"), one look-up per step.
+        """
+        rng, p = self.rng, self.phrases
+        chains = chains or rng.randint(1, max(1, min(5, length // 70)))
+        made, steps = [], []
+        fresh = iter(
+            self.distinct(
+                lambda: f"{rng.choice('ABCDKMNPSTXYZ')}{rng.randrange(100, 1000)}", chains * 6
+            )
+        )
+        values = self.distinct(self.number, chains)
+        wording = rng.choice(p.assignments)
+        for value in values:
+            chain = [next(fresh) for _ in range((hops or rng.randint(1, 4)) + 1)]
+            made.append((value, chain))
+            steps.append(
+                iter(
+                    [wording.format(x=x, y=y) for x, y in zip(chain, [value, *chain], strict=False)]
+                )
+            )
+        order = [i for i, (_, chain) in enumerate(made) for _ in chain]
+        rng.shuffle(order)
+        sentences = [next(steps[i]) for i in order]
+        asked = min(chains, asked or rng.randint(1, max(1, length // 80)))
+        pairs = []
+        for value, chain in rng.sample(made, asked):
+            if names if names is not None else rng.random() < 0.4:
+                question = rng.choice(p.variable_names).format(v=value)
+                pairs.append((question, ANSWER.format(k=value, v=", ".join(chain))))
+            else:
+                start = chain[-1]
+                question = rng.choice(p.variable_value).format(x=start)
+                walk = " = ".join([*reversed(chain), value])
+                pairs.append((question, ANSWER.format(k=start, v=walk)))
+        return self.in_text(length, sentences, pairs)
+
+    def lookup(
+        self, length: int, pairs: int | None = None, asked: int | None = None
+    ) -> Item | None:
+        """A list of key-value pairs, then questions; `pairs=0` fills the length with pairs."""
+        rng, p = self.rng, self.phrases
+        wording, opening = rng.choice(p.pairs), rng.choice(p.list_openings)
+        asked = asked or rng.randint(1, max(1, length // 60))
+        numbers = rng.random() < 0.5
+        value = self.number if numbers else self.word
+        # 16 tokens are more than a question and its answer need, 7 fewer than a pair does.
+        most = max(2, (length - 34 * asked - 20) // 9)
+        count = most if pairs == 0 else min(most, pairs or rng.randint(2, most))
+        keys = self.distinct(self.key, count)
+        values = [value() for _ in keys]
+        sentences = [wording.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
+        chosen = rng.sample(range(count), min(count, asked))
+        questions = [
+            (rng.choice(p.list_questions).format(k=keys[i]), ANSWER.format(k=keys[i], v=values[i]))
+            for i in chosen
+        ]
+        needles = [self.encode(s) for s in sentences]
+        turns = self.turns(questions, asked_in_text=True)
+        head = [*self.opening(), USER, *self.fixed(opening.lstrip())]
+        room = length - len(head) - sum(len(t.question) + len(t.answer) for t in turns)
+        while needles and sum(map(len, needles)) > room:
+            last = len(needles) - 1
+            if last in chosen:
+                return None
+            needles.pop()
+        if not needles:
+            return None
+        # What the list leaves free is prose around it.
+        listed = [token for needle in needles for token in needle]
+        return Item(head + self.scatter([listed], room - len(listed)), turns)
+
+    def fact(self) -> tuple[str, str, str, str]:
+        """(subject, statement, question, answer)"""
+        rng = self.rng
+        kind: FactKind = rng.choice(self.phrases.facts)
+        subject = self.word() if self.inventing() else rng.choice(kind.subjects)
+        value = {"name": self.name, "word": self.word, "number": self.number}[kind.value]()
+        statement = rng.choice(kind.statements).format(r=subject, v=value)
+        return (
+            subject,
+            statement,
+            rng.choice(kind.questions).format(r=subject),
+            kind.answer.format(r=subject, v=value),
+        )
+
+    def facts(self, length: int, count: int | None = None, asked: int | None = None) -> Item | None:
+        """Facts told in user turns, stories and small talk between them, questions at the end."""
+        rng, p = self.rng, self.phrases
+        most = sum(len(kind.subjects) for kind in p.facts)
+        count = min(most, count or rng.randint(1, max(1, min(16, length // 40))))
+        told: dict[str, tuple[str, str, str, str]] = {}
+        while len(told) < count:
+            fact = self.fact()
+            told.setdefault(fact[0], fact)
+        asked = min(count, asked or rng.randint(1, max(1, length // 60)))
+        chosen = rng.sample(list(told.values()), asked)
+        turns = self.turns([(f[2], f[3]) for f in chosen], asked_in_text=False)
+        head = self.opening()
+        exchanges = []
+        for _, statement, _, _ in told.values():
+            said = self.encode(statement)
+            # Some facts come at the end of a longer message.
+            if rng.random() < 0.25 and length > 250:
+                said = self.prose.ending(rng, rng.randint(10, 60)) + self.encode(" " + statement)
+            reply = self.fixed(rng.choice(p.acknowledgements))
+            exchanges.append([USER, *said, END, ASSISTANT, *reply, END])
+        room = length - len(head) - sum(map(len, exchanges))
+        room -= sum(len(t.question) + len(t.answer) for t in turns)
+        if room < 0:
+            return None
+        while room:
+            if room > 40 and rng.random() < 0.2:
+                asks, says = rng.choice(SMALL_TALK)
+                between = [USER, *self.fixed(asks), END, ASSISTANT, *self.fixed(says), END]
+            else:
+                request = self.fixed(rng.choice(p.prose_requests))
+                frame = len(request) + 4
+                if room < frame + 8:
+                    # Too little for another exchange: lengthen the first message.
+                    exchanges[0][1:1] = self.prose.ending(rng, room)
+                    break
+                size = min(room, rng.randint(frame + 8, max(frame + 8, length // 4)))
+                story = self.prose.ending(rng, size - frame)
+                between = [USER, *request, END, ASSISTANT, *story, END]
+            exchanges.insert(rng.randint(0, len(exchanges)), between)
+            room -= len(between)
+        return Item(head + [token for e in exchanges for token in e], turns)
+
+    def copying(self, length: int) -> Item | None:
+        """Repeat a text given by the user, sometimes after a story."""
+        rng = self.rng
+        head, request = self.opening(), self.fixed(rng.choice(self.phrases.copy_requests))
+        fixed = len(head) + len(request) + 4
+        size = rng.randint(4, max(4, min(200, (length - fixed) // 2)))
+        body = self.prose.ending(rng, size)
+        if rng.random() < 0.3:
+            rng.shuffle(body)
+        rest = length - fixed - 2 * size
+        if rest < 0:
+            return None
+        story = self.prose.ending(rng, rest) if rest else []
+        return Item([*head, USER, *story, *request], [Turn([*body, END, ASSISTANT], [*body, END])])
+
+    # ---- raw training streams -----------------------------------------------------------------
+
+    def repeated(self, length: int) -> tuple[list[int], list[int]]:
+        """A segment over and over: the simplest text in which looking back pays."""
+        rng = self.rng
+        size = rng.randint(8, max(8, min(300, length // 2)))
+        segment = self.prose.anywhere(rng, size)
+        if rng.random() < 0.6:
+            rng.shuffle(segment)
+        ids = ([BOS] + segment * (length // size + 1))[:length]
+        return ids, [OTHER] * min(length, size + 2) + [ANSWERED] * (length - size - 2)
+
+    def associations(self, length: int) -> tuple[list[int], list[int]]:
+        """Pairs of single tokens, then the same pairs in any order."""
+        rng = self.rng
+        count = rng.randint(3, max(3, min(80, length // 8)))
+        size = self.tokenizer.get_vocab_size()
+        keys = rng.sample(range(FIRST_LEARNED, size), count)
+        values = [rng.randrange(FIRST_LEARNED, size) for _ in keys]
+        order = rng.sample(range(count), count)
+        while len(order) * 3 < length:
+            order.append(rng.randrange(count))
+        ids, classes = [BOS], [OTHER]
+        for n, i in enumerate(order):
+            ids += [keys[i], values[i], self.prose.stop]
+            classes += [OTHER, ANSWERED if n >= count else OTHER, OTHER]
+        return ids[:length], classes[:length]
+
+    def reading(self, length: int) -> tuple[list[int], list[int]]:
+        """Plain prose, sometimes told by the assistant."""
+        rng = self.rng
+        if rng.random() < 0.85:
+            ids = [BOS, *self.prose.anywhere(rng, length - 1)]
+        else:
+            request = self.fixed(rng.choice(self.phrases.prose_requests))
+            frame = [*self.opening(), USER, *request, END, ASSISTANT]
+            ids = [*frame, *self.prose.ending(rng, length - len(frame) - 1), END]
+        return ids, [OTHER] * length
+
+
+FIRST_LEARNED = 261  # after the special tokens and the single bytes
+
+
+# ---- mixing -----------------------------------------------------------------------------------
+
+CHATS: dict[str, Callable[[TaskMaker, int], Item | None]] = {
+    "needle": TaskMaker.needle,
+    "queries": lambda m, n: m.needle(
+        n, keys=m.rng.randint(2, 6), asked=m.rng.randint(2, 4), at_once=True
+    ),
+    "values": lambda m, n: m.needle(
+        n, keys=m.rng.randint(1, max(1, min(6, n // 90))), values=m.rng.randint(2, 4)
+    ),
+    "variables": TaskMaker.variables,
+    "lookup": TaskMaker.lookup,
+    "facts": TaskMaker.facts,
+    "copying": TaskMaker.copying,
+}
+_STREAMS: dict[str, Callable[[TaskMaker, int], tuple[list[int], list[int]]]] = {
+    "repeated": TaskMaker.repeated,
+    "associations": TaskMaker.associations,
+    "reading": TaskMaker.reading,
+}
+TASKS = (*CHATS, *_STREAMS)
+
+
+def sample(maker: TaskMaker, mix: dict[str, float], length: int) -> tuple[list[int], list[int]]:
+    """(token ids, token classes) of one training sequence of `length` tokens, drawn from `mix`."""
+    while True:
+        task = maker.rng.choices(list(mix), list(mix.values()))[0]
+        if task in _STREAMS:
+            return _STREAMS[task](maker, length)
+        if (item := CHATS[task](maker, length)) is not None:
+            return item.flatten()
