@@ -54,31 +54,42 @@ void gather_rows(const uint8_t * src, size_t row, const uint32_t * cells, size_t
     }
 }
 
-// C neighbouring columns of transposed V: values of `T`'s size, n cells long, all of one head. Several at
-// once, since a column of indices is longer than a column of f16.
-template <typename T, size_t C>
-void gather_columns_of(const uint8_t * src, size_t n, const uint32_t * cell, size_t n_keep, uint8_t * dst) {
-    for (size_t i = 0; i < n_keep; ++i) {
-        for (size_t c = 0; c < C; ++c) {
-            std::memcpy(dst + (c * n_keep + i) * sizeof(T), src + (c * n + cell[i]) * sizeof(T), sizeof(T));
-        }
-    }
-}
-
-// The same as gather_rows for transposed V: n_column columns, those of one head side by side.
+// The same for transposed V: n_column columns of n values of `T`'s size, those of one head side by side.
 template <typename T>
 void gather_columns(const uint8_t * src, size_t n, const uint32_t * cells, size_t n_column, size_t n_head, size_t n_keep, uint8_t * dst) {
-    const size_t per_head = n_column / n_head;
-    for (size_t j = 0; j < n_column;) {
-        const uint8_t *  from = src + j * n * sizeof(T);
-        uint8_t *        to   = dst + j * n_keep * sizeof(T);
-        const uint32_t * cell = cells + j / per_head * n_keep;
-        if (j % per_head + 4 <= per_head) {
-            gather_columns_of<T, 4>(from, n, cell, n_keep, to);
-            j += 4;
-        } else {
-            gather_columns_of<T, 1>(from, n, cell, n_keep, to);
-            j += 1;
+    struct run {
+        uint32_t from, length; // consecutive cells
+    };
+    constexpr size_t CHUNK    = 16; // bytes; copied whole, what is too much is overwritten by what follows
+    const size_t     per_head = n_column / n_head;
+    std::vector<run> runs;
+    for (size_t h = 0; h < n_head; ++h) {
+        const uint32_t * cell = cells + h * n_keep;
+        runs.clear();
+        for (size_t i = 0; i < n_keep; ++i) {
+            if (i > 0 && cell[i] == cell[i - 1] + 1) {
+                ++runs.back().length;
+            } else {
+                runs.push_back({ cell[i], 1 });
+            }
+        }
+        for (size_t j = h * per_head; j < (h + 1) * per_head; ++j) {
+            const uint8_t * from = src + j * n * sizeof(T);
+            uint8_t *       to   = dst + j * n_keep * sizeof(T);
+            // a chunk may reach into the columns that follow, but never behind the last one
+            const bool chunks = (n_column - 1 - j) * n_keep * sizeof(T) >= CHUNK;
+            for (const run & r : runs) {
+                const uint8_t * piece = from + r.from * sizeof(T);
+                const size_t    bytes = r.length * sizeof(T);
+                if (chunks) {
+                    for (size_t at = 0; at < bytes; at += CHUNK) {
+                        std::memcpy(to + at, piece + at, CHUNK);
+                    }
+                } else {
+                    std::memcpy(to, piece, bytes);
+                }
+                to += bytes;
+            }
         }
     }
 }
@@ -111,7 +122,9 @@ void check_plan(const state_blob & state, const pack_plan & plan, std::vector<ui
     }
     order.resize(plan.n);
     std::iota(order.begin(), order.end(), 0u);
-    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return base.pos[a] < base.pos[b]; });
+    if (!std::is_sorted(base.pos.begin(), base.pos.end())) {
+        std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return base.pos[a] < base.pos[b]; });
+    }
     for (uint32_t i = 0; i < plan.n; ++i) {
         if (base.pos[order[i]] != plan.present[i]) {
             fail(KVP_ERR_ARGUMENT, "row %u of the cache is at position %d, not %d: the table of kept tokens is out of date", i,

@@ -95,7 +95,9 @@ blob_cache parse_cache(reader & in, int32_t seq_id) {
         }
     }
     std::vector<int32_t> sorted = cache.pos;
-    std::sort(sorted.begin(), sorted.end());
+    if (!std::is_sorted(sorted.begin(), sorted.end())) { // it is, unless freed cells were filled again
+        std::sort(sorted.begin(), sorted.end());
+    }
     if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
         fail(KVP_ERR_LAYOUT, "llama.cpp's state blob names one position for two cells");
     }
