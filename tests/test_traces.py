@@ -466,13 +466,13 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, env=os.environ.copy()
     ) as run:
         deadline = time.monotonic() + 60
-        while not (out / "trace-00001.safetensors").exists() and time.monotonic() < deadline:
+        while not (out / "trace-00002.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(timeout=60)
     assert run.returncode == 130
     assert b"interrupted" in err
     traces = TraceSet(out, partial=True)
-    assert len(traces) >= 2
+    assert len(traces) >= 2  # the third may be written and not yet listed
     traces.check()
     assert not list(out.glob(".*"))
