@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from kvp_edge.traces import TraceSet
 from kvp_edge.training.settings import Settings
 
 _EPILOG = """\
@@ -80,15 +80,9 @@ def add_train(commands: Any) -> None:
     parser.set_defaults(command=_main)
 
 
-def open_traces(path: str) -> Any:
-    """The traces in a folder.
-
-    Raises:
-        ValueError: there is no such folder.
-    """
-    if not Path(path).exists():
-        raise ValueError(f"there are no traces '{path}'")
-    return importlib.import_module("kvp_edge.traces").TraceSet(path)
+def open_traces(path: str) -> TraceSet:
+    """The traces in a folder."""
+    return TraceSet(path)
 
 
 def require_torch(what: str) -> None:

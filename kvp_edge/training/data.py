@@ -27,11 +27,17 @@ _MIN_COMPETING = 16  # fewer tokens than this are not worth ranking
 class TraceLike(Protocol):
     """One text as a model saw it: L layers, H KV heads, T tokens."""
 
-    #: f16 [L, H, T, head_size_k] and [L, H, T, head_size_v], as cached (RoPE included).
-    keys: npt.NDArray[np.float16]
-    values: npt.NDArray[np.float16]
-    #: int32 [T]: each token's index in the conversation.
-    positions: IntArray
+    @property
+    def keys(self) -> npt.NDArray[np.float16]:
+        """f16 [L, H, T, head_size_k], as cached (RoPE included)."""
+
+    @property
+    def values(self) -> npt.NDArray[np.float16]:
+        """f16 [L, H, T, head_size_v]."""
+
+    @property
+    def positions(self) -> IntArray:
+        """int32 [T]: each token's index in the conversation."""
 
     @property
     def splits(self) -> IntArray:
