@@ -11,12 +11,17 @@ from typing import Any
 # Two BLAS threads on two cores that llama.cpp uses as well cost more than they give.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 
 import kvp_edge
 from support.gguf_models import ModelShape, write_model
 from support.reference import Reference
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("kvp_edge", deadline=None)
+hypothesis.settings.load_profile("kvp_edge")
 
 DATA = Path(__file__).parent / "data"
 
