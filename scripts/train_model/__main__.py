@@ -111,7 +111,7 @@ def evaluate_all(
         note(
             f"prose, nats per token, {file_type} file",
             lambda: evaluate.prose_loss(runner(file_type), corpus.held_out_ids, windows, usual),
-        )  # noqa: B023
+        )
     note("prose, nats per token, 4-gram", lambda: evaluate.ngram_loss(corpus, windows, usual))
     note(
         "attention on the first token, prose, per layer and head",
