@@ -110,7 +110,9 @@ def evaluate_all(
     for file_type in ("f16", "q8_0"):
         note(
             f"prose, nats per token, {file_type} file",
-            lambda: evaluate.prose_loss(runner(file_type), corpus.held_out_ids, windows, usual),
+            lambda of=file_type: evaluate.prose_loss(
+                runner(of), corpus.held_out_ids, windows, usual
+            ),
         )
     note("prose, nats per token, 4-gram", lambda: evaluate.ngram_loss(corpus, windows, usual))
     note(
