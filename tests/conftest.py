@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ import pytest
 import kvp_edge
 from support.gguf_models import ModelShape, write_model
 from support.reference import Reference
+
+# In the background of a shell script SIGINT is ignored, and children would inherit that: but what
+# Ctrl-C does is tested on them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure.
 hypothesis.settings.register_profile("kvp_edge", deadline=None)
