@@ -337,7 +337,9 @@ class EvictionManager:
                 "conversation again"
             )
         if length < self._table.seen:
-            self._table = self._table.cut(length)
+            t = self._table.cut(length)
+            # what follows will be other tokens, and scores may look at those
+            self._table = replace(t, scores=self._final(t.scores, t.n_packed, t.kept))
 
     def append(self, n: int) -> None:
         """``n`` more tokens were decoded."""
@@ -456,7 +458,7 @@ class EvictionManager:
                 packed=kept[None, None, :n_packed],
                 rotated=cells[None, None, :n_packed],
                 cells=cells[:n_packed],
-                scores=self._scores_to_carry(t.scores[:, :, keep]),
+                scores=self._final(t.scores[:, :, keep], n_packed, len(kept)),
             )
         # llama.cpp turns the keys of moved cells when it decodes the next batch, not before
         self.trusted = not self._shift_pending
@@ -491,12 +493,16 @@ class EvictionManager:
                 packed=np.take_along_axis(tokens, keep[..., :n_packed], axis=-1),
                 rotated=rotated[..., :n_packed],
                 cells=positions[:n_packed],
-                scores=self._scores_to_carry(np.take_along_axis(t.scores, keep, axis=-1)),
+                scores=self._final(np.take_along_axis(t.scores, keep, axis=-1), n_packed, n_keep),
             )
 
-    def _scores_to_carry(self, scores: FloatArray) -> FloatArray:
-        """Scores move with their rows, unless every eviction scores all rows anew."""
-        return scores if self.policy.scope == "token" else scores[:, :, :0]
+    def _final(self, scores: FloatArray, n_packed: int, kept: int) -> FloatArray:
+        """Of the scores of the first rows of ``kept``, those that will not change: they move with
+        their rows. The newest tokens are scored again when their later neighbours are known, and
+        with scope "cache" all tokens are."""
+        if self.policy.scope == "cache":
+            return scores[:, :, :0]
+        return scores[:, :, : max(n_packed, kept - self.policy.context)]
 
     def _score(self) -> None:
         """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
@@ -504,13 +510,14 @@ class EvictionManager:
         t = self._table
         shape = self.cache.shape
         first = 0 if self.policy.scope == "cache" else t.scores.shape[2]
-        present = t.present()[first:]
-        n = len(present)
-        if n == 0:
+        if first == t.kept:
             return
-        # rows that are scored for the first time lie in the tail, where all heads hold the same
-        tokens = t.tokens()[..., first:]
-        positions = tokens if first < t.n_packed and self.granularity == "head" else tokens[0, 0]
+        # Rows that are scored for the first time lie in the tail, where all heads hold the same
+        # tokens. Their left neighbours are read with them, as far as the tail goes.
+        start = max(min(first, t.n_packed), first - self.policy.context)
+        present, tokens = t.present()[start:], t.tokens()[..., start:]
+        n = len(present)
+        positions = tokens if start < t.n_packed and self.granularity == "head" else tokens[0, 0]
         p0, p1 = int(present[0]), int(present[-1]) + 1
         if self.policy.inputs == "positions":
             nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
@@ -527,7 +534,8 @@ class EvictionManager:
                 f"policy '{self.policy.name}' returned scores of shape {new.shape}, not "
                 f"[n_layer, n_head_kv, n_tokens] = {expected}"
             )
-        scores = np.concatenate((t.scores[:, :, :first], new.astype(np.float32)), axis=2)
+        new = new[:, :, first - start :].astype(np.float32)
+        scores = np.concatenate((t.scores[:, :, :first], new), axis=2)
         self._table = replace(t, scores=scores)
 
 

@@ -26,6 +26,7 @@ from kvp_edge.errors import (
     UnsupportedModelError,
 )
 from kvp_edge.eviction import EvictionManager, Granularity, Table
+from kvp_edge.fingerprint import model_fingerprint
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
 from kvp_edge.native import BUILT_FOR, NativeCache, read_model_shape
@@ -205,7 +206,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
         try:
             c = cache.shape
-            policy.check_model(architecture, c.n_layer, c.n_head_kv, c.head_size_k, c.head_size_v)
+            picky = type(policy).check_model is not Policy.check_model
+            policy.check_model(
+                architecture,
+                c.n_layer,
+                c.n_head_kv,
+                c.head_size_k,
+                c.head_size_v,
+                model_fingerprint(self.model_path) if picky else "",
+            )
             granularity = self._settle_granularity(cache)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
         except BaseException:

@@ -251,6 +251,50 @@ def test_a_policy_of_ones_own_sees_keys_values_and_positions(
     assert all(p % 2 for p in llm.kv_positions[4:-9].tolist())
 
 
+class NeighboursSeen(Policy):
+    """A score is final when a token was seen with two neighbours on either side: then it is 5."""
+
+    name = "neighbours-seen"
+    inputs = "positions"
+    context = 2
+
+    def score(self, keys: Any, values: Any, positions: Any) -> Any:
+        near = np.abs(positions[:, None] - positions[None, :]) <= 2
+        return np.broadcast_to(near.sum(1).astype(np.float32), (*keys.shape[:2], len(positions)))
+
+
+@pytest.mark.parametrize("granularity", ["token", "head"])
+def test_scores_that_look_at_neighbours_see_them_across_batches_evictions_and_rewinds(
+    granularity: str, random_model: Maker, load: Loader
+) -> None:
+    llm = load(
+        random_model(LLAMA).path,
+        n_ctx=2000,
+        kv_budget=100,
+        reserve=156,
+        recent=20,
+        n_batch=50,
+        policy=NeighboursSeen(),
+        granularity=granularity,
+    )
+
+    def check() -> None:
+        table = llm._kv.snapshot()
+        tokens = np.broadcast_to(table.tokens(), (2, 2, table.kept))
+        final = tokens[:, :, : table.scores.shape[2]]
+        assert final.shape[2] >= table.n_packed
+        inner = final >= 2  # the first two tokens have fewer neighbours for ever
+        assert (table.scores[inner] == 5).all()
+
+    for token_count in (256, 60, 130, 1, 200):
+        llm.eval(random_tokens(token_count + 1)[1:])
+        check()
+    llm.n_tokens -= 5
+    llm.eval(random_tokens(301)[1:])
+    check()
+    assert llm.kv_stats.evictions >= 4
+
+
 def test_a_policy_that_returns_the_wrong_shape_is_refused_and_nothing_is_lost(
     random_model: Maker, load: Loader
 ) -> None:

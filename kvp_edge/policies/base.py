@@ -30,6 +30,10 @@ class Policy(ABC):
     #: "cache": it depends on the other tokens held, so all are scored again at every eviction.
     scope: ClassVar[Literal["token", "cache"]] = "token"
 
+    #: How many neighbours to either side a score looks at (scope "token" only). A token's score is
+    #: final when that many later tokens are known; until then the recent window protects it.
+    context: int = 0
+
     #: The native scorer that computes the same numbers without copying keys to Python, if any
     #: (a name in kvp_edge.native.SCORERS). ``score`` stays the definition that it is tested by.
     native_scorer: ClassVar[str | None] = None
