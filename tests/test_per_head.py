@@ -376,6 +376,7 @@ def test_a_state_that_llama_cpp_does_not_take_leaves_an_empty_cache_and_is_read_
     done = subprocess.run(
         [sys.executable, "-c", _SURVIVOR, random_model(LLAMA).path],
         env=environment,
+        cwd=tmp_path,  # "-c" puts the current folder first on the path: not the checkout's package
         capture_output=True,
         text=True,
         check=False,
