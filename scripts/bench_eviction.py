@@ -2,6 +2,7 @@
 """What eviction costs: its share of the run time, reading a text and writing one.
 
     python scripts/bench_eviction.py [--model MODEL.gguf] [--cells 512 4096] [--repeat 3]
+                                     [--granularity head|token]
 
 For each number of cells and each policy it reads a long text in batches and then writes tokens one
 by one, with the cache full all the time. The share is eviction_ms over the wall time of the same
@@ -42,10 +43,14 @@ class Run:
     kv_bytes: int
 
 
-def bounded(model: str, cells: int, policy: str, tokens: list[int], n_decode: int) -> Run:
+def bounded(
+    model: str, cells: int, policy: str, granularity: str, tokens: list[int], n_decode: int
+) -> Run:
     # budget + default reserve (a quarter of the budget, at least 256) = cells
     budget = cells - max(256, cells // 5)
-    llm = kvp_edge.Llama(model, n_ctx=10**6, kv_budget=budget, policy=policy, verbose=False)
+    llm = kvp_edge.Llama(
+        model, n_ctx=10**6, kv_budget=budget, policy=policy, granularity=granularity, verbose=False
+    )
     try:
         assert llm.kv_stats.cells == cells, llm.kv_stats
         llm.eval(tokens[:cells])  # fill first: an empty cache evicts nothing
@@ -106,6 +111,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(next(MODELS.glob("*.gguf"))))
     parser.add_argument("--cells", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--granularity", choices=("head", "token"), default="head")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=30_000)
     parser.add_argument("--decode", type=int, default=2_000)
@@ -124,7 +130,9 @@ def main() -> int:
         for policy in args.policies:
             runs, bases = [], []
             for _ in range(args.repeat):  # side by side, so that drift meets both
-                runs.append(bounded(args.model, cells, policy, tokens, args.decode))
+                runs.append(
+                    bounded(args.model, cells, policy, args.granularity, tokens, args.decode)
+                )
                 n_batch = min(512, max(256, cells // 5))
                 bases.append(plain(args.model, cells, n_batch, tokens, args.decode))
                 bar.update()
