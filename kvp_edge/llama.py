@@ -31,6 +31,7 @@ from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
 from kvp_edge.native import BUILT_FOR, NativeCache, read_model_shape
 from kvp_edge.policies import Policy, get_policy
+from kvp_edge.policy_file import check_model
 from kvp_edge.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
@@ -206,15 +207,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
         try:
             c = cache.shape
-            picky = type(policy).check_model is not Policy.check_model
-            policy.check_model(
-                architecture,
-                c.n_layer,
-                c.n_head_kv,
-                c.head_size_k,
-                c.head_size_v,
-                model_fingerprint(self.model_path) if picky else "",
-            )
+            if policy.info is not None:
+                check_model(
+                    policy.info,
+                    architecture=architecture,
+                    n_layer=c.n_layer,
+                    n_head_kv=c.n_head_kv,
+                    head_size_k=c.head_size_k,
+                    head_size_v=c.head_size_v,
+                    fingerprint=model_fingerprint(self.model_path),
+                )
             granularity = self._settle_granularity(cache)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
         except BaseException:

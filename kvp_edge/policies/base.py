@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from kvp_edge.policy_file import PolicyInfo
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
@@ -30,6 +33,9 @@ class Policy(ABC):
     #: "cache": it depends on the other tokens held, so all are scored again at every eviction.
     scope: ClassVar[Literal["token", "cache"]] = "token"
 
+    #: What model the policy was made for; None: it fits every model. Llama checks it at load.
+    info: PolicyInfo | None = None
+
     #: How many neighbours to either side a score looks at (scope "token" only). A token's score is
     #: final when that many later tokens are known; until then the recent window protects it.
     context: int = 0
@@ -41,21 +47,6 @@ class Policy(ABC):
     def identity(self) -> str:
         """What a saved session is checked against: the name, and all else that decides scores."""
         return self.name
-
-    def check_model(  # noqa: B027 (most policies fit every model)
-        self,
-        architecture: str,
-        n_layer: int,
-        n_head_kv: int,
-        head_size_k: int,
-        head_size_v: int,
-        fingerprint: str = "",
-    ) -> None:
-        """Refuse a model that this policy was not made for; the sizes are its base KV cache's.
-
-        Raises:
-            PolicyFileError: the policy is another model's. Heuristics fit every model.
-        """
 
     @abstractmethod
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.policies.base import FloatArray, IntArray, Policy
-from kvp_edge.policy_file import PolicyInfo, PolicyWeights, check_model, read_policy
+from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 
 
 class Learned(Policy):
@@ -27,6 +27,7 @@ class Learned(Policy):
     name = "learned"
     inputs = "keys+values"
     scope = "token"
+    info: PolicyInfo
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Read the file.
@@ -38,29 +39,6 @@ class Learned(Policy):
         self.info, self.weights = read_policy(path)
         self.context = self.info.context // 2
         self.head_weights = self.weights.aggregate
-
-    def check_model(
-        self,
-        architecture: str,
-        n_layer: int,
-        n_head_kv: int,
-        head_size_k: int,
-        head_size_v: int,
-        fingerprint: str = "",
-    ) -> None:
-        """Raises:
-        PolicyFileError: the policy is for another architecture or shape. Another fingerprint alone
-            is a warning.
-        """
-        check_model(
-            self.info,
-            architecture=architecture,
-            n_layer=n_layer,
-            n_head_kv=n_head_kv,
-            head_size_k=head_size_k,
-            head_size_v=head_size_v,
-            fingerprint=fingerprint,
-        )
 
     def identity(self) -> str:
         digest = hashlib.sha256()

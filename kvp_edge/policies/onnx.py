@@ -11,7 +11,7 @@ import numpy as np
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.policies.base import FloatArray, IntArray, Policy
 from kvp_edge.policies.learned import check_arrays, with_gaps
-from kvp_edge.policy_file import PolicyInfo, check_model
+from kvp_edge.policy_file import PolicyInfo
 
 
 class Onnx(Policy):
@@ -20,6 +20,7 @@ class Onnx(Policy):
     name = "onnx"
     inputs = "keys+values"
     scope = "token"
+    info: PolicyInfo
 
     def __init__(self, path: str | os.PathLike[str], providers: list[str] | None = None) -> None:
         """Load the file.
@@ -57,25 +58,6 @@ class Onnx(Policy):
     def identity(self) -> str:
         with open(self.path, "rb") as file:
             return f"{self.info.name}({hashlib.sha256(file.read()).hexdigest()[:16]})"
-
-    def check_model(
-        self,
-        architecture: str,
-        n_layer: int,
-        n_head_kv: int,
-        head_size_k: int,
-        head_size_v: int,
-        fingerprint: str = "",
-    ) -> None:
-        check_model(
-            self.info,
-            architecture=architecture,
-            n_layer=n_layer,
-            n_head_kv=n_head_kv,
-            head_size_k=head_size_k,
-            head_size_v=head_size_v,
-            fingerprint=fingerprint,
-        )
 
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         check_arrays(self.info, keys, values)
