@@ -13,7 +13,7 @@ class Stage:
     `other_weight` the loss weight of tokens that are not answers, `predicted` the share of tokens
     that enter the loss (all answers and a random choice of the others), `rates` the learning rate
     at the start and the end of the stage as shares of its peak (linear in between), `invented` the
-    share of made-up words in the tasks, `wide` whether they use all training wordings.
+    share of made-up words in the tasks, `many_wordings` whether they use all training wordings.
     """
 
     length: int
@@ -24,7 +24,7 @@ class Stage:
     predicted: float = 0.9
     rates: tuple[float, float] = (1.0, 1.0)
     invented: float = 0.0
-    wide: bool = False
+    many_wordings: bool = False
 
     @property
     def steps(self) -> int:
@@ -52,7 +52,7 @@ class Recipe:
     momentum: float = 0.95
     weight_decay: float = 0.05
     evaluation_items: int = 200
-    save_every: int = 100  # steps
+    save_every: int = 200  # steps
 
     @property
     def steps(self) -> int:
@@ -73,9 +73,7 @@ _SKILLS = {
     "associations": 0.03,
     "reading": 0.25,
 }
-
-
-# With the skills in place, most of what is left to learn is English.
+# With the look-up heads in place, most of what is left to learn is English and wordings.
 _PROSE = {
     "needle": 0.08,
     "queries": 0.05,
@@ -88,41 +86,35 @@ _PROSE = {
     "associations": 0.02,
     "reading": 0.35,
 }
-# More of what is learned last: lists of values, unknown questions.
+# Lists of values are learned last.
 _LATE = {
     "needle": 0.08,
     "queries": 0.05,
-    "values": 0.20,
-    "variables": 0.15,
+    "values": 0.21,
+    "variables": 0.14,
     "lookup": 0.09,
-    "facts": 0.12,
-    "copying": 0.01,
+    "facts": 0.11,
+    "copying": 0.02,
     "reading": 0.30,
 }
-_LAST = {
-    "needle": 0.07,
-    "queries": 0.05,
-    "values": 0.20,
-    "variables": 0.12,
-    "lookup": 0.08,
-    "facts": 0.10,
-    "copying": 0.01,
-    "reading": 0.37,
-}
 _Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], float, bool]
+# Length and million tokens of one round through all lengths.
+_ROUND = ((4096, 0.123), (2048, 0.123), (1024, 0.164), (512, 0.205), (256, 0.205))
 
 
-def _mixed_lengths(cycles: int) -> list[_Row]:
-    """Short, middle and long sequences by turns, while the learning rate falls from 0.4 to 0.
+def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
+    """Long and short sequences by turns, while the learning rate falls from `first_rate` to 0.
 
-    After the long stage alone, the model takes a question near the beginning of a chat for a
-    remark: in long training chats only remarks stand there.
+    A last stretch of long sequences alone costs skill at short ones: there, a question near the
+    beginning of a chat is taken for a remark, because in long chats only remarks stand there.
     """
     rows: list[_Row] = []
-    for cycle in range(cycles):
-        rates = (0.4 * (1 - cycle / cycles), 0.4 * (1 - (cycle + 1) / cycles))
-        for length, millions in ((4096, 0.02), (1024, 0.041), (256, 0.123)):
-            rows.append((length, millions, _LAST, 0.5, 0.9, rates, 0.4, True))
+    whole = rounds * sum(millions for _, millions in _ROUND)
+    done = 0.0
+    for length, millions in _ROUND * rounds:
+        rates = tuple(first_rate * (1 - d / whole) for d in (done, done + millions))
+        rows.append((length, millions, _LATE, 0.5, 0.9, (rates[0], rates[1]), 0.4, True))
+        done += millions
     return rows
 
 
@@ -134,12 +126,10 @@ def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
         (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, False),
         (256, 3.261, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, False),
         (256, 2.458, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.4, False),
-        (256, 1.64, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, True),
-        (256, 0.82, _LAST, 0.5, 0.9, (1.0, 0.8), 0.4, True),
-        (1024, 0.41, _LAST, 0.5, 0.9, (0.8, 0.588), 0.4, True),
-        (1024, 0.82, _LAST, 0.5, 0.9, (0.588, 0.3), 0.4, True),
-        (4096, 0.41, _LAST, 0.5, 0.9, (0.3, 0.0), 0.4, True),
-        *_mixed_lengths(cycles=4),
+        (256, 14.0, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, True),
+        (512, 9.0, _LATE, 0.5, 0.9, (1.0, 0.7), 0.4, True),
+        (1024, 3.0, _LATE, 0.5, 0.9, (0.7, 0.5), 0.4, True),
+        *_mixed_lengths(rounds=10, first_rate=0.5),
     )
     return tuple(
         Stage(length, max(1, batch_tokens // length), int(millions * scale * 1e6), *rest)
@@ -153,7 +143,7 @@ SMOKE = Recipe(
     ModelConfig(vocab_size=2048, width=64, n_layer=2, n_head=2, n_head_kv=1, ff_width=128),
     (
         Stage(64, 8, 64 * 8 * 12, _FIRST),
-        Stage(256, 2, 256 * 2 * 8, _SKILLS, invented=0.4, wide=True),
+        Stage(256, 2, 256 * 2 * 8, _SKILLS, invented=0.4, many_wordings=True),
     ),
     max_books=2,
     tokenizer_chars=300_000,

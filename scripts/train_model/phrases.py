@@ -1,13 +1,13 @@
-"""Wordings of the generated tasks; `TRAIN`, its extension `WIDE`, and `HELD_OUT`.
+"""Wordings of the generated tasks: `FEW` for the first stages, and `HELD_OUT` for evaluation.
 
-`HELD_OUT` shares no template, no noun and no subject with the other two.
+`HELD_OUT` shares no template, no noun and no subject with `FEW` and its extension in wordings.py.
 
 Placeholders: {n} noun, {k} key, {v} value, {x} variable, {y} value or variable, {r} subject.
 Answers are worded the same in both sets: an exact match then asks for the looked-up content and not
 for a guess of somebody's taste in phrasing.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ SMALL_TALK = (
 )
 
 _NAMED = "{r} is called {v}."
-TRAIN = Phrases(
+FEW = Phrases(
     number_nouns=(
         "magic number",
         "secret code",
@@ -294,171 +294,6 @@ TRAIN = Phrases(
         "What do you think?",
         "Write a few sentences.",
     ),
-)
-
-# Many more wordings for the later stages: with TRAIN alone the model answers its own phrasings and
-# takes an unknown question for a remark.
-_MORE_FACTS = (
-    FactKind(
-        TRAIN.facts[0].subjects,
-        "name",
-        (
-            "Our {r} is called {v}.",
-            "{v} is what we call my {r}.",
-            "People call my {r} {v}.",
-            "Did I tell you that my {r} is called {v}?",
-            "There is my {r}, called {v}.",
-            "Let me tell you that {v} is the name of my {r}.",
-        ),
-        (
-            "Say the name of my {r}.",
-            "Please say what my {r} is called.",
-            "My {r} is called what?",
-            "Can you remember the name of my {r}?",
-            "Please, how is my {r} called?",
-            "Which name does my {r} have?",
-            "I forgot the name of my {r}.",
-        ),
-        TRAIN.facts[0].answer,
-    ),
-    FactKind(
-        TRAIN.facts[1].subjects,
-        "word",
-        (
-            "No {r} is better than {v}.",
-            "For me the best {r} is {v}.",
-            "My {r} is {v}, I like it.",
-            "I always liked {v} as a {r}.",
-            "When it comes to a {r}, {v} is what I want.",
-        ),
-        (
-            "Say my favourite {r}.",
-            "Please say which {r} I like best.",
-            "Can you tell me my favourite {r}?",
-            "What {r} do I like most?",
-            "My favourite {r} is which?",
-            "Tell me the {r} that I prefer.",
-        ),
-        TRAIN.facts[1].answer,
-    ),
-    FactKind(
-        TRAIN.facts[2].subjects,
-        "number",
-        (
-            "You can open my {r} with {v}.",
-            "{v} is the code of my {r}.",
-            "Type {v} to open my {r}.",
-            "Write down {v} as the code for my {r}.",
-        ),
-        (
-            "Say the code of my {r}.",
-            "Please give me the code for my {r}.",
-            "Please, which code opens my {r}?",
-            "I forgot the code of my {r}.",
-            "Can you tell me the code for my {r}?",
-        ),
-        TRAIN.facts[2].answer,
-    ),
-    FactKind(
-        TRAIN.facts[3].subjects,
-        "name",
-        ("The home of my {r} is in {v}.", "You can visit my {r} in {v}."),
-        ("Please tell me where my {r} lives.", "Can you say where my {r} lives?"),
-        TRAIN.facts[3].answer,
-    ),
-)
-WIDE = replace(
-    TRAIN,
-    number_nouns=(*TRAIN.number_nouns, "telephone number", "box number", "prize number", "size"),
-    needles=(
-        *TRAIN.needles,
-        " {k} was given the {n} {v}.",
-        " There is a {n} for {k}, namely {v}.",
-        " She told them that {k} had the {n} {v}.",
-        " {v} is the {n} of {k}.",
-        " Do not forget the {n} of {k}, which is {v}.",
-        " The {n} of {k}: {v}.",
-        " The {n} that {k} has is {v}.",
-        " They say that {k} has the {n} {v}.",
-    ),
-    questions=(
-        *TRAIN.questions,
-        " Say the {n} of {k}.",
-        " Can you say the {n} of {k}?",
-        " Please give me the {n} for {k}.",
-        " I forgot the {n} of {k}.",
-        " {k} has which {n}?",
-        " Please tell me which {n} {k} has.",
-        " What {n} was mentioned for {k}?",
-        " Look for the {n} of {k}.",
-        " The {n} of {k}, please.",
-        " Search the text for the {n} of {k}.",
-    ),
-    all_values=(
-        *TRAIN.all_values,
-        " Please list all {n}s of {k}.",
-        " Give me every {n} of {k}.",
-        " Can you list the {n}s for {k}?",
-        " All {n}s of {k}, please.",
-        " {k} has which {n}s?",
-        " Name the {n}s that {k} has.",
-    ),
-    several_keys=(
-        *TRAIN.several_keys,
-        " Please give me the {n}s for {k}.",
-        " Find the {n}s of {k}.",
-        " Can you say the {n}s of {k}?",
-    ),
-    assignments=(
-        *TRAIN.assignments,
-        " We write {x} = {y}.",
-        " {x} is {y}.",
-        " Take {x} as {y}.",
-        " Give {x} the value {y}.",
-        " Then {x} = {y}.",
-        " Write {x} = {y}.",
-    ),
-    variable_value=(
-        *TRAIN.variable_value,
-        " Say the value of {x}.",
-        " Please give me the value of {x}.",
-        " {x} has which value?",
-        " What is {x}?",
-    ),
-    variable_names=(
-        *TRAIN.variable_names,
-        " Please list all variables with the value {v}.",
-        " Which variables are {v}?",
-        " Tell me the variables that have the value {v}.",
-    ),
-    pairs=(
-        *TRAIN.pairs,
-        " {k} -> {v}.",
-        " {k} gets {v}.",
-        " {k} / {v}.",
-        " {k} with {v}.",
-        " {k} means {v}.",
-        " {k} and {v}.",
-        " {k} {v}.",
-        " {k} + {v}.",
-        " {k} | {v}.",
-    ),
-    list_questions=(
-        *TRAIN.list_questions,
-        " Find {k}.",
-        " Please find {k}.",
-        " Say what is next to {k}.",
-        " Which one is with {k}?",
-        " Please tell me about {k}.",
-        " Can you look up {k}?",
-        " {k}, please.",
-        " {k}?",
-        " Search the list for {k}.",
-        " I need {k}.",
-        " Show me {k}.",
-        " What did the list say about {k}?",
-    ),
-    facts=TRAIN.facts + _MORE_FACTS,
 )
 
 HELD_OUT = Phrases(

@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 from tokenizers import Tokenizer
 
-from .phrases import ANSWER, HELD_OUT, SMALL_TALK, SYSTEM_PROMPTS, TRAIN, FactKind, Phrases
+from .phrases import ANSWER, FEW, HELD_OUT, SMALL_TALK, SYSTEM_PROMPTS, FactKind, Phrases
 from .tokenizer import ASSISTANT, BOS, END, SYSTEM, USER, WordPools
 
 OTHER, ANSWERED = 0, 1  # token classes: predicted with a small and with full loss weight
@@ -96,7 +96,7 @@ class TaskMaker:
         pieces = sorted(tokenizer.get_vocab())
         self._beginnings = [p[1:] for p in pieces if re.fullmatch("\u0120[a-z]{2,}", p)]
         self._endings = [p for p in pieces if re.fullmatch("[a-z]{2,}", p)]
-        self.phrases: Phrases = HELD_OUT if held_out else TRAIN
+        self.phrases: Phrases = HELD_OUT if held_out else FEW
         self.rng = Random(0)
         self._cache: dict[str, list[int]] = {}
 

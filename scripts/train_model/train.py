@@ -13,9 +13,10 @@ from torch import Tensor
 from .config import Recipe, Stage
 from .model import Model, causal_mask, rotary_tables
 from .optimizer import Muon
-from .phrases import TRAIN, WIDE
+from .phrases import FEW
 from .prepare import Corpus
 from .tasks import ANSWERED, TaskMaker, sample
+from .wordings import MANY
 
 LONGEST_EXPLICIT = 1024  # tokens up to which attention written out beats the fused kernel on CPUs
 
@@ -58,7 +59,7 @@ def batch(maker: TaskMaker, stage: Stage, seed: int, step: int) -> tuple[Tensor,
     """
     maker.seed(seed, step)
     maker.invented = stage.invented
-    maker.phrases = WIDE if stage.wide else TRAIN
+    maker.phrases = MANY if stage.many_wordings else FEW
     rows = [sample(maker, stage.mix, stage.length + 1) for _ in range(stage.batch)]
     ids = torch.tensor([row[0] for row in rows])
     classes = torch.tensor([row[1] for row in rows])[:, 1:].reshape(-1)
