@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvp_edge.native import NativePolicy
 from kvp_edge.policies import Policy
-from kvp_edge.policies.learned import Learned
-from kvp_edge.policy_file import PolicyWeights
+from kvp_edge.policy_file import PolicyWeights, read_policy
 from kvp_edge.training.agent import Agents
 from kvp_edge.training.data import TraceSetLike
 from kvp_edge.training.validate import agent_scorer
@@ -33,7 +33,7 @@ class Parity:
         checked: what was scored.
         onnx: largest difference of ONNX (in onnxruntime) from PyTorch; None: not exported or
             onnxruntime is not installed.
-        executor: largest difference of the numpy executor from PyTorch with the file's weights.
+        executor: largest difference of the native executor from PyTorch with the file's weights.
         kept: share of kept tokens in which these two agree, at the worst budget.
         rounding: largest difference of the file's weights from the checkpoint's, in scores.
         rounding_kept: share of kept tokens in which these agree, mean over budgets.
@@ -85,7 +85,8 @@ def check_parity(
         parity = Parity(f"{len(samples)} traces, {sum(len(s.positions) for s in samples)} tokens")
     exact = [_torch_scores(agents, sample) for sample in samples]
     rounded = [_torch_scores(_with_weights(agents, stored), sample) for sample in samples]
-    ran = [_policy_scores(Learned(gguf), sample) for sample in samples]
+    native = NativePolicy(read_policy(gguf)[1])
+    ran = [_policy_scores(native, sample) for sample in samples]
     parity.executor = _difference(rounded, ran)
     common, kept = common_tokens(rounded, ran)
     parity.kept = float((common / kept).min())
@@ -146,7 +147,7 @@ def _torch_scores(agents: Agents, sample: _Tokens) -> FloatArray:
     return agent_scorer(agents)(sample, len(sample.positions))
 
 
-def _policy_scores(policy: Policy, sample: _Tokens) -> FloatArray:
+def _policy_scores(policy: Policy | NativePolicy, sample: _Tokens) -> FloatArray:
     keys, values = sample.keys.astype(np.float32), sample.values.astype(np.float32)
     scores = policy.score(keys, values, sample.positions)
     return scores.reshape(-1, len(sample.positions))

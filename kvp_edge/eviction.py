@@ -523,7 +523,8 @@ class EvictionManager:
             nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
             new = self.policy.score(nothing, nothing, positions)
         elif self.policy.native_scorer is not None:
-            _, new = self.cache.score(self.policy.native_scorer, p0, p1, n)
+            # the tokens of the tail, or at token granularity all of them, are the same in all heads
+            new = self.cache.score(self.policy.native_scorer, p0, p1, tokens[0, 0])
         else:
             want_values = self.policy.inputs == "keys+values"
             _, keys, values = self.cache.read(p0, p1, n, values=want_values)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
@@ -15,11 +16,14 @@ import numpy.typing as npt
 
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
 
+if TYPE_CHECKING:
+    from kvp_edge.policy_file import PolicyWeights
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _MAX_LAYERS = 512
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
@@ -118,6 +122,16 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "kvp_cache_score": (
         ctypes.c_int32,
         [_PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, _PTR, _PTR, _ERR],
+    ),
+    "kvp_policy_create": (ctypes.c_int32, [_PTR, _PTR, _ERR]),
+    "kvp_policy_free": (None, [_PTR]),
+    "kvp_policy_score": (
+        ctypes.c_int32,
+        [_PTR, _PTR, _PTR, _PTR, ctypes.c_uint32, ctypes.c_int32, _PTR, _ERR],
+    ),
+    "kvp_cache_score_policy": (
+        ctypes.c_int32,
+        [_PTR, _PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, _PTR, _PTR, _ERR],
     ),
     "kvp_choose_tokens": (
         ctypes.c_int32,
@@ -425,6 +439,72 @@ def pack_state(
     return state[: size.value]
 
 
+class _PolicyWeights(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_uint32) for n in ("n_layer", "n_head_kv", "head_size_k", "head_size_v")),
+        *((n, ctypes.c_uint32) for n in ("hidden", "context")),
+        *((n, _PTR) for n in ("key", "value", "position", "fc1_bias")),
+        *((n, _PTR) for n in ("conv", "fc2", "fc2_bias", "out")),
+    ]
+
+
+class NativePolicy:
+    """A learned policy's network as ggml graphs (kvp_policy_create); holds a copy of the weights.
+
+    Raises:
+        ValueError: sizes that are not possible; the message names them.
+    """
+
+    def __init__(self, weights: PolicyWeights) -> None:
+        # all f32 and contiguous, as PolicyWeights are read and made; a copy only where they are not
+        arrays = {name: np.ascontiguousarray(a, np.float32) for name, a in vars(weights).items()}
+        n_layer, n_head_kv, hidden, self._head_size_k = arrays["key"].shape
+        self._heads = (n_layer, n_head_kv)
+        self._head_size_v = arrays["value"].shape[3]
+        pointers = {name: a.ctypes.data for name, a in arrays.items() if name != "aggregate"}
+        struct = _PolicyWeights(
+            n_layer=n_layer,
+            n_head_kv=n_head_kv,
+            head_size_k=self._head_size_k,
+            head_size_v=self._head_size_v,
+            hidden=hidden,
+            context=arrays["conv"].shape[2],
+            **pointers,
+        )
+        self.handle = ctypes.c_void_p()
+        _call("kvp_policy_create", ctypes.byref(struct), ctypes.byref(self.handle))
+        # The finalizer holds the handle alone, so it cannot keep this object alive.
+        weakref.finalize(self, _lib.kvp_policy_free, self.handle)
+
+    def score(
+        self, keys: FloatArray, values: FloatArray, tokens: IntArray, *, threads: int = 1
+    ) -> FloatArray:
+        """Scores f32 [n_layer, n_head_kv, n] of tokens in memory; the arguments of Policy.score.
+
+        Raises:
+            ValueError: arrays of another shape than the policy's, or tokens that do not ascend.
+        """
+        n = len(tokens)
+        for array, size in ((keys, self._head_size_k), (values, self._head_size_v)):
+            if array.shape != (*self._heads, n, size):
+                raise ValueError(f"an array {array.shape} where {(*self._heads, n, size)} belongs")
+        keys = np.ascontiguousarray(keys, np.float32)
+        values = np.ascontiguousarray(values, np.float32)
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        scores = np.empty((*self._heads, n), np.float32)
+        _call(
+            "kvp_policy_score",
+            self.handle,
+            keys.ctypes.data,
+            values.ctypes.data,
+            tokens.ctypes.data,
+            n,
+            threads,
+            scores.ctypes.data,
+        )
+        return scores
+
+
 class NativeCache:
     """One llama.cpp context's KV cache: read, score, remove and pack tokens of sequence 0.
 
@@ -477,26 +557,32 @@ class NativeCache:
         )
         return positions, keys, out_values
 
-    def score(self, scorer: str, p0: int, p1: int, n: int) -> tuple[IntArray, FloatArray]:
-        """Scores of the ``n`` tokens at positions [p0, p1) by a native scorer (see SCORERS).
+    def score(self, scorer: str | NativePolicy, p0: int, p1: int, tokens: IntArray) -> FloatArray:
+        """Scores of the tokens at positions [p0, p1), computed without copying keys to Python.
+
+        Args:
+            scorer: a name in SCORERS, or a learned policy.
+            tokens: int32 [n], ascending: their indices in the conversation.
 
         Returns:
-            positions int32 [n]; scores f32 [n_layer, n_head_kv, n], larger = keep.
+            f32 [n_layer, n_head_kv, n], larger = keep.
+
+        Raises:
+            ValueError: the positions hold another number of tokens, or the policy is for a cache of
+                another shape.
         """
-        s = self.shape
+        s, n = self.shape, len(tokens)
         scores = np.empty((s.n_layer, s.n_head_kv, n), np.float32)
-        positions = np.empty(n, np.int32)
-        _call(
-            "kvp_cache_score",
-            self._handle,
-            SCORERS[scorer],
-            p0,
-            p1,
-            n,
-            positions.ctypes.data,
-            scores.ctypes.data,
-        )
-        return positions, scores
+        out = scores.ctypes.data
+        if isinstance(scorer, NativePolicy):
+            tokens = np.ascontiguousarray(tokens, np.int32)
+            where = tokens.ctypes.data
+            _call("kvp_cache_score_policy", self._handle, scorer.handle, p0, p1, n, where, out)
+        else:
+            positions = np.empty(n, np.int32)
+            where = positions.ctypes.data
+            _call("kvp_cache_score", self._handle, SCORERS[scorer], p0, p1, n, where, out)
+        return scores
 
     def remove(self, present: IntArray, keep: BoolArray) -> int:
         """Remove the tokens at ``present[~keep]`` from every layer and head.

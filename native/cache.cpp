@@ -1,6 +1,7 @@
 // kvp_cache: one context's KV cache, read and thinned through llama.cpp's public API.
 #include "error.h"
 #include "pack.h"
+#include "policy.h"
 #include "rows.h"
 #include "scorers.h"
 #include "state_blob.h"
@@ -484,6 +485,38 @@ int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p
         }
         cache->each_layer(state.base, false, order, [&](uint32_t il, const float * keys) {
             score(keys, n, n_head, cache->shape.head_size_k, scores + il * n_head * n);
+        });
+    });
+}
+
+int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p0, int32_t p1, uint32_t n,
+                               const int32_t * tokens, float * scores, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !policy || (n > 0 && (!tokens || !scores))) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_policy: cache, policy, tokens and scores must not be NULL");
+        }
+        const kvp_cache_shape &  c = cache->shape;
+        const kvp_policy_shape & s = policy->network.shape();
+        if (s.n_layer != c.n_layer || s.n_head_kv != c.n_head_kv || s.head_size_k != c.head_size_k ||
+            s.head_size_v != c.head_size_v) {
+            fail(KVP_ERR_ARGUMENT, "the policy scores %u layers x %u KV heads x %u+%u, and the cache holds %u x %u x %u+%u",
+                 s.n_layer, s.n_head_kv, s.head_size_k, s.head_size_v, c.n_layer, c.n_head_kv, c.head_size_k, c.head_size_v);
+        }
+        check_tokens(tokens, n);
+        std::vector<int32_t>  positions(n);
+        std::vector<uint32_t> order;
+        const state_blob      state = cache->read_range(p0, p1, n, positions.data(), order);
+        if (n == 0) {
+            return;
+        }
+        const auto         slots = with_gaps(tokens, n, s.context / 2);
+        const size_t       H = c.n_head_kv, dk = c.head_size_k, dv = c.head_size_v;
+        std::vector<float> values(n * H * dv);
+        const auto &       base = state.base;
+        cache->each_layer(base, false, order, [&](uint32_t il, const float * keys) {
+            read_v(base.layers[il], base.v_trans, order, H * dv, c.v_rotation, values.data());
+            policy->network.score(il, { keys, H * dk, dk }, { values.data(), H * dv, dv }, slots.data(), slots.size(), n,
+                                  llama_n_threads(cache->ctx), scores + il * H * n);
         });
     });
 }

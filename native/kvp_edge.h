@@ -36,7 +36,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 2
+#define KVP_ABI_VERSION 3
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -130,6 +130,48 @@ enum kvp_scorer {
 /* Scores the tokens of sequence 0 at positions [p0, p1): scores f32 [n_layer, n_head_kv, n]. */
 KVP_API int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p1, uint32_t n,
                                 int32_t * positions, float * scores, kvp_error * err);
+
+/* A learned policy: a small network for every (layer, KV head), whose score docs/policy-format.md defines.
+ * It runs as ggml graphs on the CPU, where the state blob's rows are. */
+typedef struct kvp_policy kvp_policy;
+
+typedef struct kvp_policy_shape {
+    uint32_t n_layer; /* L, of the base cache */
+    uint32_t n_head_kv; /* H */
+    uint32_t head_size_k;
+    uint32_t head_size_v;
+    uint32_t hidden;  /* h, hidden units */
+    uint32_t context; /* w, tokens a score looks at: odd, at most 33; (w - 1) / 2 to either side */
+} kvp_policy_shape;
+
+/* Its weights, f32, as a policy file holds them; they are copied. */
+typedef struct kvp_policy_weights {
+    kvp_policy_shape shape;
+    const float *    key;      /* [L, H, h, head_size_k] */
+    const float *    value;    /* [L, H, h, head_size_v] */
+    const float *    position; /* [L, H, h, 4]           */
+    const float *    fc1_bias; /* [L, H, h]              */
+    const float *    conv;     /* [L, H, w, h]           */
+    const float *    fc2;      /* [L, H, h, h]           */
+    const float *    fc2_bias; /* [L, H, h]              */
+    const float *    out;      /* [L, H, h]              */
+} kvp_policy_weights;
+
+KVP_API int32_t kvp_policy_create(const kvp_policy_weights * weights, kvp_policy ** policy, kvp_error * err);
+KVP_API void    kvp_policy_free(kvp_policy * policy); /* NULL is allowed */
+
+/* Scores n tokens that lie in memory.
+ *   keys    f32 [n_layer, n_head_kv, n, head_size_k], RoPE included
+ *   values  f32 [n_layer, n_head_kv, n, head_size_v]
+ *   tokens  int32 [n], ascending: the tokens' indices in the conversation. Where one is left out between
+ *           two, it counts as missing.
+ *   scores  f32 [n_layer, n_head_kv, n]; larger = keep                                              */
+KVP_API int32_t kvp_policy_score(kvp_policy * policy, const float * keys, const float * values, const int32_t * tokens,
+                                 uint32_t n, int32_t n_threads, float * scores, kvp_error * err);
+
+/* The same for the tokens of sequence 0 at positions [p0, p1), with as many threads as the context has. */
+KVP_API int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p0, int32_t p1, uint32_t n,
+                                       const int32_t * tokens, float * scores, kvp_error * err);
 
 /* Chooses the tokens that stay: all protected ones, then the best by score, until `budget` are kept.
  * A token's score is the mean over all heads of its z-scores, each head standardised over the tokens

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     "tests/test_native.py",
+    "tests/test_native_policy.py",
     "tests/test_llama.py",
     "tests/test_capture.py",
     "tests/test_packing.py",

@@ -90,7 +90,8 @@ def test_native_scores_equal_the_formula_on_the_reference_keys(
     llm, cache = opened(load, model, type_k=cache_type)
     tokens = random_tokens(80)
     llm.eval(tokens)
-    positions, got = cache.score(policy.name, 0, 80, 80)
+    positions = np.arange(80, dtype=np.int32)
+    got = cache.score(policy.name, 0, 80, positions)
     want = policy.score(model.reference.keys(tokens), None, positions)
     # On the scale of the largest score: a key's length, or a cosine.
     assert np.abs(got - want).max() < TOLERANCE[cache_type] * np.abs(want).max()
@@ -103,7 +104,7 @@ def test_native_scores_equal_the_python_definition_on_the_same_keys(
     llm, cache = opened(load, random_model(SHAPES["llama-32"]))
     llm.eval(random_tokens(100))
     positions, keys, _ = cache.read(0, 100, 100, values=False)
-    _, got = cache.score(policy.name, 0, 100, 100)
+    got = cache.score(policy.name, 0, 100, positions)
     np.testing.assert_allclose(got, policy.score(keys, keys, positions), atol=2e-6)
 
 
@@ -130,7 +131,7 @@ def test_reading_leaves_the_conversation_as_it_was(random_model: Maker, load: Lo
     for llm in (read, untouched):
         llm.eval(tokens[:30])
     read._kv.cache.read(5, 20, 15)
-    read._kv.cache.score("keydiff", 0, 30, 30)
+    read._kv.cache.score("keydiff", 0, 30, np.arange(30, dtype=np.int32))
     for llm in (read, untouched):
         llm.eval(tokens[30:])
     np.testing.assert_array_equal(read.scores[:40], untouched.scores[:40])
@@ -143,7 +144,7 @@ def test_an_empty_range_is_no_error(random_model: Maker, load: Loader) -> None:
     assert positions.shape == (0,)
     assert keys.shape == (2, 2, 0, 32)
     llm.eval(random_tokens(3))
-    assert cache.score("keydiff", 3, 9, 0)[1].shape == (2, 2, 0)
+    assert cache.score("keydiff", 3, 9, positions).shape == (2, 2, 0)
 
 
 def test_a_range_that_holds_other_than_the_expected_number_is_refused(

@@ -94,7 +94,7 @@ def _told(done: Any, outtype: str) -> str:
     lines = [
         f"compared with PyTorch on {p.checked} (largest difference of a score; kept tokens in "
         "common):",
-        f"  the file's weights, run by numpy  {p.executor:.1e}   {p.kept:.2%} at the worst budget",
+        f"  the file's weights, run natively  {p.executor:.1e}   {p.kept:.2%} at the worst budget",
     ]
     if p.onnx is not None:
         lines.append(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from kvp_edge.native import NativePolicy
     from kvp_edge.policy_file import PolicyInfo
 
 FloatArray = npt.NDArray[np.float32]
@@ -40,9 +41,9 @@ class Policy(ABC):
     #: final when that many later tokens are known; until then the recent window protects it.
     context: int = 0
 
-    #: The native scorer that computes the same numbers without copying keys to Python, if any
-    #: (a name in kvp_edge.native.SCORERS). ``score`` stays the definition that it is tested by.
-    native_scorer: ClassVar[str | None] = None
+    #: What computes the same numbers without copying keys to Python, if anything: a name in
+    #: kvp_edge.native.SCORERS or a network. ``score`` stays the definition that it is tested by.
+    native_scorer: str | NativePolicy | None = None
 
     def identity(self) -> str:
         """What a saved session is checked against: the name, and all else that decides scores."""

@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.errors import PolicyFileError
+from kvp_edge.native import NativePolicy
 from kvp_edge.policies.base import FloatArray, IntArray, Policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 
 
 class Learned(Policy):
-    """Runs a policy file's weights in numpy: the definition that other executors are tested by.
+    """Runs a policy file: natively on a cache; ``score`` is the same in numpy, the definition that
+    all executors are tested by.
 
     Attributes:
         info: what the file says of itself.
@@ -29,8 +31,11 @@ class Learned(Policy):
     scope = "token"
     info: PolicyInfo
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, native: bool = True) -> None:
         """Read the file.
+
+        Args:
+            native: False to run in numpy on a cache, too.
 
         Raises:
             PolicyFileError: missing, damaged, or not a policy file.
@@ -39,6 +44,8 @@ class Learned(Policy):
         self.info, self.weights = read_policy(path)
         self.context = self.info.context // 2
         self.head_weights = self.weights.aggregate
+        if native:
+            self.native_scorer = NativePolicy(self.weights)
 
     def identity(self) -> str:
         digest = hashlib.sha256()
