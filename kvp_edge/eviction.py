@@ -439,7 +439,10 @@ class EvictionManager:
     def _remove(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
         """Token granularity: choose by one score per token, and remove the others' cells."""
         t = self._table
-        keep = choose_tokens(t.scores, unit, protected, self.limits.budget)
+        scores, weights = t.scores, self.policy.head_weights
+        if weights is not None:
+            scores = np.einsum("lhn,lh->n", scores, weights)[None, None]
+        keep = choose_tokens(scores, unit, protected, self.limits.budget)
         present = t.present()
         kept, cells = tokens[keep], present[keep]
         tail = self._next_tail()

@@ -69,7 +69,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             for. With ``positions="keep"`` a conversation beyond the trained length leaves what the
             model has learned, however small the cache.
         kv_budget: tokens kept after an eviction (int), or the memory of the cache ("256MiB").
-        policy: a name in kvp_edge.policies.POLICIES, a policy file (.gguf), or a Policy object.
+        policy: a name in kvp_edge.policies.POLICIES, a policy file (.gguf), a Policy object, or
+            "auto": the policy trained for this model if it lies beside it (kvp-*.gguf) or comes
+            with the package, else "keydiff".
         granularity: "head": every (layer, KV head) keeps its own tokens. "token": a token is
             dropped from every layer and head at once. "auto": "head" where the model and the
             cache's types allow it, else "token".
@@ -103,7 +105,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         *,
         n_ctx: int | None = None,
         kv_budget: int | str | None = None,
-        policy: str | Policy = "keydiff",
+        policy: str | Policy = "auto",
         granularity: str = "head",
         positions: str = "keep",
         sinks: int = DEFAULT_SINKS,
@@ -131,11 +133,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             raise ValueError(f"granularity must be 'head', 'token' or 'auto', not '{granularity}'")
         if positions not in ("keep", "compact"):
             raise ValueError(f"positions must be 'keep' or 'compact', not '{positions}'")
-        chosen = get_policy(policy)
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
 
+        with listen(pass_on=verbose):
+            chosen = get_policy(policy, model_path if kv_budget is not None else None)
         limits: CacheLimits | None = None
         cells, batch = 512 if n_ctx is None else n_ctx, 512 if n_batch is None else n_batch
         if kv_budget is not None:

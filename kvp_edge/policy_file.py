@@ -230,12 +230,6 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
             which of its keys or tensors is in the way.
     """
     path = Path(path)
-    if not path.is_file():
-        raise PolicyFileError(f"there is no policy file '{path}'")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise PolicyFileError(f"'{path}' is not a GGUF file")
     reader, values = _open(path)
     info = _read_info(path, values)
     import gguf  # noqa: PLC0415
@@ -266,8 +260,24 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
     return info, weights
 
 
+def read_info(path: str | os.PathLike[str]) -> PolicyInfo:
+    """What a policy file says of itself, without its weights.
+
+    Raises:
+        PolicyFileError: as for ``read_policy``, as far as the keys are concerned.
+    """
+    path = Path(path)
+    return _read_info(path, _open(path)[1])
+
+
 def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     """The GGUF reader and the file's keys with their values."""
+    if not path.is_file():
+        raise PolicyFileError(f"there is no policy file '{path}'")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise PolicyFileError(f"'{path}' is not a GGUF file")
     try:
         import gguf  # noqa: PLC0415
     except ImportError as error:

@@ -420,7 +420,7 @@ def test_bytes_that_are_no_utf8_do_not_stop_run(kvp: Type) -> None:
 
 def test_policies_are_listed_one_line_each(kvp: Type) -> None:
     lines = kvp("policies").replies
-    assert [line.split()[0] for line in lines] == list(POLICIES)
+    assert [line.split()[0] for line in lines] == ["auto", *POLICIES, "FILE"]
     assert all(len(line) > 30 for line in lines)
 
 

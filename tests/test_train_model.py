@@ -272,7 +272,7 @@ def test_smoke_run_resumes_exactly_and_its_file_agrees_with_llama_cpp(
     main([*common, "--out", str(tmp_path / "parts"), "--stop-after", "9"])
     main([*common, "--out", str(tmp_path / "parts"), "--resume"])
     for file_type in ("f32", "f16", "q8_0"):
-        name = f"kvp-bookworm-{file_type}.gguf"
+        name = f"bookworm-4m-{file_type}.gguf"
         whole, parts = tmp_path / "whole" / name, tmp_path / "parts" / name
         assert whole.read_bytes() == parts.read_bytes(), name
 
@@ -280,9 +280,9 @@ def test_smoke_run_resumes_exactly_and_its_file_agrees_with_llama_cpp(
     assert figures["logits, f32 file"]["largest"] < 0.02 * figures["logits, f32 file"]["scale"]
 
     llama = llama_cpp.Llama(
-        str(tmp_path / "whole" / "kvp-bookworm-f16.gguf"), n_ctx=256, verbose=False
+        str(tmp_path / "whole" / "bookworm-4m-f16.gguf"), n_ctx=256, verbose=False
     )
-    assert llama.metadata["general.name"] == "kvp-bookworm"
+    assert llama.metadata["general.name"] == "Bookworm 4M"
     assert llama.metadata["general.license"] == "mit"
     text = "<s><|user|>The dog saw 481220. What?<|end|><|assistant|>"
     ours = (tmp_path / "whole" / "tokenizer.json").read_text()

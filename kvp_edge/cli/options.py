@@ -14,7 +14,7 @@ from kvp_edge.cli.watch import WatchedLlama
 from kvp_edge.limits import DEFAULT_SINKS, parse_budget
 from kvp_edge.llama_log import listen
 from kvp_edge.native import read_model_shape
-from kvp_edge.policies import POLICIES
+from kvp_edge.policies import FALLBACK, POLICIES
 
 DEFAULT_BUDGET = "512"
 
@@ -87,9 +87,10 @@ def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> No
     )
     group.add_argument(
         "--policy",
-        default="keydiff",
+        default="auto",
         metavar="NAME",
-        help=f"who chooses: {', '.join(POLICIES)} (default: keydiff; see kvp-edge policies)",
+        help=f"who chooses: {', '.join(POLICIES)}, a policy file, or auto: the policy trained for "
+        f"the model, if there is one, else {FALLBACK} (default: auto; see kvp-edge policies)",
     )
     group.add_argument(
         "--granularity",
@@ -180,7 +181,9 @@ def bundled_model() -> str:
     # GGUF files are mapped into memory by name, so the package must be installed as plain files
     folder = resources.files("kvp_edge") / "models"
     files = folder.iterdir() if folder.is_dir() else iter(())
-    found = [str(file) for file in files if file.name.endswith(".gguf")]
+    # kvp-*.gguf are policies (see own_policy)
+    names = (file for file in files if not file.name.startswith("kvp-"))
+    found = [str(file) for file in names if file.name.endswith(".gguf")]
     if len(found) != 1:
         raise FileNotFoundError(
             f"the package holds {len(found)} models instead of one: reinstall kvp_edge, or name a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from kvp_edge.own_policy import own_policy
 from kvp_edge.policies.base import Policy
 from kvp_edge.policies.keydiff import KeyDiff
 from kvp_edge.policies.knorm import KNorm
@@ -16,8 +17,18 @@ from kvp_edge.policies.recency import Recency
 POLICIES: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, KNorm, Recency, Random)}
 
 
-def get_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
-    """The policy of that name or in that policy file (.gguf), or the Policy object itself.
+#: What "auto" means for a model that no policy was trained for.
+FALLBACK = KeyDiff.name
+
+
+def get_policy(
+    policy: str | os.PathLike[str] | Policy, model_path: str | os.PathLike[str] | None = None
+) -> Policy:
+    """The policy of that name or in that policy file (.gguf, .onnx), or the Policy object itself.
+
+    Args:
+        policy: "auto" is the policy trained for the model (see own_policy), else ``FALLBACK``.
+        model_path: the model's file, which "auto" looks at.
 
     Raises:
         ValueError: unknown name; the message lists the known ones. Or a policy file that cannot be
@@ -26,19 +37,22 @@ def get_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
     if isinstance(policy, Policy):
         return policy
     policy = os.fspath(policy)
+    if policy == "auto":
+        policy = (own_policy(model_path) if model_path else None) or FALLBACK
     if policy.endswith(".gguf"):
         return Learned(policy)
     if policy.endswith(".onnx"):
         return Onnx(policy)
     if policy not in POLICIES:
         raise ValueError(
-            f"there is no policy '{policy}'; choose one of {', '.join(POLICIES)}, or a policy file "
-            "(.gguf)"
+            f"there is no policy '{policy}'; choose one of auto, {', '.join(POLICIES)}, or a "
+            "policy file (.gguf, .onnx)"
         )
     return POLICIES[policy]()
 
 
 __all__ = [
+    "FALLBACK",
     "POLICIES",
     "KNorm",
     "KeyDiff",

@@ -45,6 +45,10 @@ class Policy(ABC):
     #: kvp_edge.native.SCORERS or a network. ``score`` stays the definition that it is tested by.
     native_scorer: str | NativePolicy | None = None
 
+    #: f32 [n_layer, n_head_kv]: a whole token's score (token granularity) is the sum of its scores
+    #: in all heads, each times its weight. None: the mean of the heads' standardised scores.
+    head_weights: FloatArray | None = None
+
     def identity(self) -> str:
         """What a saved session is checked against: the name, and all else that decides scores."""
         return self.name

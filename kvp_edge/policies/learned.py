@@ -22,8 +22,6 @@ class Learned(Policy):
         info: what the file says of itself.
         context: half the context width. A token's score is final once this many tokens after it are
             known; before that it is what it would be if the conversation ended there.
-        head_weights: f32 [n_layer, n_head_kv]; a whole token's score is the sum of its scores in
-            all heads, each times its weight (see ``token_scores``).
     """
 
     name = "learned"
@@ -57,11 +55,6 @@ class Learned(Policy):
         check_arrays(self.info, keys, values)
         at = with_gaps(positions, self.context)
         return forward(self.weights, keys, values, positions, at)
-
-    def token_scores(self, scores: FloatArray) -> FloatArray:
-        """Scores of whole tokens: f32 [n_tokens] from [n_layer, n_head_kv, n_tokens]."""
-        total: FloatArray = np.einsum("lhn,lh->n", scores, self.head_weights)
-        return total
 
 
 def check_arrays(info: PolicyInfo, keys: FloatArray, values: FloatArray) -> None:

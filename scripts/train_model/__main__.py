@@ -47,7 +47,7 @@ def export_all(
     }
     files = {}
     for file_type in ("f32", "f16", "q8_0"):
-        files[file_type] = out / f"kvp-bookworm-{file_type}.gguf"
+        files[file_type] = out / f"bookworm-4m-{file_type}.gguf"
         write_gguf(
             files[file_type], model, corpus.tokenizer, context_length(recipe), facts, file_type
         )

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from .model import Model
 from .tokenizer import BOS, END, SPECIAL_TOKENS
 
-NAME = "kvp-bookworm"
+NAME = "Bookworm 4M"
 LICENSE = "mit"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + "

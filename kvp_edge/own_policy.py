@@ -1,0 +1,40 @@
+"""The policy that was trained for a model, found without being named."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+from kvp_edge.errors import PolicyFileError
+from kvp_edge.fingerprint import model_fingerprint
+from kvp_edge.policy_file import read_info
+
+
+def own_policy(model_path: str | os.PathLike[str]) -> str | None:
+    """The policy file that was trained on this very model file, or None.
+
+    Looked for among the files kvp-*.gguf beside the model and among those that come with the
+    package. A file that cannot be read is passed over with a warning: the chat can go on without.
+    """
+    fingerprint: str | None = None
+    for path in _candidates(Path(model_path)):
+        try:
+            info = read_info(path)
+        except (PolicyFileError, OSError) as error:
+            warnings.warn(f"passed over as a policy: {error}", stacklevel=2)
+            continue
+        fingerprint = fingerprint or model_fingerprint(model_path)
+        if info.fingerprint == fingerprint:
+            return str(path)
+    return None
+
+
+def _candidates(model: Path) -> Iterator[Path]:
+    shipped = Path(str(resources.files("kvp_edge") / "models"))
+    for folder in dict.fromkeys((model.resolve().parent, shipped.resolve())):
+        for path in sorted(folder.glob("kvp-*.gguf")):
+            if path.resolve() != model.resolve():
+                yield path

@@ -1,0 +1,99 @@
+"""Which policy a model gets when none is named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvp_edge.fingerprint import model_fingerprint
+from kvp_edge.native import read_model_shape
+from kvp_edge.own_policy import own_policy
+from kvp_edge.policies import FALLBACK, get_policy
+from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
+from tests.support.gguf_models import ModelShape
+
+
+@pytest.fixture
+def model(tmp_path: Path, random_model: Callable[..., Any]) -> Path:
+    """A model file in a folder of its own."""
+    path = tmp_path / "some-model.gguf"
+    shutil.copy(random_model(ModelShape("llama", head_dim=32)).path, path)
+    return path
+
+
+def info_of(model: Path, **changed: Any) -> PolicyInfo:
+    s = read_model_shape(model)
+    info = PolicyInfo(s.architecture, s.n_layer, s.n_head_kv[0], 32, 32, hidden=4, context=1)
+    return replace(info, fingerprint=model_fingerprint(model), **changed)
+
+
+def write(path: Path, info: PolicyInfo, **weights: Any) -> Path:
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.standard_normal(s).astype("f") for n, s in weight_shapes(info).items()}
+    arrays["conv"][:] = 1
+    arrays["aggregate"] = np.abs(arrays["aggregate"])
+    write_policy(path, info, PolicyWeights(**(arrays | weights)), "f32")
+    return path
+
+
+def test_without_a_policy_of_its_own_a_model_gets_the_fallback(
+    model: Path, load: Callable[..., Any]
+) -> None:
+    assert own_policy(model) is None
+    assert get_policy("auto", model).name == FALLBACK
+    assert get_policy("auto").name == FALLBACK
+    assert load(model, kv_budget=400, n_ctx=512).kv_stats.policy == FALLBACK
+
+
+def test_the_policy_beside_a_model_is_used_unless_another_is_named(
+    model: Path, load: Callable[..., Any]
+) -> None:
+    path = write(model.parent / "kvp-own.gguf", info_of(model))
+    assert own_policy(model) == str(path)
+    assert load(model, kv_budget=400, n_ctx=512).kv_stats.policy == "learned"
+    named = load(model, kv_budget=400, n_ctx=512, policy="recency")
+    assert named.kv_stats.policy == "recency"
+
+
+def test_a_policy_of_another_model_or_under_another_name_is_left_alone(model: Path) -> None:
+    write(model.parent / "kvp-other.gguf", replace(info_of(model), fingerprint="f00d"))
+    write(model.parent / "kvp-any.gguf", replace(info_of(model), fingerprint=""))
+    write(model.parent / "mine.gguf", info_of(model))
+    assert own_policy(model) is None
+
+
+def test_a_damaged_policy_is_passed_over_with_a_warning(model: Path) -> None:
+    (model.parent / "kvp-a.gguf").write_bytes(b"GGUF and then nothing")
+    shutil.copy(model, model.parent / "kvp-b.gguf")  # a model that is called like a policy
+    path = write(model.parent / "kvp-c.gguf", info_of(model))
+    with pytest.warns(UserWarning, match="passed over as a policy: .*kvp-[ab]") as warned:
+        assert own_policy(model) == str(path)
+    assert len(warned) == 2
+
+
+def test_at_token_granularity_heads_count_by_their_learned_weights(
+    model: Path, load: Callable[..., Any]
+) -> None:
+    """With all weight on one head, the tokens that stay are that head's best."""
+    weights = np.zeros((2, 2), np.float32)
+    weights[1, 0] = 3.0
+    path = write(model.parent / "kvp-own.gguf", info_of(model), aggregate=weights)
+    llm = load(
+        model, policy=str(path), granularity="token", n_ctx=512, kv_budget=100, recent=8,
+        reserve=156, n_batch=32, sinks=2,
+    )  # fmt: skip
+    tokens = np.random.default_rng(1).integers(3, 60, 256).tolist()
+    llm.eval(tokens)
+    assert llm.kv_stats.evictions == 0
+    _, keys, values = llm._kv.cache.read(0, 256, 256)
+    scores = get_policy(str(path)).score(keys, values, np.arange(256, dtype=np.int32))[1, 0]
+    llm.eval(tokens[:1])
+    best = 2 + np.argsort(-scores[2:248], kind="stable")[: 100 - 10]
+    expected = sorted({0, 1, *best.tolist(), *range(248, 257)})
+    assert llm._kv.positions.tolist() == expected
