@@ -286,7 +286,7 @@ def test_the_command_trains_and_tells_what_came_of_it(
     assert [line.split()[0] for line in told[1:7]] == [
         "policy", "keydiff", "knorm", "recency", "random", "oracle"
     ]  # fmt: skip
-    assert told[-2].startswith("below the best heuristic in ")
+    assert told[-2].startswith("below the best of keydiff, knorm, recency, random in ")
     assert told[-1] == str(tmp_path / "best.safetensors")
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from kvp_edge.errors import TrainingError
 from kvp_edge.training import checkpoint
 from kvp_edge.training.agent import Agents, AgentShape
+from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
 from kvp_edge.training.data import (
     Batch,
     InMemory,
@@ -53,6 +54,7 @@ from kvp_edge.training.validate import (
     oracle_scorer,
 )
 
+#: Policies that see what a bounded chat sees.
 BASELINES = ("keydiff", "knorm", "recency", "random")
 
 
@@ -211,6 +213,9 @@ class _Run:
             name: measure(heuristic_scorer(name), self.traces, self.states, self.protected)
             for name in BASELINES
         }
+        if hasattr(self.traces[0], "received"):
+            for name, scorer in ATTENTION_BASELINES.items():
+                baselines[name] = measure(scorer, self.traces, self.states, self.protected)
         baselines["oracle"] = measure(
             oracle_scorer(), self.traces, self.states, self.protected, np.ones(self.shape.n_heads)
         )
