@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
 
-from kvp_edge.capture import Blocks  # noqa: E402
-from kvp_edge.traces import Trace  # noqa: E402
-from kvp_edge.training.attention_baselines import ATTENTION_BASELINES  # noqa: E402
+from kvp_edge.capture import Blocks
+from kvp_edge.traces import Trace
+from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
 
 L, H, T = 2, 3, 100
 

@@ -1,0 +1,120 @@
+"""Trace the bundled model, train its policy, export it and compare it, in one command:
+
+    python -m scripts.train_policy --books data/books --model-run build/model --out build/policy
+
+Every stage leaves its result in the output folder, and the same command goes on where it stopped.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kvp_edge.cli.options import bundled_model
+from kvp_edge.export import export
+from kvp_edge.traces import TraceSet, capture_traces
+from kvp_edge.training.settings import Settings
+from kvp_edge.training.train import train
+from scripts.train_model import config
+from scripts.train_model.prepare import prepare
+
+from .compare import compare, plot, summary
+from .sources import GeneratedChats
+
+LENGTH = 1536  # tokens of the longest trace
+TRACES, HELD_OUT_TRACES = 480, 96
+# Below 8 queries per block a trace is larger than twice its keys and values.
+BLOCK = 16
+RECIPE = Settings(steps=3000, token_steps=300, states=8, tokens=512, lr=3e-3, eval_every=250)
+
+SMOKE_LENGTH, SMOKE_TRACES = 256, 6
+SMOKE = Settings(
+    hidden=8, steps=6, token_steps=2, warmup=2, states=2, tokens=64, eval_every=4, recent=16
+)
+
+
+def capture(
+    out: Path, model: str, source: GeneratedChats, length: int, seed: int, threads: int
+) -> TraceSet:
+    with tqdm(total=source.count, unit="trace", desc=out.name) as bar:
+        capture_traces(
+            model,
+            [source],
+            out,
+            length=length,
+            seed=seed,
+            block=BLOCK,
+            progress=lambda done, planned, tokens: bar.update(done - bar.n),
+            n_threads=threads,
+            n_threads_batch=threads,
+        )
+    return TraceSet(out, model=model)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.train_policy", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--books", type=Path, default=Path("data/books"), help="the novels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model-run",
+        type=Path,
+        default=Path("build/model"),
+        help="folder of scripts.train_model, for its tokenizer and word lists (default: "
+        "%(default)s; made from the books if it is not there)",
+    )
+    parser.add_argument("--model", help="the GGUF file (default: the model that comes along)")
+    parser.add_argument("--out", type=Path, default=Path("build/policy"), help="folder for all")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that all works")
+    chosen = parser.parse_args(arguments)
+
+    torch.set_num_threads(chosen.threads)
+    model = chosen.model or bundled_model()
+    recipe = config.SMOKE if chosen.smoke else config.FULL_CPU
+    settings = SMOKE if chosen.smoke else RECIPE
+    length = SMOKE_LENGTH if chosen.smoke else LENGTH
+    counts = (SMOKE_TRACES, SMOKE_TRACES) if chosen.smoke else (TRACES, HELD_OUT_TRACES)
+    corpus = prepare(chosen.books, chosen.model_run, recipe)
+    sets = [
+        capture(
+            chosen.out / name, model, GeneratedChats(corpus, count, held_out), length, seed,
+            chosen.threads,
+        )
+        for name, count, held_out, seed in (
+            ("traces", counts[0], False, chosen.seed),
+            ("held-out-traces", counts[1], True, chosen.seed + 1),
+        )
+    ]  # fmt: skip
+    run = chosen.out / "run"
+    if not (run / "report.json").exists():
+        train(sets[0], run, settings)
+    made = export(run, outtype="f16", license="mit", traces=sets[1])
+
+    found = compare(made.gguf, sets[1], 4 * len(sets[1]))
+    heads = sets[1].model["n_head_kv"]
+    text = summary(found, heads)
+    (chosen.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
+    figures = {
+        name: {
+            "cost": q.cost.tolist(),
+            "lost": q.lost.tolist(),
+            "token_cost": q.token_cost,
+            "token_lost": q.token_lost,
+        }
+        for name, q in found.items()
+    }
+    (chosen.out / "comparison.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    plot(found, heads, chosen.out / "cost-per-head.png")
+    print(text, file=sys.stderr)
+    print(made.gguf)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The trained policy against everything it can be compared with, on traces it has never seen."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvp_edge.native import NativePolicy
+from kvp_edge.policy_file import read_policy
+from kvp_edge.traces import Trace, TraceSet
+from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
+from kvp_edge.training.data import Protected, check_traces
+from kvp_edge.training.train import BASELINES
+from kvp_edge.training.validate import (
+    Quality,
+    choose_states,
+    heuristic_scorer,
+    measure,
+    oracle_scorer,
+)
+
+LITTLE = 0.01  # a head that loses less than this to every heuristic has nothing to lose
+
+
+def compare(policy: Path, traces: TraceSet, states: int) -> dict[str, Quality]:
+    """Quality of the policy file, run natively, and of all baselines on the same cuts."""
+    info, weights = read_policy(policy)
+    protected = Protected(info.sinks, info.recent)
+    usable, _ = check_traces(traces, protected)
+    chosen = choose_states(traces, usable, protected, states)
+    native = NativePolicy(weights)
+
+    def score(trace: Trace, n: int) -> NDArray[np.float32]:
+        keys = trace.keys[:, :, :n].astype(np.float32)
+        values = trace.values[:, :, :n].astype(np.float32)
+        return native.score(keys, values, trace.positions[:n]).reshape(-1, n)
+
+    found = {"policy": measure(score, traces, chosen, protected, weights.aggregate.reshape(-1))}
+    scorers = {name: heuristic_scorer(name) for name in BASELINES}
+    for name, scorer in (scorers | ATTENTION_BASELINES | {"oracle": oracle_scorer()}).items():
+        found[name] = measure(scorer, traces, chosen, protected)
+    return found
+
+
+def summary(found: dict[str, Quality], n_head_kv: int) -> str:
+    """Markdown: means over heads, then every head against the best heuristic."""
+    lines = [
+        "| | cost, mean over heads | attention lost | whole tokens: cost | lost |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {q.cost.mean():.2f} | {q.lost.mean():.3f} | {q.token_cost:.2f} "
+        f"| {q.token_lost:.3f} |"
+        for name, q in found.items()
+    ]
+    best_cost = np.min([found[name].cost for name in BASELINES], axis=0)
+    best_lost = np.min([found[name].lost for name in BASELINES], axis=0)
+    matters = best_lost > LITTLE
+    cost = found["policy"].cost
+    won = int((cost < best_cost)[matters].sum())
+    lines += [
+        "",
+        f"Below the best of {', '.join(BASELINES)} in {won} of the {int(matters.sum())} heads that "
+        f"have something to lose (more than {LITTLE} of a query's attention to each of them).",
+        "",
+        "| layer, head | policy: cost | best heuristic | SnapKV | policy: lost | best heuristic |",
+        "|---|---|---|---|---|---|",
+    ]
+    for i, mine in enumerate(cost):
+        lines.append(
+            f"| {i // n_head_kv}, {i % n_head_kv}{'' if matters[i] else ' (little to lose)'} "
+            f"| {mine:.2f} | {best_cost[i]:.2f} | {found['snapkv'].cost[i]:.2f} "
+            f"| {found['policy'].lost[i]:.3f} | {best_lost[i]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Quality], n_head_kv: int, path: Path) -> None:
+    """Cost of every head, log scale, as PNG."""
+    import matplotlib  # noqa: PLC0415  # the comparison's numbers do without it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    n_heads = len(found["policy"].cost)
+    marks = {"policy": "o", "keydiff": "s", "recency": "<", "snapkv": "^", "tova": "v"}
+    for name, mark in marks.items():
+        axes.plot(range(n_heads), found[name].cost, mark, label=name, alpha=0.8)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_ylabel("cost over all budgets (the best ranking = 1)")
+    axes.set_xlabel("layer, KV head")
+    axes.set_xticks(range(n_heads), [f"{i // n_head_kv},{i % n_head_kv}" for i in range(n_heads)])
+    axes.legend(ncol=len(marks), fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
