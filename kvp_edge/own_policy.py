@@ -32,9 +32,12 @@ def own_policy(model_path: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def _shipped() -> Path:
+    return Path(str(resources.files("kvp_edge") / "models"))
+
+
 def _candidates(model: Path) -> Iterator[Path]:
-    shipped = Path(str(resources.files("kvp_edge") / "models"))
-    for folder in dict.fromkeys((model.resolve().parent, shipped.resolve())):
+    for folder in dict.fromkeys((model.resolve().parent, _shipped().resolve())):
         for path in sorted(folder.glob("kvp-*.gguf")):
             if path.resolve() != model.resolve():
                 yield path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from dataclasses import dataclass, fields
@@ -208,9 +209,12 @@ def write_policy(
         writer.write_tensors_to_file()
         writer.close()
         os.replace(half, path)
-    except BaseException:
-        writer.close()
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            writer.close()  # a full disk fails here, too
         half.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write '{path}': {error.strerror}") from error
         raise
 
 

@@ -4,6 +4,7 @@ against the definition in docs/policy-format.md, written down here token by toke
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,21 @@ def test_a_damaged_file_is_refused(policy_file: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(PolicyFileError, match="not a GGUF file"):
         get_policy(tmp_path / "text.gguf")
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(
+    policy_file: Path, tmp_path: Path
+) -> None:
+    before = policy_file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write '.*': File too large"):
+            write_policy(policy_file, INFO, random_weights(INFO), "f32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert policy_file.read_bytes() == before
+    assert not list(policy_file.parent.glob("*.part"))
 
 
 def test_weights_that_are_not_numbers_are_refused(policy_file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,23 @@ def test_the_command_trains_and_tells_what_came_of_it(
     ]  # fmt: skip
     assert told[-2].startswith("below the best of keydiff, knorm, recency, random in ")
     assert told[-1] == str(tmp_path / "best.safetensors")
+
+
+def test_a_full_disk_is_a_sentence_and_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: like a full disk it fails in the middle."""
+    traces, settings = SyntheticTraces(6), Settings(**TINY)
+    train(traces, tmp_path / "whole", settings, progress=False)
+    train(traces, tmp_path / "cut", settings, progress=False, stop_after=6)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*safetensors': File too large.*goes on"):
+            train(traces, tmp_path / "cut", settings, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cut").glob("*.part"))
+    train(traces, tmp_path / "cut", settings, progress=False)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
 def test_the_command_says_what_is_missing(

@@ -15,6 +15,7 @@ from kvp_edge.cli.chat import add_chat
 from kvp_edge.cli.demo import add_demo
 from kvp_edge.cli.export import add_export
 from kvp_edge.cli.inspect import add_inspect
+from kvp_edge.cli.learn import add_learn
 from kvp_edge.cli.policies import add_policies
 from kvp_edge.cli.run import add_run
 from kvp_edge.cli.trace import add_trace
@@ -33,6 +34,7 @@ examples:
   kvp-edge demo                              what it is good for, in a table (a minute or two)
   kvp-edge chat                              chat with the small model that comes along
   kvp-edge chat model.gguf --kv-budget 1024  chat with yours
+  kvp-edge learn model.gguf                  train a policy for your model
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
 
 kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted."""
@@ -54,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    adders = (add_chat, add_run, add_demo, add_policies, add_trace, add_train, add_export)
-    for add in (*adders, add_inspect):
+    adders = (add_chat, add_run, add_demo, add_policies, add_learn)
+    for add in (*adders, add_trace, add_train, add_export, add_inspect):
         add(commands)
     return parser
 

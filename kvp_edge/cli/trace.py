@@ -60,30 +60,7 @@ def add_trace(commands: Any) -> None:
     group.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the traces; made if need be"
     )
-    for name, what in (("--text", "text files to read"), ("--chats", "chats, as JSON lines")):
-        group.add_argument(name, nargs="+", action="extend", default=[], metavar="FILE", help=what)
-    group.add_argument("--tasks", type=options.count, metavar="N", help="generate N questions")
-    group.add_argument(
-        "--task-prose",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="texts to hide the facts of --tasks in",
-    )
-    group.add_argument(
-        "--length",
-        type=options.count,
-        default=_DEFAULT_LENGTH,
-        metavar="N",
-        help=f"most tokens of a trace (default: {_DEFAULT_LENGTH})",
-    )
-    group.add_argument(
-        "--traces",
-        type=options.count,
-        metavar="N",
-        help="how many, drawn from all that can be made (default: all)",
-    )
+    add_sources(group, _DEFAULT_LENGTH)
     group.add_argument(
         "--future",
         choices=("text", "greedy"),
@@ -109,7 +86,36 @@ def add_trace(commands: Any) -> None:
     parser.set_defaults(command=_main)
 
 
-def _main(args: argparse.Namespace) -> int:
+def add_sources(group: Any, length: int) -> None:
+    """What is read: texts, chats, generated questions; how long and how many."""
+    for name, what in (("--text", "text files to read"), ("--chats", "chats, as JSON lines")):
+        group.add_argument(name, nargs="+", action="extend", default=[], metavar="FILE", help=what)
+    group.add_argument("--tasks", type=options.count, metavar="N", help="generate N questions")
+    group.add_argument(
+        "--task-prose",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="texts to hide the facts of --tasks in",
+    )
+    group.add_argument(
+        "--length",
+        type=options.count,
+        default=length,
+        metavar="N",
+        help=f"most tokens of a trace (default: {length})",
+    )
+    group.add_argument(
+        "--traces",
+        type=options.count,
+        metavar="N",
+        help="how many, drawn from all that can be made (default: all)",
+    )
+
+
+def sources_of(args: argparse.Namespace) -> list[Source]:
+    """The sources that ``add_sources`` asked for; none if none was named."""
     sources: list[Source] = [TextFile(path) for path in args.text]
     sources += [ChatFile(path) for path in args.chats]
     if args.tasks:
@@ -118,37 +124,30 @@ def _main(args: argparse.Namespace) -> int:
         raise ValueError(
             "--task-prose is where the facts of --tasks are hidden: give --tasks N, too"
         )
-    if not sources:
-        raise ValueError("give something to read: --text FILE, --chats FILE or --tasks N")
-    path = options.model_path(args)
+    return sources
+
+
+def warn_beyond_training(length: int, path: str) -> None:
     trained = options.trained_context(path)
-    if args.length > trained:
+    if length > trained:
         warnings.warn(
-            f"traces of {args.length} tokens are longer than the {trained} that the model was "
+            f"traces of {length} tokens are longer than the {trained} that the model was "
             "trained for: what it looks up beyond them may mean little",
             stacklevel=2,
         )
-    note(f"tracing; what is finished stays in '{args.out}', and the same command goes on")
+
+
+def trace(path: str, sources: list[Source], out: str, **how: Any) -> TraceSet:
+    """Capture traces with a progress bar, and say what came of it."""
+    warn_beyond_training(how["length"], path)
+    note(f"tracing; what is finished stays in '{out}', and the same command goes on")
     with tqdm(unit=" traces", disable=None) as bar:
 
         def show(done: int, planned: int, n_tokens: int) -> None:
             bar.total = planned
             bar.update(done - bar.n)
 
-        folder = capture_traces(
-            path,
-            sources,
-            args.out,
-            length=args.length,
-            n_traces=args.traces,
-            seed=args.seed,
-            future=args.future,
-            future_tokens=args.future_tokens,
-            block=args.block,
-            progress=show,
-            **options.engine_options(args),
-        )
-    traces = TraceSet(folder)
+        traces = TraceSet(capture_traces(path, sources, out, progress=show, **how))
     entries = traces.manifest["traces"]
     n_tokens, n_bytes = (sum(e[key] for e in entries) for key in ("n_tokens", "bytes"))
     note(
@@ -157,5 +156,24 @@ def _main(args: argparse.Namespace) -> int:
         f"{traces.manifest['settings']['block']} queries"
     )
     sys.stderr.flush()
-    print(folder, flush=True)
+    return traces
+
+
+def _main(args: argparse.Namespace) -> int:
+    sources = sources_of(args)
+    if not sources:
+        raise ValueError("give something to read: --text FILE, --chats FILE or --tasks N")
+    traces = trace(
+        options.model_path(args),
+        sources,
+        args.out,
+        length=args.length,
+        n_traces=args.traces,
+        seed=args.seed,
+        future=args.future,
+        future_tokens=args.future_tokens,
+        block=args.block,
+        **options.engine_options(args),
+    )
+    print(traces.path, flush=True)
     return 0

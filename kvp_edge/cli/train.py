@@ -104,12 +104,12 @@ def _main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     result: Result = train(open_traces(args.traces), args.out, settings, device=args.device)
-    print(_table(result))
+    print(comparison(result))
     print(f"{Path(args.out) / 'best.safetensors'}")
     return 0
 
 
-def _table(result: Any) -> str:
+def comparison(result: Any) -> str:
     """Cost of every scorer, and in how many heads the policy beats what a chat can compute."""
     from kvp_edge.training.train import BASELINES  # noqa: PLC0415
 

@@ -33,16 +33,26 @@ class About:
 
 
 def save(path: Path, tensors: dict[str, Tensor], about: About) -> None:
-    """Write a checkpoint, whole or not at all; an older one stays until then."""
-    from safetensors.torch import save_file  # noqa: PLC0415
+    """Write a checkpoint, whole or not at all; an older one stays until then.
+
+    Raises:
+        OSError: the disk is full, or the like; a sentence.
+    """
+    from safetensors.torch import save as as_bytes  # noqa: PLC0415
 
     metadata = {"kind": _KIND, **{k: json.dumps(v) for k, v in asdict(about).items()}}
+    data = as_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
     half = path.with_suffix(".part")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, half, metadata)
+        half.write_bytes(data)
         os.replace(half, path)
-    except BaseException:
+    except BaseException as error:
         half.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                f"cannot write '{path}': {error.strerror}. What was there before is kept; make "
+                "room, and the same command goes on from it"
+            ) from error
         raise
 
 

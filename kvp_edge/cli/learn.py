@@ -1,0 +1,106 @@
+"""``kvp-edge learn``: from a model to its policy in one command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from kvp_edge.cli import options
+from kvp_edge.cli.trace import add_sources, sources_of, trace
+from kvp_edge.cli.train import comparison, require_torch
+from kvp_edge.cli.watch import note
+from kvp_edge.trace_sources import Source, Tasks
+from kvp_edge.training.settings import Settings
+
+_TASKS = 300
+_LENGTH = 1024
+
+_EPILOG = """\
+Three steps, each a command of its own with more options: kvp-edge trace, train, export. What is
+finished stays in --out, and the same command goes on where it stopped. Without anything to read,
+the model gets 300 generated questions about facts hidden in the novel that comes along; give texts
+and chats like yours with --text and --chats for a policy that knows what you talk about.
+
+The policy file is put beside the model, where kvp-edge chat and kvp_edge.Llama find it by
+themselves. The last line of the output is its name.
+
+examples:
+  kvp-edge learn model.gguf
+  kvp-edge learn model.gguf --chats chats.jsonl --text books/*.txt --traces 500 --steps 4000"""
+
+
+def add_learn(commands: Any) -> None:
+    parser = commands.add_parser(
+        "learn",
+        help="make a policy for a model: trace, train and export in one command",
+        description="Watch a model read, learn what it needs, and write that down as its policy.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model_options(parser)
+    group = parser.add_argument_group("what it learns from")
+    add_sources(group, _LENGTH)
+    group = parser.add_argument_group("learning")
+    group.add_argument(
+        "--out", metavar="DIR", help="folder for traces and training (default: kvp-<MODEL>)"
+    )
+    group.add_argument(
+        "--steps",
+        type=options.count,
+        default=Settings.steps,
+        metavar="N",
+        help=f"training steps (default: {Settings.steps})",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random")
+    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
+    parser.set_defaults(command=_main)
+
+
+def _main(args: argparse.Namespace) -> int:
+    require_torch("learning")
+    from kvp_edge.training.train import train  # noqa: PLC0415
+
+    path = options.model_path(args)
+    stem = Path(path).stem
+    out = Path(args.out or f"kvp-{stem}")
+    sources: list[Source] = sources_of(args) or [Tasks(_TASKS)]
+    note("step 1 of 3: what does the model look up?")
+    traces = trace(
+        path,
+        sources,
+        str(out / "traces"),
+        length=args.length,
+        n_traces=args.traces,
+        seed=args.seed,
+        **options.engine_options(args),
+    )
+    note("step 2 of 3: learning what it will look up")
+    run = out / "run"
+    if not (run / "report.json").exists():
+        settings = Settings(steps=args.steps, seed=args.seed)
+        note(comparison(train(traces, run, settings, device=args.device)))
+    note("step 3 of 3: writing the policy file and checking it")
+    made = importlib.import_module("kvp_edge.export").export(run, traces=traces)
+    print(_beside(Path(path), Path(made.gguf)), flush=True)
+    return 0
+
+
+def _beside(model: Path, policy: Path) -> Path:
+    """A copy of the policy beside the model; the policy itself where that cannot or must not be."""
+    if model == Path(options.bundled_model()):
+        note(f"the small model keeps the policy it came with: use --policy '{policy}'")
+        return policy
+    target = model.parent / policy.name
+    try:
+        half = target.with_name(target.name + ".part")
+        shutil.copyfile(policy, half)
+        os.replace(half, target)
+    except OSError as error:
+        note(f"'{model.parent}' cannot be written ({error.strerror}): use --policy '{policy}'")
+        return policy
+    note("chats with this model will use it from now on")
+    return target
