@@ -26,10 +26,10 @@ import llama_cpp
 from tqdm import tqdm
 
 import kvp_edge
+from kvp_edge.cli.options import bundled_model
 from kvp_edge.policies import POLICIES
 
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "penelope_brandling.txt"
-MODELS = Path(kvp_edge.__file__).parent / "models"
 
 
 @dataclass
@@ -108,7 +108,7 @@ def _seconds(work: object) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=str(next(MODELS.glob("*.gguf"))))
+    parser.add_argument("--model", default=bundled_model())
     parser.add_argument("--cells", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--granularity", choices=("head", "token"), default="head")

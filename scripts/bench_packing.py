@@ -37,6 +37,7 @@ import llama_cpp
 import numpy as np
 
 import kvp_edge
+from kvp_edge.cli.options import bundled_model
 from kvp_edge.eviction import Table
 from kvp_edge.native import pack_state
 
@@ -231,8 +232,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         models = {Path(args.model).stem: args.model} if args.model else {}
         if not models:
-            bundled = next((Path(kvp_edge.__file__).parent / "models").glob("*.gguf"))
-            models[bundled.stem] = str(bundled)
+            bundled = bundled_model()
+            models[Path(bundled).stem] = bundled
             models["0.5B shape"] = str(Path(folder) / "half-b.gguf")
             write_model(models["0.5B shape"], HALF_B)
 

@@ -45,9 +45,9 @@ def beside(path: str) -> Path:
 @pytest.fixture(scope="session")
 def bundled_model() -> str:
     """The model that ships with the package: it can look things up in its context."""
-    models = sorted((Path(kvp_edge.__file__).parent / "models").glob("*.gguf"))
-    assert len(models) == 1
-    return str(models[0])
+    from kvp_edge.cli.options import bundled_model as path
+
+    return path()
 
 
 @pytest.fixture(scope="session")
