@@ -126,9 +126,9 @@ def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
         (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, False),
         (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, False),
         (256, 16.0, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, True),
-        (512, 9.0, _LATE, 0.5, 0.9, (1.0, 0.7), 0.4, True),
+        (512, 7.0, _LATE, 0.5, 0.9, (1.0, 0.7), 0.4, True),
         (1024, 3.0, _LATE, 0.5, 0.9, (0.7, 0.5), 0.4, True),
-        *_mixed_lengths(rounds=10, first_rate=0.5),
+        *_mixed_lengths(rounds=8, first_rate=0.5),
     )
     return tuple(
         Stage(length, max(1, batch_tokens // length), int(millions * scale * 1e6), *rest)
