@@ -97,6 +97,17 @@ _LATE = {
     "copying": 0.02,
     "reading": 0.30,
 }
+_LONG = {
+    "needle": 0.08,
+    "queries": 0.05,
+    "values": 0.20,
+    "variables": 0.13,
+    "lookup": 0.08,
+    "facts": 0.10,
+    "told": 0.06,
+    "copying": 0.02,
+    "reading": 0.28,
+}
 _Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], float, bool]
 # Length and million tokens of one round through all lengths.
 _ROUND = ((4096, 0.123), (2048, 0.123), (1024, 0.164), (512, 0.205), (256, 0.205))
@@ -113,7 +124,7 @@ def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
     done = 0.0
     for length, millions in _ROUND * rounds:
         rates = tuple(first_rate * (1 - d / whole) for d in (done, done + millions))
-        rows.append((length, millions, _LATE, 0.5, 0.9, (rates[0], rates[1]), 0.4, True))
+        rows.append((length, millions, _LONG, 0.5, 0.9, (rates[0], rates[1]), 0.4, True))
         done += millions
     return rows
 
@@ -126,8 +137,8 @@ def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
         (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, False),
         (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, False),
         (256, 16.0, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, True),
-        (512, 7.0, _LATE, 0.5, 0.9, (1.0, 0.7), 0.4, True),
-        (1024, 3.0, _LATE, 0.5, 0.9, (0.7, 0.5), 0.4, True),
+        (512, 7.0, _LONG, 0.5, 0.9, (1.0, 0.7), 0.4, True),
+        (1024, 3.0, _LONG, 0.5, 0.9, (0.7, 0.5), 0.4, True),
         *_mixed_lengths(rounds=8, first_rate=0.5),
     )
     return tuple(

@@ -373,6 +373,29 @@ class TaskMaker:
             room -= len(between)
         return Item(head + [token for e in exchanges for token in e], turns)
 
+    def told(self, length: int) -> Item | None:
+        """Facts or needles in one long message, the question below it: a document that is asked."""
+        rng, p = self.rng, self.phrases
+        count = rng.randint(1, max(1, min(12, length // 50)))
+        told: dict[str, tuple[str, str, str]] = {}
+        if rng.random() < 0.5:
+            while len(told) < count:
+                subject, statement, question, answer = self.fact()
+                told.setdefault(subject, (f" {statement}", question, answer))
+        else:
+            noun = rng.choice(p.number_nouns)
+            for key in self.distinct(self.key, count):
+                value = self.number()
+                told[key] = (
+                    rng.choice(p.needles).format(n=noun, k=key, v=value),
+                    rng.choice(p.questions).format(n=noun, k=key).lstrip(),
+                    ANSWER.format(k=key, v=value),
+                )
+        asked = rng.sample(list(told.values()), rng.randint(1, max(1, min(count, length // 80))))
+        gap = rng.choice([" ", "\n", "\n\n"])
+        pairs = [(gap + question, answer) for _, question, answer in asked]
+        return self.in_text(length, [statement for statement, _, _ in told.values()], pairs)
+
     def copying(self, length: int) -> Item | None:
         """Repeat a text given by the user, sometimes after a story."""
         rng = self.rng
@@ -444,6 +467,7 @@ CHATS: dict[str, Callable[[TaskMaker, int], Item | None]] = {
     "variables": TaskMaker.variables,
     "lookup": TaskMaker.lookup,
     "facts": TaskMaker.facts,
+    "told": TaskMaker.told,
     "copying": TaskMaker.copying,
 }
 _STREAMS: dict[str, Callable[[TaskMaker, int], tuple[list[int], list[int]]]] = {
