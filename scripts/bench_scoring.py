@@ -5,8 +5,10 @@
 
 For agents in the shape of several models it scores random keys and values, and multiplies square
 f32 matrices (numpy's BLAS, one thread: set OPENBLAS_NUM_THREADS=1) in between, so that a noisy
-machine slows both. The last column is the share of that peak that native scoring reaches, counting
-the multiplications of the first and second layer only.
+machine slows both. "Of the peak" is the share of that which native scoring reaches, counting the
+multiplications of the first and second layer only. The last two columns set it against llama.cpp
+reading 512 tokens at once and writing one by one, with as many threads, in the bundled model and in
+one of the 0.5B shape with random weights: a token is scored once, however it came in.
 
 Prints a Markdown table of medians on stdout.
 """
@@ -16,18 +18,36 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import llama_cpp
 import numpy as np
 from tqdm import tqdm
 
-from kvp_edge.native import NativePolicy
+from kvp_edge.cli.options import bundled_model
+from kvp_edge.native import NativePolicy, read_model_shape
 from kvp_edge.policies.learned import forward, with_gaps
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes
 
-#: name -> layers, KV heads, head size
-SHAPES = {"bundled model": (5, 2, 64), "0.5B": (24, 2, 64), "7B": (28, 4, 128)}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from support.gguf_models import ModelShape, write_model
+
+HALF_B = ModelShape(
+    "qwen2",
+    n_layer=24,
+    n_embd=896,
+    n_head=14,
+    n_head_kv=2,
+    head_dim=64,
+    n_ff=4864,
+    n_ctx_train=32768,
+    weight_type="f16",
+)
+SEVEN_B = (28, 4, 128)  # layers, KV heads, head size
 _SQUARE = 1024
 
 
@@ -45,11 +65,25 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def row(name: str, context: int, args: argparse.Namespace) -> str:
-    """One line of the table."""
+def model_speed(path: str, threads: int, repeat: int) -> tuple[float, float]:
+    """Microseconds per token of llama.cpp: reading 512 at once, writing one by one."""
+    llm = llama_cpp.Llama(
+        path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+    reading, writing = [], []
+    for _ in range(repeat):
+        llm.reset()
+        reading.append(seconds(lambda: llm.eval(list(range(100, 612)))) / 512)
+        writing.append(seconds(lambda: [llm.eval([token]) for token in range(100, 116)]) / 16)
+    llm.close()
+    return 1e6 * statistics.median(reading), 1e6 * statistics.median(writing)
+
+
+def row(name: str, shape: tuple[int, int, int], context: int, model: str, args: Any) -> str:
+    """One line of the table; ``model`` is a GGUF file or empty."""
     rng = np.random.default_rng(0)
     square = rng.standard_normal((_SQUARE, _SQUARE)).astype(np.float32)
-    n_layer, n_head_kv, size = SHAPES[name]
+    n_layer, n_head_kv, size = shape
     info = PolicyInfo("", n_layer, n_head_kv, size, size, args.hidden, context)
     weights = random_weights(info, rng)
     native = NativePolicy(weights)
@@ -66,9 +100,13 @@ def row(name: str, context: int, args: argparse.Namespace) -> str:
     flops = 2 * args.tokens * n_layer * n_head_kv * args.hidden * (2 * size + args.hidden)
     speed, peak = flops / statistics.median(ours), statistics.median(peaks)
     micro = [1e6 * statistics.median(s) / args.tokens for s in (ours, theirs)]
+    shares = "| | |"
+    if model:
+        speeds = model_speed(model, args.threads, args.repeat)
+        shares = "".join(f"| {100 * micro[0] / us:.2g}% " for us in speeds) + "|"
     return (
         f"| {name} | {context} | {micro[0]:.1f} | {micro[1]:.1f} | {speed / 1e9:.1f} "
-        f"| {speed / peak:.2f} |"
+        f"| {speed / peak:.2f} {shares}"
     )
 
 
@@ -79,11 +117,22 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of native scoring")
     parser.add_argument("--hidden", type=int, default=64)
     args = parser.parse_args()
-    print("| shape | context | native, us/token | numpy, us/token | GFLOP/s | of the peak |")
-    print("|---|---|---|---|---|---|")
-    cases = [(name, context) for name in SHAPES for context in (1, 9)]
-    for name, context in tqdm(cases, disable=None):
-        print(row(name, context, args), flush=True)
+    print(
+        "| shape | context | native, us/token | numpy, us/token | GFLOP/s | of the peak "
+        "| of reading | of writing |\n|---|---|---|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        small, half_b = bundled_model(), str(Path(folder) / "half-b.gguf")
+        write_model(half_b, HALF_B)
+        s = read_model_shape(small)
+        cases = [
+            ("bundled model", (s.n_layer, s.n_head_kv[0], s.head_size_k), small),
+            ("0.5B", (HALF_B.n_layer, HALF_B.n_head_kv, HALF_B.head_dim), half_b),
+            ("7B", SEVEN_B, ""),
+        ]
+        for name, shape, model in tqdm(cases, disable=None):
+            for context in (1, 9):
+                print(row(name, shape, context, model, args), flush=True)
     return 0
 
 

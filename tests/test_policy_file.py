@@ -16,6 +16,7 @@ import pytest
 
 from kvp_edge.cli import main
 from kvp_edge.errors import PolicyFileError
+from kvp_edge.native import read_model_shape
 from kvp_edge.policies import Learned, get_policy
 from kvp_edge.policy_file import (
     FEATURES,
@@ -272,7 +273,15 @@ def test_a_bundled_model_is_not_a_policy(bundled_model: str) -> None:
 def test_a_policy_file_runs_in_a_bounded_chat_and_another_model_s_is_refused(
     bundled_model: str, tmp_path: Path, load: Callable[..., Any]
 ) -> None:
-    own = replace(INFO, n_layer=4, n_head_kv=2, head_size_k=64, head_size_v=64)
+    shape = read_model_shape(bundled_model)
+    own = replace(
+        INFO,
+        architecture=shape.architecture,
+        n_layer=shape.n_layer,
+        n_head_kv=shape.n_head_kv[0],
+        head_size_k=shape.head_size_k,
+        head_size_v=shape.head_size_v,
+    )
     write_policy(tmp_path / "own.gguf", own, random_weights(own), "f16")
     limits = {"n_ctx": 4096, "kv_budget": 64, "recent": 16, "reserve": 64, "n_batch": 64}
     for granularity in ("token", "head"):
@@ -281,7 +290,8 @@ def test_a_policy_file_runs_in_a_bounded_chat_and_another_model_s_is_refused(
         )
         llm.eval([1, *range(100, 600)])
         assert llm.kv_stats.evictions > 0
-    write_policy(tmp_path / "other.gguf", INFO, random_weights(INFO), "f16")
+    other = replace(INFO, architecture=shape.architecture)
+    write_policy(tmp_path / "other.gguf", other, random_weights(other), "f16")
     with pytest.raises(PolicyFileError, match="is for a cache of 2 layers"):
         load(bundled_model, policy=str(tmp_path / "other.gguf"), **limits)
     write_policy(tmp_path / "qwen.gguf", replace(own, architecture="qwen2"), random_weights(own))
