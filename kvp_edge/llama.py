@@ -242,7 +242,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
         self._system_prompt: bytes | None = None
-        self._fingerprint: str | None = None
+        self._file_identity: str | None = None
 
     def _settle_granularity(self, cache: NativeCache) -> Granularity:
         if self._bound.granularity == "token":
@@ -591,13 +591,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """Everything that decides what the cache's numbers mean and how they go on."""
         kv = self._bounded("a session")
         limits, shape, params = kv.limits, kv.cache.shape, self.context_params
-        if self._fingerprint is None:
-            self._fingerprint = session.fingerprint(self.model_path)
+        if self._file_identity is None:
+            self._file_identity = session.file_identity(self.model_path)
         lora = getattr(self, "lora_path", None)
         return {
             "llama-cpp-python": BUILT_FOR,
-            "model": self._fingerprint,
-            "lora": [session.fingerprint(lora), self.lora_scale] if lora else None,
+            "model": self._file_identity,
+            "lora": [session.file_identity(lora), self.lora_scale] if lora else None,
             "policy": kv.policy.identity(),
             "granularity": kv.granularity,
             "positions": self._bound.positions,

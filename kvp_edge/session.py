@@ -37,13 +37,13 @@ _DIGEST_BYTES = 32
 _MAX_HEADER_BYTES = 2**26
 _DTYPES = {"uint8", "int32", "float32"}
 
-#: What ``fingerprint`` reads of a file: its ends, and samples spread over the rest.
+#: What ``file_identity`` reads of a file: its ends, and samples spread over the rest.
 _END_BYTES, _SAMPLE_BYTES, _N_SAMPLES = 2**20, 2**16, 64
 
 Array = npt.NDArray[Any]
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
+def file_identity(path: str | os.PathLike[str]) -> str:
     """Tells one model file from another without reading all of it: SHA-256 over its size, its first
     and last MiB and 64 samples of 64 KiB between them. Metadata lies in the first part; other
     weights differ nearly everywhere."""

@@ -276,15 +276,15 @@ def test_a_state_that_llama_cpp_does_not_take_leaves_nothing_and_says_so(
     assert llm.kv_stats.seen == 300
 
 
-def test_the_fingerprint_tells_files_apart(tmp_path: Path) -> None:
+def test_the_identity_of_a_file_tells_files_apart(tmp_path: Path) -> None:
     path = tmp_path / "f"
     data = bytearray(np.random.default_rng(0).integers(0, 256, 3 * 2**20, np.uint8).tobytes())
     path.write_bytes(data)
-    first = session.fingerprint(path)
-    assert session.fingerprint(path) == first
+    first = session.file_identity(path)
+    assert session.file_identity(path) == first
     data[100] ^= 1
     path.write_bytes(data)
-    assert session.fingerprint(path) != first
+    assert session.file_identity(path) != first
     data[100] ^= 1
     path.write_bytes(data[:-1])
-    assert session.fingerprint(path) != first
+    assert session.file_identity(path) != first
