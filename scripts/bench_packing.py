@@ -44,19 +44,8 @@ from kvp_edge.native import pack_state
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from support import blobs  # noqa: E402
-from support.gguf_models import ModelShape, write_model  # noqa: E402
+from support.gguf_models import HALF_B, write_model  # noqa: E402
 
-HALF_B = ModelShape(
-    "qwen2",
-    n_layer=24,
-    n_embd=896,
-    n_head=14,
-    n_head_kv=2,
-    head_dim=64,
-    n_ff=4864,
-    n_ctx_train=32768,
-    weight_type="f16",
-)
 SMALL = 2048
 
 

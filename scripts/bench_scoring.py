@@ -34,19 +34,8 @@ from kvp_edge.policies.learned import forward, with_gaps
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from support.gguf_models import ModelShape, write_model
+from support.gguf_models import HALF_B, write_model
 
-HALF_B = ModelShape(
-    "qwen2",
-    n_layer=24,
-    n_embd=896,
-    n_head=14,
-    n_head_kv=2,
-    head_dim=64,
-    n_ff=4864,
-    n_ctx_train=32768,
-    weight_type="f16",
-)
 SEVEN_B = (28, 4, 128)  # layers, KV heads, head size
 _SQUARE = 1024
 

@@ -88,6 +88,20 @@ class ModelShape:
         return self.sliding_window > 0 and layer % self.sliding_pattern < last
 
 
+#: The shape of common 0.5B models, for benchmarks.
+HALF_B = ModelShape(
+    "qwen2",
+    n_layer=24,
+    n_embd=896,
+    n_head=14,
+    n_head_kv=2,
+    head_dim=64,
+    n_ff=4864,
+    n_ctx_train=32768,
+    weight_type="f16",
+)
+
+
 def write_model(
     path: str | PathLike[str],
     shape: ModelShape,
