@@ -13,7 +13,8 @@ class Stage:
     `other_weight` the loss weight of tokens that are not answers, `predicted` the share of tokens
     that enter the loss (all answers and a random choice of the others), `rates` the learning rate
     at the start and the end of the stage as shares of its peak (linear in between), `invented` the
-    share of made-up words in the tasks, `many_wordings` whether they use all training wordings.
+    share of made-up words in the tasks, `many_wordings` whether they use all training wordings,
+    `free` the share of statements in no wording at all (see TaskMaker).
     """
 
     length: int
@@ -25,6 +26,7 @@ class Stage:
     rates: tuple[float, float] = (1.0, 1.0)
     invented: float = 0.0
     many_wordings: bool = False
+    free: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -97,18 +99,18 @@ _LATE = {
     "copying": 0.02,
     "reading": 0.30,
 }
-_LONG = {
+_LAST = {
     "needle": 0.08,
     "queries": 0.05,
-    "values": 0.20,
-    "variables": 0.13,
-    "lookup": 0.08,
-    "facts": 0.10,
+    "values": 0.18,
+    "variables": 0.11,
+    "lookup": 0.12,
+    "facts": 0.14,
     "told": 0.06,
-    "copying": 0.02,
-    "reading": 0.28,
+    "copying": 0.01,
+    "reading": 0.25,
 }
-_Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], float, bool]
+_Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], float, bool, float]
 # Length and million tokens of one round through all lengths.
 _ROUND = ((4096, 0.123), (2048, 0.123), (1024, 0.164), (512, 0.205), (256, 0.205))
 
@@ -124,7 +126,7 @@ def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
     done = 0.0
     for length, millions in _ROUND * rounds:
         rates = tuple(first_rate * (1 - d / whole) for d in (done, done + millions))
-        rows.append((length, millions, _LONG, 0.5, 0.9, (rates[0], rates[1]), 0.4, True))
+        rows.append((length, millions, _LAST, 0.5, 0.9, (rates[0], rates[1]), 0.4, True, 0.35))
         done += millions
     return rows
 
@@ -132,13 +134,14 @@ def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
 def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
     """Lengths from 64 to 4,096; `scale` multiplies the tokens, `batch_tokens` is one step."""
     plan = (
-        (64, 1.2, _FIRST, 0.2, 0.5, (1.0, 1.0), 0.0, False),
-        (128, 0.8, _FIRST, 0.3, 0.5, (1.0, 1.0), 0.0, False),
-        (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, False),
-        (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, False),
-        (256, 16.0, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, True),
-        (512, 7.0, _LONG, 0.5, 0.9, (1.0, 0.7), 0.4, True),
-        (1024, 3.0, _LONG, 0.5, 0.9, (0.7, 0.5), 0.4, True),
+        (64, 1.2, _FIRST, 0.2, 0.5, (1.0, 1.0), 0.0, False, 0.0),
+        (128, 0.8, _FIRST, 0.3, 0.5, (1.0, 1.0), 0.0, False, 0.0),
+        (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, False, 0.0),
+        (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, False, 0.0),
+        (256, 12.35, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, True, 0.0),
+        (256, 5.0, _LAST, 0.5, 0.9, (1.0, 1.0), 0.4, True, 0.35),
+        (512, 6.0, _LAST, 0.5, 0.9, (1.0, 0.7), 0.4, True, 0.35),
+        (1024, 2.5, _LAST, 0.5, 0.9, (0.7, 0.5), 0.4, True, 0.35),
         *_mixed_lengths(rounds=8, first_rate=0.5),
     )
     return tuple(

@@ -73,13 +73,84 @@ class Prose:
         return found or [0]
 
 
+_SMALL_WORDS = [
+    "the",
+    "a",
+    "an",
+    "of",
+    "to",
+    "in",
+    "on",
+    "at",
+    "by",
+    "for",
+    "with",
+    "from",
+    "as",
+    "is",
+    "was",
+    "are",
+    "were",
+    "be",
+    "been",
+    "has",
+    "had",
+    "have",
+    "do",
+    "did",
+    "so",
+    "very",
+    "too",
+    "we",
+    "I",
+    "you",
+    "he",
+    "she",
+    "it",
+    "they",
+    "us",
+    "him",
+    "them",
+    "this",
+    "that",
+    "these",
+    "those",
+    "but",
+    "and",
+    "or",
+    "not",
+    "no",
+    "now",
+    "then",
+    "here",
+    "there",
+    "when",
+    "where",
+    "all",
+    "any",
+    "some",
+    "more",
+    "most",
+    "only",
+    "just",
+    "also",
+    "always",
+    "never",
+    "often",
+    "again",
+    "one",
+    "two",
+]  # a list of a line for each word reads worse
+
+
 class TaskMaker:
     """Makes items of exactly `length` tokens; the same seed makes the same items.
 
     `held_out=True` takes the wordings kept for evaluation; `pools` and `prose` must then be the
     held-out ones as well. `invented` is the share of made-up words among keys, values and subjects:
     a model that has met only real ones learns them by heart and does not copy a new one. None of
-    the `reserved` words is ever made up.
+    the `reserved` words is ever made up. `free` is the share of statements in no wording at all:
+    key and value between random small words, in either order: what binds them is the sentence.
     """
 
     def __init__(
@@ -92,6 +163,7 @@ class TaskMaker:
     ) -> None:
         self.tokenizer, self.pools, self.prose = tokenizer, pools, prose
         self.invented = 0.0
+        self.free = 0.0
         self._reserved = {word.lower() for word in reserved}
         pieces = sorted(tokenizer.get_vocab())
         self._beginnings = [p[1:] for p in pieces if re.fullmatch("\u0120[a-z]{2,}", p)]
@@ -150,6 +222,30 @@ class TaskMaker:
             found[make()] = None
         return list(found)
 
+    def freely(self) -> bool:
+        return self.free > 0 and self.rng.random() < self.free
+
+    def free_statement(self, key: str = "{k}") -> str:
+        """Small words in any order around `key` and {v}, in either order: only the value is a word
+        that could be one."""
+
+        def words(most: int) -> list[str]:
+            return [self.rng.choice(_SMALL_WORDS) for _ in range(self.rng.randint(0, most))]
+
+        first, second = (key, "{v}") if self.rng.random() < 0.6 else ("{v}", key)
+        text = " ".join([*words(3), first, *words(4), second, *words(2)])
+        return text + self.rng.choice([".", ".", ".", "!", " now.", ", I think.", ", they say."])
+
+    def free_pair(self) -> str:
+        """Key and value with random signs or a small word between them."""
+        if self.rng.random() < 0.4:
+            between = f" {self.rng.choice(_SMALL_WORDS)} "
+        else:
+            signs = "".join(self.rng.choice("!#$%&*+-/<=>?@^_|~:") for _ in range(2))
+            between = self.rng.choice([signs[0], signs]) + self.rng.choice(["", " "])
+            between = self.rng.choice(["", " "]) + between
+        return f" {{k}}{between}{{v}}."
+
     def opening(self) -> list[int]:
         if self.rng.random() < 0.2:
             return [BOS, SYSTEM, *self.fixed(self.rng.choice(SYSTEM_PROMPTS)), END]
@@ -191,6 +287,12 @@ class TaskMaker:
             return None
         return Item(head + self.scatter(needles, length - used), turns)
 
+    def needle_wording(self) -> str:
+        """Template with {n}, {k} and {v}, or without {n}."""
+        if self.freely():
+            return " " + self.free_statement()
+        return self.rng.choice(self.phrases.needles)
+
     # ---- tasks --------------------------------------------------------------------------------
 
     def needle(
@@ -217,7 +319,7 @@ class TaskMaker:
         rng.shuffle(owners)
         upcoming = {k: iter(v) for k, v in told.items()}
         # Repeated keys keep one wording, as in RULER's multi-value task.
-        wording = {k: rng.choice(p.needles) for k in names}
+        wording = {k: self.needle_wording() for k in names}
         sentences = [wording[k].format(n=noun, k=k, v=next(upcoming[k])) for k in owners]
 
         asked = min(keys, asked or rng.randint(1, max(1, length // 60)))
@@ -287,6 +389,8 @@ class TaskMaker:
         """A list of key-value pairs, then questions; `pairs=0` fills the length with pairs."""
         rng, p = self.rng, self.phrases
         wording, opening = rng.choice(p.pairs), rng.choice(p.list_openings)
+        if self.freely():
+            wording = self.free_pair()
         asked = asked or rng.randint(1, max(1, length // 60))
         numbers = rng.random() < 0.5
         value = self.number if numbers else self.word
@@ -322,7 +426,8 @@ class TaskMaker:
         kind: FactKind = rng.choice(self.phrases.facts)
         subject = self.word() if self.inventing() else rng.choice(kind.subjects)
         value = {"name": self.name, "word": self.word, "number": self.number}[kind.value]()
-        statement = rng.choice(kind.statements).format(r=subject, v=value)
+        wording = self.free_statement("my {r}") if self.freely() else rng.choice(kind.statements)
+        statement = wording.format(r=subject, v=value)
         return (
             subject,
             statement,
@@ -387,7 +492,7 @@ class TaskMaker:
             for key in self.distinct(self.key, count):
                 value = self.number()
                 told[key] = (
-                    rng.choice(p.needles).format(n=noun, k=key, v=value),
+                    self.needle_wording().format(n=noun, k=key, v=value),
                     rng.choice(p.questions).format(n=noun, k=key).lstrip(),
                     ANSWER.format(k=key, v=value),
                 )

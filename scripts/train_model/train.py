@@ -58,7 +58,7 @@ def batch(maker: TaskMaker, stage: Stage, seed: int, step: int) -> tuple[Tensor,
     whose prediction counts, all answers among them, and their loss weights float32 [predictions].
     """
     maker.seed(seed, step)
-    maker.invented = stage.invented
+    maker.invented, maker.free = stage.invented, stage.free
     maker.phrases = MANY if stage.many_wordings else FEW
     rows = [sample(maker, stage.mix, stage.length + 1) for _ in range(stage.batch)]
     ids = torch.tensor([row[0] for row in rows])
