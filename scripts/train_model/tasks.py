@@ -78,6 +78,32 @@ _SMALL_WORDS = (
     "very too we I you he she it they us him them this that these those but and or not no now then "
     "here there when where all any some more most only just also always never often again one two"
 )
+
+
+class TaskMaker:
+    """Makes items of exactly `length` tokens; the same seed makes the same items.
+
+    `held_out=True` takes the wordings kept for evaluation; `pools` and `prose` must then be the
+    held-out ones as well. `invented` is the share of made-up words among keys, values and subjects:
+    a model that has met only real ones learns them by heart and does not copy a new one. None of
+    the `reserved` words is ever made up. `free` is the share of statements in no wording at all:
+    key and value between random small words, in either order: what binds them is the sentence.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        pools: WordPools,
+        prose: Prose,
+        held_out: bool = False,
+        reserved: Sequence[str] = (),
+    ) -> None:
+        self.tokenizer, self.pools, self.prose = tokenizer, pools, prose
+        self.invented = 0.0
+        self.free = 0.0
+        self._reserved = {word.lower() for word in reserved}
+        pieces = sorted(tokenizer.get_vocab())
+        self._beginnings = [p[1:] for p in pieces if re.fullmatch("\u0120[a-z]{2,}", p)]
         self._endings = [p for p in pieces if re.fullmatch("[a-z]{2,}", p)]
         self.phrases: Phrases = HELD_OUT if held_out else FEW
         self.rng = Random(0)
