@@ -13,6 +13,7 @@ from kvp_edge import Llama
 from kvp_edge.cli import main
 from kvp_edge.cli.demo import FULL, SHIFT, Row, prompt_tokens, reading, table
 from kvp_edge.cli.demo_tasks import Item, make_items
+from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import POLICIES
 
 
@@ -74,8 +75,11 @@ def rows() -> list[dict[str, object]]:
     return found
 
 
-def test_there_is_a_row_for_every_way_of_reading(rows: list[dict[str, object]]) -> None:
-    assert [row["cache"] for row in rows] == [FULL, SHIFT, *POLICIES]
+def test_there_is_a_row_for_every_way_of_reading(
+    rows: list[dict[str, object]], bundled_model: str
+) -> None:
+    own = ["learned"] if own_policy(bundled_model) else []
+    assert [row["cache"] for row in rows] == [FULL, SHIFT, *own, *POLICIES]
 
 
 def test_the_full_context_is_at_least_as_good_as_any_other(rows: list[dict[str, object]]) -> None:

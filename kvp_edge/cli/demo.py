@@ -23,7 +23,8 @@ from kvp_edge.cli.watch import note
 from kvp_edge.context_shift import ContextShift
 from kvp_edge.limits import CELL_UNIT, parse_budget
 from kvp_edge.llama import Llama
-from kvp_edge.policies import POLICIES
+from kvp_edge.own_policy import own_policy
+from kvp_edge.policies import POLICIES, Learned
 
 _REPLY_TOKENS = 32
 _DEFAULT_ITEMS = 20
@@ -42,7 +43,8 @@ _EPILOG = """\
 The rows of the table:
   full context      every token stays in the cache
   drop oldest half  llama.cpp's context shift, in as many cells as the policies have
-  the others        the policies of kvp-edge (kvp-edge policies tells what they are)
+  learned           the policy that was trained for this model, if there is one
+  the others        policies that need no training (kvp-edge policies tells what they are)
 Replies are greedy, and right if they name the value asked for. "dropped" counts the tokens of an
 average conversation that were not in the cache any more at its end.
 
@@ -170,6 +172,9 @@ class Demo:
         """Read all conversations in every way. Shows a progress bar on a terminal."""
         ways: dict[str, Callable[[], AbstractContextManager[Reader]]]
         ways = {FULL: self._full, SHIFT: self._shift}
+        own = own_policy(self.path)
+        if own is not None:
+            ways[Learned.name] = partial(self._bounded, own)
         ways |= {name: partial(self._bounded, name) for name in POLICIES}
         rows = []
         with tqdm(total=len(ways) * len(self._items), unit=" conversations", disable=None) as bar:
