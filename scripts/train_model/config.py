@@ -13,8 +13,8 @@ class Stage:
     `other_weight` the loss weight of tokens that are not answers, `predicted` the share of tokens
     that enter the loss (all answers and a random choice of the others), `rates` the learning rate
     at the start and the end of the stage as shares of its peak (linear in between), `invented` the
-    share of made-up words in the tasks, `many_wordings` whether they use all training wordings,
-    `free` the share of statements in no wording at all (see TaskMaker).
+    share of made-up words in the tasks, `wordings` which ones they use (see
+    wordings.py), `free` the share of statements in no wording at all (see TaskMaker).
     """
 
     length: int
@@ -25,7 +25,7 @@ class Stage:
     predicted: float = 0.9
     rates: tuple[float, float] = (1.0, 1.0)
     invented: float = 0.0
-    many_wordings: bool = False
+    wordings: str = "few"
     free: float = 0.0
 
     @property
@@ -110,7 +110,7 @@ _LAST = {
     "copying": 0.01,
     "reading": 0.25,
 }
-_Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], float, bool, float]
+_Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], float, str, float]
 # Length and million tokens of one round through all lengths.
 _ROUND = ((4096, 0.123), (2048, 0.123), (1024, 0.164), (512, 0.205), (256, 0.205))
 
@@ -126,7 +126,7 @@ def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
     done = 0.0
     for length, millions in _ROUND * rounds:
         rates = tuple(first_rate * (1 - d / whole) for d in (done, done + millions))
-        rows.append((length, millions, _LAST, 0.5, 0.9, (rates[0], rates[1]), 0.4, True, 0.35))
+        rows.append((length, millions, _LAST, 0.5, 0.9, (rates[0], rates[1]), 0.4, "most", 0.35))
         done += millions
     return rows
 
@@ -134,14 +134,14 @@ def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
 def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
     """Lengths from 64 to 4,096; `scale` multiplies the tokens, `batch_tokens` is one step."""
     plan = (
-        (64, 1.2, _FIRST, 0.2, 0.5, (1.0, 1.0), 0.0, False, 0.0),
-        (128, 0.8, _FIRST, 0.3, 0.5, (1.0, 1.0), 0.0, False, 0.0),
-        (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, False, 0.0),
-        (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, False, 0.0),
-        (256, 12.35, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, True, 0.0),
-        (256, 5.0, _LAST, 0.5, 0.9, (1.0, 1.0), 0.4, True, 0.35),
-        (512, 6.0, _LAST, 0.5, 0.9, (1.0, 0.7), 0.4, True, 0.35),
-        (1024, 2.5, _LAST, 0.5, 0.9, (0.7, 0.5), 0.4, True, 0.35),
+        (64, 1.2, _FIRST, 0.2, 0.5, (1.0, 1.0), 0.0, "few", 0.0),
+        (128, 0.8, _FIRST, 0.3, 0.5, (1.0, 1.0), 0.0, "few", 0.0),
+        (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, "few", 0.0),
+        (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, "few", 0.0),
+        (256, 12.35, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.0),
+        (256, 5.0, _LAST, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.35),
+        (512, 6.0, _LAST, 0.5, 0.9, (1.0, 0.7), 0.4, "most", 0.35),
+        (1024, 2.5, _LAST, 0.5, 0.9, (0.7, 0.5), 0.4, "most", 0.35),
         *_mixed_lengths(rounds=8, first_rate=0.5),
     )
     return tuple(
@@ -156,7 +156,7 @@ SMOKE = Recipe(
     ModelConfig(vocab_size=2048, width=64, n_layer=2, n_head=2, n_head_kv=1, ff_width=128),
     (
         Stage(64, 8, 64 * 8 * 12, _FIRST),
-        Stage(256, 2, 256 * 2 * 8, _SKILLS, invented=0.4, many_wordings=True),
+        Stage(256, 2, 256 * 2 * 8, _SKILLS, invented=0.4, wordings="most", free=0.35),
     ),
     max_books=2,
     tokenizer_chars=300_000,

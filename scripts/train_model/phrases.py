@@ -317,7 +317,7 @@ HELD_OUT = Phrases(
         " Name all variables that have the value {v}.",
         " Find the variables equal to {v}.",
     ),
-    pairs=(" {k}, {v}.", " {k}; {v}."),
+    pairs=(" {k} <=> {v}.", " {k} is listed with {v}."),
     list_openings=(" Look at the list below.",),
     list_questions=(" Please look up {k}.", " Find {k} in the list.", " What goes with {k}?"),
     facts=(

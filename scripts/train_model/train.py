@@ -13,10 +13,9 @@ from torch import Tensor
 from .config import Recipe, Stage
 from .model import Model, causal_mask, rotary_tables
 from .optimizer import Muon
-from .phrases import FEW
 from .prepare import Corpus
 from .tasks import ANSWERED, TaskMaker, sample
-from .wordings import MANY
+from .wordings import WORDINGS
 
 LONGEST_EXPLICIT = 1024  # tokens up to which attention written out beats the fused kernel on CPUs
 
@@ -59,7 +58,7 @@ def batch(maker: TaskMaker, stage: Stage, seed: int, step: int) -> tuple[Tensor,
     """
     maker.seed(seed, step)
     maker.invented, maker.free = stage.invented, stage.free
-    maker.phrases = MANY if stage.many_wordings else FEW
+    maker.phrases = WORDINGS[stage.wordings]
     rows = [sample(maker, stage.mix, stage.length + 1) for _ in range(stage.batch)]
     ids = torch.tensor([row[0] for row in rows])
     classes = torch.tensor([row[1] for row in rows])[:, 1:].reshape(-1)

@@ -1,4 +1,4 @@
-"""`MANY`: wordings put together from parts, for the longer half of training.
+"""`MANY` and `MOST`: wordings put together from parts, for all but the first stages of training.
 
 A model that has met ten ways to ask learns those ten and answers "I see." to an eleventh. What it
 must learn is what makes a question: a verb of asking and a known noun. So requests are products of
@@ -271,3 +271,100 @@ MANY = replace(
         "Read me a page.",
     ),
 )
+
+# Still more for the longer stages, where there is time for them: values that come before what they
+# belong to, sentences that go on after the value, pairs written as phrases.
+_ENDINGS = ("", "", ", I think", ", you know", ", of course", ", as they say", " these days")
+
+
+def _said(cores: Iterable[str]) -> Iterable[str]:
+    return (f"{claim}{ending}" for claim in _claims(cores) for ending in _ENDINGS)
+
+
+def _more(kind: FactKind, *cores: str) -> FactKind:
+    return replace(kind, statements=_all(kind.statements, _said(cores)))
+
+
+MOST = replace(
+    MANY,
+    needles=_all(
+        MANY.needles,
+        _said(
+            (
+                "the {n} to be used for {k} is {v}",
+                "{k} goes with the {n} {v}",
+                "for {k} they wrote down the {n} {v}",
+                "the {n} {v} is that of {k}",
+                "{k} can be found under the {n} {v}",
+                "as {n} of {k} we have {v}",
+                "{v} is what they gave as the {n} of {k}",
+                "nothing but {v} is the {n} of {k}",
+            )
+        ),
+        space=" ",
+    ),
+    pairs=(
+        *MANY.pairs,
+        " {k}, {v}.",
+        " {k}; {v}.",
+        " {k} ({v}).",
+        *(
+            f" {{k}} {phrase} {{v}}."
+            for phrase in (
+                *("stands for", "belongs to", "comes with", "next to", "beside", "leads to"),
+                *("together with", "points to", "is paired with", "then", "gives", "holds"),
+                *("stands beside", "wants", "takes", "--", "..", "is written with"),
+            )
+        ),
+    ),
+    facts=(
+        _more(
+            MANY.facts[0],
+            "my {r} goes by the name of {v}",
+            "my {r} answers to {v}",
+            "{v} is my {r}",
+            "this is {v}, my {r}",
+            "they gave my {r} the name {v}",
+            "we chose the name {v} for my {r}",
+            "I named our {r} {v}",
+            "everybody knows my {r} as {v}",
+            "I say {v} to my {r}",
+            "my {r} has the name {v}",
+            "we call our {r} {v}",
+        ),
+        _more(
+            MANY.facts[1],
+            "the best {r} is {v}",
+            "the finest {r} there is must be {v}",
+            "{v} is the {r} that I choose",
+            "as a {r} I choose {v}",
+            "I would take {v} as my {r} any day",
+            "there is no {r} like {v}",
+            "{v} makes the best {r}",
+            "I love {v} as my {r}",
+            "if I need a {r}, I take {v}",
+            "{v} will always be my {r}",
+        ),
+        _more(
+            MANY.facts[2],
+            "my {r} needs {v} as its code",
+            "with {v} you get into my {r}",
+            "the code {v} opens my {r}",
+            "my {r} opens with {v}",
+            "I set the code of my {r} to {v}",
+            "use {v} for my {r}",
+            "the number {v} is for my {r}",
+            "you have to enter {v} at my {r}",
+            "for my {r} the code is {v}",
+        ),
+        _more(
+            MANY.facts[3],
+            "you find my {r} in {v}",
+            "{v} is where my {r} lives",
+            "my {r} settled in {v}",
+            "my {r} now stays in {v}",
+        ),
+    ),
+)
+
+WORDINGS = {"few": FEW, "many": MANY, "most": MOST}

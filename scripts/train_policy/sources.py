@@ -9,7 +9,7 @@ from kvp_edge.llama import Llama
 from kvp_edge.trace_sources import Cut, Piece
 from scripts.train_model.prepare import Corpus
 from scripts.train_model.tasks import CHATS
-from scripts.train_model.wordings import MANY
+from scripts.train_model.wordings import MOST
 
 # Shares of the traces; "reading" is plain prose.
 MIX = {
@@ -44,7 +44,7 @@ class GeneratedChats:
             raise SystemExit("The tokenizer in --model-run is not the model's: name its own run.")
         maker = self.corpus.maker(self.held_out)
         if not self.held_out:
-            maker.phrases, maker.invented = MANY, 0.4
+            maker.phrases, maker.invented, maker.free = MOST, 0.4, 0.2
         for number in range(self.count):
             maker.seed(cut.seed, number)
             while True:
