@@ -1,4 +1,4 @@
-"""`MANY` and `MOST`: wordings put together from parts, for all but the first stages of training.
+"""`MANY`, `MORE` and `MOST`: wordings put together from parts, for the later stages of training.
 
 A model that has met ten ways to ask learns those ten and answers "I see." to an eleventh. What it
 must learn is what makes a question: a verb of asking and a known noun. So requests are products of
@@ -285,7 +285,7 @@ def _more(kind: FactKind, *cores: str) -> FactKind:
     return replace(kind, statements=_all(kind.statements, _said(cores)))
 
 
-MOST = replace(
+MORE = replace(
     MANY,
     needles=_all(
         MANY.needles,
@@ -367,4 +367,34 @@ MOST = replace(
     ),
 )
 
-WORDINGS = {"few": FEW, "many": MANY, "most": MOST}
+# And for the longest ones: many ways to ask for an entry of a list.
+MOST = replace(
+    MORE,
+    list_questions=_all(
+        MORE.list_questions,
+        _requests(
+            ("{k}", "what goes with {k}", "the word or number of {k}", "what {k} has"),
+            (" in the list", " on the list", " for me", " once more"),
+        ),
+        (
+            f"{asked} {{k}}{ending}?"
+            for asked in (
+                *("What goes along with", "What comes with", "What is paired with", "What fits"),
+                *("What matches", "What follows", "What stands beside", "What is written beside"),
+                *("What is noted for", "What was given for", "What do you see beside"),
+                *(
+                    "What do you find at",
+                    "What is there for",
+                    "What is linked to",
+                    "What is tied to",
+                ),
+                *("Which one goes with", "Which value goes with"),
+                "Which word or number is for",
+            )
+            for ending in ("", " in the list", " on this list")
+        ),
+        space=" ",
+    ),
+)
+
+WORDINGS = {"few": FEW, "many": MANY, "more": MORE, "most": MOST}
