@@ -28,7 +28,7 @@ LENGTH = 1536  # tokens of the longest trace
 TRACES, HELD_OUT_TRACES = 480, 96
 # Below 8 queries per block a trace is larger than twice its keys and values.
 BLOCK = 16
-RECIPE = Settings(steps=3000, token_steps=300, states=8, tokens=512, lr=3e-3, eval_every=250)
+RECIPE = Settings(steps=2000, token_steps=200, states=8, tokens=512, lr=3e-3, eval_every=250)
 
 SMOKE_LENGTH, SMOKE_TRACES = 256, 6
 SMOKE = Settings(
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         train(sets[0], run, settings)
     made = export(run, outtype="f16", license="mit", traces=sets[1])
 
-    found = compare(made.gguf, sets[1], 4 * len(sets[1]))
+    found = compare(made.gguf, sets[1], 2 * len(sets[1]))
     heads = sets[1].model["n_head_kv"]
     text = summary(found, heads)
     (chosen.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
