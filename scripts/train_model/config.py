@@ -142,7 +142,7 @@ def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
         (256, 5.0, _LAST, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.35),
         (512, 6.0, _LAST, 0.5, 0.9, (1.0, 0.7), 0.4, "more", 0.35),
         (1024, 2.5, _LAST, 0.5, 0.9, (0.7, 0.5), 0.4, "most", 0.35),
-        *_mixed_lengths(rounds=8, first_rate=0.5),
+        *_mixed_lengths(rounds=6, first_rate=0.5),
     )
     return tuple(
         Stage(length, max(1, batch_tokens // length), int(millions * scale * 1e6), *rest)

@@ -419,6 +419,7 @@ class TaskMaker:
         """Facts or needles in one long message, the question below it: a document that is asked."""
         rng, p = self.rng, self.phrases
         count = rng.randint(1, max(1, min(12, length // 50)))
+        count = min(count, sum(len(kind.subjects) for kind in p.facts))
         told: dict[str, tuple[str, str, str]] = {}
         if rng.random() < 0.5:
             while len(told) < count:
