@@ -104,11 +104,12 @@ def test_made_up_words_are_used_in_training_and_are_never_held_out_ones(corpus: 
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
-@pytest.mark.parametrize("length", [129, 513])
+@pytest.mark.parametrize("length", [129, 1025])
+@pytest.mark.parametrize("held_out", [False, True])
 def test_every_task_fills_the_length_and_repeats_with_its_seed(
-    corpus: Corpus, task: str, length: int
+    corpus: Corpus, task: str, length: int, held_out: bool
 ) -> None:
-    maker, other = corpus.maker(held_out=False), corpus.maker(held_out=False)
+    maker, other = corpus.maker(held_out), corpus.maker(held_out)
     for n in range(5):
         maker.seed(3, n)
         other.seed(3, n)
@@ -120,7 +121,9 @@ def test_every_task_fills_the_length_and_repeats_with_its_seed(
     assert tasks.sample(maker, {task: 1.0}, length)[0] != ids
 
 
-@pytest.mark.parametrize("skill", ["needle", "queries", "values", "lookup", "facts", "variables"])
+@pytest.mark.parametrize(
+    "skill", ["needle", "queries", "values", "lookup", "facts", "told", "variables"]
+)
 @pytest.mark.parametrize("held_out", [False, True])
 def test_every_answer_stands_in_the_text_before_the_question(
     corpus: Corpus, skill: str, held_out: bool
