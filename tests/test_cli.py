@@ -77,9 +77,7 @@ def kvp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_piped_chat_goes_on_when_the_cache_is_full_and_reads_only_what_is_new(kvp: Type) -> None:
     turns = ["My dog is called Ralph.", *["Tell me something."] * 9]
-    got = kvp(
-        "chat", *FEW_CELLS, "--max-tokens", "120", "--seed", "1", typed="\n".join(turns) + "\n"
-    )
+    got = kvp("chat", *FEW_CELLS, *GREEDY, "--max-tokens", "120", typed="\n".join(turns) + "\n")
     assert got.status == 0
     assert len(got.stats) == 10
     last = got.stats[-1]
@@ -186,10 +184,11 @@ def test_a_system_prompt_too_long_to_protect_is_refused(kvp: Type) -> None:
 
 def test_a_system_prompt_stays_in_the_conversation_after_clear(kvp: Type) -> None:
     got = kvp(
-        "chat", *GREEDY, "--system", "My dog is called Ralph.",
-        typed="/clear\nWhat is my dog called?\n",
+        "chat", *GREEDY,
+        "--system", "You are a helpful assistant. One of the magic words for silver is tunnel.",
+        typed="/clear\nWhat is the magic word for silver?\n",
     )  # fmt: skip
-    assert "Ralph" in got.replies[-1]
+    assert "tunnel" in got.replies[-1]
 
 
 def test_every_policy_can_be_chosen(kvp: Type) -> None:
@@ -367,9 +366,10 @@ def test_ctrl_c_while_reading_ends_run_with_status_130(book: str) -> None:
 
 
 def test_run_answers_from_standard_input(kvp: Type) -> None:
-    got = kvp("run", "-f", "-", "-p", "What is my dog called?", typed="My dog is called Ralph.\n")
+    typed = "One of the special magic numbers for cellar is 695078.\n"
+    got = kvp("run", "-f", "-", "-p", "What is the special magic number for cellar?", typed=typed)
     assert got.status == 0
-    assert "Ralph" in got.out
+    assert "695078" in got.out
     assert len(got.stats) == 1
 
 
@@ -410,9 +410,9 @@ def test_run_shows_no_progress_bar_in_a_pipe_unless_asked(kvp: Type, book: str) 
 
 
 def test_bytes_that_are_no_utf8_do_not_stop_run(kvp: Type) -> None:
-    typed = "My dog is called Ralph. Café.".encode("latin-1")
-    got = kvp("run", "-f", "-", "-p", "What is my dog called?", typed=typed)
-    assert "Ralph" in got.out
+    typed = "One of the special magic numbers for cellar is 695078. Café.".encode("latin-1")
+    got = kvp("run", "-f", "-", "-p", "What is the special magic number for cellar?", typed=typed)
+    assert "695078" in got.out
 
 
 # -- demo, policies, help ------------------------------------------------------------------------

@@ -94,9 +94,11 @@ def test_after_a_shift_the_model_still_attends_to_what_is_left(
 ) -> None:
     # Not the same logits as without the dropped tokens: the keys were computed in their presence.
     tokens = text(CELLS)
-    tokens[-2:] = [900, 901]
-    shift.read([*tokens, 900])
-    assert int(last_logits(model).argmax()) == 901
+    told = model.tokenize(b" One of the magic numbers for cellar is 695078.", add_bos=False)
+    tokens[-len(told) :] = told
+    shift.read([*tokens, *told[:-2]])
+    assert shift.shifts > 0
+    assert int(last_logits(model).argmax()) == told[-2]
 
 
 def test_n_keep_protects_the_first_tokens(model: llama_cpp.Llama) -> None:

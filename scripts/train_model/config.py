@@ -14,7 +14,8 @@ class Stage:
     that enter the loss (all answers and a random choice of the others), `rates` the learning rate
     at the start and the end of the stage as shares of its peak (linear in between), `invented` the
     share of made-up words in the tasks, `wordings` which ones they use (see
-    wordings.py), `free` the share of statements in no wording at all (see TaskMaker).
+    wordings.py), `free` the share of statements in no wording at all, `new_words` that of
+    nouns and joining words from outside the wordings (see TaskMaker).
     """
 
     length: int
@@ -27,6 +28,7 @@ class Stage:
     invented: float = 0.0
     wordings: str = "few"
     free: float = 0.0
+    new_words: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -110,12 +112,14 @@ _LAST = {
     "copying": 0.01,
     "reading": 0.25,
 }
-_Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], float, str, float]
+_Row = tuple[
+    int, float, dict[str, float], float, float, tuple[float, float], float, str, float, float
+]
 # Length and million tokens of one round through all lengths.
 _ROUND = ((4096, 0.123), (2048, 0.123), (1024, 0.164), (512, 0.205), (256, 0.205))
 
 
-def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
+def _mixed_lengths(rounds: int, first_rate: float, new_words: float) -> list[_Row]:
     """Long and short sequences by turns, while the learning rate falls from `first_rate` to 0.
 
     A last stretch of long sequences alone costs skill at short ones: there, a question near the
@@ -126,7 +130,9 @@ def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
     done = 0.0
     for length, millions in _ROUND * rounds:
         rates = tuple(first_rate * (1 - d / whole) for d in (done, done + millions))
-        rows.append((length, millions, _LAST, 0.5, 0.9, (rates[0], rates[1]), 0.4, "most", 0.35))
+        rows.append(
+            (length, millions, _LAST, 0.5, 0.9, (rates[0], rates[1]), 0.4, "most", 0.35, new_words)
+        )
         done += millions
     return rows
 
@@ -134,15 +140,16 @@ def _mixed_lengths(rounds: int, first_rate: float) -> list[_Row]:
 def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
     """Lengths from 64 to 4,096; `scale` multiplies the tokens, `batch_tokens` is one step."""
     plan = (
-        (64, 1.2, _FIRST, 0.2, 0.5, (1.0, 1.0), 0.0, "few", 0.0),
-        (128, 0.8, _FIRST, 0.3, 0.5, (1.0, 1.0), 0.0, "few", 0.0),
-        (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, "few", 0.0),
-        (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, "few", 0.0),
-        (256, 12.35, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.0),
-        (256, 5.0, _LAST, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.35),
-        (512, 6.0, _LAST, 0.5, 0.9, (1.0, 0.7), 0.4, "more", 0.35),
-        (1024, 2.5, _LAST, 0.5, 0.9, (0.7, 0.5), 0.4, "most", 0.35),
-        *_mixed_lengths(rounds=6, first_rate=0.5),
+        (64, 1.2, _FIRST, 0.2, 0.5, (1.0, 1.0), 0.0, "few", 0.0, 0.0),
+        (128, 0.8, _FIRST, 0.3, 0.5, (1.0, 1.0), 0.0, "few", 0.0, 0.0),
+        (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, "few", 0.0, 0.0),
+        (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, "few", 0.0, 0.0),
+        (256, 12.35, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.0, 0.0),
+        (256, 5.0, _LAST, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.35, 0.0),
+        (512, 6.0, _LAST, 0.5, 0.9, (1.0, 0.7), 0.4, "more", 0.35, 0.0),
+        (1024, 2.5, _LAST, 0.5, 0.9, (0.7, 0.5), 0.4, "most", 0.35, 0.0),
+        *_mixed_lengths(rounds=6, first_rate=0.5, new_words=0.0),
+        *_mixed_lengths(rounds=2, first_rate=0.3, new_words=0.5),
     )
     return tuple(
         Stage(length, max(1, batch_tokens // length), int(millions * scale * 1e6), *rest)

@@ -88,6 +88,8 @@ class TaskMaker:
     a model that has met only real ones learns them by heart and does not copy a new one. None of
     the `reserved` words is ever made up. `free` is the share of statements in no wording at all:
     key and value between random small words, in either order: what binds them is the sentence.
+    `new_words` is the share of nouns ("secret code") whose first word is any word, and of pairs in
+    free wordings that are joined by any word.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class TaskMaker:
         self.tokenizer, self.pools, self.prose = tokenizer, pools, prose
         self.invented = 0.0
         self.free = 0.0
+        self.new_words = 0.0
         self._reserved = {word.lower() for word in reserved}
         pieces = sorted(tokenizer.get_vocab())
         self._beginnings = [p[1:] for p in pieces if re.fullmatch("\u0120[a-z]{2,}", p)]
@@ -174,7 +177,13 @@ class TaskMaker:
         return text + self.rng.choice([".", ".", ".", "!", " now.", ", I think.", ", they say."])
 
     def free_pair(self) -> str:
-        """Key and value with random signs or a small word between them."""
+        """Key and value with random signs or words between them."""
+        if self.new_words and self.rng.random() < self.new_words:
+            before, after = (self.rng.choice(_SMALL_WORDS.split()) for _ in range(2))
+            joined = self.rng.choice(
+                [f"{before} {self.word()} {after}", f"{self.word()} {after}", self.word()]
+            )
+            return f" {{k}} {joined} {{v}}."
         if self.rng.random() < 0.4:
             between = f" {self.rng.choice(_SMALL_WORDS.split())} "
         else:
@@ -224,6 +233,13 @@ class TaskMaker:
             return None
         return Item(head + self.scatter(needles, length - used), turns)
 
+    def noun(self, known: Sequence[str]) -> str:
+        """What a value is, such as "secret code"."""
+        noun = self.rng.choice(known)
+        if self.new_words and self.rng.random() < self.new_words:
+            noun = f"{self.word()} {noun.split()[-1]}"
+        return noun
+
     def needle_wording(self) -> str:
         """Template with {n}, {k} and {v}, or without {n}."""
         if self.freely():
@@ -244,7 +260,7 @@ class TaskMaker:
         """Find what was said about a key; `asked` of `keys` keys, one turn each or `at_once`."""
         rng, p = self.rng, self.phrases
         kind = kind or rng.choice(["number", "number", "word"])
-        noun = rng.choice(p.number_nouns if kind == "number" else p.word_nouns)
+        noun = self.noun(p.number_nouns if kind == "number" else p.word_nouns)
         keys = keys or rng.randint(1, max(1, min(24, length // 40)))
         names = self.distinct(self.key, keys)
         value = self.number if kind == "number" else self.word
@@ -426,7 +442,7 @@ class TaskMaker:
                 subject, statement, question, answer = self.fact()
                 told.setdefault(subject, (f" {statement}", question, answer))
         else:
-            noun = rng.choice(p.number_nouns)
+            noun = self.noun(p.number_nouns)
             for key in self.distinct(self.key, count):
                 value = self.number()
                 told[key] = (

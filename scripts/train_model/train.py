@@ -57,7 +57,7 @@ def batch(maker: TaskMaker, stage: Stage, seed: int, step: int) -> tuple[Tensor,
     whose prediction counts, all answers among them, and their loss weights float32 [predictions].
     """
     maker.seed(seed, step)
-    maker.invented, maker.free = stage.invented, stage.free
+    maker.invented, maker.free, maker.new_words = stage.invented, stage.free, stage.new_words
     maker.phrases = WORDINGS[stage.wordings]
     rows = [sample(maker, stage.mix, stage.length + 1) for _ in range(stage.batch)]
     ids = torch.tensor([row[0] for row in rows])
