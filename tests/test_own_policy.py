@@ -97,3 +97,15 @@ def test_at_token_granularity_heads_count_by_their_learned_weights(
     best = 2 + np.argsort(-scores[2:248], kind="stable")[: 100 - 10]
     expected = sorted({0, 1, *best.tolist(), *range(248, 257)})
     assert llm._kv.positions.tolist() == expected
+
+
+def test_the_small_model_comes_with_a_policy_that_fits_it(
+    bundled_model: str, load: Callable[..., Any]
+) -> None:
+    path = own_policy(bundled_model)
+    assert path is not None
+    assert Path(path).parent == Path(bundled_model).parent
+    llm = load(bundled_model, n_ctx=4096, kv_budget=256)
+    assert llm.kv_stats.policy == "learned"
+    llm.eval([0, *np.random.default_rng(0).integers(300, 4000, 1200).tolist()])
+    assert llm.kv_stats.evictions > 0
