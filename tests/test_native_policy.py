@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvp_edge.native import NativePolicy, read_model_shape
 from kvp_edge.policies.learned import Learned, forward, with_gaps
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
-from tests.support.gguf_models import ModelShape
+from support.gguf_models import ModelShape
 
 INFO = PolicyInfo("llama", 2, 3, 32, 64, 16, 5)
 

@@ -16,7 +16,7 @@ from kvp_edge.native import read_model_shape
 from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import FALLBACK, get_policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
-from tests.support.gguf_models import ModelShape
+from support.gguf_models import ModelShape
 
 
 @pytest.fixture
