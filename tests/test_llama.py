@@ -654,7 +654,7 @@ def test_results_carry_the_cache_statistics(bundled_model: str, load: Loader, bo
     messages = [{"role": "user", "content": "Hello"}]
     assert llm.create_chat_completion(messages, max_tokens=4)["kv_cache"]["cells"] == 512
     *_, last = llm.create_chat_completion(messages, max_tokens=4, stream=True)
-    assert last["kv_cache"]["policy"] == "keydiff"
+    assert last["kv_cache"]["policy"] == "learned"
 
 
 def test_stats_read_as_attributes_mapping_and_sentence(bundled_model: str, load: Loader) -> None:
