@@ -31,21 +31,14 @@ from tqdm import tqdm
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.native import NativePolicy, read_model_shape
 from kvp_edge.policies.learned import forward, with_gaps
-from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes
+from kvp_edge.policy_file import PolicyInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support.gguf_models import HALF_B, write_model
+from support.policies import random_weights
 
 SEVEN_B = (28, 4, 128)  # layers, KV heads, head size
 _SQUARE = 1024
-
-
-def random_weights(info: PolicyInfo, rng: np.random.Generator) -> PolicyWeights:
-    shapes = weight_shapes(info)
-    arrays = {n: (0.2 * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
-    if info.context == 1:
-        arrays["conv"][:] = 1
-    return PolicyWeights(**arrays)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -74,7 +67,7 @@ def row(name: str, shape: tuple[int, int, int], context: int, model: str, args: 
     square = rng.standard_normal((_SQUARE, _SQUARE)).astype(np.float32)
     n_layer, n_head_kv, size = shape
     info = PolicyInfo("", n_layer, n_head_kv, size, size, args.hidden, context)
-    weights = random_weights(info, rng)
+    weights = random_weights(info)
     native = NativePolicy(weights)
     heads = (n_layer, n_head_kv, args.tokens, size)
     keys = rng.standard_normal(heads).astype(np.float32)

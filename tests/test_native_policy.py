@@ -15,19 +15,11 @@ from hypothesis import strategies as st
 
 from kvp_edge.native import NativePolicy, read_model_shape
 from kvp_edge.policies.learned import Learned, forward, with_gaps
-from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
+from kvp_edge.policy_file import PolicyInfo, write_policy
 from support.gguf_models import ModelShape
+from support.policies import random_weights
 
 INFO = PolicyInfo("llama", 2, 3, 32, 64, 16, 5)
-
-
-def random_weights(info: PolicyInfo, seed: int = 0) -> PolicyWeights:
-    rng = np.random.default_rng(seed)
-    shapes = weight_shapes(info)
-    arrays = {n: (0.3 * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
-    if info.context == 1:
-        arrays["conv"][:] = 1  # docs/policy-format.md: without context there is no convolution
-    return PolicyWeights(**arrays)
 
 
 def random_tokens(info: PolicyInfo, n: int, seed: int = 0) -> tuple[Any, Any, Any]:

@@ -24,9 +24,9 @@ from kvp_edge.policy_file import (
     PolicyWeights,
     check_model,
     read_policy,
-    weight_shapes,
     write_policy,
 )
+from support.policies import random_weights
 
 INFO = PolicyInfo(
     architecture="llama",
@@ -44,15 +44,6 @@ INFO = PolicyInfo(
     training_data="12 traces",
     license="mit",
 )
-
-
-def random_weights(info: PolicyInfo, seed: int = 0) -> PolicyWeights:
-    rng = np.random.default_rng(seed)
-    shapes = weight_shapes(info)
-    arrays = {k: rng.normal(size=s).astype(np.float32) * 0.3 for k, s in shapes.items()}
-    if info.context == 1:
-        arrays["conv"][:] = 1  # no convolution
-    return PolicyWeights(**{**arrays, "aggregate": np.abs(arrays["aggregate"])})
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ class _Run:
     def _about(self, quality: Quality | None = None) -> checkpoint.About:
         settings = {**asdict(self.settings), "n_traces": len(self.traces)}
         return checkpoint.About(
-            self.shape, settings, self.facts, self.step, _plain(quality) if quality else {}
+            self.shape, settings, self.facts, self.step, plain(quality) if quality else {}
         )
 
     def _resume(self) -> None:
@@ -244,8 +244,8 @@ class _Run:
         result = Result(self.out, quality, baselines, drawn / max(self.seconds, 1e-9))
         if self.rank == 0 and self.step == end:
             report = {
-                "policy": _plain(quality),
-                **{name: _plain(q) for name, q in baselines.items()},
+                "policy": plain(quality),
+                **{name: plain(q) for name, q in baselines.items()},
                 "tokens_per_second": result.tokens_per_second,
                 "seconds": self.seconds,
             }
@@ -395,7 +395,8 @@ def _tokens(quality: Quality) -> dict[str, float]:
     return {"token_cost": quality.token_cost, "token_lost": quality.token_lost}
 
 
-def _plain(quality: Quality) -> dict[str, Any]:
+def plain(quality: Quality) -> dict[str, Any]:
+    """As JSON has it."""
     return {"cost": quality.cost.tolist(), "lost": quality.lost.tolist(), **_tokens(quality)}
 
 

@@ -17,7 +17,7 @@ from kvp_edge.cli.options import bundled_model
 from kvp_edge.export import export
 from kvp_edge.traces import TraceSet, capture_traces
 from kvp_edge.training.settings import Settings
-from kvp_edge.training.train import train
+from kvp_edge.training.train import plain, train
 from scripts.train_model import config
 from scripts.train_model.prepare import prepare
 
@@ -101,15 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     heads = sets[1].model["n_head_kv"]
     text = summary(found, heads)
     (chosen.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    figures = {
-        name: {
-            "cost": q.cost.tolist(),
-            "lost": q.lost.tolist(),
-            "token_cost": q.token_cost,
-            "token_lost": q.token_lost,
-        }
-        for name, q in found.items()
-    }
+    figures = {name: plain(quality) for name, quality in found.items()}
     (chosen.out / "comparison.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     plot(found, heads, chosen.out / "cost-per-head.png")
     print(text, file=sys.stderr)
