@@ -122,13 +122,15 @@ def test_every_task_fills_the_length_and_repeats_with_its_seed(
 
 
 @pytest.mark.parametrize(
-    "skill", ["needle", "queries", "values", "lookup", "facts", "told", "variables"]
+    "skill",
+    ["needle", "queries", "values", "listing", "lookup", "facts", "told", "variables", "names"],
 )
-@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize(("held_out", "loose"), [(False, 0.0), (True, 0.0), (False, 1.0)])
 def test_every_answer_stands_in_the_text_before_the_question(
-    corpus: Corpus, skill: str, held_out: bool
+    corpus: Corpus, skill: str, held_out: bool, loose: float
 ) -> None:
     maker = corpus.maker(held_out)
+    maker.loose = loose
     for n in range(20):
         maker.seed(5, n)
         item = tasks.CHATS[skill](maker, 400)
@@ -156,6 +158,52 @@ def test_values_are_listed_in_the_order_of_their_appearance(corpus: Corpus) -> N
         places = [context.index(f" {value}.") for value in values]
         assert len(values) == 3
         assert places == sorted(places)
+
+
+def test_loose_wordings_have_a_few_small_words_more_and_lose_nothing(corpus: Corpus) -> None:
+    maker = corpus.maker(held_out=False)
+    wordings = [" The {n} of {k} is {v}.", "Which {n} does {k} have?", " {k}: {v}."]
+    maker.seed(4)
+    assert all(maker.worded(wordings) in wordings for _ in range(20))
+    maker.loose = 1.0
+    for _ in range(200):
+        loose = maker.worded(wordings)
+        own = next(w for w in wordings if re.findall(r"{\w}", w) == re.findall(r"{\w}", loose))
+        left = iter(re.findall(r"[^\s.?]+|[.?]", loose))
+        assert all(word in left for word in re.findall(r"[^\s.?]+|[.?]", own))
+        assert 1 <= len(loose.split()) - len(own.split()) <= 3
+        assert loose[0] == own[0]
+        assert loose[-1] == own[-1]
+
+
+def test_successions_list_all_values_of_a_key_in_order(corpus: Corpus) -> None:
+    maker = corpus.maker(held_out=False)
+    maker.seed(6)
+    ids, classes = maker.successions(400)
+    stop, told = maker.prose.stop, dict[int, list[int]]()
+    rows = " ".join(map(str, ids[1:])).split(f" {stop} ")
+    listed = 0
+    for row in rows[:-1]:  # the last one may be cut
+        key, *values = map(int, row.split())
+        if len(values) == 1:
+            told.setdefault(key, []).append(values[0])
+        else:
+            assert values == told[key]
+            listed += len(values) + 1
+    assert listed <= sum(classes) <= listed + 5
+
+
+def test_packed_chats_each_begin_a_text_and_end_with_an_answer(corpus: Corpus) -> None:
+    maker = corpus.maker(held_out=False)
+    for n in range(5):
+        maker.seed(8, n)
+        ids, classes = maker.packed(1000)
+        begins = [i for i, token in enumerate(ids) if token == tokenizer.BOS]
+        assert begins[0] == 0
+        assert len(begins) > 2
+        for end in [*begins[1:], len(ids)]:
+            assert ids[end - 1] == tokenizer.END
+            assert classes[end - 1] == tasks.ANSWERED
 
 
 def test_a_needle_put_into_prose_does_not_change_how_the_text_is_tokenised(corpus: Corpus) -> None:

@@ -1,6 +1,7 @@
 """Sizes and schedules: everything that decides the result, besides the books and the seed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from .model import ModelConfig
 
@@ -15,7 +16,8 @@ class Stage:
     at the start and the end of the stage as shares of its peak (linear in between), `invented` the
     share of made-up words in the tasks, `wordings` which ones they use (see
     wordings.py), `free` the share of statements in no wording at all, `new_words` that of
-    nouns and joining words from outside the wordings (see TaskMaker).
+    nouns and joining words from outside the wordings, `loose` that of wordings with small words
+    thrown in (see TaskMaker).
     """
 
     length: int
@@ -29,6 +31,7 @@ class Stage:
     wordings: str = "few"
     free: float = 0.0
     new_words: float = 0.0
+    loose: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -112,48 +115,82 @@ _LAST = {
     "copying": 0.01,
     "reading": 0.25,
 }
-_Row = tuple[
-    int, float, dict[str, float], float, float, tuple[float, float], float, str, float, float
-]
+# What is hard: several values of one key, reverse look-ups, sentences of any form.
+_HARD = {
+    "needle": 0.10,
+    "queries": 0.08,
+    "listing": 0.14,
+    "successions": 0.05,
+    "variables": 0.05,
+    "names": 0.08,
+    "lookup": 0.14,
+    "facts": 0.11,
+    "told": 0.03,
+    "packed": 0.08,
+    "copying": 0.01,
+    "reading": 0.13,
+}
 # Length and million tokens of one round through all lengths.
 _ROUND = ((4096, 0.123), (2048, 0.123), (1024, 0.164), (512, 0.205), (256, 0.205))
+_LONG_ROUND = ((4096, 0.246), (2048, 0.205), (1024, 0.205), (512, 0.164), (256, 0.164))
+_Row = tuple[int, float, dict[str, float], float, float, tuple[float, float], dict[str, Any]]
 
 
-def _mixed_lengths(rounds: int, first_rate: float, new_words: float) -> list[_Row]:
+def _mixed_lengths(
+    lengths: tuple[tuple[int, float], ...], rounds: int, first_rate: float, *rest: Any
+) -> list[_Row]:
     """Long and short sequences by turns, while the learning rate falls from `first_rate` to 0.
 
     A last stretch of long sequences alone costs skill at short ones: there, a question near the
     beginning of a chat is taken for a remark, because in long chats only remarks stand there.
     """
     rows: list[_Row] = []
-    whole = rounds * sum(millions for _, millions in _ROUND)
+    whole = rounds * sum(millions for _, millions in lengths)
     done = 0.0
-    for length, millions in _ROUND * rounds:
-        rates = tuple(first_rate * (1 - d / whole) for d in (done, done + millions))
-        rows.append(
-            (length, millions, _LAST, 0.5, 0.9, (rates[0], rates[1]), 0.4, "most", 0.35, new_words)
-        )
+    for length, millions in lengths * rounds:
+        rates = (first_rate * (1 - done / whole), first_rate * (1 - (done + millions) / whole))
+        mix, other_weight, predicted, sentences = rest
+        rows.append((length, millions, mix, other_weight, predicted, rates, sentences))
         done += millions
     return rows
 
 
 def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
     """Lengths from 64 to 4,096; `scale` multiplies the tokens, `batch_tokens` is one step."""
-    plan = (
-        (64, 1.2, _FIRST, 0.2, 0.5, (1.0, 1.0), 0.0, "few", 0.0, 0.0),
-        (128, 0.8, _FIRST, 0.3, 0.5, (1.0, 1.0), 0.0, "few", 0.0, 0.0),
-        (256, 1.3, _SKILLS, 0.5, 0.5, (1.0, 1.0), 0.0, "few", 0.0, 0.0),
-        (256, 3.2, _PROSE, 0.5, 0.9, (1.0, 1.0), 0.0, "few", 0.0, 0.0),
-        (256, 12.35, _LATE, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.0, 0.0),
-        (256, 5.0, _LAST, 0.5, 0.9, (1.0, 1.0), 0.4, "many", 0.35, 0.0),
-        (512, 6.0, _LAST, 0.5, 0.9, (1.0, 0.7), 0.4, "more", 0.35, 0.0),
-        (1024, 2.5, _LAST, 0.5, 0.9, (0.7, 0.5), 0.4, "most", 0.35, 0.0),
-        *_mixed_lengths(rounds=6, first_rate=0.5, new_words=0.0),
-        *_mixed_lengths(rounds=2, first_rate=0.3, new_words=0.5),
+    full, first = (1.0, 1.0), dict[str, Any]()
+    many, more, most = (
+        {"invented": 0.4, "wordings": wordings, "free": 0.35}
+        for wordings in ("many", "more", "most")
+    )
+    loose = {**most, "new_words": 0.5, "loose": 0.4}
+    plan: tuple[_Row, ...] = (
+        (64, 1.2, _FIRST, 0.2, 0.5, full, first),
+        (128, 0.8, _FIRST, 0.3, 0.5, full, first),
+        (256, 1.3, _SKILLS, 0.5, 0.5, full, first),
+        (256, 3.2, _PROSE, 0.5, 0.9, full, first),
+        (256, 12.35, _LATE, 0.5, 0.9, full, {**many, "free": 0.0}),
+        (256, 5.0, _LAST, 0.5, 0.9, full, many),
+        (512, 6.0, _LAST, 0.5, 0.9, (1.0, 0.7), more),
+        (1024, 2.5, _LAST, 0.5, 0.9, (0.7, 0.5), most),
+        *_mixed_lengths(_ROUND, 6, 0.5, _LAST, 0.5, 0.9, most),
+        *_mixed_lengths(_ROUND, 2, 0.3, _LAST, 0.5, 0.9, {**most, "new_words": 0.5}),
+        (256, 4.0, _HARD, 0.25, 0.6, (0.6, 0.6), loose),
+        (512, 3.0, _HARD, 0.25, 0.6, (0.6, 0.5), loose),
+        (1024, 2.0, _HARD, 0.25, 0.6, (0.5, 0.4), loose),
+        *_mixed_lengths(_LONG_ROUND, 6, 0.4, _HARD, 0.3, 0.7, loose),
     )
     return tuple(
-        Stage(length, max(1, batch_tokens // length), int(millions * scale * 1e6), *rest)
-        for length, millions, *rest in plan
+        Stage(
+            length,
+            max(1, batch_tokens // length),
+            int(millions * scale * 1e6),
+            mix,
+            other_weight,
+            predicted,
+            rates,
+            **sentences,
+        )
+        for length, millions, mix, other_weight, predicted, rates, sentences in plan
     )
 
 
@@ -164,6 +201,7 @@ SMOKE = Recipe(
     (
         Stage(64, 8, 64 * 8 * 12, _FIRST),
         Stage(256, 2, 256 * 2 * 8, _SKILLS, invented=0.4, wordings="most", free=0.35),
+        Stage(256, 2, 256 * 2 * 4, _HARD, invented=0.4, free=0.35, new_words=0.5, loose=0.4),
     ),
     max_books=2,
     tokenizer_chars=300_000,

@@ -89,7 +89,8 @@ class TaskMaker:
     the `reserved` words is ever made up. `free` is the share of statements in no wording at all:
     key and value between random small words, in either order: what binds them is the sentence.
     `new_words` is the share of nouns ("secret code") whose first word is any word, and of pairs in
-    free wordings that are joined by any word.
+    free wordings that are joined by any word. `loose` is the share of wordings with small words
+    thrown in at a random place: they do not change who has what.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class TaskMaker:
         self.invented = 0.0
         self.free = 0.0
         self.new_words = 0.0
+        self.loose = 0.0
         self._reserved = {word.lower() for word in reserved}
         pieces = sorted(tokenizer.get_vocab())
         self._beginnings = [p[1:] for p in pieces if re.fullmatch("\u0120[a-z]{2,}", p)]
@@ -192,6 +194,21 @@ class TaskMaker:
             between = self.rng.choice(["", " "]) + between
         return f" {{k}}{between}{{v}}."
 
+    def worded(self, wordings: Sequence[str]) -> str:
+        """One of the wordings, sometimes with one to three small words more between two of its
+        words."""
+        wording = self.rng.choice(wordings)
+        if not self.loose or self.rng.random() >= self.loose:
+            return wording
+        words = wording.split(" ")
+        place = self.rng.randint(1 + (not words[0]), len(words))
+        extra = [self.rng.choice(_SMALL_WORDS.split()) for _ in range(self.rng.randint(1, 3))]
+        if place == len(words):  # before the full stop or question mark
+            last = re.fullmatch(r"(.*?)([.?!]?)", words[-1])
+            assert last
+            words[-1], extra[-1] = last[1], extra[-1] + last[2]
+        return " ".join([*words[:place], *extra, *words[place:]])
+
     def opening(self) -> list[int]:
         if self.rng.random() < 0.2:
             return [BOS, SYSTEM, *self.fixed(self.rng.choice(SYSTEM_PROMPTS)), END]
@@ -244,7 +261,7 @@ class TaskMaker:
         """Template with {n}, {k} and {v}, or without {n}."""
         if self.freely():
             return " " + self.free_statement()
-        return self.rng.choice(self.phrases.needles)
+        return self.worded(self.phrases.needles)
 
     # ---- tasks --------------------------------------------------------------------------------
 
@@ -282,10 +299,10 @@ class TaskMaker:
         answers = [ANSWER.format(k=k, v=", ".join(told[k])) for k in chosen]
         if at_once:
             listed = ", ".join(chosen[:-1]) + " and " + chosen[-1] if asked > 1 else chosen[0]
-            question = rng.choice(p.several_keys).format(n=noun, k=listed)
+            question = self.worded(p.several_keys).format(n=noun, k=listed)
             return self.in_text(length, sentences, [(question, " ".join(answers))])
         pairs = [
-            (rng.choice(p.questions if len(told[k]) == 1 else p.all_values).format(n=noun, k=k), a)
+            (self.worded(p.questions if len(told[k]) == 1 else p.all_values).format(n=noun, k=k), a)
             for k, a in zip(chosen, answers, strict=True)
         ]
         return self.in_text(length, sentences, pairs)
@@ -327,11 +344,11 @@ class TaskMaker:
         pairs = []
         for value, chain in rng.sample(made, asked):
             if names if names is not None else rng.random() < 0.4:
-                question = rng.choice(p.variable_names).format(v=value)
+                question = self.worded(p.variable_names).format(v=value)
                 pairs.append((question, ANSWER.format(k=value, v=", ".join(chain))))
             else:
                 start = chain[-1]
-                question = rng.choice(p.variable_value).format(x=start)
+                question = self.worded(p.variable_value).format(x=start)
                 walk = " = ".join([*reversed(chain), value])
                 pairs.append((question, ANSWER.format(k=start, v=walk)))
         return self.in_text(length, sentences, pairs)
@@ -341,7 +358,7 @@ class TaskMaker:
     ) -> Item | None:
         """A list of key-value pairs, then questions; `pairs=0` fills the length with pairs."""
         rng, p = self.rng, self.phrases
-        wording, opening = rng.choice(p.pairs), rng.choice(p.list_openings)
+        wording, opening = self.worded(p.pairs), rng.choice(p.list_openings)
         if self.freely():
             wording = self.free_pair()
         asked = asked or rng.randint(1, max(1, length // 60))
@@ -355,7 +372,7 @@ class TaskMaker:
         sentences = [wording.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
         chosen = rng.sample(range(count), min(count, asked))
         questions = [
-            (rng.choice(p.list_questions).format(k=keys[i]), ANSWER.format(k=keys[i], v=values[i]))
+            (self.worded(p.list_questions).format(k=keys[i]), ANSWER.format(k=keys[i], v=values[i]))
             for i in chosen
         ]
         needles = [self.encode(s) for s in sentences]
@@ -379,12 +396,12 @@ class TaskMaker:
         kind: FactKind = rng.choice(self.phrases.facts)
         subject = self.word() if self.inventing() else rng.choice(kind.subjects)
         value = {"name": self.name, "word": self.word, "number": self.number}[kind.value]()
-        wording = self.free_statement("my {r}") if self.freely() else rng.choice(kind.statements)
+        wording = self.free_statement("my {r}") if self.freely() else self.worded(kind.statements)
         statement = wording.format(r=subject, v=value)
         return (
             subject,
             statement,
-            rng.choice(kind.questions).format(r=subject),
+            self.worded(kind.questions).format(r=subject),
             kind.answer.format(r=subject, v=value),
         )
 
@@ -447,7 +464,7 @@ class TaskMaker:
                 value = self.number()
                 told[key] = (
                     self.needle_wording().format(n=noun, k=key, v=value),
-                    rng.choice(p.questions).format(n=noun, k=key).lstrip(),
+                    self.worded(p.questions).format(n=noun, k=key).lstrip(),
                     ANSWER.format(k=key, v=value),
                 )
         asked = rng.sample(list(told.values()), rng.randint(1, max(1, min(count, length // 80))))
@@ -469,6 +486,20 @@ class TaskMaker:
             return None
         story = self.prose.ending(rng, rest) if rest else []
         return Item([*head, USER, *story, *request], [Turn([*body, END, ASSISTANT], [*body, END])])
+
+    def packed(self, length: int) -> tuple[list[int], list[int]]:
+        """Short chats one after the other, each from its own beginning-of-text token."""
+        rng = self.rng
+        count = max(1, length // rng.randint(72, 240))
+        ids: list[int] = []
+        classes: list[int] = []
+        for left in range(count, 0, -1):
+            size = (length - len(ids)) // left
+            while (item := CHATS[rng.choice(_SHORT)](self, size)) is None:
+                pass
+            more, kinds = item.flatten()
+            ids, classes = ids + more, classes + kinds
+        return ids, classes
 
     # ---- raw training streams -----------------------------------------------------------------
 
@@ -498,6 +529,29 @@ class TaskMaker:
             classes += [OTHER, ANSWERED if n >= count else OTHER, OTHER]
         return ids[:length], classes[:length]
 
+    def successions(self, length: int) -> tuple[list[int], list[int]]:
+        """Pairs of single tokens with two to four values to a key, then every key with all of its
+        values in the order they came in; and again with other tokens."""
+        rng = self.rng
+        ids, classes = [BOS], [OTHER]
+        while len(ids) < length:
+            count = rng.randint(1, max(1, min(20, length // 24)))
+            symbols = rng.sample(range(FIRST_LEARNED, self.tokenizer.get_vocab_size()), count * 5)
+            lists = [
+                (symbols[i], symbols[i + 1 : i + 1 + rng.randint(2, 4)])
+                for i in range(0, len(symbols), 5)
+            ]
+            owners = [i for i, (_, values) in enumerate(lists) for _ in values]
+            rng.shuffle(owners)
+            upcoming = [iter(values) for _, values in lists]
+            for i in owners:
+                ids += [lists[i][0], next(upcoming[i]), self.prose.stop]
+                classes += [OTHER] * 3
+            for key, values in rng.sample(lists, count):
+                ids += [key, *values, self.prose.stop]
+                classes += [OTHER, *[ANSWERED] * len(values), ANSWERED]
+        return ids[:length], classes[:length]
+
     def reading(self, length: int) -> tuple[list[int], list[int]]:
         """Plain prose, sometimes told by the assistant."""
         rng = self.rng
@@ -523,15 +577,20 @@ CHATS: dict[str, Callable[[TaskMaker, int], Item | None]] = {
     "values": lambda m, n: m.needle(
         n, keys=m.rng.randint(1, max(1, min(6, n // 90))), values=m.rng.randint(2, 4)
     ),
+    "listing": lambda m, n: m.needle(n, keys=m.rng.randint(1, 3), values=m.rng.randint(2, 5)),
     "variables": TaskMaker.variables,
+    "names": lambda m, n: m.variables(n, names=True),
     "lookup": TaskMaker.lookup,
     "facts": TaskMaker.facts,
     "told": TaskMaker.told,
     "copying": TaskMaker.copying,
 }
+_SHORT = ("needle", "queries", "listing", "variables", "lookup", "facts", "told")
 _STREAMS: dict[str, Callable[[TaskMaker, int], tuple[list[int], list[int]]]] = {
     "repeated": TaskMaker.repeated,
     "associations": TaskMaker.associations,
+    "successions": TaskMaker.successions,
+    "packed": TaskMaker.packed,
     "reading": TaskMaker.reading,
 }
 TASKS = (*CHATS, *_STREAMS)

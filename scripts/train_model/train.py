@@ -58,6 +58,7 @@ def batch(maker: TaskMaker, stage: Stage, seed: int, step: int) -> tuple[Tensor,
     """
     maker.seed(seed, step)
     maker.invented, maker.free, maker.new_words = stage.invented, stage.free, stage.new_words
+    maker.loose = stage.loose
     maker.phrases = WORDINGS[stage.wordings]
     rows = [sample(maker, stage.mix, stage.length + 1) for _ in range(stage.batch)]
     ids = torch.tensor([row[0] for row in rows])
