@@ -1,0 +1,163 @@
+"""Which tokens each head kept, drawn over the text: a page to explore, or a picture.
+
+The page (HTML) needs nothing but a browser: no other files, nothing from the network. It shows the
+text once; a selector colours it by the share of heads that kept a token, or by one head's choice.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+BoolArray = npt.NDArray[np.bool_]
+
+_TEMPLATE = Path(__file__).with_name("kept_tokens.html")
+_LEVELS = 10  # shades, besides white for what no head kept
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What is shown. n tokens.
+
+    Attributes:
+        texts: n texts, as the tokens are written out one by one; "" for special tokens.
+        kept: bool [n_layer, n_head_kv, n].
+        protected: bool [n], tokens that no head could drop.
+        title: of the page or picture.
+        scores: [n_layer, n_head_kv, n], the policy's scores; larger means keep. None: not shown.
+
+    Raises:
+        ValueError: no tokens, or shapes that do not fit together.
+    """
+
+    texts: Sequence[str]
+    kept: BoolArray
+    protected: BoolArray
+    title: str = "Kept tokens"
+    scores: npt.NDArray[np.floating[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.texts)
+        if n == 0:
+            raise ValueError("there are no tokens to show")
+        if self.kept.ndim != 3 or self.kept.shape[2] != n or self.kept.size == 0:
+            raise ValueError(
+                f"'kept' must be [n_layer, n_head_kv, {n}] for {n} tokens, not "
+                f"{list(self.kept.shape)}"
+            )
+        if self.protected.shape != (n,):
+            raise ValueError(
+                f"'protected' must be [{n}] for {n} tokens, not {list(self.protected.shape)}"
+            )
+        if self.scores is not None and self.scores.shape != self.kept.shape:
+            raise ValueError(
+                f"'scores' must be {list(self.kept.shape)} like 'kept', not "
+                f"{list(self.scores.shape)}"
+            )
+
+    @property
+    def share(self) -> npt.NDArray[np.float64]:
+        """Of the heads, those that kept a token: f64 [n]."""
+        share: npt.NDArray[np.float64] = self.kept.mean((0, 1), dtype=np.float64)
+        return share
+
+    def levels(self) -> npt.NDArray[np.int64]:
+        """Shades of the share: int64 [n]; 0 only for no head, 10 only for all."""
+        some = np.clip(np.rint(self.share * _LEVELS), 1, _LEVELS - 1).astype(np.int64)
+        return np.where(self.share == 0, 0, np.where(self.share == 1, _LEVELS, some))
+
+    def about(self) -> str:
+        """The numbers in a sentence."""
+        n_layer, n_head_kv, n = self.kept.shape
+        nobody, everybody = int((self.share == 0).sum()), int((self.share == 1).sum())
+        return (
+            f"{n_layer} x {n_head_kv} heads keep {self.kept.mean():.1%} of {n} tokens on average; "
+            f"{everybody} are kept by all heads, {nobody} by none."
+        )
+
+
+def html_page(shown: KeptTokens) -> str:
+    """The page. Its size is about 60 bytes for each token, and for each head one bit for each token
+    (with scores nine)."""
+    n_layer, n_head_kv, n = shown.kept.shape
+    levels = shown.levels()
+    tokens = "".join(
+        f'<span class="h{level}{" p" if protected else ""}">{_visible(text)}</span>'
+        for text, level, protected in zip(shown.texts, levels, shown.protected, strict=True)
+    )
+    options = "\n".join(
+        f'<option value="{layer * n_head_kv + head}">layer {layer}, head {head}</option>'
+        for layer in range(n_layer)
+        for head in range(n_head_kv)
+    )
+    packed = np.packbits(shown.kept.astype(bool).reshape(-1, n), axis=1)
+    data = {
+        "n": n,
+        "layers": n_layer,
+        "heads": n_head_kv,
+        "stride": packed.shape[1],
+        "kept": _base64(packed),
+        "ranks": None if shown.scores is None else _base64(_ranks(shown.scores)),
+    }
+    return _fill(
+        {
+            "title": html.escape(_storable(shown.title)),
+            "about": html.escape(shown.about()),
+            "options": options,
+            "tokens": tokens,
+            "data": json.dumps(data),  # numbers and base64: nothing in it ends a script
+        }
+    )
+
+
+def write_html(shown: KeptTokens, path: str | os.PathLike[str]) -> None:
+    """Write the page to a file."""
+    Path(path).write_text(html_page(shown), encoding="utf-8", newline="\n")
+
+
+def _fill(parts: dict[str, str]) -> str:
+    """The template with its ``{{names}}`` replaced. It is cut before anything is put in, so that
+    text with braces in it stays text."""
+    first, *others = _TEMPLATE.read_text(encoding="utf-8").split("{{")
+    page = [first]
+    for other in others:
+        name, rest = other.split("}}", 1)
+        page += [parts[name], rest]
+    return "".join(page)
+
+
+def _visible(text: str) -> str:
+    """A token as HTML whose text is the token: marks for white space are put in by the style
+    sheet, so that copied text is the true one."""
+    escaped = html.escape(_storable(text))
+    return escaped.replace("\n", "<i></i>\n").replace("\t", '<i class="tab"></i>\t')
+
+
+def _storable(text: str) -> str:
+    """Control characters, which HTML cannot hold, as their pictures; likewise half characters."""
+    pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    # tokens may end within a character
+    return text.translate(pictures).encode("utf-8", "replace").decode("utf-8")
+
+
+def _ranks(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
+    """Of each score, the percentage of its head's scores below it: uint8, same shape. What is not
+    a number is below all, as in an eviction."""
+    n = scores.shape[-1]
+    rows = np.nan_to_num(scores.reshape(-1, n).astype(np.float64), nan=-np.inf)
+    below = np.stack([np.searchsorted(np.sort(row), row) for row in rows])
+    ranks: npt.NDArray[np.uint8] = np.rint(100 * below / max(1, n - 1)).astype(np.uint8)
+    return ranks.reshape(scores.shape)
+
+
+def _base64(array: npt.NDArray[np.uint8]) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")

@@ -1,0 +1,59 @@
+"""Tables, numbers and names of a Markdown report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from kvp_edge.evaluation.statistics import Estimate
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table as lines."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def estimate(found: Estimate, scale: float, form: str) -> str:
+    """A number with its interval, both times ``scale`` and written as ``form``."""
+    value = form.format(found.value * scale)
+    if math.isnan(found.value):
+        return "undefined"
+    if math.isnan(found.low):
+        return f"{value} [too few items]"
+    return f"{value} [{form.format(found.low * scale)}, {form.format(found.high * scale)}]"
+
+
+def percent(found: Estimate) -> str:
+    """A share."""
+    return estimate(found, 100, "{:.1f}")
+
+
+def points(found: Estimate) -> str:
+    """A difference of shares, with its sign."""
+    return estimate(found, 100, "{:+.1f}")
+
+
+def nats(found: Estimate) -> str:
+    """A loss."""
+    return estimate(found, 1, "{:.3f}")
+
+
+def signed_nats(found: Estimate) -> str:
+    """A difference of losses, with its sign."""
+    return estimate(found, 1, "{:+.3f}")
+
+
+def escape(text: str) -> str:
+    """Names of policies may be paths; a table's cell must survive them."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def plural(word: str, n: int) -> str:
+    """``word`` for n of them."""
+    return word if n == 1 else f"{word}s"
+
+
+def capital(text: str) -> str:
+    """With a capital first letter, as a heading begins."""
+    return text[:1].upper() + text[1:]

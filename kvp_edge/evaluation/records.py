@@ -1,0 +1,227 @@
+"""What an evaluation found, one JSON object per line and one line per setting and item.
+
+A file of records grows while an evaluation runs and is all that statistics and reports need. Every
+line is written at once, so whatever interrupts a run leaves whole lines and at most one that was
+half written: that one is dropped on reading, and taken away before the next line is appended.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeAlias, get_args, get_type_hints
+
+#: The policy of the full cache, which drops nothing.
+FULL = "none"
+
+#: What tells two records apart; see Record.key.
+Key: TypeAlias = tuple[str | int | bool | None, ...]
+
+_CHOICES = {
+    "mode": ("bounded", "one-shot"),
+    "question": ("unseen", "seen"),
+    "granularity": ("head", "token"),
+    "measure": ("accuracy", "loss"),
+}
+
+
+class RecordError(ValueError):
+    """A record is not what it should be, or records do not fit together."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One item, read in one setting.
+
+    Attributes:
+        mode: "one-shot": read everything, drop once; "bounded": drop again and again.
+        question: whether it was read before tokens were dropped: "seen" or "unseen".
+        granularity: "head": every (layer, KV head) keeps its own tokens; "token": the same in all.
+        type_k, type_v: types of the cache, like "f16".
+        length: tokens of a conversation, about, as asked for.
+        budget, share: tokens kept, and their share of ``length``; None for the full cache.
+        policy: its name; "none" for the full cache.
+        task, item, seed: which item. All policies read the same ones.
+        protected: whether sinks and recent tokens were never dropped.
+        prompt: first 16 hex digits of the SHA-256 of the prompt's tokens.
+        n_prompt: tokens of the prompt.
+        kept, dropped, evictions: what the cache did.
+        reply: what the model wrote; "" for readings.
+        measure: what ``score`` is. "accuracy": from 0 to 1; "loss" (of readings): mean in nats per
+            token.
+        score: see ``measure``.
+        seconds: to read and reply.
+
+    Raises:
+        RecordError: a value of the wrong type or range.
+    """
+
+    mode: str
+    question: str
+    granularity: str
+    type_k: str
+    type_v: str
+    length: int
+    budget: int | None
+    share: float | None
+    policy: str
+    task: str
+    item: int
+    seed: int
+    protected: bool
+    prompt: str
+    n_prompt: int
+    kept: int
+    dropped: int
+    evictions: int
+    reply: str
+    measure: str
+    score: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        for name, hint in _HINTS.items():
+            value = getattr(self, name)
+            if not _is(value, hint):
+                raise RecordError(f"'{name}' cannot be {value!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise RecordError(f"'{name}' must be {' or '.join(choices)}")
+        if len({self.policy == FULL, self.budget is None, self.share is None}) > 1:
+            raise RecordError(f"policy '{FULL}', and only that one, has no budget and no share")
+        if self.measure == "accuracy" and not 0 <= self.score <= 1:
+            raise RecordError(f"an accuracy of {self.score} is not between 0 and 1")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing was dropped, because the cache held everything."""
+        return self.policy == FULL
+
+    def key(self) -> Key:
+        """Equal for two records of the same setting and item, so that one of them is enough.
+
+        How tokens are dropped is left out for the full cache, which drops none: one record stands
+        for all modes, granularities and budgets. The prompt is part of the key, so that a task that
+        has changed is asked again.
+        """
+        how = (self.mode, self.question, self.granularity, self.budget, self.protected)
+        return (
+            self.policy,
+            *(() if self.is_full else how),
+            self.type_k,
+            self.type_v,
+            self.length,
+            self.task,
+            self.seed,
+            self.item,
+            self.prompt,
+        )
+
+
+_HINTS: dict[str, Any] = get_type_hints(Record)
+_FIELDS = tuple(field.name for field in fields(Record))
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether ``value`` is of type ``hint``. An int is a float, too; a bool is no number."""
+    if get_args(hint):  # a union
+        return any(_is(value, one) for one in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def parse_record(line: str | bytes) -> Record:
+    """A record from its line. Names it does not know are ignored.
+
+    Raises:
+        RecordError: the line is no record; the message says why.
+    """
+    try:
+        found = json.loads(line)
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise RecordError(f"this is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise RecordError("this is not a JSON object")
+    missing = [name for name in _FIELDS if name not in found]
+    if missing:
+        raise RecordError(f"{', '.join(missing)} missing")
+    return Record(**{name: found[name] for name in _FIELDS})
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """All records of a file, in its order, but for a half-written last line.
+
+    Raises:
+        RecordError: a damaged line; the message names the file and the line.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(parse_record(line))
+        except RecordError as error:
+            if number == len(lines):  # no line end follows: it was being written
+                break
+            raise RecordError(
+                f"{os.fspath(path)}, line {number}: {error}. Delete the line, and --resume makes "
+                "its record again"
+            ) from None
+    return records
+
+
+def append_record(path: str | os.PathLike[str], record: Record) -> None:
+    """Add a line to a file, which is made if there is none.
+
+    The line goes out in one write to a file opened for appending: other processes that append do
+    not get into it.
+    """
+    line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
+    # a lone surrogate in a reply has no UTF-8
+    data = line.encode("utf-8", "replace")
+    _finish_last_line(path)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0))
+    try:
+        written = os.write(handle, data)
+    finally:
+        os.close(handle)
+    if written < len(data):
+        raise OSError(f"{os.fspath(path)}: a record was not written whole (disk full?)")
+
+
+def _finish_last_line(path: str | os.PathLike[str]) -> None:
+    """Take away a half-written last line; end one that only lacks its line end."""
+    try:
+        file = open(path, "r+b")  # noqa: SIM115  # entered below
+    except FileNotFoundError:
+        return
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            return
+        file.seek(size - 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        start = file.read().rfind(b"\n") + 1
+        file.seek(start)
+        try:
+            parse_record(file.read())
+        except RecordError:
+            file.truncate(start)
+        else:
+            file.write(b"\n")
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """One record for each key: where an item was read twice, the later record."""
+    return list({record.key(): record for record in records}.values())
