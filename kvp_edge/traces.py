@@ -127,13 +127,39 @@ class Trace:
         Raises:
             ValueError: no whole block of queries comes after n.
         """
+        self._check_split(n)
+        return self.received(n, len(self) if until is None else until, n)
+
+    def _check_split(self, n: int) -> None:
         last = int(self.splits[-1]) if len(self.splits) else 0
         if not 1 <= n <= last:
             raise ValueError(
                 f"a split must be from 1 to {last}, the last border between blocks of {self.block} "
                 f"queries in this trace of {len(self)} tokens, not {n}"
             )
-        return self.received(n, len(self) if until is None else until, n)
+
+    def peak(self, n: int) -> FloatArray:
+        """The most that any one block of the queries from ``n`` on wants of the tokens before
+        ``n``: a[l, h, i] = max over those blocks of what ``importance`` sums.
+
+        ForesightKV (arXiv:2602.03203) calls a token golden by its largest mean over a later block:
+        a token that one answer hangs on counts like one that every sentence glances at.
+
+        Args:
+            n: as in ``importance``.
+
+        Returns:
+            float32 [L, H, n].
+        """
+        self._check_split(n)
+        out = np.zeros((*self.keys.shape[:2], n), np.float32)
+        at = begin = 0
+        for end in self.blocks.ends(len(self)):
+            if begin >= n:  # so the block has sums for all n tokens
+                np.maximum(out, self.attention[:, :, at : at + n], out=out)
+            begin, at = end, at + end
+        out /= self.scale
+        return out
 
     def received(self, start: int, stop: int, n_tokens: int | None = None) -> FloatArray:
         """Attention that the queries of [start, stop) paid to the first ``n_tokens`` tokens (None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 import os
 import resource
 import signal
@@ -80,6 +81,9 @@ def test_importance_is_the_attention_that_later_queries_pay(
         assert got.shape == (shape.n_layer, shape.n_head_kv, n)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, largest[:, :, n:, :n].sum(axis=2), rtol=1e-3, atol=1e-4)
+        later = [b for b in pairwise([*trace.splits.tolist(), 100]) if b[0] >= n]
+        most = np.max([largest[:, :, a:b, :n].sum(axis=2) for a, b in later], axis=0)
+        np.testing.assert_allclose(trace.peak(n), most, rtol=1e-3, atol=1e-4)
     for name in ("keys", "values"):
         want = getattr(model.reference, name)(trace.tokens)
         np.testing.assert_allclose(getattr(trace, name), want, rtol=2e-3, atol=2e-3)
@@ -98,8 +102,9 @@ def test_between_borders_the_queries_up_to_the_next_one_are_left_out(
     total = trace.received(0, 100).sum(axis=2)
     assert (total > 99).all()  # the largest of a group is at least its mean, which sums to 1
     for n in (0, 98, 100):
-        with pytest.raises(ValueError, match=f"from 1 to 97, .* not {n}"):
-            trace.importance(n)
+        for of in (trace.importance, trace.peak):
+            with pytest.raises(ValueError, match=f"from 1 to 97, .* not {n}"):
+                of(n)
 
 
 def test_a_trace_without_borders_has_no_split() -> None:

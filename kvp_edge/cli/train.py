@@ -41,6 +41,7 @@ _HELP: dict[str, str] = {
     "states": "cut texts per step",
     "tokens": "tokens that compete in each, at most",
     "rankings": "sampled rankings of each",
+    "importance": "sum: attention of all later queries; peak: of the block that wants a token most",
     "rank_weights": "i-1: budgets from 1 on (the paper); i: budget 0 as well (its code)",
     "advantage": "loo: reward minus the other rankings' mean; zscore: scaled and clamped as well",
     "effort": "share of the heads in a step; those that lose most are drawn most often",

@@ -100,6 +100,36 @@ class InMemory:
         return trace
 
 
+@dataclass(frozen=True)
+class _PeakTrace:
+    """A trace (kvp_edge.traces.Trace) whose importance is its peak."""
+
+    trace: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trace, name)
+
+    def importance(self, n: int) -> npt.NDArray[np.float32]:
+        peak: npt.NDArray[np.float32] = self.trace.peak(n)
+        return peak
+
+
+class Peaks:
+    """Traces whose importance is the most that any one block of later queries pays, and not the sum
+    over all of them."""
+
+    def __init__(self, traces: TraceSetLike) -> None:
+        self._traces = traces
+        self.model = getattr(traces, "model", None)
+
+    def __len__(self) -> int:
+        return len(self._traces)
+
+    def __getitem__(self, index: int, /) -> TraceLike:
+        trace: TraceLike = _PeakTrace(self._traces[index])  # type: ignore[assignment]
+        return trace
+
+
 def check_traces(traces: TraceSetLike, protected: Protected) -> tuple[list[int], tuple[int, ...]]:
     """Which traces can be used, and the shape (L, H, head_size_k, head_size_v) of all of them.
 

@@ -16,6 +16,10 @@ RankWeights = Literal["i-1", "i"]
 #: hard states count alike.
 Advantage = Literal["loo", "zscore"]
 
+#: "sum": attention of all later queries (KVP). "peak": that of the one block of later queries that
+#: wants a token most (ForesightKV's labels, arXiv:2602.03203): one answer counts like a chapter.
+Importance = Literal["sum", "peak"]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,6 +49,7 @@ class Settings:
     states: int = 8
     tokens: int = 512
     rankings: int = 8
+    importance: Importance = "sum"
     rank_weights: RankWeights = "i-1"
     advantage: Advantage = "zscore"
     effort: float = 1.0
@@ -59,7 +64,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.objective != "kvp":
             raise TrainingError(f"there is no objective '{self.objective}'; there is kvp")
-        for name, known in (("rank_weights", RankWeights), ("advantage", Advantage)):
+        for name, known in (
+            ("importance", Importance),
+            ("rank_weights", RankWeights),
+            ("advantage", Advantage),
+        ):
             if getattr(self, name) not in get_args(known):
                 raise TrainingError(
                     f"{name} is {' or '.join(get_args(known))}, not '{getattr(self, name)}'"

@@ -35,6 +35,7 @@ from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
 from kvp_edge.training.data import (
     Batch,
     InMemory,
+    Peaks,
     Protected,
     Sampler,
     TraceSetLike,
@@ -120,7 +121,7 @@ class _Run:
         world: int,
     ) -> None:
         self.facts = model_facts(traces)
-        traces = InMemory(traces)
+        traces = InMemory(Peaks(traces) if settings.importance == "peak" else traces)
         self.traces, self.out, self.settings = traces, out, settings
         self.device, self.rank, self.world = device, rank, world
         s = settings

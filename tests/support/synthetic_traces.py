@@ -26,6 +26,11 @@ class SyntheticTrace:
         assert n in self.splits
         return self.paid[:, :, :n] * np.float32(self.keys.shape[2] - n)
 
+    def peak(self, n: int) -> NDArray[np.float32]:
+        """What the one block wants that looks for the second dimension of keys."""
+        assert n in self.splits
+        return np.exp(2 * self.keys[:, :, :n, 1].astype(np.float32))
+
 
 class SyntheticTraces:
     """``kind`` "key": the first dimension of its key says how important a token is. "neighbour":
