@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
 from llama_cpp import llama_chat_format
 
-from kvp_edge.llama import Llama
+from kvp_edge.llama import Llama, _token_text
 
 Message = dict[str, str]
 
@@ -39,3 +43,10 @@ def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
     except _Prompt as prompt:
         return prompt.tokens
     raise ValueError(f"chat format '{llm.chat_format}' writes no text prompt")
+
+
+def last_begin(llm: Llama, tokens: Sequence[int], text: str) -> int:
+    """The number of the token in which ``text`` begins the last time; 0 if it does not occur."""
+    pieces = [_token_text(llm._model.vocab, t) for t in tokens]
+    at = b"".join(pieces).rfind(text.encode())
+    return bisect_right(list(accumulate(map(len, pieces))), at) if at >= 0 else 0

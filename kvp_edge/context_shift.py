@@ -23,19 +23,20 @@ class ContextShift:
     Args:
         llm: a model with ``n_ctx`` cells.
         n_keep: first tokens that are never dropped, besides the token that begins every text.
+        cells: most tokens held; None: as many as llama.cpp's cache has cells.
 
     Attributes:
         dropped: tokens dropped since the last ``reset``.
         shifts: how often tokens were dropped since then.
     """
 
-    def __init__(self, llm: llama_cpp.Llama, n_keep: int = 0) -> None:
+    def __init__(self, llm: llama_cpp.Llama, n_keep: int = 0, cells: int | None = None) -> None:
         self._llm = llm
         self._memory = llama_cpp.llama_get_memory(llm.ctx)
         if not llama_cpp.llama_memory_can_shift(self._memory):
             raise UnsupportedModelError("the context of this model cannot be shifted")
         # the cells are asked for directly: a bounded Llama's n_ctx() is the logical context
-        self._cells = int(llama_cpp.llama_n_ctx(llm.ctx))
+        self._cells = cells or int(llama_cpp.llama_n_ctx(llm.ctx))
         adds_bos = bool(
             llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(llm.model))
         )

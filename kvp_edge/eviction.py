@@ -387,6 +387,11 @@ class EvictionManager:
 
     # -- eviction ----------------------------------------------------------------------------
 
+    def evict(self) -> None:
+        """Evict now, down to the budget, if more is held."""
+        if self.kept > self.limits.budget:
+            self._evict()
+
     def _evict(self) -> None:
         started = time.perf_counter()
         self._mark()

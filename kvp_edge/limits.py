@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvp_edge.errors import BudgetError
 
@@ -64,6 +64,10 @@ class CacheLimits:
     def reserve(self) -> int:
         """Free cells right after an eviction."""
         return self.cells - self.budget
+
+    def with_cells(self, cells: int) -> CacheLimits:
+        """The same budget in other cells, budget < cells <= n_ctx; llama.cpp may have more."""
+        return replace(self, cells=cells, n_batch=min(self.n_batch, cells - self.budget))
 
     @classmethod
     def plan(

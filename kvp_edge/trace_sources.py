@@ -6,15 +6,13 @@ import hashlib
 import json
 import os
 import random
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Protocol
 
-from kvp_edge.chat_prompt import Message, prompt_tokens
+from kvp_edge.chat_prompt import Message, last_begin, prompt_tokens
 from kvp_edge.errors import TraceError
-from kvp_edge.llama import Llama, _token_text
+from kvp_edge.llama import Llama
 from kvp_edge.trace_tasks import TaskMaker, shipped_prose
 
 #: A trace has at least this many tokens before its future.
@@ -146,7 +144,7 @@ class Tasks:
                 tokens = prompt if cut.greedy else [*prompt, *answer]
                 if len(tokens) + n_generate <= cut.length:
                     yield Piece(
-                        tokens, _begin_of(llm, prompt, task.question), n_generate, f"task {i}"
+                        tokens, last_begin(llm, prompt, task.question), n_generate, f"task {i}"
                     )
                     break
 
@@ -176,13 +174,6 @@ def plan(sources: Iterable[Source], llm: Llama, cut: Cut, n_traces: int | None) 
             f"{n_traces} asked for: lower --traces or --length, or give more to read"
         )
     return random.Random(cut.seed).sample(found, n_traces)
-
-
-def _begin_of(llm: Llama, tokens: Sequence[int], text: str) -> int:
-    """The number of the token in which ``text`` begins the last time."""
-    pieces = [_token_text(llm._model.vocab, t) for t in tokens]
-    at = b"".join(pieces).rfind(text.encode())
-    return bisect_right(list(accumulate(map(len, pieces))), at) if at >= 0 else 0
 
 
 def _messages(line: str, where: str) -> list[Message]:

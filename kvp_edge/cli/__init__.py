@@ -13,6 +13,7 @@ from jinja2 import TemplateError  # a chat template's; llama_cpp brings jinja2
 import kvp_edge
 from kvp_edge.cli.chat import add_chat
 from kvp_edge.cli.demo import add_demo
+from kvp_edge.cli.eval import add_eval
 from kvp_edge.cli.export import add_export
 from kvp_edge.cli.inspect import add_inspect
 from kvp_edge.cli.learn import add_learn
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     adders = (add_chat, add_run, add_demo, add_policies, add_learn)
-    for add in (*adders, add_trace, add_train, add_export, add_inspect):
+    for add in (*adders, add_trace, add_train, add_export, add_inspect, add_eval):
         add(commands)
     return parser
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -72,7 +72,7 @@ class Task(Protocol):
 
     def make(
         self, n_items: int, n_tokens: int, count_tokens: CountTokens, seed: int
-    ) -> list[Item] | list[Reading]:
+    ) -> Sequence[Item | Reading]:
         """``n_items`` of at most about ``n_tokens`` tokens; the same for the same arguments.
 
         Raises:

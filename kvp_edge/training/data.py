@@ -126,7 +126,7 @@ class Peaks:
         return len(self._traces)
 
     def __getitem__(self, index: int, /) -> TraceLike:
-        trace: TraceLike = _PeakTrace(self._traces[index])  # type: ignore[assignment]
+        trace: TraceLike = _PeakTrace(self._traces[index])
         return trace
 
 

@@ -1,0 +1,258 @@
+"""``kvp-edge eval``: what a bounded cache costs a model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kvp_edge.cli import options
+from kvp_edge.cli.watch import note
+from kvp_edge.evaluation import plots, records, report, run
+from kvp_edge.evaluation.item import Task
+from kvp_edge.evaluation.kept_tokens import write_html
+from kvp_edge.evaluation.tasks import RULER, TASKS, data_tasks
+from kvp_edge.llama import Llama
+
+_ITEMS = 20
+_LENGTHS = "1024"
+_BUDGETS = "1/4,1/8"
+_DEFAULT_TASKS = "fact,facts,recall,pairs,niah_single_1,niah_single_2,niah_multikey_1,vt,books"
+
+_EPILOG = """\
+Every policy reads the same conversations; replies are greedy. Each task is first asked with the
+full cache: a task that the model cannot do even then is shown and left out of the averages. In the
+report every comparison is of the same items, with a 95 % interval from paired bootstrap samples.
+
+  --mode bounded   never more than the budget is held, while reading and while writing: what a chat
+                   in a small cache is like. An eviction leaves three quarters of the budget.
+  --mode one-shot  the conversation is read into a full cache, and tokens are dropped once: the
+                   papers' setting. With --question seen they are dropped after the question.
+
+policies besides those of kvp-edge policies:
+  none             the full cache (always there)
+  learned          the policy trained for this model, or give a policy file
+  oracle           by the attention that the rest of the conversation really pays: no policy can
+                   know it, so what it loses is not the policy's fault
+  context-shift    llama.cpp's own rule: drop the oldest half
+
+In --out: records.jsonl (every item with its reply), report.md, accuracy.png. The same command goes
+on where it stopped.
+
+examples:
+  kvp-edge eval
+  kvp-edge eval model.gguf --lengths 4096 --budgets 1/4,1/8 --items 50 --workers 2
+  kvp-edge eval model.gguf --tasks ruler --mode one-shot --policies learned,snapkv,keydiff,oracle
+  kvp-edge eval --tasks books,dialogues --data DIR
+  kvp-edge eval --list"""
+
+
+def add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="measure what a small cache costs a model, with every policy",
+        description="Ask a model the same questions with full and with bounded caches.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model_options(parser)
+    group = parser.add_argument_group("what is asked")
+    group.add_argument(
+        "--tasks",
+        default=_DEFAULT_TASKS,
+        metavar="LIST",
+        help="names with commas between them, ruler (all thirteen that there is data for) or all "
+        f"(default: {_DEFAULT_TASKS})",
+    )
+    group.add_argument("--list", action="store_true", help="tell what tasks there are, and stop")
+    group.add_argument("--data", metavar="DIR", help="folder with data for more tasks (--list)")
+    group.add_argument(
+        "--items",
+        type=options.count,
+        default=_ITEMS,
+        metavar="N",
+        help=f"conversations per task and length (default: {_ITEMS})",
+    )
+    group.add_argument(
+        "--lengths",
+        default=_LENGTHS,
+        metavar="LIST",
+        help=f"tokens of a conversation (default: {_LENGTHS})",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="draws the conversations (default: 0)"
+    )
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
+        "--policies", metavar="LIST", help="names or policy files (default: all but oracle)"
+    )
+    group.add_argument(
+        "--budgets",
+        default=_BUDGETS,
+        metavar="LIST",
+        help=f"tokens held, or shares of the length (default: {_BUDGETS})",
+    )
+    group.add_argument(
+        "--mode", choices=("bounded", "one-shot"), default="bounded", help="default: bounded"
+    )
+    group.add_argument(
+        "--question", choices=("unseen", "seen"), default="unseen", help="default: unseen"
+    )
+    group.add_argument(
+        "--granularity", choices=("head", "token"), default="head", help="default: head"
+    )
+    group.add_argument(
+        "--unprotected",
+        action="store_true",
+        help="protect neither the first nor the newest tokens (but for the last one)",
+    )
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", metavar="DIR", help="default: kvp-eval-<MODEL>")
+    group.add_argument(
+        "--workers",
+        type=options.count,
+        default=1,
+        metavar="N",
+        help="processes, each with the model loaded and its share of the threads (default: 1)",
+    )
+    group.add_argument(
+        "--draw",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw which tokens each head kept of the first N conversations of every task, for "
+        "every policy and budget, as pages for a browser in --out/kept (default: 0)",
+    )
+    parser.set_defaults(command=_main)
+
+
+def _main(args: argparse.Namespace) -> int:
+    tasks = {**TASKS, **(data_tasks(Path(args.data)) if args.data else {})}
+    if args.list:
+        print("\n".join(f"{name:18}{task.about}" for name, task in tasks.items()))
+        return 0
+    path = options.model_path(args)
+    out = Path(args.out or f"kvp-eval-{Path(path).stem}")
+    engine = options.engine_options(args)
+    if args.workers > 1 and args.threads is None:
+        engine["n_threads"] = engine["n_threads_batch"] = max(
+            1, (os.cpu_count() or 2) // args.workers
+        )
+    the_run = run.Run(path, args.seed, args.type_k, args.type_v, engine)
+    jobs = _jobs(args, the_run, tasks)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "records.jsonl"
+    known = {r.key(): r for r in records.read_records(file)} if file.exists() else {}
+    wanted = dict.fromkeys(the_run.key(setting, p) for setting, todo in jobs for p in todo)
+    left = [
+        (setting, rest)
+        for setting, todo in jobs
+        if (rest := [p for p in todo if the_run.key(setting, p) not in known])
+    ]
+    n_left = sum(len(todo) for _, todo in left)
+    note(
+        f"{len(wanted)} conversations to read, {n_left} of them still to do, into '{out}'; the "
+        "same command goes on if it is interrupted"
+    )
+    done = len(wanted) - n_left
+    with tqdm(total=len(wanted), initial=done, unit=" items", disable=None) as bar:
+        for record in run.run_all(the_run, left, args.workers):
+            records.append_record(file, record)
+            known[record.key()] = record
+            bar.set_description(f"{record.policy}, {record.task}")
+            bar.update()
+    found = [known[key] for key in wanted]
+    for setting, todo in jobs:
+        if setting.policy not in (records.FULL, run.SHIFT):
+            _draw(the_run, setting, todo, args.draw, out / "kept")
+    text = report.report(found, title=f"{Path(path).stem}: what a bounded cache costs")
+    (out / "report.md").write_text(text, encoding="utf-8")
+    try:
+        plots.accuracy_plot(found, out / "accuracy.png")
+    except (ImportError, ValueError) as error:
+        note(f"no plot: {error}")
+    print(text)
+    note(f"written: {out / 'report.md'}")
+    return 0
+
+
+def _draw(
+    the_run: run.Run, setting: run.Setting, todo: Sequence[run.Prompt], count: int, folder: Path
+) -> None:
+    """A page for each of the first ``count`` conversations of every task."""
+    for prompt in todo:
+        if prompt.number < count:
+            folder.mkdir(parents=True, exist_ok=True)
+            policy = Path(setting.policy).stem
+            name = f"{policy}-{setting.budget}-of-{setting.length}-{prompt.task}-{prompt.number}"
+            shown = the_run.kept_tokens(setting, prompt)
+            write_html(shown, folder / f"{name}.html")
+            note(f"drawn: {folder / name}.html")
+
+
+def _jobs(
+    args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]
+) -> list[tuple[run.Setting, Sequence[run.Prompt]]]:
+    """Every setting with the conversations it reads, the full cache first."""
+    names = _task_names(args.tasks, tasks)
+    policies = _names(args.policies) if args.policies else run.known_policies(the_run.model)
+    if not args.policies:
+        policies.remove(run.ORACLE)
+    for policy in policies:
+        run.check_policy(policy, the_run.model)
+    lengths = [_length(text) for text in _names(args.lengths)]
+    how = {"mode": args.mode, "question": args.question, "granularity": args.granularity}
+    jobs: list[tuple[run.Setting, Sequence[run.Prompt]]] = []
+    with closing(Llama(the_run.model, n_ctx=256, verbose=False)) as llm:
+        for length in lengths:
+            made = run.prompts(llm, tasks, names, length, args.items, args.seed)
+            groups = [made]
+            if args.workers > 1:
+                groups = [[p for p in made if p.task == name] for name in names]
+            budgets = [run.budget_of(text, length) for text in _names(args.budgets)]
+            options_: list[tuple[str, int | None]] = [(records.FULL, None)]
+            options_ += [(p, b) for p, b in product(policies, budgets) if p != records.FULL]
+            for policy, budget in options_:
+                setting = run.Setting(
+                    **how,
+                    length=length,
+                    longest=max(p.longest for p in made),
+                    budget=budget,
+                    policy=policy,
+                    protected=not args.unprotected,
+                )
+                jobs += [(setting, todo) for todo in groups]
+    return jobs
+
+
+def _task_names(text: str, tasks: dict[str, Task]) -> list[str]:
+    names: list[str] = []
+    for name in _names(text):
+        if name == "all":
+            names += tasks
+        elif name == "ruler":
+            names += [n for n in tasks if n in RULER]
+        elif name in tasks:
+            names.append(name)
+        else:
+            raise ValueError(
+                f"there is no task '{name}'; choose from {', '.join(tasks)}, ruler, all (more "
+                "with --data, see kvp-edge eval --list)"
+            )
+    return list(dict.fromkeys(names))
+
+
+def _length(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"a length is a number of tokens like 1024, not '{text}'")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

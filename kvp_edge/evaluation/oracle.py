@@ -1,0 +1,58 @@
+"""The ceiling: a policy that has read what will be asked and knows which tokens the reply needs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvp_edge.policies import Policy
+from kvp_edge.policies.base import FloatArray, IntArray
+from kvp_edge.traces import Trace
+
+
+class Oracle(Policy):
+    """Keeps what the rest of the conversation will attend to, taken from a trace of all of it.
+
+    score = trace.importance(n): the attention that every later query of the traced run paid to the
+    token, the largest of the group's query heads (arXiv:2602.10238), where n tokens have been read
+    at the moment of the eviction. The trace was made with nothing evicted.
+
+    A trace answers for the borders between its blocks. n is rounded up to the next one, so up to a
+    block of queries is left out; after the last border it is rounded down to it, and the tokens
+    from there on, newer than all others, score above them.
+
+    Args:
+        trace: the whole conversation, the reply included, by the model that will read it.
+
+    Raises:
+        ValueError: a trace of one block, which no query comes after.
+    """
+
+    name = "oracle"
+    inputs = "positions"
+    scope = "cache"
+
+    def __init__(self, trace: Trace) -> None:
+        if len(trace.splits) == 0:
+            raise ValueError(
+                f"a trace of {len(trace)} tokens in one block of queries does not say what came "
+                "after an eviction: trace with smaller blocks"
+            )
+        self._trace = trace
+
+    def identity(self) -> str:
+        return f"{self.name}({self._trace.source})"
+
+    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+        held = np.broadcast_to(positions, keys.shape[:3]).astype(np.int64)
+        newest = int(held.max())
+        if newest >= len(self._trace):
+            raise ValueError(
+                f"the conversation has reached token {newest}, and its trace ends after "
+                f"{len(self._trace)}: it is another conversation's"
+            )
+        n = min(newest + 1, int(self._trace.splits[-1]))
+        importance = self._trace.importance(n)
+        unknown = np.full((*importance.shape[:2], newest + 1 - n), importance.max() + 1)
+        known = np.concatenate((importance, unknown), axis=2).astype(np.float32)
+        score: FloatArray = np.take_along_axis(known, held, axis=2)
+        return score

@@ -1,0 +1,151 @@
+"""The model under evaluation: it reads, is asked, and tells how likely it found a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.context_shift import ContextShift
+from kvp_edge.errors import KVCacheError
+from kvp_edge.llama import Llama
+from kvp_edge.policies import Policy
+
+FloatArray = npt.NDArray[np.float32]
+
+_BATCH = 512
+
+
+class Subject(Llama):
+    """A bounded Llama that holds at most ``cells`` tokens, whatever their number.
+
+    llama.cpp makes caches of 256 cells and multiples of that; for an evaluation in 1/8 of 1,024
+    tokens the cache has more cells than are used.
+
+    Args:
+        model_path: GGUF file.
+        n_ctx: longest conversation, in tokens.
+        cells: tokens that are held at most, at any time; n_ctx: nothing is dropped but by
+            ``evict``.
+        budget: tokens that stay after an eviction.
+        engine: the other arguments of kvp_edge.Llama.
+    """
+
+    def __init__(self, model_path: str, n_ctx: int, cells: int, budget: int, **engine: Any) -> None:
+        self._rows: list[FloatArray] | None = None  # logits, while they are collected
+        bounded = cells < n_ctx
+        super().__init__(
+            model_path,
+            n_ctx=n_ctx,
+            kv_budget=budget,
+            reserve=max(1, cells - budget),
+            n_batch=min(_BATCH, cells - budget if bounded else n_ctx),
+            **engine,
+        )
+        if bounded:
+            assert self._kv is not None
+            self._kv.limits = self._kv.limits.with_cells(cells)
+
+    @property
+    def policy(self) -> Policy:
+        assert self._kv is not None
+        return self._kv.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        assert self._kv is not None
+        self._kv.policy = policy
+
+    @property
+    def held(self) -> int:
+        """Tokens in the cache, in every head."""
+        return self.kv_stats.kept
+
+    @property
+    def evictions(self) -> int:
+        """How often tokens were dropped since the conversation began."""
+        return self.kv_stats.evictions
+
+    def protected(self, n: int) -> npt.NDArray[np.bool_]:
+        """bool [n]: of the first ``n`` tokens, those that no eviction after them could drop."""
+        assert self._kv is not None
+        limits, at = self._kv.limits, np.arange(n)
+        return (at < limits.sinks) | (at >= n - limits.recent)
+
+    def text_of(self, token: int) -> str:
+        """A token as it is written; "" for special ones."""
+        return str(self.detokenize([token]).decode(errors="replace"))
+
+    def read(self, tokens: Sequence[int]) -> None:
+        self.eval(tokens)
+
+    def forget(self) -> None:
+        """Start a new conversation."""
+        self.reset()
+
+    def reply(self, most: int) -> str:
+        """The likeliest reply to what was read, of at most ``most`` tokens."""
+        tokens: list[int] = []
+        while len(tokens) < most:
+            logits = self._newest_logits()
+            if not np.isfinite(logits).any():
+                raise KVCacheError("the model gives no token a finite likelihood: it cannot write")
+            token = int(np.nanargmax(logits))
+            if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+                break
+            tokens.append(token)
+            self.read([token])
+        return str(self.detokenize(tokens).decode(errors="replace"))
+
+    def loss(self, ending: Sequence[int]) -> float:
+        """Mean loss in nats of the tokens of ``ending``, at least one, after what was read; they
+        are read, too."""
+        self._rows = [self._newest_logits()[None]]
+        try:
+            self.read(ending)
+            logits = np.concatenate(self._rows)[:-1].astype(np.float64)
+        finally:
+            self._rows = None
+        top = logits.max(1)
+        total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
+        return float((total - logits[np.arange(len(ending)), np.asarray(ending)]).mean())
+
+    def _decode(self, tokens: list[int], shift: int) -> None:
+        if self._rows is None:
+            super()._decode(tokens, shift)
+            return
+        start, n = self.n_tokens, len(tokens)
+        self._batch.set_batch(tokens, n_past=start - shift, logits_all=True)
+        self._ctx.decode(self._batch)
+        logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
+        self._rows.append(logits.reshape(n, -1).copy())
+        self.input_ids[start : start + n] = tokens
+        self.n_tokens += n
+        self._requires_eval = False
+
+    def _newest_logits(self) -> FloatArray:
+        row = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        return np.ctypeslib.as_array(row, shape=(self._n_vocab,)).copy()
+
+
+class Shifted(Subject):
+    """The same model with llama.cpp's own rule for a full cache: drop the oldest half."""
+
+    def __init__(self, model_path: str, n_ctx: int, cells: int, **engine: Any) -> None:
+        super().__init__(
+            model_path, n_ctx, n_ctx, n_ctx, policy="recency", granularity="token", **engine
+        )
+        self._shift = ContextShift(self, cells=cells)
+
+    @property
+    def evictions(self) -> int:
+        return self._shift.shifts
+
+    def forget(self) -> None:
+        self._shift.reset()
+
+    def read(self, tokens: Sequence[int]) -> None:
+        self._shift.read(tokens)

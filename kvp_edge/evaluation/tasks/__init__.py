@@ -1,0 +1,47 @@
+"""The tasks of ``kvp-edge eval``.
+
+One idea per module. ``needles``, ``variable_tracking``, ``word_counts`` and ``paragraphs`` are
+those of RULER (``ruler`` tells how they differ from it); ``lookup`` and ``recall`` are others with
+questions; ``readings``, ``dialogues`` and ``meetings`` have no question, but an ending that must
+stay likely. ``filling`` makes all of them as long as asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvp_edge.evaluation.item import Task
+from kvp_edge.evaluation.tasks import paragraphs, ruler
+from kvp_edge.evaluation.tasks.dialogues import Dialogues, collections_in
+from kvp_edge.evaluation.tasks.lookup import LOOKUP
+from kvp_edge.evaluation.tasks.meetings import Meetings
+from kvp_edge.evaluation.tasks.readings import Books
+from kvp_edge.evaluation.tasks.recall import RECALL
+
+#: The names of RULER's thirteen.
+RULER = ruler.NAMES
+
+#: Those that need no data, by name.
+TASKS: dict[str, Task] = {
+    **{task.name: task for task in (*RECALL, *LOOKUP, *ruler.WITHOUT_DATA)},
+    "books": Books(),
+}
+
+
+def data_tasks(folder: Path) -> dict[str, Task]:
+    """Those whose files the folder has, by name. (``books`` then reads the folder's books.)
+
+    Args:
+        folder: laid out as the modules say: ``books/*.txt``, ``dialogue/``, ``meetings/qmsum/``,
+            ``qa/lost_in_the_middle/``. Every part of it may be missing.
+    """
+    tasks: list[Task] = []
+    if (path := folder / paragraphs.FILE).is_file():
+        tasks += paragraphs.paragraph_tasks(path)
+    if paths := list(folder.glob("books/*.txt")):
+        tasks.append(Books(paths))
+    if collections := collections_in(folder):
+        tasks.append(Dialogues(collections))
+    if paths := list(folder.glob("meetings/qmsum/*.jsonl")):
+        tasks.append(Meetings(paths))
+    return {task.name: task for task in tasks}
