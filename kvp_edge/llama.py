@@ -32,6 +32,7 @@ from kvp_edge.llama_log import LlamaLog, listen
 from kvp_edge.native import BUILT_FOR, NativeCache, read_model_shape
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
+from kvp_edge.queries import QueryLog
 from kvp_edge.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
@@ -94,6 +95,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     """
 
     _kv: EvictionManager | None = None
+    _query_log: QueryLog | None = None  # for a policy that looks at queries
+    _query_shift = 0  # the table's when the logged queries were computed
 
     # set by the base class
     n_tokens: int
@@ -139,6 +142,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         with listen(pass_on=verbose):
             chosen = get_policy(policy, model_path if kv_budget is not None else None)
+        if kv_budget is not None and chosen.queries:
+            self._query_log = QueryLog()
         limits: CacheLimits | None = None
         cells, batch = 512 if n_ctx is None else n_ctx, 512 if n_batch is None else n_batch
         if kv_budget is not None:
@@ -197,6 +202,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if self._bound.kv_budget is not None:
             params.n_seq_max = 2
             params.kv_unified = True
+        if self._query_log is not None:
+            self._query_log.set_callback(params)
         self._context_params = params
 
     def _bind(self, limits: CacheLimits, policy: Policy, architecture: str) -> None:
@@ -222,6 +229,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 )
             granularity = self._settle_granularity(cache)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
+            if self._query_log is not None:
+                self._start_query_log(self._query_log, policy, cache, limits, frequencies)
         except BaseException:
             self.close()
             raise
@@ -277,6 +286,27 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             model, self.context_params, own_shift=granularity == "token"
         )
         return int(llama_cpp.llama_model_n_ctx_train(model)), frequencies
+
+    def _start_query_log(
+        self,
+        log: QueryLog,
+        policy: Policy,
+        cache: NativeCache,
+        limits: CacheLimits,
+        frequencies: KeyFrequencies | None,
+    ) -> None:
+        if policy.needs_frequencies:
+            try:
+                log.frequencies = frequencies or measure_frequencies(
+                    self._model.model, self.context_params, own_shift=False
+                )
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(
+                    f"policy '{policy.name}' takes RoPE off queries, which is not possible with "
+                    f"this model. Choose another policy (the reason: {error})"
+                ) from error
+        log.start(self._ctx.ctx, cache, min(policy.queries, limits.cells))
+        policy.query_log = log
 
     # -- what it tells -----------------------------------------------------------------------
 
@@ -334,7 +364,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         at = 0
         while at < len(tokens):
             n = kv.make_room(len(tokens) - at)
+            log = self._query_log
+            if log is not None and kv.shift != self._query_shift:
+                log.clear()  # the keys held were turned, each by another angle
+                self._query_shift = kv.shift
             self._decode(list(tokens[at : at + n]), kv.shift)
+            if log is not None:
+                log.append(kv.seen, n)
             kv.append(n)
             at += n
 
@@ -358,6 +394,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             # An interrupt came between decoding and append(): n_tokens only grows after a decode.
             kv.append(self.n_tokens - kv.seen)
         kv.rewind(self.n_tokens)
+        if self._query_log is not None:
+            self._query_log.rewind(self.n_tokens)
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens - kv.shift, -1)
 
     def reset(self) -> None:
@@ -412,6 +450,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         n = min(len(known), len(tokens))
         differ = np.flatnonzero(known[:n] != np.asarray(tokens[:n], np.intc))
         return int(differ[0]) if len(differ) else n
+
+    def evict(self) -> None:
+        """Drop tokens now, down to the budget, and not only when the cells are full: after a long
+        document, say, before the first question about it. No effect without ``kv_budget``."""
+        if self._kv is not None:
+            self._follow()
+            self._kv.evict()
 
     # -- completions -------------------------------------------------------------------------
 
@@ -496,6 +541,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     # -- states and copies -------------------------------------------------------------------
 
     def save_state(self) -> Any:
+        self._require_no_queries("save_state")
         state = super().save_state()
         if self._kv is not None:
             self._follow()
@@ -503,6 +549,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         return state
 
     def load_state(self, state: Any) -> None:
+        self._require_no_queries("load_state")
         table = getattr(state, "kvp_table", None)
         if self._kv is not None and not isinstance(table, Table):
             raise ValueError(
@@ -585,7 +632,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             raise SessionError(
                 f"{name} is for a bounded cache: load the model with kv_budget, or use save_state"
             )
+        self._require_no_queries(name)
         return self._kv
+
+    def _require_no_queries(self, name: str) -> None:
+        if self._kv is not None and self._query_log is not None:
+            raise SessionError(
+                f"{name} is not possible with policy '{self._kv.policy.name}': what it saw of "
+                "queries is not kept. Choose a policy that does not look at queries"
+            )
 
     def _session_settings(self) -> dict[str, Any]:
         """Everything that decides what the cache's numbers mean and how they go on."""

@@ -42,13 +42,26 @@ class KeyFrequencies:
     radians: npt.NDArray[np.float64]
     neox: bool
 
-    def turned(self, keys: FloatArray, positions: int) -> FloatArray:
-        """Keys [n_layer, ..., head_size] as they would be so many positions later."""
+    def turned(self, keys: FloatArray, positions: int | npt.NDArray[np.int32]) -> FloatArray:
+        """Keys (or queries) as they would be so many positions later.
+
+        Args:
+            keys: f32 [n_layer, ..., head_size].
+            positions: one number, or one for each key: [n] for keys [n_layer, ..., n, head_size].
+        """
+        by = np.asarray(positions, np.float64)
+        angle = self.radians * by if by.ndim == 0 else self.radians[:, None] * by[:, None]
+        return self.multiplied(keys, np.exp(1j * angle))
+
+    def multiplied(self, keys: FloatArray, factor: npt.NDArray[np.complex128]) -> FloatArray:
+        """Every pair of keys [n_layer, ..., head_size], read as a complex number, times its factor:
+        complex [n_layer, n_pairs], or [n_layer, n, n_pairs] for keys [n_layer, ..., n, head_size].
+        """
         n = self.radians.shape[1]
         first, second = _halves(n, self.neox)
-        shape = (len(keys), *(1,) * (keys.ndim - 2), n)
-        turn = np.exp(1j * self.radians * positions).reshape(shape)
-        z = (keys[..., first] + 1j * keys[..., second]) * turn
+        inner = factor.shape[1:]
+        factor = factor.reshape(len(keys), *(1,) * (keys.ndim - 1 - len(inner)), *inner)
+        z = (keys[..., first] + 1j * keys[..., second]) * factor
         out = keys.copy()
         out[..., first], out[..., second] = z.real, z.imag
         return out

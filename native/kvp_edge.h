@@ -36,7 +36,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 3
+#define KVP_ABI_VERSION 4
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -278,6 +278,53 @@ KVP_API int32_t           kvp_capture_begin(kvp_capture * capture, const kvp_cap
  * What went wrong while decoding is told here: attention that is no probability, a layer without it. */
 KVP_API int32_t kvp_capture_end(kvp_capture * capture, uint32_t n_tokens, uint16_t * sums, uint64_t n_sums,
                                 kvp_error * err);
+
+/* Logs the queries of the newest tokens that a running context reads, as its attention sees them: after
+ * norm and RoPE, with flash attention or without. They are found at the operation that multiplies them with
+ * the cached keys, whatever the model calls them. Set the callback before the context is made:
+ *     params.cb_eval = kvp_queries_callback();  params.cb_eval_user_data = log;
+ * The log must outlive the context and asks for nothing until it is started:
+ *     1. kvp_queries_try(log, n, err); decode n tokens into the EMPTY context, at positions 0 to n - 1
+ *     2. kvp_queries_start with the keys of these n tokens, as kvp_cache_read gives them; clear the context
+ * Layers are those of the base cache, found by their keys. KVP_ERR_UNSUPPORTED: a model whose queries are not
+ * found, or whose attention is more than softmax(scale * q.k) (bias, soft cap, sinks). */
+typedef struct kvp_queries kvp_queries;
+
+typedef struct kvp_queries_shape {
+    uint32_t n_layer;
+    uint32_t n_head;    /* query heads of a layer; head h uses KV head h / (n_head / n_head_kv)      */
+    uint32_t head_size;
+    uint32_t rotation;  /* block of the Hadamard rotation that attention multiplies under (0 = none);
+                           it is undone when queries are read                                         */
+} kvp_queries_shape;
+
+KVP_API int32_t           kvp_queries_create(kvp_queries ** log, kvp_error * err);
+KVP_API void              kvp_queries_free(kvp_queries * log); /* NULL is allowed */
+KVP_API kvp_eval_callback kvp_queries_callback(void);
+KVP_API int32_t           kvp_queries_try(kvp_queries * log, uint32_t n_tokens, kvp_error * err);
+
+/*   cache     what kvp_cache_get_shape says of the context's cache
+ *   keys      f32 [n_layer, n_head_kv, n, head_size_k] of the n tokens tried
+ *   capacity  tokens whose queries are kept
+ *   shape     result
+ *   scales    f32 [n_layer], result: what q.k is multiplied by before the softmax                   */
+KVP_API int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, const float * keys, uint32_t capacity,
+                                  kvp_queries_shape * shape, float * scales, kvp_error * err);
+
+/* The n tokens decoded since the last call are number first, first + 1, ... of the conversation. On an error
+ * none of them is logged. */
+KVP_API int32_t kvp_queries_append(kvp_queries * log, int32_t first, uint32_t n, kvp_error * err);
+
+/* Forgets the tokens from number `length` on, and whatever was decoded but not appended. */
+KVP_API int32_t kvp_queries_rewind(kvp_queries * log, int32_t length, kvp_error * err);
+
+/* Tokens whose queries there are: at most `capacity`. */
+KVP_API uint32_t kvp_queries_size(const kvp_queries * log);
+
+/* The newest n of them.
+ *   queries    f32 [n_layer, n_head, n, head_size]
+ *   positions  int32 [n], ascending: numbers in the conversation */
+KVP_API int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, int32_t * positions, kvp_error * err);
 
 #ifdef __cplusplus
 }

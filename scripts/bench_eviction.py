@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import kvp_edge
 from kvp_edge.cli.options import bundled_model
-from kvp_edge.policies import POLICIES
+from kvp_edge.policies import HEURISTICS
 
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "penelope_brandling.txt"
 
@@ -110,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=bundled_model())
     parser.add_argument("--cells", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", default=list(HEURISTICS))
     parser.add_argument("--granularity", choices=("head", "token"), default="head")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=30_000)

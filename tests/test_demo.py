@@ -14,7 +14,7 @@ from kvp_edge.cli import main
 from kvp_edge.cli.demo import FULL, SHIFT, Row, prompt_tokens, reading, table
 from kvp_edge.cli.demo_tasks import Item, make_items
 from kvp_edge.own_policy import own_policy
-from kvp_edge.policies import POLICIES
+from kvp_edge.policies import HEURISTICS
 
 
 def count_words(text: str) -> int:
@@ -79,7 +79,7 @@ def test_there_is_a_row_for_every_way_of_reading(
     rows: list[dict[str, object]], bundled_model: str
 ) -> None:
     own = ["learned"] if own_policy(bundled_model) else []
-    assert [row["cache"] for row in rows] == [FULL, SHIFT, *own, *POLICIES]
+    assert [row["cache"] for row in rows] == [FULL, SHIFT, *own, *HEURISTICS]
 
 
 def test_the_full_context_is_at_least_as_good_as_any_other(rows: list[dict[str, object]]) -> None:
@@ -104,7 +104,7 @@ def test_the_command_prints_table_reading_and_where_to_go_next(
 ) -> None:
     assert main(["demo", "--items", "1", "--length", "700", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
-    for name in (FULL, SHIFT, *POLICIES):
+    for name in (FULL, SHIFT, *HEURISTICS):
         assert sum(line.startswith(name) for line in out.splitlines()) == 1
     assert out.splitlines()[-1].startswith("Try it: kvp-edge chat")
     assert "512 cells" in err

@@ -60,8 +60,8 @@ def test_random_is_uniform_and_without_trend() -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_known_names() -> None:
-    with pytest.raises(ValueError, match="'h2o'.*keydiff, knorm, recency, random"):
-        get_policy("h2o")
+    with pytest.raises(ValueError, match="'none'.*keydiff, knorm, recency, random"):
+        get_policy("none")
 
 
 def test_a_policy_is_found_by_its_own_name() -> None:

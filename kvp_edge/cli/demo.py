@@ -24,7 +24,7 @@ from kvp_edge.context_shift import ContextShift
 from kvp_edge.limits import CELL_UNIT, parse_budget
 from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
-from kvp_edge.policies import POLICIES, Learned
+from kvp_edge.policies import HEURISTICS, Learned
 
 _REPLY_TOKENS = 32
 _DEFAULT_ITEMS = 20
@@ -151,7 +151,7 @@ class Demo:
         self._budget = parse_budget(args.kv_budget)
         # sentences are not cut, so a conversation may become somewhat longer than asked for
         self._n_ctx = 2 * args.length + 1024
-        with self._bounded(next(iter(POLICIES))) as reader:
+        with self._bounded(next(iter(HEURISTICS))) as reader:
             llm = reader.llm
             self.cells = llm.kv_stats.cells
             self._items = make_items(
@@ -175,7 +175,7 @@ class Demo:
         own = own_policy(self.path)
         if own is not None:
             ways[Learned.name] = partial(self._bounded, own)
-        ways |= {name: partial(self._bounded, name) for name in POLICIES}
+        ways |= {name: partial(self._bounded, name) for name in HEURISTICS}
         rows = []
         with tqdm(total=len(ways) * len(self._items), unit=" conversations", disable=None) as bar:
             for name, way in ways.items():

@@ -15,10 +15,10 @@ def add_policies(commands: Any) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
-    print(f"{'auto':10} The policy trained for the model (kvp-*.gguf beside it), else {FALLBACK}.")
+    print(f"{'auto':19} The policy trained for the model (kvp-*.gguf beside it), else {FALLBACK}.")
     for name, policy in POLICIES.items():
         module = inspect.getmodule(policy)
         about = (inspect.getdoc(module) or "").partition("\n")[0]
-        print(f"{name:10} {about}")
-    print(f"{'FILE':10} A policy file: what kvp-edge train and export made (.gguf, .onnx).")
+        print(f"{name:19} {about}")
+    print(f"{'FILE':19} A policy file: what kvp-edge train and export made (.gguf, .onnx).")
     return 0

@@ -6,15 +6,27 @@ import os
 
 from kvp_edge.own_policy import own_policy
 from kvp_edge.policies.base import Policy
+from kvp_edge.policies.expected_attention import ExpectedAttention
+from kvp_edge.policies.h2o import H2O
 from kvp_edge.policies.keydiff import KeyDiff
 from kvp_edge.policies.knorm import KNorm
+from kvp_edge.policies.lagkv import LagKV
 from kvp_edge.policies.learned import Learned
 from kvp_edge.policies.onnx import Onnx
 from kvp_edge.policies.random import Random
 from kvp_edge.policies.recency import Recency
+from kvp_edge.policies.snapkv import SnapKV
+from kvp_edge.policies.tova import TOVA
+from kvp_edge.policies.value_range import ValueRange
 
-#: name -> class, in the order in which they are presented.
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, KNorm, Recency, Random)}
+#: The plain rules that tables compare with: name -> class.
+HEURISTICS: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, KNorm, Recency, Random)}
+
+#: All that can be asked for by name, in the order in which they are presented.
+POLICIES: dict[str, type[Policy]] = {
+    **HEURISTICS,
+    **{p.name: p for p in (LagKV, ValueRange, SnapKV, TOVA, H2O, ExpectedAttention)},
+}
 
 
 #: What "auto" means for a model that no policy was trained for.
@@ -53,13 +65,20 @@ def get_policy(
 
 __all__ = [
     "FALLBACK",
+    "H2O",
+    "HEURISTICS",
     "POLICIES",
+    "TOVA",
+    "ExpectedAttention",
     "KNorm",
     "KeyDiff",
+    "LagKV",
     "Learned",
     "Onnx",
     "Policy",
     "Random",
     "Recency",
+    "SnapKV",
+    "ValueRange",
     "get_policy",
 ]

@@ -11,13 +11,17 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from kvp_edge.native import NativePolicy
     from kvp_edge.policy_file import PolicyInfo
+    from kvp_edge.queries import Queries, QueryLog
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 
+#: As many queries as the cache has cells, which are at least all since the last eviction.
+EVERY_QUERY = 2**31 - 1
+
 
 class Policy(ABC):
-    """A scorer of cached tokens. Write ``score`` and, if needed, set the three class attributes.
+    """A scorer of cached tokens. Write ``score`` and, if needed, set the class attributes.
 
     A policy only scores. When and how much to evict, and which tokens are protected whatever their
     score, is decided by ``kvp_edge.eviction``.
@@ -48,6 +52,31 @@ class Policy(ABC):
     #: f32 [n_layer, n_head_kv]: a whole token's score (token granularity) is the sum of its scores
     #: in all heads, each times its weight. None: the mean of the heads' standardised scores.
     head_weights: FloatArray | None = None
+
+    #: How many of the newest tokens' queries the policy wants to see, at most as many as the cache
+    #: has cells; 0: none. With more than 0 the policy's object serves one Llama, and ``scope`` is
+    #: "cache", as the queries are others at every eviction.
+    queries: int = 0
+
+    #: Whether the log must know RoPE's frequencies (kvp_edge.rope). A model in which they cannot be
+    #: measured is then refused at load.
+    needs_frequencies: ClassVar[bool] = False
+
+    #: Where they are; set by Llama at load if ``queries`` > 0.
+    query_log: QueryLog | None = None
+
+    def logged(self) -> Queries:
+        """The newest ``queries`` queries of the log, fewer if there are not so many.
+
+        Raises:
+            ValueError: nobody has set the log.
+        """
+        if self.query_log is None:
+            raise ValueError(
+                f"policy '{self.name}' looks at queries, which exist only in a bounded chat: load "
+                "the model with kv_budget and this policy"
+            )
+        return self.query_log.read(self.queries)
 
     def identity(self) -> str:
         """What a saved session is checked against: the name, and all else that decides scores."""

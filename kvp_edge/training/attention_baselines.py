@@ -1,8 +1,9 @@
 """Baselines that know what earlier queries attended to: SnapKV, TOVA and H2O.
 
-They need the attention that a trace holds; a bounded chat does not compute it. As everywhere here,
-attention is the largest in a KV head's query group (the originals: its mean, or one score per query
-head), and a window of queries is rounded to whole blocks of the trace.
+They work from the attention that a trace holds; in a bounded chat the policies of the same names
+(kvp_edge.policies) work from logged queries. As everywhere in training, attention is the largest in
+a KV head's query group (the originals: its mean, or one score per query head), and a window of
+queries is rounded to whole blocks of the trace.
 """
 
 from __future__ import annotations

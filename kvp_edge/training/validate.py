@@ -142,8 +142,14 @@ def agent_scorer(agents: Agents) -> Scorer:
 
 
 def heuristic_scorer(name: str) -> Scorer:
-    """A policy of ``kvp_edge.policies``, which sees the n tokens that are in the cache."""
+    """A policy of ``kvp_edge.policies``, which sees the n tokens that are in the cache.
+
+    Raises:
+        ValueError: a policy that looks at queries, which a trace does not hold.
+    """
     policy = POLICIES[name]()
+    if policy.queries:
+        raise ValueError(f"policy '{name}' looks at queries, and a trace holds none")
 
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         keys = trace.keys[:, :, :n].astype(np.float32)

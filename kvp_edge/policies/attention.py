@@ -1,0 +1,50 @@
+"""The attention that logged queries pay to the tokens held now, for policies that look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.policies.base import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from kvp_edge.queries import Queries
+
+
+def attention(queries: Queries, keys: FloatArray, positions: IntArray) -> Iterator[FloatArray]:
+    """Layer by layer softmax(scale q.k) over the held tokens that a query can see, as llama.cpp's.
+
+    A query sees the tokens of its own position and before. Where all it saw is still held these are
+    the probabilities that llama.cpp computed; where tokens were dropped since, those that it would
+    compute now.
+
+    Args:
+        queries: m of them.
+        keys: f32 [n_layer, n_head_kv, n, head_size_k], RoPE included.
+        positions: int32 [n] or [n_layer, n_head_kv, n], indices in the conversation.
+
+    Yields:
+        f32 [n_head_kv, group, m, n] for every layer, ``group`` query heads to a KV head.
+    """
+    n_layer, n_head_kv, n, size = keys.shape
+    held = np.broadcast_to(positions, (n_layer, n_head_kv, n))
+    m = len(queries.positions)
+    for layer in range(n_layer):
+        grouped = queries.queries[layer].reshape(n_head_kv, -1, m, size)
+        logits = grouped @ keys[layer, :, None].swapaxes(-1, -2)
+        logits *= queries.scale[layer]
+        seen = held[layer, :, None, None, :] <= queries.positions[:, None]
+        yield softmax(logits, seen)
+
+
+def softmax(logits: FloatArray, seen: npt.NDArray[np.bool_] | None = None) -> FloatArray:
+    """Over the last axis, among what is ``seen``; zeros where nothing is."""
+    if seen is not None:
+        logits = np.where(seen, logits, np.float32(-np.inf))
+    largest = logits.max(axis=-1, keepdims=True)
+    e = np.exp(logits - np.where(np.isfinite(largest), largest, 0))
+    probability: FloatArray = e / np.maximum(e.sum(axis=-1, keepdims=True), np.float32(1e-30))
+    return probability

@@ -1,0 +1,69 @@
+"""LagKV (Liang et al., arXiv:2504.04704): tokens unlike those read right after them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvp_edge.policies.base import FloatArray, IntArray, Policy
+
+_TINY = 1e-12  # a channel in which all reference tokens agree has no range
+
+
+class LagKV(Policy):
+    """The tokens held, without the first ``sinks``, are cut into partitions of ``lag`` tokens; each
+    is measured by the next one, its reference (section 2.2):
+
+        z = (x - min_ref) / (max_ref - min_ref), channel by channel, for keys x and for values x
+        s = softmax over the partition's tokens of std over channels of z
+        score = rank of (s_keys + s_values) / 2 within the partition, as a share of ``lag``
+
+    Scores of different partitions compare as ranks do, so every partition loses about the same
+    number of tokens. The sinks, the last whole partition and what follows it have no reference and
+    score 1, above all others. With fewer than two partitions there is none at all, and the newest
+    tokens stay.
+
+    Partitions are taken from the tokens held, so an eviction moves their borders: the originals'
+    blocks of the text are these at the first eviction.
+    """
+
+    name = "lagkv"
+    inputs = "keys+values"
+    scope = "cache"
+
+    def __init__(self, lag: int = 128, sinks: int = 4) -> None:
+        self.lag = lag
+        self.sinks = sinks
+
+    def identity(self) -> str:
+        return f"{self.name}(lag={self.lag}, sinks={self.sinks})"
+
+    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+        n_layer, n_head_kv, n = keys.shape[:3]
+        n_parts = (n - self.sinks) // self.lag
+        score = np.ones((n_layer, n_head_kv, n), np.float32)
+        if n_parts < 2:
+            score[:, :, self.sinks :] = np.arange(max(0, n - self.sinks)) / max(1, n)
+            return score
+        end = self.sinks + n_parts * self.lag
+        size = (n_parts, self.lag)
+        mean = sum(
+            _standing_out(x[:, :, self.sinks : end].reshape(n_layer, n_head_kv, *size, -1)) / 2
+            for x in (keys, values)
+        )
+        # of equal tokens the newer one ranks higher
+        rank = np.argsort(np.argsort(mean, axis=-1, kind="stable"), axis=-1)
+        last = end - self.lag
+        score[:, :, self.sinks : last] = rank.reshape(n_layer, n_head_kv, -1) / self.lag
+        return score
+
+
+def _standing_out(x: FloatArray) -> FloatArray:
+    """f32 [..., parts - 1, lag] from [..., parts, lag, channels]: s of every part but the last."""
+    reference = x[..., 1:, :, :]
+    low = reference.min(axis=-2, keepdims=True)
+    high = reference.max(axis=-2, keepdims=True)
+    z = (x[..., :-1, :, :] - low) / np.maximum(high - low, _TINY)
+    spread = z.std(axis=-1, ddof=1)
+    e = np.exp(spread - spread.max(axis=-1, keepdims=True))
+    share: FloatArray = e / e.sum(axis=-1, keepdims=True)
+    return share
