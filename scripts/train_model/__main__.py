@@ -6,6 +6,7 @@ Every stage leaves its result in the output folder; `--resume` goes on where an 
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -71,10 +72,13 @@ def evaluate_all(
 ) -> None:
     """Measure everything the model card reports and write it to `figures.json` as it comes in.
 
-    With `resume`, figures that are in the file already are not measured again.
+    With `resume`, figures of this very model that are in the file already are not measured again.
     """
     file = out / "figures.json"
+    digest = hashlib.sha256(files["f16"].read_bytes()).hexdigest()
     figures: dict[str, object] = json.loads(file.read_text()) if resume and file.exists() else {}
+    if figures.get("model, sha256") != digest:
+        figures = {"model, sha256": digest}
     maker, count = corpus.maker(held_out=True), recipe.evaluation_items
     longest = max(stage.length for stage in recipe.stages)
     usual = min(1024, longest)

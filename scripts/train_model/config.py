@@ -130,6 +130,20 @@ _HARD = {
     "copying": 0.01,
     "reading": 0.13,
 }
+# And hardest: all values of a key, all names of a value, any word between key and value.
+_LISTS = {
+    "needle": 0.06,
+    "queries": 0.06,
+    "listing": 0.24,
+    "successions": 0.02,
+    "names": 0.14,
+    "lookup": 0.08,
+    "joined": 0.14,
+    "facts": 0.11,
+    "told": 0.02,
+    "packed": 0.04,
+    "reading": 0.09,
+}
 # Length and million tokens of one round through all lengths.
 _ROUND = ((4096, 0.123), (2048, 0.123), (1024, 0.164), (512, 0.205), (256, 0.205))
 _LONG_ROUND = ((4096, 0.246), (2048, 0.205), (1024, 0.205), (512, 0.164), (256, 0.164))
@@ -178,6 +192,10 @@ def schedule(scale: float, batch_tokens: int) -> tuple[Stage, ...]:
         (512, 3.0, _HARD, 0.25, 0.6, (0.6, 0.5), loose),
         (1024, 2.0, _HARD, 0.25, 0.6, (0.5, 0.4), loose),
         *_mixed_lengths(_LONG_ROUND, 6, 0.4, _HARD, 0.3, 0.7, loose),
+        (256, 4.5, _LISTS, 0.25, 0.6, (0.5, 0.5), loose),
+        (512, 1.2, _LISTS, 0.25, 0.6, (0.5, 0.45), loose),
+        (1024, 0.6, _LISTS, 0.25, 0.6, (0.45, 0.4), loose),
+        *_mixed_lengths(_LONG_ROUND, 2, 0.4, _LISTS, 0.3, 0.7, loose),
     )
     return tuple(
         Stage(

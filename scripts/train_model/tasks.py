@@ -178,14 +178,18 @@ class TaskMaker:
         text = " ".join([*words(3), first, *words(4), second, *words(2)])
         return text + self.rng.choice([".", ".", ".", "!", " now.", ", I think.", ", they say."])
 
+    def joined_pair(self) -> str:
+        """Key and value joined by any word, which only its coming back tells from a value."""
+        before, after = (self.rng.choice(_SMALL_WORDS.split()) for _ in range(2))
+        joined = self.rng.choice(
+            [f"{before} {self.word()} {after}", f"{self.word()} {after}", self.word()]
+        )
+        return f" {{k}} {joined} {{v}}."
+
     def free_pair(self) -> str:
         """Key and value with random signs or words between them."""
         if self.new_words and self.rng.random() < self.new_words:
-            before, after = (self.rng.choice(_SMALL_WORDS.split()) for _ in range(2))
-            joined = self.rng.choice(
-                [f"{before} {self.word()} {after}", f"{self.word()} {after}", self.word()]
-            )
-            return f" {{k}} {joined} {{v}}."
+            return self.joined_pair()
         if self.rng.random() < 0.4:
             between = f" {self.rng.choice(_SMALL_WORDS.split())} "
         else:
@@ -354,12 +358,15 @@ class TaskMaker:
         return self.in_text(length, sentences, pairs)
 
     def lookup(
-        self, length: int, pairs: int | None = None, asked: int | None = None
+        self, length: int, pairs: int | None = None, asked: int | None = None, joined: bool = False
     ) -> Item | None:
-        """A list of key-value pairs, then questions; `pairs=0` fills the length with pairs."""
+        """A list of key-value pairs, then questions; `pairs=0` fills the length with pairs,
+        `joined` takes any word between key and value."""
         rng, p = self.rng, self.phrases
         wording, opening = self.worded(p.pairs), rng.choice(p.list_openings)
-        if self.freely():
+        if joined:
+            wording = self.joined_pair()
+        elif self.freely():
             wording = self.free_pair()
         asked = asked or rng.randint(1, max(1, length // 60))
         numbers = rng.random() < 0.5
@@ -581,6 +588,7 @@ CHATS: dict[str, Callable[[TaskMaker, int], Item | None]] = {
     "variables": TaskMaker.variables,
     "names": lambda m, n: m.variables(n, names=True),
     "lookup": TaskMaker.lookup,
+    "joined": lambda m, n: m.lookup(n, joined=True),
     "facts": TaskMaker.facts,
     "told": TaskMaker.told,
     "copying": TaskMaker.copying,
