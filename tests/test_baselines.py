@@ -30,7 +30,7 @@ from kvp_edge.policies import (
     ValueRange,
 )
 from kvp_edge.policies.attention import attention
-from kvp_edge.queries import Queries
+from kvp_edge.queries import Queries, QueryLog
 from kvp_edge.rope import KeyFrequencies
 from kvp_edge.traces import Trace
 from support.gguf_models import ModelShape, write_model, write_mpt
@@ -42,7 +42,7 @@ Array = NDArray[np.float64]
 L, H, GROUP, N, D = 2, 2, 3, 40, 8
 F32, F16, Q8_0 = 0, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0
 NEW = ("lagkv", "value-range", "snapkv", "tova", "h2o", "expected-attention")
-WANT_QUERIES = [name for name in NEW if POLICIES[name].queries or name == "snapkv"]
+WANT_QUERIES = [name for name in NEW if POLICIES[name].queries]
 
 
 @dataclass
@@ -372,6 +372,14 @@ def test_queries_that_were_not_shown_are_an_error(random_model: Maker, load: Loa
     with pytest.raises(kvp_edge.KVCacheError, match="did not show the queries of the 2 tokens"):
         log.append(9, 2)
     assert len(log) == 9
+
+
+def test_a_log_that_was_not_started_says_so() -> None:
+    log = QueryLog()
+    assert len(log) == 0
+    for use in (lambda: log.append(0, 1), lambda: log.rewind(0), lambda: log.read(1)):
+        with pytest.raises(ValueError, match="was not started"):
+            use()
 
 
 # -- chats -------------------------------------------------------------------------------------

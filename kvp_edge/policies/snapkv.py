@@ -25,8 +25,9 @@ class SnapKV(Policy):
     name = "snapkv"
     inputs = "keys"
     scope = "cache"
+    queries = 32
 
-    def __init__(self, window: int = 32, kernel: int = 5) -> None:
+    def __init__(self, window: int = queries, kernel: int = 5) -> None:
         if window < 1 or kernel % 2 == 0:
             raise ValueError(f"SnapKV needs a window >= 1 and an odd kernel: {window}, {kernel}")
         self.queries = window
