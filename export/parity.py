@@ -65,6 +65,9 @@ class _Tokens:
     def importance(self, n: int) -> FloatArray:
         raise NotImplementedError  # scores alone are compared
 
+    def peak(self, n: int) -> FloatArray:
+        raise NotImplementedError
+
 
 def check_parity(
     agents: Agents,

@@ -30,6 +30,7 @@ from kvp_edge.training.validate import State, agent_scorer, costs, measure  # no
 from support.synthetic_traces import SyntheticTraces  # noqa: E402
 
 QUICK: dict[str, Any] = {
+    "importance": "sum",
     "hidden": 16,
     "steps": 120,
     "token_steps": 30,
@@ -82,7 +83,7 @@ def test_a_policy_trained_for_peaks_keeps_what_one_block_wants(tmp_path: Path) -
     traces = SyntheticTraces(16, "key")
     states = [State(i, 96) for i in range(16)]
     for importance, best in (("sum", traces), ("peak", Peaks(traces))):
-        settings = Settings(context=1, importance=importance, **QUICK)
+        settings = Settings(**{**QUICK, "context": 1, "importance": importance})
         result = train(traces, tmp_path / importance, settings, progress=False)
         assert (result.quality.cost < 1.2).all()  # by what it was trained for
         agents, _ = checkpoint.load_agents(tmp_path / importance)

@@ -47,6 +47,9 @@ class TraceLike(Protocol):
         """f32 [L, H, n]: attention that the first n tokens receive from the later ones; the maximum
         over a KV head's query group, then the sum over queries."""
 
+    def peak(self, n: int) -> npt.NDArray[np.float32]:
+        """f32 [L, H, n]: the same from the one block of later queries that pays most."""
+
 
 class TraceSetLike(Protocol):
     """Traces of one model. ``model``, if there, may name its architecture, name and fingerprint."""

@@ -49,7 +49,7 @@ class Settings:
     states: int = 8
     tokens: int = 512
     rankings: int = 8
-    importance: Importance = "sum"
+    importance: Importance = "peak"
     rank_weights: RankWeights = "i-1"
     advantage: Advantage = "zscore"
     effort: float = 1.0

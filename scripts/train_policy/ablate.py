@@ -32,7 +32,7 @@ VARIANTS = {
     "32 hidden units": {"hidden": 32},
     "128 hidden units": {"hidden": 128},
     "advantage: leave-one-out alone": {"advantage": "loo"},
-    "importance: peak": {"importance": "peak"},
+    "importance: sum (the paper's)": {"importance": "sum"},
     "rank weights i": {"rank_weights": "i"},
     "sinks compete in training": {"sinks": 0},
     "half of the heads in a step": {"effort": 0.5},
