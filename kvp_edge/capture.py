@@ -226,14 +226,6 @@ class Tracer(Llama):
         self.reset()
         self._ctx.kv_cache_clear()
 
-    def _likeliest(self) -> int:
-        logits = np.ctypeslib.as_array(
-            llama_cpp.llama_get_logits_ith(self.ctx, -1), shape=(self._n_vocab,)
-        )
-        if not np.isfinite(logits).any():
-            raise KVCacheError("the model gives no token a finite likelihood: it cannot write")
-        return int(np.nanargmax(logits))
-
 
 def smallest_block(shape: CacheShape, length: int) -> int:
     """The fewest queries per block with which a trace of ``length`` tokens is no larger than twice

@@ -29,7 +29,7 @@ from kvp_edge.eviction import EvictionManager, Granularity, Table
 from kvp_edge.fingerprint import model_fingerprint
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
-from kvp_edge.native import BUILT_FOR, NativeCache, read_model_shape
+from kvp_edge.native import BUILT_FOR, FloatArray, NativeCache, read_model_shape
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
 from kvp_edge.queries import QueryLog
@@ -101,6 +101,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     # set by the base class
     n_tokens: int
     _requires_eval: bool
+    _logits_all: bool
 
     def __init__(
         self,
@@ -382,9 +383,30 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self.input_ids[start : start + n] = tokens
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
-            self.scores[start : start + n, :].reshape(-1)[::] = logits
+            self._keep_logits(start, logits.reshape(n, -1))
         self.n_tokens += n
         self._requires_eval = False
+
+    def _keep_logits(self, start: int, logits: FloatArray) -> None:
+        """With ``logits_all``: those of the tokens from ``start`` on, f32 [n, n_vocab], which are
+        valid until the next batch."""
+        self.scores[start : start + len(logits)] = logits
+
+    def _newest_logits(self) -> FloatArray:
+        """f32 [n_vocab] after the last token read, valid until the next batch."""
+        row = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        return np.ctypeslib.as_array(row, shape=(self._n_vocab,))
+
+    def _likeliest(self) -> int:
+        """The likeliest token to come.
+
+        Raises:
+            KVCacheError: there is none.
+        """
+        logits = self._newest_logits()
+        if not np.isfinite(logits).any():
+            raise KVCacheError("the model gives no token a finite likelihood: it cannot write")
+        return int(np.nanargmax(logits))
 
     def _follow(self) -> None:
         """Bring table and cells to ``n_tokens``, which the base class sets freely."""

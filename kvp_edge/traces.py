@@ -153,11 +153,9 @@ class Trace:
         """
         self._check_split(n)
         out = np.zeros((*self.keys.shape[:2], n), np.float32)
-        at = begin = 0
-        for end in self.blocks.ends(len(self)):
+        for begin, sums in self._block_sums():
             if begin >= n:  # so the block has sums for all n tokens
-                np.maximum(out, self.attention[:, :, at : at + n], out=out)
-            begin, at = end, at + end
+                np.maximum(out, sums[:, :, :n], out=out)
         out /= self.scale
         return out
 
@@ -173,14 +171,19 @@ class Trace:
         """
         n_tokens = len(self) if n_tokens is None else n_tokens
         out = np.zeros((*self.keys.shape[:2], n_tokens), np.float32)
-        at = begin = 0
-        for end in self.blocks.ends(len(self)):
+        for begin, sums in self._block_sums():
             if start <= begin < stop:
-                n = min(end, n_tokens)
-                out[:, :, :n] += self.attention[:, :, at : at + n]
-            begin, at = end, at + end
+                n = min(sums.shape[2], n_tokens)
+                out[:, :, :n] += sums[:, :, :n]
         out /= self.scale
         return out
+
+    def _block_sums(self) -> Iterator[tuple[int, HalfArray]]:
+        """Every block's first query, and what it paid: float16 [L, H, the block's end], scaled."""
+        at = begin = 0
+        for end in self.blocks.ends(len(self)):
+            yield begin, self.attention[:, :, at : at + end]
+            begin, at = end, at + end
 
 
 class TraceSet(Sequence[Trace]):

@@ -15,7 +15,7 @@ import pytest
 from conftest import random_tokens
 from kvp_edge.cli import main
 from kvp_edge.evaluation import run
-from kvp_edge.evaluation.records import FULL, Record, read_records
+from kvp_edge.evaluation.records import FULL, ORACLE, SHIFT, Record, read_records
 from kvp_edge.evaluation.run import OWN, Prompt, Run, Setting, budget_of
 from kvp_edge.evaluation.subject import Shifted, Subject
 from kvp_edge.evaluation.tasks import TASKS
@@ -171,7 +171,7 @@ def full(the_run: Run, asked: list[Prompt]) -> list[Record]:
 @pytest.mark.parametrize(
     ("policy", "mode"),
     [
-        *((policy, "bounded") for policy in (OWN, *POLICIES, run.SHIFT, run.ORACLE)),
+        *((policy, "bounded") for policy in (OWN, *POLICIES, SHIFT, ORACLE)),
         (OWN, "one-shot"),
         ("h2o", "one-shot"),
     ],
@@ -190,10 +190,10 @@ def test_with_cells_for_everything_every_policy_equals_the_full_cache(
     [
         (OWN, "bounded"),
         ("h2o", "bounded"),
-        (run.SHIFT, "bounded"),
-        (run.ORACLE, "bounded"),
+        (SHIFT, "bounded"),
+        (ORACLE, "bounded"),
         ("random", "one-shot"),
-        (run.ORACLE, "one-shot"),
+        (ORACLE, "one-shot"),
     ],
 )
 def test_a_second_run_gives_the_same_records(
@@ -222,16 +222,16 @@ def test_one_shot_keeps_the_budget_exactly_and_drops_once(
 def test_unprotected_policies_may_drop_the_first_and_the_newest_tokens(
     the_run: Run, asked: list[Prompt]
 ) -> None:
-    shown = the_run.kept_tokens(setting(policy="random", protected=False), asked[0])
+    [shown] = the_run.kept_tokens(setting(policy="random", protected=False), asked[:1])
     assert shown.protected.sum() == 1
     assert shown.protected[-1]
-    shown = the_run.kept_tokens(setting(policy="random"), asked[0])
+    [shown] = the_run.kept_tokens(setting(policy="random"), asked[:1])
     assert shown.protected[:4].all()
     assert shown.kept[:, :, shown.protected].all()
 
 
 def test_kept_tokens_are_those_of_every_head(the_run: Run, asked: list[Prompt]) -> None:
-    shown = the_run.kept_tokens(setting(mode="one-shot"), asked[0])
+    [shown] = the_run.kept_tokens(setting(mode="one-shot"), asked[:1])
     assert shown.kept.shape == (5, 2, asked[0].border)
     assert (shown.kept.sum(axis=2) == 128).all()
     assert not (shown.kept == shown.kept[:1, :1]).all()

@@ -169,7 +169,7 @@ def _main(args: argparse.Namespace) -> int:
             bar.update()
     found = [known[key] for key in wanted]
     for setting, todo in jobs:
-        if setting.policy not in (records.FULL, run.SHIFT):
+        if setting.policy not in (records.FULL, records.SHIFT):
             _draw(the_run, setting, todo, args.draw, out / "kept")
     text = report.report(found, title=f"{Path(path).stem}: what a bounded cache costs")
     (out / "report.md").write_text(text, encoding="utf-8")
@@ -186,14 +186,15 @@ def _draw(
     the_run: run.Run, setting: run.Setting, todo: Sequence[run.Prompt], count: int, folder: Path
 ) -> None:
     """A page for each of the first ``count`` conversations of every task."""
-    for prompt in todo:
-        if prompt.number < count:
-            folder.mkdir(parents=True, exist_ok=True)
-            policy = Path(setting.policy).stem
-            name = f"{policy}-{setting.budget}-of-{setting.length}-{prompt.task}-{prompt.number}"
-            shown = the_run.kept_tokens(setting, prompt)
-            write_html(shown, folder / f"{name}.html")
-            note(f"drawn: {folder / name}.html")
+    drawn = [prompt for prompt in todo if prompt.number < count]
+    if not drawn:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = Path(setting.policy).stem
+    for prompt, shown in zip(drawn, the_run.kept_tokens(setting, drawn), strict=True):
+        name = f"{policy}-{setting.budget}-of-{setting.length}-{prompt.task}-{prompt.number}"
+        write_html(shown, folder / f"{name}.html")
+        note(f"drawn: {folder / name}.html")
 
 
 def _jobs(
@@ -203,7 +204,7 @@ def _jobs(
     names = _task_names(args.tasks, tasks)
     policies = _names(args.policies) if args.policies else run.known_policies(the_run.model)
     if not args.policies:
-        policies.remove(run.ORACLE)
+        policies.remove(records.ORACLE)
     for policy in policies:
         run.check_policy(policy, the_run.model)
     lengths = [_length(text) for text in _names(args.lengths)]

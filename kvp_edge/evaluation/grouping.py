@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
-from kvp_edge.evaluation.records import Record, RecordError, latest
+from kvp_edge.evaluation.records import ORACLE, SHIFT, Record, RecordError, latest
 from kvp_edge.evaluation.statistics import GATE, ItemId, Scores, gate
 
 Measure = Literal["accuracy", "loss"]
@@ -14,9 +14,8 @@ Measure = Literal["accuracy", "loss"]
 #: Records of one policy at one budget: of each task, of each item.
 Cell: TypeAlias = dict[str, dict[ItemId, Record]]
 
-ORACLE = "oracle"
 #: Policies that go last in a table: llama.cpp's own rule, and what no policy can be.
-_LAST = ("context-shift", ORACLE)
+_LAST = (SHIFT, ORACLE)
 
 
 class Setting(NamedTuple):

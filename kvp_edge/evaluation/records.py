@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias, get_args, get_type_hints
 
-#: The policy of the full cache, which drops nothing.
-FULL = "none"
+#: The policy of the full cache, which drops nothing; llama.cpp's own rule; true future attention.
+FULL, SHIFT, ORACLE = "none", "context-shift", "oracle"
 
 #: What tells two records apart; see Record.key.
 Key: TypeAlias = tuple[str | int | bool | None, ...]

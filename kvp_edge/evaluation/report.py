@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.grouping import (
-    ORACLE,
     Cell,
     Group,
     Measure,
@@ -29,7 +28,7 @@ from kvp_edge.evaluation.markdown import (
     signed_nats,
     table,
 )
-from kvp_edge.evaluation.records import Record
+from kvp_edge.evaluation.records import ORACLE, Record
 from kvp_edge.evaluation.statistics import GATE, RESAMPLES, Estimate, Scores
 
 NOTHING = "There are no records: nothing has been evaluated yet."

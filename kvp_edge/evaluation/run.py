@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from kvp_edge.chat_prompt import last_begin, prompt_tokens
 from kvp_edge.evaluation.item import Item, Reading, Task
 from kvp_edge.evaluation.kept_tokens import KeptTokens
 from kvp_edge.evaluation.oracle import Oracle
-from kvp_edge.evaluation.records import FULL, Key, Record
+from kvp_edge.evaluation.records import FULL, ORACLE, SHIFT, Key, Record
 from kvp_edge.evaluation.subject import Shifted, Subject
 from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
@@ -36,9 +37,9 @@ from kvp_edge.traces import Trace
 
 IntArray = npt.NDArray[np.int32]
 
-#: Besides FULL (the full cache), kvp_edge.policies.POLICIES and policy files: the policy trained
-#: for the model, true future attention, llama.cpp's rule.
-OWN, ORACLE, SHIFT = Learned.name, "oracle", "context-shift"
+#: The policy trained for the model; besides it FULL, SHIFT, ORACLE, kvp_edge.policies.POLICIES and
+#: policy files can be compared.
+OWN = Learned.name
 
 #: The smallest budget: sinks, newest tokens, and a few to choose.
 SMALLEST = 16
@@ -68,7 +69,7 @@ class Prompt:
         """Tokens of the conversation with the longest reply, and one to spare."""
         return len(self.tokens) + self.reply_tokens + 1
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return hashlib.sha256(self.tokens.tobytes()).hexdigest()[:16]
 
@@ -219,10 +220,11 @@ class Run:
                 seconds = round(time.perf_counter() - started, 3)
                 yield self._record(setting, prompt, seconds=seconds, **outcome)
 
-    def kept_tokens(self, setting: Setting, prompt: Prompt) -> KeptTokens:
-        """Which tokens of a conversation each head holds when the question comes."""
+    def kept_tokens(self, setting: Setting, shown: Sequence[Prompt]) -> Iterator[KeptTokens]:
+        """Which tokens of each conversation each head holds when the question comes."""
         with _Reader(self, setting) as reader:
-            return reader.kept_tokens(prompt)
+            for prompt in shown:
+                yield reader.kept_tokens(prompt)
 
 
 class _Reader:

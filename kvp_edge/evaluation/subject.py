@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.context_shift import ContextShift
-from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.policies import Policy
 
@@ -90,10 +89,7 @@ class Subject(Llama):
         """The likeliest reply to what was read, of at most ``most`` tokens."""
         tokens: list[int] = []
         while len(tokens) < most:
-            logits = self._newest_logits()
-            if not np.isfinite(logits).any():
-                raise KVCacheError("the model gives no token a finite likelihood: it cannot write")
-            token = int(np.nanargmax(logits))
+            token = self._likeliest()
             if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
                 break
             tokens.append(token)
@@ -103,32 +99,22 @@ class Subject(Llama):
     def loss(self, ending: Sequence[int]) -> float:
         """Mean loss in nats of the tokens of ``ending``, at least one, after what was read; they
         are read, too."""
-        self._rows = [self._newest_logits()[None]]
+        self._rows = [self._newest_logits()[None].copy()]
+        usual, self._logits_all = self._logits_all, True
         try:
             self.read(ending)
             logits = np.concatenate(self._rows)[:-1].astype(np.float64)
         finally:
-            self._rows = None
+            self._rows, self._logits_all = None, usual
         top = logits.max(1)
         total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
         return float((total - logits[np.arange(len(ending)), np.asarray(ending)]).mean())
 
-    def _decode(self, tokens: list[int], shift: int) -> None:
+    def _keep_logits(self, start: int, logits: FloatArray) -> None:
         if self._rows is None:
-            super()._decode(tokens, shift)
-            return
-        start, n = self.n_tokens, len(tokens)
-        self._batch.set_batch(tokens, n_past=start - shift, logits_all=True)
-        self._ctx.decode(self._batch)
-        logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
-        self._rows.append(logits.reshape(n, -1).copy())
-        self.input_ids[start : start + n] = tokens
-        self.n_tokens += n
-        self._requires_eval = False
-
-    def _newest_logits(self) -> FloatArray:
-        row = llama_cpp.llama_get_logits_ith(self.ctx, -1)
-        return np.ctypeslib.as_array(row, shape=(self._n_vocab,)).copy()
+            super()._keep_logits(start, logits)
+        else:
+            self._rows.append(logits.copy())
 
 
 class Shifted(Subject):
