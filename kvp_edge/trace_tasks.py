@@ -1,7 +1,7 @@
 """Questions for traces: facts hidden in prose or told in chat turns, asked for at the end.
 
-The sentences are those of the demo (kvp_edge/cli/demo_tasks.py); the words are others, so that the
-demo's questions remain new to a policy that was trained on these.
+The sentences are those of the demo (kvp_edge/facts.py); the words are others, so that the demo's
+questions remain new to a policy that was trained on these.
 """
 
 from __future__ import annotations
@@ -12,23 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
+from kvp_edge import facts
 from kvp_edge.chat_prompt import Message
 
-_HIDDEN = (
-    ("One of the special magic numbers for {key} is {value}.",
-     "What is the special magic number for {key} mentioned in the text?", "numbers"),
-    ("One of the special magic words for {key} is {value}.",
-     "What is the special magic word for {key} mentioned in the text?", "words"),
-)  # fmt: skip
-
-_TOLD = (
-    ("My {key} is called {value}.", "What is my {key} called?", "names",
-     "aunt goat pony cousin nephew niece tutor cook gardener tailor landlord captain"),
-    ("My favourite {key} is {value}.", "What is my favourite {key}?", "words",
-     "dish game month smell toy cake shop river street chair stone dance poem plant"),
-    ("The code of my {key} is {value}.", "What is the code of my {key}?", "numbers",
-     "trunk cabinet vault drawer chest cellar workshop stable boat account desk tent"),
-)  # fmt: skip
+_TOLD = {
+    "aunt goat pony cousin nephew niece tutor cook gardener tailor landlord captain": facts.CALLED,
+    "dish game month smell toy cake shop river street chair stone dance poem plant": (
+        facts.FAVOURITE
+    ),
+    "trunk cabinet vault drawer chest cellar workshop stable boat account desk tent": facts.CODE,
+}
 
 _REPLIES = ("Okay.", "Thank you.", "I will remember.", "Understood.")
 _TALK = ("Read me something.", "What comes next?", "Please continue.", "And then?")
@@ -103,7 +96,7 @@ class TaskMaker:
         return self._rng.choice((_WORDS if pool == "words" else _NAMES).split())
 
     def _hidden(self, n_facts: int, n_tokens: int) -> Task:
-        statement, question, pool = self._rng.choice(_HIDDEN)
+        statement, question, pool = self._rng.choice(facts.IN_PROSE)
         keys = self._rng.sample(_WORDS.split(), n_facts)
         values = [self._value(pool) for _ in keys]
         sentences = self._prose(n_tokens)
@@ -115,20 +108,20 @@ class TaskMaker:
         return Task([{"role": "user", "content": text}], question, values[0])
 
     def _told(self, n_facts: int, n_tokens: int) -> Task:
-        things = [(key, told) for told in _TOLD for key in told[3].split()]
-        facts = [
-            (key, told, self._value(told[2])) for key, told in self._rng.sample(things, n_facts)
+        things = [(key, told) for keys, told in _TOLD.items() for key in keys.split()]
+        stated = [
+            (key, told, self._value(told.values)) for key, told in self._rng.sample(things, n_facts)
         ]
         turns = [
-            (told[0].format(key=key, value=value), self._rng.choice(_REPLIES))
-            for key, told, value in facts
+            (told.statement.format(key=key, value=value), self._rng.choice(_REPLIES))
+            for key, told, value in stated
         ]
         n_talk = max(1, n_tokens // 200)
         for _ in range(n_talk):
             talk = " ".join(self._prose(n_tokens // n_talk)) or "Nothing."
             turns.insert(self._rng.randrange(len(turns) + 1), (self._rng.choice(_TALK), talk))
-        key, told, value = facts[0]
-        question = told[1].format(key=key)
+        key, told, value = stated[0]
+        question = told.question.format(key=key)
         messages = [
             {"role": role, "content": text}
             for turn in turns

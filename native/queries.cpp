@@ -337,7 +337,7 @@ int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, cons
             if (at == log->layers.end()) {
                 fail(KVP_ERR_UNSUPPORTED,
                      "this model's queries cannot be logged: llama.cpp shows no attention with the keys of layer %u of its "
-                     "cache. Choose a policy that does not look at queries",
+                     "cache",
                      l);
             }
             const seen_layer & seen = at->second;
@@ -345,20 +345,18 @@ int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, cons
                 seen.n_head % cache->n_head_kv != 0) {
                 fail(KVP_ERR_UNSUPPORTED,
                      "this model's queries cannot be logged: those of layer %d (%lld heads of %lld) are not one f32 row for "
-                     "every token and head. Choose a policy that does not look at queries",
+                     "every token and head",
                      at->first, (long long) seen.n_head, (long long) seen.head_size);
             }
             if (!seen.weigh.plain) {
                 fail(KVP_ERR_UNSUPPORTED,
-                     "this model's queries are of no use: the attention of layer %d is more than softmax(scale * q.k). "
-                     "Choose a policy that does not look at queries",
+                     "this model's queries are of no use: the attention of layer %d is more than softmax(scale * q.k)",
                      at->first);
             }
             if (l > 0 && seen.n_head != log->shape.n_head) {
                 fail(KVP_ERR_UNSUPPORTED,
-                     "this model's queries cannot be logged: its layers have %u and %lld query heads. Choose a policy that "
-                     "does not look at queries",
-                     log->shape.n_head, (long long) seen.n_head);
+                     "this model's queries cannot be logged: its layers have %u and %lld query heads", log->shape.n_head,
+                     (long long) seen.n_head);
             }
             log->shape         = { cache->n_layer, uint32_t(seen.n_head), uint32_t(seen.head_size), cache->k_rotation };
             log->row_of[at->first] = l;

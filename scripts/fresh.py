@@ -45,6 +45,9 @@ def main() -> int:
         print(f"creating {environment.relative_to(ROOT)}", file=sys.stderr)
         venv.create(environment, with_pip=True)
     variables = {**os.environ, "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", CMAKE_ARGS)}
+    # another checkout on the path, or its native library, would be run in place of this one
+    for foreign in ("PYTHONPATH", "KVP_EDGE_LIBRARY"):
+        variables.pop(foreign, None)
     print("installing; the first time compiles llama.cpp, which takes minutes", file=sys.stderr)
     install = [binaries / "python", "-m", "pip", "install", "--quiet", package]
     status = subprocess.run(install, cwd=ROOT, env=variables, check=False).returncode
@@ -52,7 +55,7 @@ def main() -> int:
         print("the installation failed; its messages are above", file=sys.stderr)
         return status
     return subprocess.run(
-        [binaries / command[0], *command[1:], *rest], cwd=ROOT, check=False
+        [binaries / command[0], *command[1:], *rest], cwd=ROOT, env=variables, check=False
     ).returncode
 
 

@@ -58,6 +58,7 @@ def record(**changes: Any) -> Record:
         "measure": "accuracy",
         "score": 1.0,
         "seconds": 0.5,
+        "kv_bytes": 2**20,
     }
     return Record(**{**values, **changes})
 

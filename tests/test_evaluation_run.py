@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -245,7 +246,21 @@ def test_several_workers_find_the_same(the_run: Run, asked: list[Prompt]) -> Non
     )
 
 
+def test_memory_is_that_of_the_most_tokens_held_at_once(the_run: Run, asked: list[Prompt]) -> None:
+    per_token = 5 * 2 * 2 * 64 * 2  # layers, K and V, KV heads, head size, bytes of f16
+    [bounded] = the_run.records(setting(), asked[:1])
+    assert bounded.kv_bytes == 128 * per_token
+    for all_at_first in (setting(mode="one-shot"), setting(policy="none", budget=None)):
+        [found] = the_run.records(all_at_first, asked[:1])
+        assert len(asked[0].tokens) * per_token < found.kv_bytes <= asked[0].longest * per_token
+
+
 # -- the command ---------------------------------------------------------------------------------
+
+
+def plots_can_be_drawn() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
 
 COMMAND = ["eval", "--threads", "1", "--lengths", "400", "--budgets", "1/4", "--items", "2"]
 
@@ -262,6 +277,8 @@ def test_the_command_writes_records_report_and_pages_and_goes_on(
     assert printed.strip() == (out / "report.md").read_text().strip()
     assert "keydiff" in printed
     assert len(list((out / "kept").glob("*.html"))) == 2
+    if plots_can_be_drawn():
+        assert len(list((out / "kept").glob("*.png"))) == 2
 
     # what is there is not read again
     lines = (out / "records.jsonl").read_text().splitlines()

@@ -348,7 +348,7 @@ def test_recall_tells_six_facts_in_turns_of_their_own() -> None:
 
 def test_no_key_or_value_is_one_that_policies_are_trained_on() -> None:
     trained = {*trace_tasks._WORDS.split(), *trace_tasks._NAMES.split()}
-    trained |= {key for told in trace_tasks._TOLD for key in told[3].split()}
+    trained |= {key for keys in trace_tasks._TOLD for key in keys.split()}
     assert not trained & set(words.WORDS)
     for item in items("recall", 60, 512):
         assert item.answers[0] not in trained

@@ -1,6 +1,6 @@
 """The demo's questions: facts hidden in a novel's prose or told in earlier chat turns.
 
-Everything is drawn from a seed. The wording is in the tables at the top, and nowhere else.
+Everything is drawn from a seed. The sentences are in kvp_edge/facts.py.
 """
 
 from __future__ import annotations
@@ -11,49 +11,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
+from kvp_edge import facts
+
 Message = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A sentence that states a value, and the question that asks for it."""
-
-    statement: str
-    question: str
-    values: str  # which pool of POOLS the value comes from
-
-
-#: Facts hidden in prose; ``{key}`` tells several of them apart.
-NEEDLES = (
-    Fact(
-        "One of the special magic numbers for {key} is {value}.",
-        "What is the special magic number for {key} mentioned in the text?",
-        "numbers",
-    ),
-    Fact(
-        "One of the special magic words for {key} is {value}.",
-        "What is the special magic word for {key} mentioned in the text?",
-        "words",
-    ),
-)
-
-#: Facts told in chat turns; ``{key}`` is a thing of the user's.
+#: Facts told in chat turns are about these.
 PERSONAL = {
-    "dog cat horse parrot rabbit brother sister uncle boss friend neighbour doctor teacher": Fact(
-        "My {key} is called {value}.", "What is my {key} called?", "names"
+    "dog cat horse parrot rabbit brother sister uncle boss friend neighbour doctor teacher": (
+        facts.CALLED
     ),
-    "colour food book song sport drink season animal city flower fruit tree bird tool": Fact(
-        "My favourite {key} is {value}.", "What is my favourite {key}?", "words"
+    "colour food book song sport drink season animal city flower fruit tree bird tool": (
+        facts.FAVOURITE
     ),
-    "safe locker bike phone garage alarm suitcase office door gate shed": Fact(
-        "The code of my {key} is {value}.", "What is the code of my {key}?", "numbers"
-    ),
+    "safe locker bike phone garage alarm suitcase office door gate shed": facts.CODE,
 }
 
 ACKNOWLEDGEMENTS = ("Okay.", "Good to know.", "I see.", "Noted.")
 SMALL_TALK = ("Tell me something.", "Go on.", "What do you think?", "Read this.")
 
-#: Where values and the keys of NEEDLES are drawn from.
+#: Where values and the keys of facts in prose are drawn from.
 WORDS = (
     "anchor autumn basket beacon blanket bottle bridge bucket butter candle carpet castle "
     "cellar copper corner cotton curtain desert engine feather forest garden hammer harbour "
@@ -111,7 +88,7 @@ def _value(pool: str, rng: random.Random) -> str:
 
 def hidden_in_prose(n_facts: int, n_tokens: int, prose: Prose, rng: random.Random) -> Item:
     """``n_facts`` facts spread over one message of prose, the question about one of them."""
-    fact = rng.choice(NEEDLES)
+    fact = rng.choice(facts.IN_PROSE)
     keys = rng.sample(WORDS.split(), n_facts)
     values = [_value(fact.values, rng) for _ in keys]
     sentences = prose.sentences(n_tokens, rng)

@@ -17,6 +17,7 @@ from kvp_edge.cli.watch import note
 from kvp_edge.evaluation import plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
+from kvp_edge.evaluation.kept_tokens_image import write_png
 from kvp_edge.evaluation.tasks import RULER, TASKS, data_tasks
 from kvp_edge.llama import Llama
 
@@ -127,7 +128,7 @@ def add_eval(commands: Any) -> None:
         default=0,
         metavar="N",
         help="draw which tokens each head kept of the first N conversations of every task, for "
-        "every policy and budget, as pages for a browser in --out/kept (default: 0)",
+        "every policy and budget, as pages for a browser and pictures in --out/kept (default: 0)",
     )
     parser.set_defaults(command=_main)
 
@@ -185,7 +186,7 @@ def _main(args: argparse.Namespace) -> int:
 def _draw(
     the_run: run.Run, setting: run.Setting, todo: Sequence[run.Prompt], count: int, folder: Path
 ) -> None:
-    """A page for each of the first ``count`` conversations of every task."""
+    """A page and a picture for each of the first ``count`` conversations of every task."""
     drawn = [prompt for prompt in todo if prompt.number < count]
     if not drawn:
         return
@@ -194,6 +195,10 @@ def _draw(
     for prompt, shown in zip(drawn, the_run.kept_tokens(setting, drawn), strict=True):
         name = f"{policy}-{setting.budget}-of-{setting.length}-{prompt.task}-{prompt.number}"
         write_html(shown, folder / f"{name}.html")
+        try:
+            write_png(shown, folder / f"{name}.png")
+        except ImportError as error:
+            note(f"no picture: {error}")
         note(f"drawn: {folder / name}.html")
 
 

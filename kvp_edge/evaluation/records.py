@@ -54,6 +54,7 @@ class Record:
             token.
         score: see ``measure``.
         seconds: to read and reply.
+        kv_bytes: keys and values of the most tokens held at once.
 
     Raises:
         RecordError: a value of the wrong type or range.
@@ -81,6 +82,7 @@ class Record:
     measure: str
     score: float
     seconds: float
+    kv_bytes: int
 
     def __post_init__(self) -> None:
         for name, hint in _HINTS.items():

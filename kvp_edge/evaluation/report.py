@@ -367,7 +367,7 @@ def _increases(found: Group, how: _How, full: Scores) -> list[str]:
 
 
 def _effort_section(found: Group, how: _How) -> list[str]:
-    """Time and what the cache did, over all tasks."""
+    """Time, memory and what the cache did, over all tasks."""
     rows = []
     cells: list[tuple[str, str, Cell]] = [("", "full cache", found.full)] if found.full else []
     for budget, name in zip(found.budgets, _budget_names(found), strict=True):
@@ -383,18 +383,20 @@ def _effort_section(found: Group, how: _How) -> list[str]:
                 name,
                 escape(policy),
                 estimate(seconds, 1, "{:.2f}"),
+                f"{statistics.point(_of_all(cell, lambda r: r.kv_bytes / 2**20)):.2f}",
                 f"{statistics.point(_of_all(cell, lambda r: float(r.kept))):.0f}",
                 f"{statistics.point(_of_all(cell, lambda r: float(r.dropped))):.0f}",
                 f"{statistics.point(_of_all(cell, lambda r: float(r.evictions))):.1f}",
             ]
         )
     return [
-        "### Time per item",
+        "### Time and memory per item",
         "",
         "Means over all tasks. Seconds count reading and replying, and whatever else ran on the "
-        "machine; kept and dropped are tokens before the question or ending.",
+        "machine; MiB are the keys and values of the most tokens held at once; kept and dropped "
+        "are tokens before the question or ending.",
         "",
-        *table(["budget", "policy", "seconds", "kept", "dropped", "evictions"], rows),
+        *table(["budget", "policy", "seconds", "MiB", "kept", "dropped", "evictions"], rows),
         "",
     ]
 

@@ -207,6 +207,7 @@ class Run:
                 "reply": "",
                 "score": 0.0,
                 "seconds": 0.0,
+                "kv_bytes": 0,
                 **outcome,
             },
         )
@@ -280,17 +281,20 @@ class _Reader:
         seen = cut == len(tokens)
         held = {"kept": subject.held, "dropped": cut - subject.held}
         if prompt.item is None:
-            loss = subject.loss(tokens[cut:])
-            return {**held, "evictions": subject.evictions, "score": round(loss, 6)}
-        if not seen:
-            subject.read(tokens[cut:])
-        reply = subject.reply(prompt.reply_tokens)
-        return {
-            **held,
-            "evictions": subject.evictions,
-            "reply": reply,
-            "score": prompt.item.score(reply),
-        }
+            outcome: dict[str, Any] = {"score": round(subject.loss(tokens[cut:]), 6)}
+        else:
+            if not seen:
+                subject.read(tokens[cut:])
+            reply = subject.reply(prompt.reply_tokens)
+            outcome = {"reply": reply, "score": prompt.item.score(reply)}
+        return {**held, **outcome, "evictions": subject.evictions, "kv_bytes": self._kv_bytes()}
+
+    def _kv_bytes(self) -> int:
+        """Of the most tokens held at once. Cells that no token was in do not count."""
+        stats, held = self._subject.kv_stats, self._subject.n_tokens
+        if self._setting.mode == "bounded" and self._setting.budget is not None:
+            held = min(held, self._setting.budget)
+        return stats.kv_bytes * held // stats.cells
 
     def _read_context(self, prompt: Prompt) -> int:
         """Read all that comes before the question, or the question too where it is to be seen, and

@@ -1,54 +1,28 @@
 """Facts that the user tells, and asks for at the end: in a text, or in earlier turns of the chat.
 
-The wordings are those of the demo (kvp_edge/cli/demo_tasks.py), which small models understand. They
-are also those that policies are trained on (kvp_edge/trace_tasks.py), but with other words.
+The sentences are those of the demo and of generated traces (kvp_edge/facts.py), with other words
+than in traces.
 """
 
 from __future__ import annotations
 
 import random
 from functools import partial
-from typing import NamedTuple
 
+from kvp_edge import facts
 from kvp_edge.chat_prompt import Message
 from kvp_edge.evaluation.item import Item
 from kvp_edge.evaluation.tasks import words
 from kvp_edge.evaluation.tasks.filling import Draft, DrawnTask
 from kvp_edge.evaluation.tasks.novel import Excerpt, spread
 
-
-class Wording(NamedTuple):
-    """How a fact is told and asked for. ``values`` is "numbers", "words" or "names"."""
-
-    statement: str
-    question: str
-    values: str
-
-
-_IN_PROSE = (
-    Wording(
-        "One of the special magic numbers for {key} is {value}.",
-        "What is the special magic number for {key} mentioned in the text?",
-        "numbers",
-    ),
-    Wording(
-        "One of the special magic words for {key} is {value}.",
-        "What is the special magic word for {key} mentioned in the text?",
-        "words",
-    ),
-)
-
 #: What facts are told about in a chat.
 _TOLD = {
-    "dog cat horse rabbit brother sister uncle boss friend neighbour doctor teacher": Wording(
-        "My {key} is called {value}.", "What is my {key} called?", "names"
+    "dog cat horse rabbit brother sister uncle boss friend neighbour doctor teacher": facts.CALLED,
+    "colour food book song sport drink season animal city flower fruit tree bird tool": (
+        facts.FAVOURITE
     ),
-    "colour food book song sport drink season animal city flower fruit tree bird tool": Wording(
-        "My favourite {key} is {value}.", "What is my favourite {key}?", "words"
-    ),
-    "safe locker bike phone garage alarm suitcase office door gate shed": Wording(
-        "The code of my {key} is {value}.", "What is the code of my {key}?", "numbers"
-    ),
+    "safe locker bike phone garage alarm suitcase office door gate shed": facts.CODE,
 }
 
 _NAMES = (
@@ -67,7 +41,7 @@ _SENTENCES_PER_TURN = 6
 
 def draw_in_prose(rng: random.Random, n_tokens: int, n_facts: int) -> Draft[Item]:
     """Facts of one form in a message of prose, one asked for. (See ``DrawnTask.draw``.)"""
-    fact = rng.choice(_IN_PROSE)
+    fact = rng.choice(facts.IN_PROSE)
     values = _values(fact.values, n_facts, rng)
     keys = rng.sample([word for word in words.WORDS if word not in values], n_facts)
     told = [fact.statement.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
@@ -88,13 +62,13 @@ def draw_told(rng: random.Random, n_tokens: int, n_facts: int) -> Draft[Item]:
     things = [(key, fact) for keys, fact in _TOLD.items() for key in keys.split()]
     chosen = rng.sample(things, n_facts)
     values = {kind: _values(kind, n_facts, rng) for kind in ("numbers", "words", "names")}
-    facts = [(fact, key, values[fact.values].pop()) for key, fact in chosen]
+    stated = [(fact, key, values[fact.values].pop()) for key, fact in chosen]
     told = [
         (fact.statement.format(key=key, value=value), rng.choice(_ACKNOWLEDGEMENTS))
-        for fact, key, value in facts
+        for fact, key, value in stated
     ]
     depths = [rng.random() for _ in told]
-    asked, key, value = facts[0]
+    asked, key, value = stated[0]
     question = asked.question.format(key=key)
     requests = rng.sample(_REQUESTS, len(_REQUESTS))
     excerpt = Excerpt(rng)

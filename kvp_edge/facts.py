@@ -1,0 +1,38 @@
+"""How facts are told and asked for: in the demo, in generated traces and in the evaluation.
+
+The sentences are the same, because small models understand few. What the facts are about and their
+values are each module's own, so that a policy trained on traces meets new words in the others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Wording(NamedTuple):
+    """A sentence that states a value, and the question that asks for it. ``values`` says what kind
+    of value: "numbers", "words" or "names"."""
+
+    statement: str
+    question: str
+    values: str
+
+
+#: Hidden in prose; ``{key}`` tells several of them apart.
+IN_PROSE = (
+    Wording(
+        "One of the special magic numbers for {key} is {value}.",
+        "What is the special magic number for {key} mentioned in the text?",
+        "numbers",
+    ),
+    Wording(
+        "One of the special magic words for {key} is {value}.",
+        "What is the special magic word for {key} mentioned in the text?",
+        "words",
+    ),
+)
+
+# Told in a turn of a chat; ``{key}`` is a thing or person of the user's.
+CALLED = Wording("My {key} is called {value}.", "What is my {key} called?", "names")
+FAVOURITE = Wording("My favourite {key} is {value}.", "What is my favourite {key}?", "words")
+CODE = Wording("The code of my {key} is {value}.", "What is the code of my {key}?", "numbers")
