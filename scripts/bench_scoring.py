@@ -52,11 +52,12 @@ def model_speed(path: str, threads: int, repeat: int) -> tuple[float, float]:
     llm = llama_cpp.Llama(
         path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
     )
+    tokens = [token % llm.n_vocab() for token in range(528)]
     reading, writing = [], []
     for _ in range(repeat):
         llm.reset()
-        reading.append(seconds(lambda: llm.eval(list(range(100, 612)))) / 512)
-        writing.append(seconds(lambda: [llm.eval([token]) for token in range(100, 116)]) / 16)
+        reading.append(seconds(lambda: llm.eval(tokens[:512])) / 512)
+        writing.append(seconds(lambda: [llm.eval([token]) for token in tokens[512:]]) / 16)
     llm.close()
     return 1e6 * statistics.median(reading), 1e6 * statistics.median(writing)
 

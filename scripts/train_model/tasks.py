@@ -90,7 +90,8 @@ class TaskMaker:
     key and value between random small words, in either order: what binds them is the sentence.
     `new_words` is the share of nouns ("secret code") whose first word is any word, and of pairs in
     free wordings that are joined by any word. `loose` is the share of wordings with small words
-    thrown in at a random place: they do not change who has what.
+    thrown in at a random place: they do not change who has what. `long` is the share of made-up
+    words of three to five pieces, of which most are rare.
     """
 
     def __init__(
@@ -106,10 +107,12 @@ class TaskMaker:
         self.free = 0.0
         self.new_words = 0.0
         self.loose = 0.0
+        self.long = 0.0
         self._reserved = {word.lower() for word in reserved}
         pieces = sorted(tokenizer.get_vocab())
         self._beginnings = [p[1:] for p in pieces if re.fullmatch("\u0120[a-z]{2,}", p)]
         self._endings = [p for p in pieces if re.fullmatch("[a-z]{2,}", p)]
+        self._scraps = [p for p in pieces if re.fullmatch("[a-z]{1,3}", p)]
         self.phrases: Phrases = HELD_OUT if held_out else FEW
         self.rng = Random(0)
         self._cache: dict[str, list[int]] = {}
@@ -136,7 +139,10 @@ class TaskMaker:
     def made_up(self) -> str:
         while True:
             word = self.rng.choice(self._beginnings)
-            if len(word) < 4 or self.rng.random() < 0.5:
+            if self.long > 0 and self.rng.random() < self.long:
+                more = (self.rng.choice(self._scraps) for _ in range(self.rng.randint(2, 4)))
+                word = word[: self.rng.randint(1, 3)] + "".join(more)
+            elif len(word) < 4 or self.rng.random() < 0.5:
                 word += self.rng.choice(self._endings)
             if word not in self._reserved:
                 return word

@@ -1,4 +1,4 @@
-"""`MANY`, `MORE` and `MOST`: wordings put together from parts, for the later stages of training.
+"""`MANY`, `MORE`, `MOST`, `ALL`: wordings put together from parts, for later stages of training.
 
 A model that has met ten ways to ask learns those ten and answers "I see." to an eleventh. What it
 must learn is what makes a question: a verb of asking and a known noun. So requests are products of
@@ -397,4 +397,34 @@ MOST = replace(
     ),
 )
 
-WORDINGS = {"few": FEW, "many": MANY, "more": MORE, "most": MOST}
+# And at the very end: words between what is said and what it is said of, which change nothing.
+_AMONG = ("in the world", "that I know", "for me", "by far", "of the lot", "anywhere", "on earth")
+
+ALL = replace(
+    MOST,
+    facts=(
+        _more(
+            MOST.facts[0],
+            *(f"{verb} my {{r}} {{v}}" for verb in ("we called", "they named", "I have named")),
+            "my {r} was given the name {v}",
+            "whoever sees my {r} says {v}",
+        ),
+        _more(
+            MOST.facts[1],
+            *(f"the best {{r}} {among} is {{v}}" for among in _AMONG),
+            *(f"the {{r}} I like best {among} is {{v}}" for among in _AMONG),
+            *(f"I {often} {{v}} as my {{r}}" for often in ("often take", "want", "would choose")),
+            "I always take {v} for a {r}",
+        ),
+        _more(
+            MOST.facts[2],
+            *(f"you {need} {{v}} for my {{r}}" for need in ("must have", "can take", "should use")),
+            "the code that you need at my {r} is {v}",
+            "I need the code {v} to open my {r}",
+            "the number that fits my {r} is {v}",
+        ),
+        MOST.facts[3],
+    ),
+)
+
+WORDINGS = {"few": FEW, "many": MANY, "more": MORE, "most": MOST, "all": ALL}

@@ -25,10 +25,10 @@ from .compare import compare, plot, summary
 from .sources import GeneratedChats
 
 LENGTH = 1536  # tokens of the longest trace
-TRACES, HELD_OUT_TRACES = 640, 96
+TRACES, HELD_OUT_TRACES = 800, 96
 # Below 8 queries per block a trace is larger than twice its keys and values.
 BLOCK = 16
-RECIPE = Settings(steps=1200, token_steps=200, states=8, tokens=512, lr=3e-3, eval_every=250)
+RECIPE = Settings(steps=2000, token_steps=200, states=8, tokens=512, lr=3e-3, eval_every=250)
 
 SMOKE_LENGTH, SMOKE_TRACES = 256, 6
 SMOKE = Settings(

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kvp_edge.evaluation.plots import cost_per_head_plot
 from kvp_edge.native import NativePolicy
 from kvp_edge.policy_file import read_policy
 from kvp_edge.traces import Trace, TraceSet
@@ -19,6 +20,7 @@ from kvp_edge.training.validate import (
     oracle_scorer,
 )
 
+PLOTTED = ("policy", "keydiff", "recency", "snapkv", "tova")
 LITTLE = 0.01  # a head that loses less than this to every heuristic has nothing to lose
 
 
@@ -76,25 +78,6 @@ def summary(found: dict[str, Quality], n_head_kv: int) -> str:
 
 
 def plot(found: dict[str, Quality], n_head_kv: int, path: Path) -> None:
-    """Cost of every head, log scale, as PNG."""
-    import matplotlib  # noqa: PLC0415  # the comparison's numbers do without it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
-
-    figure, axes = pyplot.subplots(figsize=(8, 4))
-    n_heads = len(found["policy"].cost)
-    marks = {"policy": "o", "keydiff": "s", "recency": "<", "snapkv": "^", "tova": "v"}
-    for name, mark in marks.items():
-        axes.plot(range(n_heads), found[name].cost, mark, label=name, alpha=0.8)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_ylabel("cost over all budgets (the best ranking = 1)")
-    axes.set_xlabel("layer, KV head")
-    axes.set_xticks(range(n_heads), [f"{i // n_head_kv},{i % n_head_kv}" for i in range(n_heads)])
-    axes.yaxis.set_major_formatter("{x:.1f}")
-    axes.yaxis.set_minor_formatter("{x:.1f}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncol=len(marks))
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    """Cost of every head as PNG."""
+    costs = {name: found[name].cost.reshape(-1, n_head_kv) for name in PLOTTED}
+    cost_per_head_plot(costs, path)

@@ -10,7 +10,7 @@ from kvp_edge.llama import Llama
 from kvp_edge.trace_sources import Cut, Piece
 from scripts.train_model.prepare import Corpus
 from scripts.train_model.tasks import CHATS, Prose
-from scripts.train_model.wordings import MOST
+from scripts.train_model.wordings import ALL
 
 # Shares of the traces; "reading" is plain prose.
 MIX = {
@@ -63,7 +63,9 @@ class GeneratedChats:
         maker = self.corpus.maker(self.held_out)
         prose = maker.prose
         if not self.held_out:
-            maker.phrases, maker.invented, maker.free, maker.loose = MOST, 0.4, 0.2, 0.2
+            maker.phrases, maker.free, maker.loose = ALL, 0.2, 0.2
+            # Words of one or two pieces alone would teach a policy to drop the other pieces.
+            maker.invented, maker.long = 0.6, 0.6
         for number in range(self.count):
             maker.seed(cut.seed, number)
             while True:
