@@ -1,14 +1,16 @@
 """Read a text with a GGUF model and keep what later tokens paid to earlier ones.
 
-Attention comes from llama.cpp itself, as it is computed (native/capture.cpp), keys and values from
-the cache at the end: so a trace has the model's quantisation and peculiarities in it, and no other
-implementation of the model is needed.
+Attention comes from llama.cpp itself, as it is computed (native/capture.cpp), or with flash
+attention from llama.cpp's own queries and keys; keys and values come from the cache at the end. So
+a trace has the model's quantisation and peculiarities in it, and no other implementation of the
+model is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +19,13 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.attention_from_queries import AttentionFromQueries
 from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.llama_log import listen
 from kvp_edge.native import CacheShape, NativeCache, _call, _lib, read_model_shape
 
+FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
 IntArray = npt.NDArray[np.int32]
 
@@ -31,7 +35,7 @@ _LARGEST_SUM = 32768
 _FILE_OVERHEAD = 1024
 _BYTES_PER_TOKEN = 8
 #: None is llama.cpp's own choice, f16; then f32, f16, bf16 (enum ggml_type).
-_TYPES_V = (None, 0, 1, 30)
+_PLAIN_TYPES = (None, 0, 1, 30)
 #: llama.cpp pads caches to this many cells.
 _CELL_UNIT = 256
 
@@ -104,6 +108,48 @@ class Captured:
     blocks: Blocks
 
 
+class _AttentionAsComputed:
+    """The sums over blocks of queries of the attention that llama.cpp has in memory when it runs
+    without flash attention (kvp_capture in native/kvp_edge.h)."""
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_void_p()
+        _call("kvp_capture_create", ctypes.byref(self._handle))
+        # The finalizer holds the handle alone, so it cannot keep this object alive.
+        weakref.finalize(self, _lib.kvp_capture_free, self._handle)
+
+    def set_callback(self, params: Any) -> None:
+        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(_lib.kvp_capture_callback())
+        params.cb_eval_user_data = self._handle
+
+    def start(self, context: Any, cache: NativeCache, batch: int) -> None:
+        self._shape = s = cache.shape
+        # the context's own number: llama.cpp may have rounded ours
+        self._base_cells = llama_cpp.llama_n_ctx(context) if s.has_window else 0
+
+    def begin(self, blocks: Blocks, n_tokens: int) -> None:
+        s, self._blocks = self._shape, blocks
+        plan = _Plan(
+            s.n_layer,
+            s.n_head_kv,
+            n_tokens,
+            blocks.size,
+            blocks.first,
+            self._base_cells,
+            blocks.scale,
+        )
+        _call("kvp_capture_begin", self._handle, ctypes.byref(plan))
+
+    def make_room(self, n_read: int, n_next: int) -> None:
+        """Nothing to do: attention is summed up as it appears."""
+
+    def end(self, keys: FloatArray) -> HalfArray:
+        s, n = self._shape, keys.shape[2]
+        sums = np.empty((s.n_layer, s.n_head_kv, self._blocks.n_sums(n)), np.float16)
+        _call("kvp_capture_end", self._handle, n, sums.ctypes.data, sums.size)
+        return sums
+
+
 class Tracer(Llama):
     """A model that reads texts of up to ``length`` tokens and captures them.
 
@@ -112,28 +158,28 @@ class Tracer(Llama):
         length: most tokens of a text.
         block: queries that are summed up; None: the fewest with which a trace takes no more than
             twice the bytes of its keys and values.
-        engine: arguments of llama_cpp.Llama, but for flash attention, which hides the attention.
+        engine: arguments of llama_cpp.Llama. Values in a quantised ``type_v`` turn flash attention
+            on.
+
+    Attributes:
+        shape: of the cache.
+        flash_attn: whether llama.cpp runs with flash attention.
 
     Raises:
-        UnsupportedModelError: no model file, or one that cannot be traced (recurrent, hybrid...).
-        ValueError: flash attention, or values in a type that llama.cpp allows only with it.
+        UnsupportedModelError: no model file, or one that cannot be traced (recurrent, hybrid...),
+            or not with flash attention (soft caps, attention sinks, ALiBi).
     """
 
     def __init__(self, model_path: str, length: int, block: int | None = None, **engine: Any):
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
         self._native: NativeCache | None = None
-        self._handle = ctypes.c_void_p()
-        if engine.pop("flash_attn", False):
-            raise ValueError(
-                "tracing needs flash attention off: with it llama.cpp never has the "
-                "attention in memory. Leave --flash-attn (flash_attn) out"
-            )
-        if engine.get("type_v") not in _TYPES_V:
-            raise ValueError(
-                "tracing cannot keep values in a quantised type: llama.cpp allows that only with "
-                "flash attention, which hides the attention. Trace with --type-v f16 (type_v)"
-            )
-        _call("kvp_capture_create", ctypes.byref(self._handle))
+        # llama.cpp has quantised values only with flash attention, and flash attention never has
+        # the attention in memory: then it is computed from queries and keys. Without, what
+        # llama.cpp has computed is exact, also for models whose attention is more than a softmax.
+        self.flash_attn = bool(engine.pop("flash_attn", False)) or (
+            engine.get("type_v") not in _PLAIN_TYPES
+        )
+        self._attention = AttentionFromQueries() if self.flash_attn else _AttentionAsComputed()
         try:
             # llama.cpp aborts when its micro-batch is smaller than the number of sequences
             engine["n_ubatch"] = n_ubatch = max(2, engine.get("n_ubatch") or 512)
@@ -144,8 +190,11 @@ class Tracer(Llama):
                 window = read_model_shape(model_path).sliding_window
             windows = 2 * window + n_ubatch + 2 * _CELL_UNIT if window else 0
             cells = -(-max(length, windows, _CELL_UNIT) // _CELL_UNIT) * _CELL_UNIT
-            super().__init__(model_path, n_ctx=cells, swa_full=False, **engine)
+            super().__init__(
+                model_path, n_ctx=cells, swa_full=False, flash_attn=self.flash_attn, **engine
+            )
             self._native = NativeCache(self._ctx.ctx)
+            self._attention.start(self._ctx.ctx, self._native, self.n_batch)
         except BaseException:
             self.close()
             raise
@@ -160,8 +209,7 @@ class Tracer(Llama):
     @context_params.setter
     def context_params(self, params: Any) -> None:
         params.n_seq_max, params.kv_unified = 2, True  # see native/kvp_edge.h
-        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(_lib.kvp_capture_callback())
-        params.cb_eval_user_data = self._handle
+        self._attention.set_callback(params)
         self._context_params = params
 
     def close(self) -> None:
@@ -169,9 +217,6 @@ class Tracer(Llama):
             self._native.close()
             self._native = None
         super().close()
-        if self._handle:
-            _lib.kvp_capture_free(self._handle)
-            self._handle = ctypes.c_void_p()
 
     def capture(self, tokens: Sequence[int], n_prompt: int, n_generate: int = 0) -> Captured:
         """Read tokens, then write up to ``n_generate`` more: the likeliest ones, until the model
@@ -192,34 +237,33 @@ class Tracer(Llama):
                 f"{self.length} tokens planned for"
             )
         blocks = Blocks.with_border_at(n_prompt, self.block)
-        s = self.shape
-        # the context's own number: llama.cpp may have rounded ours
-        base_cells = llama_cpp.llama_n_ctx(self.ctx) if s.has_window else 0
-        plan = _Plan(
-            s.n_layer, s.n_head_kv, most, blocks.size, blocks.first, base_cells, blocks.scale
-        )
         self.forget()
-        _call("kvp_capture_begin", self._handle, ctypes.byref(plan))
-        self.eval(tokens)
+        self._attention.begin(blocks, most)
+        for at in range(0, len(tokens), self.n_batch):
+            self._read(tokens[at : at + self.n_batch])
         while self.n_tokens < most:
             token = self._likeliest()
             if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
                 break
-            self.eval([token])
+            self._read([token])
         n = int(self.n_tokens)
-        sums = np.empty((s.n_layer, s.n_head_kv, blocks.n_sums(n)), np.uint16)
-        _call("kvp_capture_end", self._handle, n, sums.ctypes.data, sums.size)
         assert self._native is not None
         positions, keys, values = self._native.read(0, n, n)
         assert values is not None
+        sums = self._attention.end(keys)
         return Captured(
             tokens=np.array(self.input_ids[:n], np.int32),
             positions=positions,
             keys=_half(keys, "keys"),
             values=_half(values, "values"),
-            sums=sums.view(np.float16),
+            sums=sums,
             blocks=blocks,
         )
+
+    def _read(self, batch: Sequence[int]) -> None:
+        """Read at most ``n_batch`` tokens."""
+        self._attention.make_room(self.n_tokens, len(batch))
+        self.eval(batch)
 
     def forget(self) -> None:
         """Empty the cache, so that the next text begins in its first cell."""

@@ -102,13 +102,20 @@ class QueryLog:
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(_lib.kvp_queries_callback())
         params.cb_eval_user_data = self._handle
 
-    def start(self, context: Any, cache: NativeCache, capacity: int) -> None:
+    def start(
+        self,
+        context: Any,
+        cache: NativeCache,
+        capacity: int,
+        instead: str = "Choose a policy that does not look at queries",
+    ) -> None:
         """Find the model's queries by reading a few tokens, and log from now on.
 
         Args:
             context: llama_context pointer; its cache is empty, now and afterwards.
             cache: the same context's.
             capacity: tokens whose queries are kept.
+            instead: what to do with a model that is refused, a sentence for its user.
 
         Raises:
             UnsupportedModelError: they cannot be found, or are of no use: attention that is more
@@ -128,15 +135,18 @@ class QueryLog:
             _, keys, _ = cache.read(0, _TRIED, _TRIED, values=False)
         finally:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        _call(
-            "kvp_queries_start",
-            self._handle,
-            ctypes.byref(s),
-            keys.ctypes.data,
-            capacity,
-            ctypes.byref(self._shape),
-            self._scale.ctypes.data,
-        )
+        try:
+            _call(
+                "kvp_queries_start",
+                self._handle,
+                ctypes.byref(s),
+                keys.ctypes.data,
+                capacity,
+                ctypes.byref(self._shape),
+                self._scale.ctypes.data,
+            )
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}. {instead}") from error
 
     def append(self, first: int, n: int) -> None:
         """The ``n`` tokens decoded last are number ``first``, ... of the conversation.

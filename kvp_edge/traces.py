@@ -383,7 +383,7 @@ def capture_traces(
         block: queries per block; None: the fewest with which a file has at most twice the bytes of
             its keys and values.
         progress: called with (traces done, traces planned, tokens of the last one).
-        engine: arguments of llama_cpp.Llama (n_gpu_layers, n_threads, type_k...).
+        engine: arguments of llama_cpp.Llama (n_gpu_layers, n_threads, type_k...); see Tracer.
 
     Returns:
         The folder.
@@ -417,6 +417,7 @@ def capture_traces(
             "block": tracer.block,
             "type_k": tracer.shape.type_k,
             "type_v": tracer.shape.type_v,
+            "flash_attn": tracer.flash_attn,
             "n_batch": tracer.n_batch,
             "n_gpu_layers": tracer.model_params.n_gpu_layers,
         }
@@ -446,8 +447,10 @@ def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) ->
         "head_size_k": shape.head_size_k,
         "head_size_v": shape.head_size_v,
     }
+    # Runs from before there was flash attention go on as what they are: without.
+    settled = {name: value for name, value in settings.items() if name != "flash_attn" or value}
     # the file's name is for people; the fingerprint is what counts
-    what = [FORMAT_VERSION, LLAMA_VERSION, {**model, "file": ""}, sources, settings]
+    what = [FORMAT_VERSION, LLAMA_VERSION, {**model, "file": ""}, sources, settled]
     run = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return {
         "format": FORMAT,

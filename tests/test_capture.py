@@ -10,6 +10,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from conftest import RandomModel, random_tokens
@@ -17,13 +18,15 @@ from kvp_edge.capture import Blocks, Captured, Tracer, smallest_block
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
 from kvp_edge.fingerprint import model_fingerprint
 from kvp_edge.native import CacheShape, _call
-from support.gguf_models import ModelShape, write_mamba, write_model
+from support import gguf_models
+from support.gguf_models import ModelShape, write_mamba, write_model, write_mpt
 
-F16, F32, BF16, Q8_0 = (
+F16, F32, BF16, Q8_0, Q4_0 = (
     llama_cpp.GGML_TYPE_F16,
     llama_cpp.GGML_TYPE_F32,
     30,  # GGML_TYPE_BF16 in ggml.h; llama_cpp has no name for it
     llama_cpp.GGML_TYPE_Q8_0,
+    llama_cpp.GGML_TYPE_Q4_0,
 )
 
 SHAPES = {
@@ -74,18 +77,19 @@ def block_sums(got: Captured) -> list[tuple[int, int, Sums]]:
     return out
 
 
+@pytest.mark.parametrize("flash", [False, True], ids=["as computed", "from queries"])
 @pytest.mark.parametrize("n_ubatch", [7, 512])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_block_sums_are_the_references_attention(
-    shape: str, n_ubatch: int, random_model: Maker, tracer: Trace
+    shape: str, n_ubatch: int, flash: bool, random_model: Maker, tracer: Trace
 ) -> None:
     model = random_model(SHAPES[shape])
     tokens = random_tokens(N_TOKENS)
-    llm = tracer(model.path, block=8, n_ubatch=n_ubatch, type_k=F32, type_v=F32)
-    got = llm.capture(tokens, n_prompt=43)
+    how = {"type_k": F32, "type_v": F32, "flash_attn": flash}
+    got = tracer(model.path, block=8, n_ubatch=n_ubatch, **how).capture(tokens, n_prompt=43)
     want = expected(model, tokens)
-    # gemma3: ggml looks GELU up in an f16 table (see test_reference.py)
-    tolerance = 0.01 if model.shape.arch == "gemma3" else 1e-3
+    # gemma3: ggml looks GELU up in an f16 table (see test_reference.py); flash attention is in f16
+    tolerance = 0.01 if flash or model.shape.arch == "gemma3" else 1e-3
     for begin, end, sums in block_sums(got):
         np.testing.assert_allclose(
             sums, want[:, :, begin:end, :end].sum(axis=2), rtol=tolerance, atol=tolerance
@@ -137,24 +141,29 @@ def test_small_sums_keep_their_digits(random_model: Maker, tracer: Trace) -> Non
     assert small > 50
 
 
+@pytest.mark.parametrize("type_v", [F16, Q8_0])
 def test_a_capture_does_not_depend_on_what_was_read_before(
-    random_model: Maker, tracer: Trace
+    type_v: int, random_model: Maker, tracer: Trace
 ) -> None:
     model = random_model(SHAPES["llama, 2 queries to a key"])
-    llm = tracer(model.path)
+    llm = tracer(model.path, type_v=type_v)
     first = llm.capture(random_tokens(50), 20)
     llm.capture(random_tokens(N_TOKENS, seed=1), 30)
+    llm.eval(random_tokens(5))
     again = llm.capture(random_tokens(50), 20)
     for name in ("keys", "values", "sums", "tokens", "positions"):
         assert getattr(first, name).tobytes() == getattr(again, name).tobytes(), name
 
 
+@pytest.mark.parametrize("flash", [False, True], ids=["as computed", "from queries"])
 def test_the_models_own_future_is_its_greedy_continuation(
-    random_model: Maker, tracer: Trace, load: Callable[..., Any]
+    flash: bool, random_model: Maker, tracer: Trace, load: Callable[..., Any]
 ) -> None:
     model = random_model(SHAPES["qwen3, 1 query to a key"])
     prompt = random_tokens(40)
-    got = tracer(model.path, block=4).capture(prompt, 40, n_generate=12)
+    # a batch of 5, which the log of queries has room for, is full twice while the model writes
+    llm = tracer(model.path, block=4, n_ubatch=5, flash_attn=flash)
+    got = llm.capture(prompt, 40, n_generate=12)
     reply = []
     for token in load(model.path, n_ctx=256).generate(prompt, temp=0.0, repeat_penalty=1.0):
         reply.append(token)
@@ -176,6 +185,155 @@ def test_reading_is_not_captured_outside_a_capture(random_model: Maker, tracer: 
     assert llm._native is not None
     _, keys, _ = llm._native.read(0, 60, 60)
     np.testing.assert_array_equal(keys.astype(np.float16), captured.keys)
+
+
+# -- with flash attention, and so with quantised values ------------------------------------------
+
+
+def by_hand(llm: Tracer, got: Captured) -> Sums:
+    """softmax(scale q.k) over the trace's own keys, one query at a time in f64, the largest of each
+    group: [n_layer, n_head_kv, n_query, n_token]."""
+    n, keys = len(got.tokens), got.keys.astype(np.float64)
+    logged = llm._attention._log.read(n)
+    assert logged.positions.tolist() == list(range(n))
+    group = logged.queries.shape[1] // keys.shape[1]
+    paid = np.zeros((len(keys), logged.queries.shape[1], n, n))
+    for layer, head, j in np.ndindex(*paid.shape[:3]):
+        seen = keys[layer, head // group, : j + 1]
+        e = np.exp(logged.scale[layer] * (seen @ logged.queries[layer, head, j].astype(np.float64)))
+        paid[layer, head, j, : j + 1] = e / e.sum()
+    largest: Sums = paid.reshape(*keys.shape[:2], group, n, n).max(axis=2).astype(np.float32)
+    return largest
+
+
+@pytest.mark.parametrize("type_v", [F16, Q8_0, Q4_0])
+@pytest.mark.parametrize("type_k", [F16, Q8_0, Q4_0])
+@pytest.mark.parametrize(
+    "shape", ["qwen2, 4 queries to a key", "llama, 2 queries to a key", "gemma3, sliding window"]
+)
+def test_sums_from_queries_are_those_of_the_traces_own_keys(
+    shape: str, type_k: int, type_v: int, random_model: Maker, tracer: Trace
+) -> None:
+    llm = tracer(
+        random_model(SHAPES[shape]).path, block=8, type_k=type_k, type_v=type_v, flash_attn=True
+    )
+    got = llm.capture(random_tokens(N_TOKENS), n_prompt=43)
+    want = by_hand(llm, got)
+    for begin, end, sums in block_sums(got):
+        np.testing.assert_allclose(
+            sums, want[:, :, begin:end, :end].sum(axis=2), rtol=5e-3, atol=1e-4
+        )
+    # a head size of 64 lets llama.cpp rotate what it quantises
+    turned = shape.startswith("qwen2")
+    assert (llm.shape.k_rotation > 0) == (turned and type_k != F16)
+    assert (llm.shape.v_rotation > 0) == (turned and type_v != F16)
+    assert (llm.shape.type_k, llm.shape.type_v) == (type_k, type_v)
+    assert llm._native is not None
+    _, keys, values = llm._native.read(0, N_TOKENS, N_TOKENS)
+    assert values is not None
+    np.testing.assert_array_equal(got.keys, keys.astype(np.float16))
+    np.testing.assert_array_equal(got.values, values.astype(np.float16))
+
+
+def test_quantised_values_turn_flash_attention_on(random_model: Maker, tracer: Trace) -> None:
+    path = random_model(SHAPES["llama, 2 queries to a key"]).path
+    assert not tracer(path).flash_attn
+    assert not tracer(path, type_k=Q8_0).flash_attn
+    assert tracer(path, type_v=Q4_0).flash_attn
+
+
+def test_in_the_first_layer_sums_are_the_same_with_flash_attention_and_without(
+    bundled_model: str, book: str, tracer: Trace
+) -> None:
+    """Above it llama.cpp's own rounding differs: flash attention adds values up in f16."""
+    without, with_ = tracer(bundled_model, 300), tracer(bundled_model, 300, flash_attn=True)
+    tokens = without.tokenize(book.encode())[:300]
+    want, got = without.capture(tokens, 150), with_.capture(tokens, 150)
+    np.testing.assert_array_equal(got.keys[0], want.keys[0])
+    exact, close = (x.sums.astype(np.float32) / x.blocks.scale for x in (want, got))
+    np.testing.assert_allclose(close[0], exact[0], rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(close, exact, atol=0.01)
+    assert np.linalg.norm(close - exact) < 1e-3 * np.linalg.norm(exact)
+
+
+def test_what_is_important_with_a_quantised_cache_is_what_is_important_without(
+    bundled_model: str, book: str, tracer: Trace
+) -> None:
+    def most_wanted(**how: Any) -> NDArray[np.int64]:
+        llm = tracer(bundled_model, 300, **how)
+        got = llm.capture(llm.tokenize(book.encode())[:300], 150)
+        paid = sum(sums[:, :, :150] for begin, _, sums in block_sums(got) if begin >= 150)
+        return np.argsort(-np.asarray(paid), axis=-1)[:, :, :30]
+
+    want, got = most_wanted(), most_wanted(type_k=Q8_0, type_v=Q8_0)
+    for a, b in zip(want.reshape(-1, 30), got.reshape(-1, 30), strict=True):
+        assert len({*a.tolist()} & {*b.tolist()}) >= 27
+
+
+def capped(weights: gguf_models.Weights, shape: ModelShape) -> None:
+    """As gemma2 wants it (src/models/gemma2.cpp)."""
+    del weights["output.weight"]
+    for il in range(shape.n_layer):
+        for norm in ("post_attention_norm", "post_ffw_norm"):
+            weights[f"blk.{il}.{norm}.weight"] = np.ones(shape.n_embd, np.float32)
+
+
+def with_sinks(weights: gguf_models.Weights, shape: ModelShape) -> None:
+    """As gpt-oss wants it, with two experts (src/models/openai-moe.cpp)."""
+    for il in range(shape.n_layer):
+        b = f"blk.{il}."
+        del weights[b + "ffn_norm.weight"]
+        weights[b + "post_attention_norm.weight"] = np.ones(shape.n_embd, np.float32)
+        weights[b + "attn_sinks.weight"] = np.zeros(shape.n_head, np.float32)
+        weights[b + "attn_output.bias"] = np.zeros(shape.n_embd, np.float32)
+        weights[b + "ffn_gate_inp.weight"] = np.ones((2, shape.n_embd), np.float32)
+        weights[b + "ffn_gate_inp.bias"] = np.zeros(2, np.float32)
+        for part in ("gate", "up", "down"):
+            one = weights.pop(f"{b}ffn_{part}.weight")
+            weights[f"{b}ffn_{part}_exps.weight"] = np.stack([one, one])
+            weights[f"{b}ffn_{part}_exps.bias"] = np.zeros((2, len(one)), np.float32)
+
+
+def write_more_than_a_softmax(path: Path, arch: str) -> None:
+    """A random model with soft caps (gemma2), attention sinks (gpt-oss) or ALiBi (mpt)."""
+    if arch == "mpt":
+        write_mpt(path)
+        return
+    normal = gguf_models._draw_weights
+
+    def draw(shape: ModelShape) -> gguf_models.Weights:
+        weights = normal(shape)
+        (capped if arch == "gemma2" else with_sinks)(weights, shape)
+        return weights
+
+    def extra(writer: GGUFWriter) -> None:
+        writer.add_sliding_window(24)
+        if arch == "gemma2":
+            writer.add_attn_logit_softcapping(50.0)
+        else:
+            writer.add_expert_count(2)
+            writer.add_expert_used_count(1)
+            writer.add_expert_feed_forward_length(ModelShape().n_ff)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_models, "GGUFWriter", lambda path, _: GGUFWriter(path, arch))
+        patch.setattr(gguf_models, "_draw_weights", draw)
+        write_model(path, ModelShape("llama"), extra)
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gpt-oss", "mpt"])
+def test_attention_that_is_more_than_a_softmax_is_traced_without_flash_attention_only(
+    arch: str, tmp_path: Path, tracer: Trace
+) -> None:
+    write_more_than_a_softmax(tmp_path / "model.gguf", arch)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"the attention of layer \d is more than softmax\(scale \* q.k\)\. Trace it "
+        r"without flash attention, with values that are not quantised \(--type-v f16\)$",
+    ):
+        tracer(str(tmp_path / "model.gguf"), flash_attn=True)
+    got = tracer(str(tmp_path / "model.gguf")).capture(random_tokens(50), 20)
+    assert np.isfinite(got.sums).all()
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 128])
@@ -200,8 +358,6 @@ def test_the_smallest_block_keeps_a_trace_within_twice_its_keys_and_values(
 
 
 def test_weights_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace) -> None:
-    from support import gguf_models
-
     path = tmp_path / "nan.gguf"
     normal = gguf_models._draw_weights
 
@@ -215,6 +371,23 @@ def test_weights_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace)
         write_model(path, ModelShape())
     llm = tracer(str(path))
     with pytest.raises(KVCacheError, match="layer 1 .* no probability .* not finite"):
+        llm.capture(random_tokens(30), 10)
+
+
+def test_queries_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace) -> None:
+    """With flash attention nothing else shows those of the last layer."""
+    normal = gguf_models._draw_weights
+
+    def with_nan(shape: ModelShape) -> gguf_models.Weights:
+        weights = normal(shape)
+        weights["blk.1.attn_q.weight"][3, 5] = np.nan
+        return weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_models, "_draw_weights", with_nan)
+        write_model(tmp_path / "nan.gguf", ModelShape())
+    llm = tracer(str(tmp_path / "nan.gguf"), flash_attn=True)
+    with pytest.raises(KVCacheError, match="attention is no probability: .* not finite"):
         llm.capture(random_tokens(30), 10)
 
 
@@ -236,18 +409,6 @@ def test_no_model_is_refused(tmp_path: Path) -> None:
         Tracer(str(tmp_path / "none.gguf"), 64, verbose=False)
 
 
-def test_flash_attention_is_refused(random_model: Maker) -> None:
-    model = random_model(SHAPES["llama, 2 queries to a key"])
-    with pytest.raises(ValueError, match="flash attention off"):
-        Tracer(model.path, 64, flash_attn=True, verbose=False)
-
-
-def test_quantised_values_are_refused(random_model: Maker) -> None:
-    model = random_model(SHAPES["llama, 2 queries to a key"])
-    with pytest.raises(ValueError, match="values in a quantised type"):
-        Tracer(model.path, 64, type_v=Q8_0, verbose=False)
-
-
 def test_a_text_longer_than_announced_is_refused(random_model: Maker, tracer: Trace) -> None:
     llm = tracer(random_model(SHAPES["llama, 2 queries to a key"]).path, 64)
     with pytest.raises(ValueError, match="60 tokens and 5 more does not fit the 64"):
@@ -258,12 +419,12 @@ def begin(llm: Tracer, **changed: Any) -> None:
     from kvp_edge.capture import _Plan
 
     plan = {"n_layer": 2, "n_head_kv": 2, "n_tokens": 64, "block": 8, "first": 8, "scale": 1.0}
-    _call("kvp_capture_begin", llm._handle, ctypes.byref(_Plan(**{**plan, **changed})))
+    _call("kvp_capture_begin", llm._attention._handle, ctypes.byref(_Plan(**{**plan, **changed})))
 
 
 def end(llm: Tracer, n_tokens: int, n_sums: int) -> None:
     sums = np.empty(n_sums, np.uint16)
-    _call("kvp_capture_end", llm._handle, n_tokens, sums.ctypes.data, n_sums)
+    _call("kvp_capture_end", llm._attention._handle, n_tokens, sums.ctypes.data, n_sums)
 
 
 def test_the_library_refuses_what_cannot_be(random_model: Maker, tracer: Trace) -> None:

@@ -179,7 +179,7 @@ def test_tasks_use_other_words_than_the_demo() -> None:
     for ours, theirs in (
         (trace_tasks._WORDS, demo_tasks.WORDS),
         (trace_tasks._NAMES, demo_tasks.NAMES),
-        (" ".join(told[3] for told in trace_tasks._TOLD), " ".join(demo_tasks.PERSONAL)),
+        (" ".join(trace_tasks._TOLD), " ".join(demo_tasks.PERSONAL)),
     ):
         assert not {*ours.split()} & {*theirs.split()}
 
@@ -435,13 +435,35 @@ def test_the_command_traces_all_kinds_of_sources(
     assert files(tmp_path / "traces") == before
 
 
+@pytest.mark.parametrize("how", [["--flash-attn"], ["--type-v", "q8_0", "--type-k", "q8_0"]])
+def test_the_command_traces_with_flash_attention_and_quantised_values(
+    how: list[str], tmp_path: Path
+) -> None:
+    argv = ["trace", "--text", BOOK, "--traces", "1", "--length", "200", "--threads", "1", "--out"]
+    assert main([*argv, str(tmp_path / "plain")]) == 0
+    assert main([*argv, str(tmp_path / "flash"), *how]) == 0
+    [plain], [flash] = TraceSet(tmp_path / "plain"), TraceSet(tmp_path / "flash")
+    np.testing.assert_array_equal(flash.tokens, plain.tokens)
+    assert flash.attention.shape == plain.attention.shape
+    np.testing.assert_allclose(flash.importance(150), plain.importance(150), atol=0.1)
+    assert TraceSet(tmp_path / "flash").manifest["settings"]["flash_attn"] is True
+    assert TraceSet(tmp_path / "plain").manifest["settings"]["flash_attn"] is False
+
+
+def test_traces_with_flash_attention_and_without_do_not_mix(
+    model: RandomModel, text: str, tmp_path: Path
+) -> None:
+    traced(model, text, tmp_path, n_traces=1)
+    with pytest.raises(TraceError, match=r"another run \(flash_attn False instead of True\)"):
+        traced(model, text, tmp_path, n_traces=1, flash_attn=True)
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         ([], "give something to read"),
         (["--task-prose", BOOK], "give --tasks N, too"),
         (["--tasks", "2", "--length", "20"], "nothing can be traced"),
-        (["--tasks", "2", "--flash-attn"], "flash attention off"),
         (["--text", "none.txt"], "cannot read 'none.txt'"),
     ],
 )

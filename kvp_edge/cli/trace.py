@@ -35,6 +35,10 @@ what the future is:
   --future greedy  what the model itself goes on with: closer to a chat, and slower, because tokens
                    are written one by one
 
+The cache may have any type. Values of a quantised type (--type-v q8_0) turn flash attention on.
+With it attention is computed from queries and keys, which takes longer, and a model with soft caps,
+attention sinks or ALiBi is refused.
+
 A trace takes at most twice the bytes of its keys and values in float16: the fewer numbers the
 model has per token, and the longer a trace, the larger the blocks of queries that are summed up
 (--block).
