@@ -72,8 +72,8 @@ def accuracy_plot(
         name: {"color": COLOURS[i % len(COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
         for i, name in enumerate(names)
     }
-    columns = min(_PANELS_PER_ROW, len(groups))
-    rows = -(-len(groups) // columns)
+    rows = math.ceil(len(groups) / _PANELS_PER_ROW)
+    columns = math.ceil(len(groups) / rows)
     figure, axes = pyplot.subplots(
         rows,
         columns,
