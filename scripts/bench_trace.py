@@ -2,8 +2,10 @@
 """What capturing costs: a traced text against the same text read without, and bytes per token.
 
     python scripts/bench_trace.py [MODEL.gguf] [--text FILE] [--length 1024] [--repeat 3]
+                                  [--flash-attn] [--type-k q8_0] [--type-v q8_0]
 
-Both runs have flash attention off, the same threads, batches and cells, and take turns. Time is
+Both runs have the same cache, threads and batches, with flash attention or without, and take turns.
+Values in a quantised type turn flash attention on. Time is
 processor time, so that other work on the machine counts less; with several threads llama.cpp's
 waiting counts, too. "captured" has attention, keys and values in memory; "written" is also a
 whole file on disk. Prints a Markdown table of medians on stdout.
@@ -19,11 +21,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import llama_cpp
+
 import kvp_edge
 from kvp_edge.capture import Captured, Tracer
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.traces import _file_bytes, _write_whole
 
+TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "penelope_brandling.txt"
 
 
@@ -45,9 +50,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--flash-attn", action="store_true")
+    parser.add_argument("--type-k", choices=TYPES, default="f16")
+    parser.add_argument("--type-v", choices=TYPES, default="f16")
     args = parser.parse_args()
 
-    how = {"n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False}
+    how = {
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads,
+        "flash_attn": args.flash_attn or args.type_v != "f16",
+        "type_k": TYPES[args.type_k],
+        "type_v": TYPES[args.type_v],
+        "verbose": False,
+    }
     tracer = Tracer(args.model, args.length, **how)
     plain = kvp_edge.Llama(args.model, n_ctx=tracer.n_ctx(), n_batch=tracer.n_batch, **how)
     tokens = plain.tokenize(args.text.read_text(encoding="utf-8-sig").encode())[: args.length]

@@ -62,7 +62,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--type-v",
         choices=_CACHE_TYPES,
         default="f16",
-        help="values in the cache (default: f16); quantised types need --flash-attn",
+        help="values in the cache (default: f16); quantised types need --flash-attn, "
+        "which traces turn on by themselves",
     )
     group.add_argument(
         "--verbose", action="store_true", help="show llama.cpp's log, and tracebacks of errors"
