@@ -6,7 +6,6 @@ computed (kvp_edge.capture); queries and keys can.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,12 +93,14 @@ class AttentionFromQueries:
         for start in range(done, n, _PIECE):
             stop = min(start + _PIECE, n)
             piece = logged[start - done : stop - done]
-            parts = list(_parts(self._blocks, start, stop))
+            # the blocks that the piece's queries are of
+            parts = [span for span in self._blocks.spans(stop) if span[1] > start]
             for layer, sums in enumerate(self._sums):
                 queries = piece.queries[layer] * piece.scale[layer]
                 paid = _largest_attention(queries, keys[layer, :, :stop])
-                for a, b, at in parts:
-                    sums[:, at : at + b] += paid[:, a - start : b - start, :b].sum(axis=1)
+                for begin, end, at in parts:
+                    mine = paid[:, max(begin, start) - start : end - start, :end]
+                    sums[:, at : at + end] += mine.sum(axis=1)
 
 
 def _largest_attention(queries: FloatArray, keys: FloatArray) -> FloatArray:
@@ -125,13 +126,3 @@ def _largest_attention(queries: FloatArray, keys: FloatArray) -> FloatArray:
         p /= p.sum(axis=-1, keepdims=True)
     largest: FloatArray = p.max(axis=1)
     return largest
-
-
-def _parts(blocks: Blocks, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The queries from ``start`` to ``stop`` block by block: (first, end, where the block's sums
-    begin)."""
-    begin = at = 0
-    for end in blocks.ends(stop):
-        if end > start:
-            yield max(begin, start), end, at
-        begin, at = end, at + end

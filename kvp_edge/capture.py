@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,14 @@ class Blocks:
     def ends(self, n_tokens: int) -> list[int]:
         """The end of every block of ``n_tokens`` queries; the last is ``n_tokens``."""
         return [*range(self.first, n_tokens, self.size), n_tokens] if n_tokens > 0 else []
+
+    def spans(self, n_tokens: int) -> Iterator[tuple[int, int, int]]:
+        """Every block of ``n_tokens`` queries: (first query, end, where its sums begin in those of
+        a head). It has ``end`` sums."""
+        begin = at = 0
+        for end in self.ends(n_tokens):
+            yield begin, end, at
+            begin, at = end, at + end
 
     def n_sums(self, n_tokens: int) -> int:
         """Sums of one head: a block that ends at e has one for each of the tokens before e."""

@@ -180,10 +180,8 @@ class Trace:
 
     def _block_sums(self) -> Iterator[tuple[int, HalfArray]]:
         """Every block's first query, and what it paid: float16 [L, H, the block's end], scaled."""
-        at = begin = 0
-        for end in self.blocks.ends(len(self)):
+        for begin, end, at in self.blocks.spans(len(self)):
             yield begin, self.attention[:, :, at : at + end]
-            begin, at = end, at + end
 
 
 class TraceSet(Sequence[Trace]):

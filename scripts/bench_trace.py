@@ -5,10 +5,10 @@
                                   [--flash-attn] [--type-k q8_0] [--type-v q8_0]
 
 Both runs have the same cache, threads and batches, with flash attention or without, and take turns.
-Values in a quantised type turn flash attention on. Time is
-processor time, so that other work on the machine counts less; with several threads llama.cpp's
-waiting counts, too. "captured" has attention, keys and values in memory; "written" is also a
-whole file on disk. Prints a Markdown table of medians on stdout.
+Values in a quantised type turn flash attention on. Time is processor time, so that other work on
+the machine counts less; with several threads llama.cpp's waiting counts, too. "captured" has
+attention, keys and values in memory; "written" is also a whole file on disk. Prints a Markdown
+table of medians on stdout.
 """
 
 from __future__ import annotations

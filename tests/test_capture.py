@@ -357,36 +357,30 @@ def test_the_smallest_block_keeps_a_trace_within_twice_its_keys_and_values(
 # -- what goes wrong ---------------------------------------------------------------------------
 
 
-def test_weights_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace) -> None:
-    path = tmp_path / "nan.gguf"
+def write_with_nan(path: Path, weight: str) -> str:
+    """A random model with one number of ``weight`` that is none; returns its path."""
     normal = gguf_models._draw_weights
 
     def with_nan(shape: ModelShape) -> gguf_models.Weights:
         weights = normal(shape)
-        weights["blk.1.attn_k.weight"][3, 5] = np.nan
+        weights[weight][3, 5] = np.nan
         return weights
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_models, "_draw_weights", with_nan)
         write_model(path, ModelShape())
-    llm = tracer(str(path))
+    return str(path)
+
+
+def test_weights_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace) -> None:
+    llm = tracer(write_with_nan(tmp_path / "nan.gguf", "blk.1.attn_k.weight"))
     with pytest.raises(KVCacheError, match="layer 1 .* no probability .* not finite"):
         llm.capture(random_tokens(30), 10)
 
 
 def test_queries_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace) -> None:
     """With flash attention nothing else shows those of the last layer."""
-    normal = gguf_models._draw_weights
-
-    def with_nan(shape: ModelShape) -> gguf_models.Weights:
-        weights = normal(shape)
-        weights["blk.1.attn_q.weight"][3, 5] = np.nan
-        return weights
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_models, "_draw_weights", with_nan)
-        write_model(tmp_path / "nan.gguf", ModelShape())
-    llm = tracer(str(tmp_path / "nan.gguf"), flash_attn=True)
+    llm = tracer(write_with_nan(tmp_path / "nan.gguf", "blk.1.attn_q.weight"), flash_attn=True)
     with pytest.raises(KVCacheError, match="attention is no probability: .* not finite"):
         llm.capture(random_tokens(30), 10)
 

@@ -249,7 +249,7 @@ class _Reader:
         if policy == OWN:
             policy = own_policy(run.model) or ""
         if policy == ORACLE:
-            # flash attention would hide what is to be captured
+            # without flash attention the attention itself is captured, in models of every kind
             plain = {k: v for k, v in engine.items() if k != "flash_attn"}
             self._tracer = Tracer(run.model, n_ctx, **plain)
             policy = "recency"  # until the first conversation is traced
