@@ -248,8 +248,9 @@ def test_several_workers_find_the_same(the_run: Run, asked: list[Prompt]) -> Non
 
 def test_memory_is_that_of_the_most_tokens_held_at_once(the_run: Run, asked: list[Prompt]) -> None:
     per_token = 5 * 2 * 2 * 64 * 2  # layers, K and V, KV heads, head size, bytes of f16
-    [bounded] = the_run.records(setting(), asked[:1])
-    assert bounded.kv_bytes == 128 * per_token
+    for policy in ("keydiff", SHIFT):
+        [bounded] = the_run.records(setting(policy=policy), asked[:1])
+        assert bounded.kv_bytes == 128 * per_token
     for all_at_first in (setting(mode="one-shot"), setting(policy="none", budget=None)):
         [found] = the_run.records(all_at_first, asked[:1])
         assert len(asked[0].tokens) * per_token < found.kv_bytes <= asked[0].longest * per_token

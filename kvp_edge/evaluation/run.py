@@ -292,8 +292,9 @@ class _Reader:
     def _kv_bytes(self) -> int:
         """Of the most tokens held at once. Cells that no token was in do not count."""
         stats, held = self._subject.kv_stats, self._subject.n_tokens
-        if self._setting.mode == "bounded" and self._setting.budget is not None:
-            held = min(held, self._setting.budget)
+        budget = self._setting.budget
+        if self._setting.mode == "bounded" and budget is not None and self._subject.evictions:
+            held = budget  # it was full; after a context shift n_tokens is what is left
         return stats.kv_bytes * held // stats.cells
 
     def _read_context(self, prompt: Prompt) -> int:
