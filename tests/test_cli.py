@@ -246,10 +246,19 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def exit_status(self) -> int:
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def interrupt(self) -> None:
+        """Ctrl-C at the prompt. Python's line editor misses one that comes while it handles a key
+        or has just printed the prompt."""
+        time.sleep(0.2)
+        self.type("\x03")
+
+    def exit_status(self, seconds: float = 120) -> int:
+        end = time.monotonic() + seconds
+        while (found := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
+            assert time.monotonic() < end, "waited in vain for the command to end"
+            time.sleep(0.02)
         self.pid = 0
-        return status
+        return os.waitstatus_to_exitcode(found[1])
 
     def close(self) -> None:
         os.close(self._fd)
@@ -299,17 +308,16 @@ def test_ctrl_c_at_the_prompt_explains_and_twice_in_a_row_leaves(
     t.read_until("> ")
     t.type("half a mess")
     t.read_until("half a mess")
-    time.sleep(0.2)  # Python's line editor misses a Ctrl-C while it handles a key
-    t.type("\x03")
+    t.interrupt()
     t.read_until("Ctrl-C again leaves")
     t.read_until("> ")
     t.type("/stats\n")
     t.read_until("0 tokens seen")
     t.read_until("> ")
-    t.type("\x03")
+    t.interrupt()
     t.read_until("Ctrl-C again leaves")
     t.read_until("> ")
-    t.type("\x03")
+    t.interrupt()
     assert t.exit_status() == 130
 
 
