@@ -58,7 +58,7 @@ _HELP: dict[str, str] = {
     "margin": "foresight: by which a token should score above one that is needed less",
     "grpo_steps": "foresight: steps of rollouts in the model (--model) after the others; 0: none",
     "grpo_lr": "foresight: their highest learning rate",
-    "texts": "foresight: texts in such a step",
+    "texts": "foresight, global: texts in a step in the model",
     "rollouts": "foresight: rollouts of each text, compared with each other",
     "passes": "foresight: times that a step's rollouts are learned from",
     "temperature": "foresight: of the draw of what is evicted in rollouts",
@@ -70,6 +70,9 @@ _HELP: dict[str, str] = {
     "large": "foresight: nats by which a loss rises a lot",
     "capacity": "global: tokens per head that all gates together may retain",
     "capacity_weight": "global: price of what they retain beyond it",
+    "distil_steps": "global: steps of distillation in a twin of the model (--model) at the end",
+    "distil_lr": "global: their highest learning rate",
+    "distil_tokens": "global: tokens of a text that they read",
     "horizon": "global: tokens to come for which a token's use is added up",
 }
 
@@ -95,7 +98,7 @@ def add_train(commands: Any) -> None:
             help=f"{text} (default: {default})",
         )
     parser.add_argument(
-        "--model", metavar="GGUF", help="foresight: the traced model, in which rollouts evict"
+        "--model", metavar="GGUF", help="the traced model, for rollouts and distillation"
     )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")

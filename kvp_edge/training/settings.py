@@ -17,9 +17,9 @@ Objective = Literal["kvp", "foresight", "global"]
 #: "low" entropy, where the full cache was sure; or of these, those whose loss rose a lot.
 Reward = Literal["all", "low", "low-large"]
 
-#: What a run trains, one after the other: the agents by traces; the agents by rollouts in the
-#: model; the weights with which heads add up to whole tokens.
-Phase = Literal["heads", "rollouts", "tokens"]
+#: What a run trains, one after the other: the agents by traces; the agents in the model, by what it
+#: predicts (gates) or by what evictions cost it; the weights with which heads add up to tokens.
+PhaseName = Literal["heads", "distil", "rollouts", "tokens"]
 
 #: "i-1": the sum over the budgets 1 .. m - 1 (the paper's section 3.1.1). "i": the budget 0 as well
 #: (the released code); every ranking then costs the same constant more.
@@ -52,7 +52,8 @@ class Settings:
             between two evictions (L).
         margin: (foresight) by which a token should score above one that is needed less.
         grpo_steps, grpo_lr: (foresight) of the rollouts in the model.
-        texts, rollouts: (foresight) texts per such step, and rollouts of each (G).
+        texts: (foresight, global) texts per step of the phases in the model.
+        rollouts: (foresight) of each text (G).
         passes: (foresight) times that a step's rollouts are learned from.
         temperature: (foresight) of the draw of what is evicted.
         clip, kl: (foresight) bound of the probability ratio; weight of the distance to the start.
@@ -60,6 +61,8 @@ class Settings:
             entropy, and the rise, in nats, that is large.
         capacity, capacity_weight: (global) tokens per head that all gates together may retain, and
             the price of more.
+        distil_steps, distil_lr, distil_tokens: (global) of the distillation in the model's twin;
+            tokens of a text in it.
         horizon: (global) tokens to come for which a token's use is added up.
     """
 
@@ -104,6 +107,9 @@ class Settings:
     capacity: int = 128
     capacity_weight: float = 4.0
     horizon: int = 1024
+    distil_steps: int = 0
+    distil_lr: float = 3e-4
+    distil_tokens: int = 512
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -124,8 +130,8 @@ class Settings:
             raise TrainingError("steps, states, tokens and eval_every must be at least 1")
         if min(self.budget, self.every, self.texts, self.passes) < 1:
             raise TrainingError("budget, every, texts and passes must be at least 1")
-        if min(self.capacity, self.horizon) < 1:
-            raise TrainingError("capacity and horizon must be at least 1")
+        if min(self.capacity, self.horizon, self.distil_tokens) < 1:
+            raise TrainingError("capacity, horizon and distil_tokens must be at least 1")
         if self.rollouts < 2:
             raise TrainingError("a group needs at least 2 rollouts of a text to compare")
         if min(self.temperature, self.margin, self.clip, self.capacity_weight) <= 0:
@@ -165,10 +171,10 @@ class Settings:
                 )
 
     @property
-    def phases(self) -> tuple[tuple[Phase, int], ...]:
+    def phases(self) -> tuple[tuple[PhaseName, int], ...]:
         """The phases of a run, with their steps, in order."""
         if self.objective == "global":  # its heads add up by themselves
-            return (("heads", self.steps),)
+            return (("heads", self.steps), ("distil", self.distil_steps))
         rollouts = self.grpo_steps if self.objective == "foresight" else 0
         return (("heads", self.steps), ("rollouts", rollouts), ("tokens", self.token_steps))
 
@@ -181,10 +187,17 @@ _USED_BY = {
     ),
     **dict.fromkeys(
         (
-            *("budget", "every", "margin", "grpo_steps", "grpo_lr", "texts", "rollouts", "passes"),
+            *("budget", "every", "margin", "grpo_steps", "grpo_lr", "rollouts", "passes"),
             *("temperature", "clip", "kl", "reward", "low_entropy", "large"),
         ),
         ("foresight",),
     ),
-    **dict.fromkeys(("capacity", "capacity_weight", "horizon"), ("global",)),
+    **dict.fromkeys(
+        (
+            *("capacity", "capacity_weight", "horizon"),
+            *("distil_steps", "distil_lr", "distil_tokens"),
+        ),
+        ("global",),
+    ),
+    "texts": ("foresight", "global"),
 }

@@ -1,0 +1,124 @@
+"""The agents of a run and how they move: optimisers, averages, several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, distributed, nn
+
+from kvp_edge.training.agent import Agents
+from kvp_edge.training.head_adamw import HeadAdamW
+from kvp_edge.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a run: its device, its rank, and how many there are."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+
+class Learner:
+    """Agents in training, and their exponential average, which is the policy.
+
+    Attributes:
+        agents, ema: of the same shape.
+        optimisers: "heads" and "token" of the agents' own weights and of the heads' weights in
+            whole tokens; "shared" of a last projection that all heads share. A phase that needs
+            moments of its own asks for them (``add_optimiser``).
+        heads: intp [N], all of them.
+        stakes: f64 [N], the attention that each still loses in validation.
+    """
+
+    def __init__(self, agents: Agents, settings: Settings, worker: Worker) -> None:
+        self.settings, self.worker = settings, worker
+        self.agents = agents.to(worker.device)
+        self.ema = Agents(agents.shape).to(worker.device)
+        self.ema.load_state_dict(agents.state_dict())
+        self.heads: npt.NDArray[np.intp] = np.arange(agents.shape.n_heads)
+        self.stakes = np.ones(len(self.heads))
+        self._own = {k: p for k, p in agents.named_parameters() if p.requires_grad}
+        tokens = {"log_aggregate": self._own.pop("log_aggregate")}
+        self.optimisers = {"token": HeadAdamW(tokens, 0.0)}
+        if agents.shape.shared_out:
+            self.optimisers["shared"] = HeadAdamW({"out": self._own.pop("out")}, 0.0)
+        self.optimisers["heads"] = HeadAdamW(self._own, settings.weight_decay)
+
+    def add_optimiser(self, name: str) -> None:
+        """Another one of the agents' own weights."""
+        self.optimisers[name] = HeadAdamW(self._own, 0.0)
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        bf16 = self.settings.precision == "bf16"
+        with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=bf16):
+            yield
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """Chance that depends on the run's seed, the key and the process, and on nothing else."""
+        return np.random.default_rng([self.settings.seed, *key, self.worker.rank])
+
+    def on_device(self, heads: npt.NDArray[np.intp]) -> Tensor:
+        return torch.from_numpy(heads).to(self.worker.device)
+
+    def descend(self, total: Tensor, heads: dict[str, Tensor], rate: float) -> float:
+        """``total`` is a sum over heads, which keeps separate agents separate."""
+        total.backward()
+        self.move(heads, rate)
+        return float(total.detach())
+
+    def move(self, heads: dict[str, Tensor], rate: float, memory: float | None = None) -> None:
+        """Step optimisers by the gradients that have been gathered, each with its heads.
+
+        Args:
+            memory: of the average; None: the setting ``ema``.
+        """
+        for name, index in heads.items():
+            if self.worker.world > 1:
+                for parameter in self.optimisers[name].parameters.values():
+                    if parameter.grad is not None:
+                        distributed.all_reduce(parameter.grad)
+                        parameter.grad /= self.worker.world
+            self.optimisers[name].step(index, rate)
+        self._average(self.settings.ema if memory is None else memory)
+
+    def _average(self, memory: float) -> None:
+        # a short memory at first, or the average would long remember the random start
+        moves = float(self.optimisers["heads"].steps.max())
+        decay = min(memory, (1 + moves) / (10 + moves))
+        with torch.no_grad():
+            for mean, now in zip(self.ema.parameters(), self.agents.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay)
+
+    def go_on_from(self, agents: nn.Module) -> None:
+        """Take over other weights, also as the average."""
+        self.agents.load_state_dict(agents.state_dict())
+        self.ema.load_state_dict(agents.state_dict())
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a later run needs to go on exactly here."""
+        out = {"agents." + k: v for k, v in self.agents.state_dict().items()}
+        out |= {"ema." + k: v for k, v in self.ema.state_dict().items()}
+        out["stakes"] = torch.from_numpy(self.stakes)
+        for name, optimiser in self.optimisers.items():
+            out |= {f"{name}.{k}": v for k, v in optimiser.state().items()}
+        return out
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.agents.load_state_dict(under("agents.", state))
+        self.ema.load_state_dict(under("ema.", state))
+        self.stakes = state["stakes"].numpy()
+        for name, optimiser in self.optimisers.items():
+            optimiser.load(under(name + ".", state))
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that beginning."""
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
