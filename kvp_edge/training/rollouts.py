@@ -230,9 +230,11 @@ class Rollouts:
         """The text with nothing evicted."""
         return self._full.losses(tokens)
 
-    def read(self, tokens: Sequence[int], policy: Policy) -> FloatArray:
-        """The losses with any policy's evictions: f32 [T - 1], in nats."""
-        self._small.policy = policy
+    def read(self, tokens: Sequence[int], policy: Policy | None = None) -> FloatArray:
+        """The losses with a policy's evictions, by default those of ``engine["policy"]``: f32
+        [T - 1], in nats."""
+        if policy is not None:
+            self._small.policy = policy
         return self._small.losses(tokens).losses
 
     def roll(

@@ -17,8 +17,8 @@ from kvp_edge.traces import TraceSet
 from kvp_edge.training import checkpoint
 from kvp_edge.training.data import Protected, check_traces
 from kvp_edge.training.settings import Settings
-from kvp_edge.training.train import plain, train
-from kvp_edge.training.validate import agent_scorer, choose_states, measure
+from kvp_edge.training.train import plain, scorer_of, train
+from kvp_edge.training.validate import choose_states, measure
 
 from .__main__ import RECIPE
 
@@ -52,8 +52,8 @@ def evaluate(
         protected = Protected(RECIPE.sinks, RECIPE.recent)
         usable, _ = check_traces(held_out, protected)
         states = choose_states(held_out, usable, protected, 2 * len(held_out))
-        weights = agents.log_aggregate.detach().exp().numpy()
-        quality = measure(agent_scorer(agents), held_out, states, protected, weights)
+        scorer, whole = scorer_of(agents, settings.horizon)
+        quality = measure(scorer, held_out, states, protected, whole)
         found = {**plain(quality), "tokens_per_second": result.tokens_per_second}
         file.write_text(json.dumps(found), encoding="utf-8")
     found = json.loads(file.read_text(encoding="utf-8"))
