@@ -134,16 +134,17 @@ def find_spans(
     Returns:
         Ascending, disjoint.
     """
-    marked = token_spans(pieces, markers)
     complete = {first for first, _ in complete_markers(pieces, markers)}
     found: list[Span] = []
     finder = _FINDERS.get(keep_whole)
     at = start if finder is sentences else 0
-    for first, end in [*marked, (len(pieces), len(pieces))]:
+    for first, last in [*token_spans(pieces, markers), (len(pieces), len(pieces))]:
         if finder is not None and at < first:
             found += [(at + a, at + b, TEXT) for a, b in finder(pieces[at:first])]
-        if first < end:
-            begins_turn = any(a in complete for a in range(first, end))
-            found.append((first, end, TURN if begins_turn else MARKER))
-        at = max(at, end)
+        at = max(at, last)
+        if not complete.isdisjoint(range(first, last)):
+            found.append((first, last, TURN))
+        elif first < last:  # at the very end; tokens without text may follow
+            at = len(pieces)
+            found.append((first, at, MARKER))
     return [span for span in found if span[1] > start]
