@@ -203,13 +203,17 @@ def units(tokens: IntArray, spans: IntArray) -> IntArray:
 
     Args:
         tokens: int32 [..., n].
-        spans: int32 [k, >= 2], [start, end) and whatever else, ascending, disjoint.
+        spans: int32 [k, 2], [start, end), start < end, ascending, disjoint.
     """
     if len(spans) == 0:
         return tokens
-    span = np.searchsorted(spans[:, 0], tokens, side="right") - 1
-    inside = (span >= 0) & (tokens < spans[span, 1])
-    return np.where(inside, spans[span, 0], tokens)
+    n = max(int(tokens.max()) + 1, int(spans[-1, 1]))
+    step = np.zeros(n + 1, np.int32)
+    step[spans[:, 0] + 1] += 1
+    step[spans[:, 1]] -= 1
+    behind_a_first = np.cumsum(step[:n]) > 0
+    first = np.where(behind_a_first, 0, np.arange(n, dtype=np.int32))
+    return np.maximum.accumulate(first)[tokens]
 
 
 def clipped(spans: IntArray, first: int, end: int) -> IntArray:
