@@ -49,6 +49,7 @@ def policy_of(
             "the traces did not say which model they are of: name it with --base MODEL.gguf"
         )
     base_model = base_model or model.get("name", "")
+    objective = str(settings.get("objective", "kvp"))
     info = PolicyInfo(
         architecture=architecture,
         n_layer=shape.n_layer,
@@ -57,10 +58,11 @@ def policy_of(
         head_size_v=shape.head_size_v,
         hidden=shape.hidden,
         context=shape.context,
-        name=_stem(base_model, shape.context),
-        objective=str(settings.get("objective", "kvp")),
+        name=_stem(base_model, objective, shape.context),
+        objective=objective,
         sinks=int(settings.get("sinks", 4)),
         recent=int(settings.get("recent", 32)),
+        horizon=int(settings.get("horizon", PolicyInfo.horizon)),
         base_model=base_model,
         fingerprint=model.get("fingerprint", ""),
         training_data=f"{settings.get('n_traces', 0)} traces",
@@ -84,18 +86,19 @@ def policy_of(
         conv=per_head(w["conv"].swapaxes(1, 2)),
         fc2=per_head(w["fc2"].swapaxes(1, 2)),
         fc2_bias=per_head(w["fc2_bias"]),
-        out=per_head(w["out"]),
+        out=per_head(np.broadcast_to(w["out"], (shape.n_heads, shape.hidden))),
         aggregate=per_head(np.exp(w["log_aggregate"])),
     )
 
 
-def _stem(base_model: str, context: int) -> str:
+def _stem(base_model: str, objective: str, context: int) -> str:
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", base_model).strip("-") or "model"
-    return f"kvp-{slug}-w{context}"
+    kind = "" if objective == "kvp" else f"-{objective}"
+    return f"kvp-{slug}{kind}-w{context}"
 
 
 def derived_name(info: PolicyInfo, outtype: OutType) -> str:
-    """kvp-<model>-w<context width>-<OUTTYPE>.gguf"""
+    """kvp-<model>[-<objective>]-w<context width>-<OUTTYPE>.gguf; without objective: kvp"""
     return f"{info.name}-{outtype.upper()}.gguf"
 
 

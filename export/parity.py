@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +163,7 @@ def _with_weights(agents: Agents, w: PolicyWeights) -> Agents:
     def heads(array: FloatArray) -> torch.Tensor:
         return torch.from_numpy(array.reshape(n, *array.shape[2:]).copy())
 
-    out = Agents(agents.shape)
+    out = Agents(replace(agents.shape, shared_out=False))  # a file holds one per head
     first = np.concatenate((w.key, w.value, w.position), axis=-1)
     out.load_state_dict(
         {

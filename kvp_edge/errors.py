@@ -30,4 +30,4 @@ class PolicyFileError(ValueError):
 
 
 class TrainingError(ValueError):
-    """Traces, settings or folder do not allow (more) training; what was done is kept."""
+    """Traces, model, settings or folder do not allow (more) training; what was done is kept."""

@@ -494,11 +494,12 @@ class EvictionManager:
     def _remove(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
         """Token granularity: choose by one score per token, and remove the others' cells."""
         t = self._table
-        scores, weights = t.scores, self.policy.head_weights
-        if weights is not None:
-            scores = np.einsum("lhn,lh->n", scores, weights)[None, None]
+        worth = self.policy.worth(t.scores, t.seen - tokens)
+        whole = self.policy.whole_tokens(worth)
+        if whole is not None:
+            worth = whole[None, None]
         settled = tokens < t.settled
-        keep = choose_tokens(scores, unit, protected, self.limits.budget, settled)
+        keep = choose_tokens(worth, unit, protected, self.limits.budget, settled)
         present = t.present()
         kept, cells = tokens[keep], present[keep]
         tail = self._next_tail()
@@ -528,7 +529,8 @@ class EvictionManager:
         n_keep = max(self.limits.budget, int(protected.sum(axis=-1).max()))
         if n_keep >= t.kept:
             return  # all protected: make_room finds no free cell and says so
-        keep = choose_rows(t.scores, unit, protected, n_keep, tokens < t.settled)
+        worth = self.policy.worth(t.scores, t.seen - tokens)
+        keep = choose_rows(worth, unit, protected, n_keep, tokens < t.settled)
         tail = self._next_tail()
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift

@@ -18,6 +18,7 @@ FloatArray = npt.NDArray[np.float32]
 OutType = Literal["f32", "f16", "q8_0"]
 
 FORMAT_VERSION = 1
+OBJECTIVES = ("kvp", "foresight", "global")
 N_POSITION_FEATURES = 4
 #: What a token's score is computed from, in the order of the first layer's inputs.
 FEATURES = (
@@ -35,7 +36,8 @@ _Q8_0_BLOCK = 32
 
 @dataclass(frozen=True)
 class PolicyInfo:
-    """What a policy file says of itself. ``n_layer`` counts the layers of the base KV cache."""
+    """What a policy file says of itself. ``n_layer`` counts the layers of the base KV cache;
+    ``horizon`` is of gates (objective "global", kvp_edge.retention)."""
 
     architecture: str
     n_layer: int
@@ -48,6 +50,7 @@ class PolicyInfo:
     objective: str = "kvp"
     sinks: int = 4
     recent: int = 32
+    horizon: int = 1024
     base_model: str = ""
     fingerprint: str = ""
     training_data: str = ""
@@ -191,6 +194,8 @@ def write_policy(
     writer.add_uint32("kvp.context_width", info.context)
     writer.add_uint32("kvp.protected.sinks", info.sinks)
     writer.add_uint32("kvp.protected.recent", info.recent)
+    if info.objective == "global":
+        writer.add_uint32("kvp.retention.horizon", info.horizon)
     writer.add_string("kvp.training.data", info.training_data)
     writer.add_string("kvp.base_model.fingerprint", info.fingerprint)
 
@@ -338,6 +343,12 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
         raise PolicyFileError(
             f"the policy file '{path}' has the kvp.context_width {context}; it must be odd"
         )
+    objective = get("kvp.objective", str)
+    if objective not in OBJECTIVES:
+        raise PolicyFileError(
+            f"the policy file '{path}' has the kvp.objective '{objective}', and this kvp_edge "
+            f"knows {', '.join(OBJECTIVES)}: update kvp_edge"
+        )
     return PolicyInfo(
         architecture=get("general.architecture", str),
         n_layer=get("kvp.block_count"),
@@ -347,9 +358,10 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
         hidden=int(hidden[0]),
         context=context,
         name=values.get("general.name", path.stem),
-        objective=get("kvp.objective", str),
+        objective=objective,
         sinks=get("kvp.protected.sinks"),
         recent=get("kvp.protected.recent"),
+        horizon=get("kvp.retention.horizon") if objective == "global" else PolicyInfo.horizon,
         base_model=values.get("general.base_model.0.name", ""),
         fingerprint=values.get("kvp.base_model.fingerprint", ""),
         training_data=values.get("kvp.training.data", ""),

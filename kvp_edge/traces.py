@@ -153,7 +153,7 @@ class Trace:
         """
         self._check_split(n)
         out = np.zeros((*self.keys.shape[:2], n), np.float32)
-        for begin, sums in self._block_sums():
+        for begin, _, sums in self._block_sums():
             if begin >= n:  # so the block has sums for all n tokens
                 np.maximum(out, sums[:, :, :n], out=out)
         out /= self.scale
@@ -171,17 +171,23 @@ class Trace:
         """
         n_tokens = len(self) if n_tokens is None else n_tokens
         out = np.zeros((*self.keys.shape[:2], n_tokens), np.float32)
-        for begin, sums in self._block_sums():
+        for begin, _, sums in self._block_sums():
             if start <= begin < stop:
                 n = min(sums.shape[2], n_tokens)
                 out[:, :, :n] += sums[:, :, :n]
         out /= self.scale
         return out
 
-    def _block_sums(self) -> Iterator[tuple[int, HalfArray]]:
-        """Every block's first query, and what it paid: float16 [L, H, the block's end], scaled."""
+    def payments(self) -> Iterator[tuple[int, FloatArray]]:
+        """Every block's first query, and what a query of it pays on average to the tokens before
+        the block: float32 [L, H, first query]."""
+        for begin, end, sums in self._block_sums():
+            yield begin, sums[:, :, :begin].astype(np.float32) / (self.scale * (end - begin))
+
+    def _block_sums(self) -> Iterator[tuple[int, int, HalfArray]]:
+        """Every block of queries [begin, end), and what it paid: float16 [L, H, end], scaled."""
         for begin, end, at in self.blocks.spans(len(self)):
-            yield begin, self.attention[:, :, at : at + end]
+            yield begin, end, self.attention[:, :, at : at + end]
 
 
 class TraceSet(Sequence[Trace]):

@@ -207,7 +207,8 @@ def test_what_was_finished_is_kept_when_a_trace_turns_out_bad(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"objective": "magic"}, "no objective 'magic'"),
+        ({"objective": "magic"}, "objective is kvp or foresight or global, not 'magic'"),
+        ({"capacity": 64}, "capacity is a setting of objective global, and this is kvp"),
         ({"rankings": 1}, "at least 2 rankings"),
         ({"advantage": "both"}, "advantage is loo or zscore, not 'both'"),
         ({"context": 99}, "must cover half of the context width"),
@@ -232,16 +233,16 @@ def test_batches_hold_unprotected_tokens_before_the_cut_and_what_they_receive() 
     assert batch.features.shape == (2, 12, 68, 20)
     keys = batch.features[..., :8].reshape(2, 6, 2, 68, 8)
     for state in range(6):
-        inner = keys[:, state, :, 2:-2].reshape(2, 128, 8)[:, batch.present[state]]
+        inner = keys[:, state, :, 2:-2].reshape(2, 128, 8)[:, batch.present[0, state]]
         first = np.float32(inner[0, 0].numpy())
         (found,) = [t for t in traces.items if (np.float32(t.keys[0, 1, 4]) == first).all()]
-        m = int(batch.present[state].sum())
+        m = int(batch.present[0, state].sum())
         n = m + 36
         assert n in cut_points(found, protected)
         np.testing.assert_array_equal(inner[1].numpy(), np.float32(found.keys[1, 1, 4 : 4 + m]))
         want = found.importance(n).reshape(4, n)[heads, 4 : 4 + m]
-        np.testing.assert_allclose(batch.importance[:, state, batch.present[state]], want)
-        assert (batch.importance[:, state, ~batch.present[state]] == 0).all()
+        np.testing.assert_allclose(batch.importance[:, state, batch.present[0, state]], want)
+        assert (batch.importance[:, state, ~batch.present[0, state]] == 0).all()
 
 
 def test_in_long_traces_runs_of_neighbours_compete() -> None:
@@ -249,7 +250,7 @@ def test_in_long_traces_runs_of_neighbours_compete() -> None:
     usable, _ = check_traces(traces, Protected())
     sampler = Sampler(traces, usable, Protected(), context=9, states=8, tokens=128)
     batch = sampler.draw(np.random.default_rng(3), np.arange(4))
-    assert batch.present.shape == (8, 128)
+    assert batch.present.shape == (1, 8, 128)
     log = batch.features[0, :, :, -4] * 16  # log2(1 + p)
     positions = (2**log - 1).round()
     steps = positions.diff(dim=1)[batch.known[:, 1:] & batch.known[:, :-1]]

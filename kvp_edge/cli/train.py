@@ -28,7 +28,8 @@ examples:
 
 #: setting -> what it does
 _HELP: dict[str, str] = {
-    "objective": "what is optimised (kvp)",
+    "objective": "kvp: rankings of one moment over all budgets; foresight: golden evictions, then "
+    "rollouts in the model; global: retention gates under one capacity",
     "hidden": "hidden units of each of an agent's two layers",
     "context": "tokens that a score sees, an odd number around its own; 1: the paper's agent",
     "steps": "training steps of the agents",
@@ -52,6 +53,24 @@ _HELP: dict[str, str] = {
     "validation_states": "most cut texts in a validation",
     "seed": "of everything random",
     "precision": "f32, or bf16 for the networks (GPUs)",
+    "budget": "foresight: tokens that each head keeps after an eviction",
+    "every": "foresight: tokens read between two evictions",
+    "margin": "foresight: by which a token should score above one that is needed less",
+    "grpo_steps": "foresight: steps of rollouts in the model (--model) after the others; 0: none",
+    "grpo_lr": "foresight: their highest learning rate",
+    "texts": "foresight: texts in such a step",
+    "rollouts": "foresight: rollouts of each text, compared with each other",
+    "passes": "foresight: times that a step's rollouts are learned from",
+    "temperature": "foresight: of the draw of what is evicted in rollouts",
+    "clip": "foresight: how far the probability of a draw may move in a step",
+    "kl": "foresight: price of the distance to the agents that rollouts start from",
+    "reward": "foresight: whose loss may not rise: all tokens'; low: those with low entropy; "
+    "low-large: of these, where it rose a lot",
+    "low_entropy": "foresight: share of the tokens whose entropy is low",
+    "large": "foresight: nats by which a loss rises a lot",
+    "capacity": "global: tokens per head that all gates together may retain",
+    "capacity_weight": "global: price of what they retain beyond it",
+    "horizon": "global: tokens to come for which a token's use is added up",
 }
 
 
@@ -75,6 +94,9 @@ def add_train(commands: Any) -> None:
             metavar="X" if kind is float else "N" if kind is int else "NAME",
             help=f"{text} (default: {default})",
         )
+    parser.add_argument(
+        "--model", metavar="GGUF", help="foresight: the traced model, in which rollouts evict"
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
@@ -104,7 +126,15 @@ def _main(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    result: Result = train(open_traces(args.traces), args.out, settings, device=args.device)
+    engine = {"n_threads": args.threads, "n_threads_batch": args.threads} if args.threads else {}
+    result: Result = train(
+        open_traces(args.traces),
+        args.out,
+        settings,
+        device=args.device,
+        model=args.model,
+        engine=engine,
+    )
     print(comparison(result))
     print(f"{Path(args.out) / 'best.safetensors'}")
     return 0
@@ -129,4 +159,10 @@ def comparison(result: Any) -> str:
         "lost\nmore than the best ranking does, at 1/2 to 1/16 of the tokens; means over heads"
     )
     lines.append(f"below the best of {', '.join(BASELINES)} in {won} of {len(best)} heads")
+    if result.loss_increase:
+        before, after = result.loss_increase
+        lines.append(
+            f"rollouts: evictions cost {after:+.4f} nats a token of the texts kept for validation, "
+            f"{before:+.4f} before"
+        )
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.retention import log_future_use, log_total
+
 if TYPE_CHECKING:
     from kvp_edge.native import NativePolicy
     from kvp_edge.policy_file import PolicyInfo
@@ -49,8 +51,7 @@ class Policy(ABC):
     #: kvp_edge.native.SCORERS or a network. ``score`` stays the definition that it is tested by.
     native_scorer: str | NativePolicy | None = None
 
-    #: f32 [n_layer, n_head_kv]: a whole token's score (token granularity) is the sum of its scores
-    #: in all heads, each times its weight. None: the mean of the heads' standardised scores.
+    #: f32 [n_layer, n_head_kv], see ``whole_tokens``.
     head_weights: FloatArray | None = None
 
     #: How many of the newest tokens' queries the policy wants to see, at most as many as the cache
@@ -81,6 +82,31 @@ class Policy(ABC):
     def identity(self) -> str:
         """What a saved session is checked against: the name, and all else that decides scores."""
         return self.name
+
+    def worth(self, scores: FloatArray, ages: IntArray) -> FloatArray:
+        """What tokens are worth at an eviction: the scores themselves, but for gates, whose scores
+        say how fast a token's worth decays.
+
+        Args:
+            scores: f32 [n_layer, n_head_kv, n], as ``score`` gave them.
+            ages: int32, broadcast to that: tokens read since, the token itself included.
+
+        Returns:
+            f32 [n_layer, n_head_kv, n]; larger = keep.
+        """
+        if self.info is not None and self.info.objective == "global":
+            return log_future_use(scores, ages, self.info.horizon)
+        return scores
+
+    def whole_tokens(self, worth: FloatArray) -> FloatArray | None:
+        """The worth of whole tokens, f32 [n] from [n_layer, n_head_kv, n]. None: the policy does
+        not say, and it is the mean of the heads' standardised numbers."""
+        if self.info is not None and self.info.objective == "global":
+            return log_total(worth)
+        if self.head_weights is None:
+            return None
+        total: FloatArray = np.einsum("lhn,lh->n", worth, self.head_weights)
+        return total
 
     @abstractmethod
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:

@@ -17,7 +17,13 @@ from kvp_edge.policy_file import N_POSITION_FEATURES
 
 @dataclass(frozen=True)
 class AgentShape:
-    """Sizes of the agents. ``context`` is the convolution's width; 1 is the paper's blind agent."""
+    """Sizes of the agents.
+
+    Attributes:
+        context: the convolution's width; 1 is the blind agent of arXiv:2602.10238.
+        shared_out: one last projection for all layers and heads, which makes their scores
+            comparable (arXiv:2605.09649).
+    """
 
     n_layer: int
     n_head_kv: int
@@ -25,6 +31,7 @@ class AgentShape:
     head_size_v: int
     hidden: int = 64
     context: int = 9
+    shared_out: bool = False
 
     @property
     def n_heads(self) -> int:
@@ -47,7 +54,8 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
     Attributes (f32; N heads, F features, h hidden):
         mean, scale [N, F]: buffers that standardise the features: (x - mean) * scale.
         fc1 [N, F, h], fc1_bias [N, h]; conv [N, h, w]; fc2 [N, h, h], fc2_bias [N, h];
-        out [N, h]; log_aggregate [N]: log of the heads' weights in a token's score.
+        out [N, h], or [1, h] if shared; log_aggregate [N]: log of the heads' weights in a token's
+        score.
     """
 
     mean: Tensor
@@ -71,7 +79,7 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
         self.conv = nn.Parameter(identity, requires_grad=shape.context > 1)
         self.fc2 = normal(n, h, h, std=h**-0.5)
         self.fc2_bias = nn.Parameter(torch.zeros(n, h))
-        self.out = normal(n, h, std=h**-0.5)
+        self.out = normal(1 if shape.shared_out else n, h, std=h**-0.5)
         self.log_aggregate = nn.Parameter(torch.full((n,), 1.0 / n).log())
 
     def forward(
@@ -106,7 +114,8 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
         x = F.silu(x)
         x = F.silu(torch.baddbmm(own(self.fc2_bias)[:, None], x, own(self.fc2)))
         # no bias: a constant changes no ranking, so nothing would hold it in place
-        scores = torch.bmm(x, own(self.out)[:, :, None])
+        out = self.out.expand(n, -1) if self.shape.shared_out else own(self.out)
+        scores = torch.bmm(x, out[:, :, None])
         return scores.view(n, b, t).float()
 
     def token_scores(self, scores: Tensor) -> Tensor:

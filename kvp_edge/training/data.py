@@ -7,7 +7,7 @@ receives after the cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from kvp_edge.errors import TrainingError
 from kvp_edge.training.agent import position_features
 
+BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int32]
 
 _MIN_COMPETING = 16  # fewer tokens than this are not worth ranking
@@ -50,6 +51,10 @@ class TraceLike(Protocol):
     def peak(self, n: int) -> npt.NDArray[np.float32]:
         """f32 [L, H, n]: the same from the one block of later queries that pays most."""
 
+    def payments(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Every block's first query b, and f32 [L, H, b]: what a query of the block pays on average
+        to the tokens before it."""
+
 
 class TraceSetLike(Protocol):
     """Traces of one model. ``model``, if there, may name its architecture, name and fingerprint."""
@@ -78,6 +83,13 @@ def cut_points(trace: TraceLike, protected: Protected) -> IntArray:
     least = protected.sinks + protected.recent + _MIN_COMPETING
     cuts: IntArray = trace.splits[(trace.splits >= least) & (trace.splits < trace.keys.shape[2])]
     return cuts
+
+
+class States(Protocol):
+    """Moments of eviction in a trace."""
+
+    def of(self, trace: TraceLike, index: int, /) -> list[tuple[int, BoolArray]]:
+        """How many tokens were read, n, and which of them each head holds: bool [N, n]."""
 
 
 class InMemory:
@@ -183,7 +195,8 @@ class Batch:
     Attributes:
         features: f32 [n, B * C, S + 2h, F] of n heads.
         known: bool [B * C, S + 2h]; False where there is no token to see.
-        present: bool [B, C * S]; the tokens that compete.
+        present: bool [n, B, C * S], or [1, B, C * S] if the same in all heads; the tokens that
+            compete.
         importance: f32 [n, B, C * S], 0 where not present.
     """
 
@@ -213,6 +226,7 @@ class Sampler:
     states: int  # B
     tokens: int  # C * S
     run: int = 64  # S
+    states_of: States | None = None  # None: cuts of a trace, of which all is held
 
     def draw(self, rng: np.random.Generator, heads: npt.NDArray[np.intp]) -> Batch:
         """A batch of the features of ``heads`` (indices into layers x KV heads, flattened).
@@ -226,15 +240,15 @@ class Sampler:
         for _ in range(self.states):
             index = self.usable[int(rng.integers(len(self.usable)))]
             trace = self.traces[index]
-            cuts = cut_points(trace, self.protected)
-            n = int(cuts[rng.integers(len(cuts))])
+            n, held = self._state(rng, trace, index)
             first, end = self.protected.competing(n)
-            starts = self._starts(rng, first, end, runs)
+            starts = self._starts(rng, first, end, runs, np.any(held, axis=0))
             at = starts[:, None] + np.arange(-half, self.run + half)
             inner = at[:, half : half + self.run].reshape(-1)
             there = (inner >= first) & (inner < end)
             known.append((at >= 0) & (at < n))
-            present.append(there)
+            there = there & held[:, inner.clip(0, n - 1)]
+            present.append(there if len(held) == 1 else there[heads])
             inside = at.clip(0, n - 1).reshape(-1)
             features.append(gather(trace, inside, heads, index).reshape(len(heads), *at.shape, -1))
             received = importance_of(trace, n, heads, index)[:, inner.clip(0, n - 1)]
@@ -242,19 +256,39 @@ class Sampler:
         return Batch(
             torch.from_numpy(np.concatenate(features, axis=1)),
             torch.from_numpy(np.concatenate(known)),
-            torch.from_numpy(np.stack(present)),
+            torch.from_numpy(np.stack(present, axis=1)),
             torch.from_numpy(np.stack(importance, axis=1).astype(np.float32)),
         )
 
+    def _state(
+        self, rng: np.random.Generator, trace: TraceLike, index: int
+    ) -> tuple[int, BoolArray]:
+        """How many tokens were read, and which of them are held: bool [N or 1, n]."""
+        if self.states_of is None:
+            cuts = cut_points(trace, self.protected)
+            n = int(cuts[rng.integers(len(cuts))])
+            return n, np.ones((1, n), np.bool_)
+        states = self.states_of.of(trace, index)
+        n, held = states[int(rng.integers(len(states)))]
+        return n, held
+
     def _starts(
-        self, rng: np.random.Generator, first: int, end: int, runs: int
+        self,
+        rng: np.random.Generator,
+        first: int,
+        end: int,
+        runs: int,
+        held: BoolArray,
     ) -> npt.NDArray[np.intp]:
         """Where ``runs`` runs of tokens begin, ascending; those past ``end`` are empty."""
         if end - first <= runs * self.run:
             return first + self.run * np.arange(runs)
         # a grid with a random phase, or tokens would always compete in the same company
         grid = np.arange(first - int(rng.integers(self.run)), end, self.run)
-        return np.sort(rng.choice(grid, runs, replace=False))
+        if self.states_of is None:
+            return np.sort(rng.choice(grid, runs, replace=False))
+        share = np.add.reduceat(held[:end].astype(float), grid.clip(0)) + 1e-3
+        return np.sort(rng.choice(grid, runs, replace=False, p=share / share.sum()))
 
 
 def gather(

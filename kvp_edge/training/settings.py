@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from kvp_edge.errors import TrainingError
+
+#: "kvp": rankings of one moment, rewarded over all budgets (Learning to Evict from Key-Value
+#: Cache, arXiv:2602.10238). "foresight": golden evictions, imitated, then improved by evicting in
+#: the model itself (ForesightKV, arXiv:2602.03203). "global": retention gates under one capacity of
+#: all heads (Make Each Token Count, arXiv:2605.09649).
+Objective = Literal["kvp", "foresight", "global"]
+
+#: Which tokens' loss increases are a rollout's penalty (2602.03203, section 4): "all"; those of the
+#: "low" entropy, where the full cache was sure; or of these, those whose loss rose a lot.
+Reward = Literal["all", "low", "low-large"]
+
+#: What a run trains, one after the other: the agents by traces; the agents by rollouts in the
+#: model; the weights with which heads add up to whole tokens.
+Phase = Literal["heads", "rollouts", "tokens"]
 
 #: "i-1": the sum over the budgets 1 .. m - 1 (the paper's section 3.1.1). "i": the budget 0 as well
 #: (the released code); every ranking then costs the same constant more.
@@ -34,9 +48,22 @@ class Settings:
         eval_every: steps between validations; each writes a checkpoint.
         validation: share of the traces kept out for it, and at most so many states.
         precision: "f32" or "bf16" (autocast).
+        budget, every: (foresight) tokens that each head keeps after an eviction, and tokens read
+            between two evictions (L).
+        margin: (foresight) by which a token should score above one that is needed less.
+        grpo_steps, grpo_lr: (foresight) of the rollouts in the model.
+        texts, rollouts: (foresight) texts per such step, and rollouts of each (G).
+        passes: (foresight) times that a step's rollouts are learned from.
+        temperature: (foresight) of the draw of what is evicted.
+        clip, kl: (foresight) bound of the probability ratio; weight of the distance to the start.
+        reward, low_entropy, large: (foresight) see Reward; the share of tokens with the lowest
+            entropy, and the rise, in nats, that is large.
+        capacity, capacity_weight: (global) tokens per head that all gates together may retain, and
+            the price of more.
+        horizon: (global) tokens to come for which a token's use is added up.
     """
 
-    objective: str = "kvp"
+    objective: Objective = "kvp"
     hidden: int = 64
     context: int = 9
     steps: int = 2000
@@ -60,23 +87,56 @@ class Settings:
     validation_states: int = 24
     seed: int = 0
     precision: str = "f32"
+    budget: int = 128
+    every: int = 32
+    margin: float = 0.1
+    grpo_steps: int = 60
+    grpo_lr: float = 3e-4
+    texts: int = 4
+    rollouts: int = 8
+    passes: int = 2
+    temperature: float = 0.1
+    clip: float = 0.2
+    kl: float = 0.05
+    reward: Reward = "low-large"
+    low_entropy: float = 0.8
+    large: float = 1.5
+    capacity: int = 128
+    capacity_weight: float = 4.0
+    horizon: int = 1024
 
     def __post_init__(self) -> None:
-        if self.objective != "kvp":
-            raise TrainingError(f"there is no objective '{self.objective}'; there is kvp")
         for name, known in (
+            ("objective", Objective),
             ("importance", Importance),
             ("rank_weights", RankWeights),
             ("advantage", Advantage),
+            ("reward", Reward),
         ):
             if getattr(self, name) not in get_args(known):
                 raise TrainingError(
                     f"{name} is {' or '.join(get_args(known))}, not '{getattr(self, name)}'"
                 )
+        self._refuse_settings_of_others()
         if self.rankings < 2:
             raise TrainingError("the baseline needs at least 2 rankings of a state")
         if min(self.steps, self.states, self.tokens, self.eval_every) < 1:
             raise TrainingError("steps, states, tokens and eval_every must be at least 1")
+        if min(self.budget, self.every, self.texts, self.passes) < 1:
+            raise TrainingError("budget, every, texts and passes must be at least 1")
+        if min(self.capacity, self.horizon) < 1:
+            raise TrainingError("capacity and horizon must be at least 1")
+        if self.rollouts < 2:
+            raise TrainingError("a group needs at least 2 rollouts of a text to compare")
+        if min(self.temperature, self.margin, self.clip, self.capacity_weight) <= 0:
+            raise TrainingError("temperature, margin, clip and capacity_weight must be above 0")
+        if not 0 < self.low_entropy <= 1:
+            raise TrainingError(f"low_entropy is a share of the tokens: {self.low_entropy}")
+        if self.objective == "foresight" and self.budget <= self.sinks + self.recent:
+            raise TrainingError(
+                f"a budget of {self.budget} leaves nothing to choose beside {self.sinks} sinks and "
+                f"{self.recent} recent tokens: raise it, or lower recent"
+            )
         if not 0 < self.effort <= 1:
             raise TrainingError(f"effort is a share of the heads, at most 1: {self.effort}")
         if not 0 < self.validation < 1:
@@ -86,5 +146,45 @@ class Settings:
                 f"recent ({self.recent}) must cover half of the context width ({self.context}): a "
                 "token's score is final only when it has seen that far ahead"
             )
+        if self.objective == "foresight" and self.recent < self.context - 1:
+            raise TrainingError(
+                f"recent ({self.recent}) must be at least {self.context - 1} for rollouts: a score "
+                f"that looks at {self.context} tokens is made of those that all heads still hold"
+            )
         if self.precision not in ("f32", "bf16"):
             raise TrainingError(f"precision is f32 or bf16, not '{self.precision}'")
+
+    def _refuse_settings_of_others(self) -> None:
+        for field in fields(self):
+            used_by = _USED_BY.get(field.name)
+            changed = getattr(self, field.name) != field.default
+            if used_by and changed and self.objective not in used_by:
+                raise TrainingError(
+                    f"{field.name} is a setting of objective {' or '.join(used_by)}, and this is "
+                    f"{self.objective}: leave it out"
+                )
+
+    @property
+    def phases(self) -> tuple[tuple[Phase, int], ...]:
+        """The phases of a run, with their steps, in order."""
+        if self.objective == "global":  # its heads add up by themselves
+            return (("heads", self.steps),)
+        rollouts = self.grpo_steps if self.objective == "foresight" else 0
+        return (("heads", self.steps), ("rollouts", rollouts), ("tokens", self.token_steps))
+
+
+#: Settings that not every objective looks at.
+_USED_BY = {
+    **dict.fromkeys(
+        ("token_steps", "token_lr", "rankings", "rank_weights", "advantage", "effort", "tokens"),
+        ("kvp", "foresight"),
+    ),
+    **dict.fromkeys(
+        (
+            *("budget", "every", "margin", "grpo_steps", "grpo_lr", "texts", "rollouts", "passes"),
+            *("temperature", "clip", "kl", "reward", "low_entropy", "large"),
+        ),
+        ("foresight",),
+    ),
+    **dict.fromkeys(("capacity", "capacity_weight", "horizon"), ("global",)),
+}

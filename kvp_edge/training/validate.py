@@ -32,6 +32,9 @@ _ELEMENTS = 2**24  # features held at once while a state is scored
 #: Scores of the first n tokens of a trace: f32 [N, n] for N = layers x KV heads.
 Scorer = Callable[[TraceLike, int], npt.NDArray[np.float32]]
 
+#: What heads say of whole tokens together: f32 [m] from f32 [N, m].
+Whole = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -76,13 +79,12 @@ def measure(
     traces: TraceSetLike,
     states: list[State],
     protected: Protected,
-    token_weights: npt.NDArray[np.floating[Any]] | None = None,
+    whole: Whole | None = None,
 ) -> Quality:
     """Rank every state's competing tokens by ``scorer`` and see what that loses.
 
     Args:
-        token_weights: f32 [N]; a whole token's score is its heads' weighted sum. None: the mean of
-            the heads' standardised scores.
+        whole: of whole tokens; None: the mean of the heads' standardised scores.
     """
     rows: list[tuple[FloatArray, FloatArray]] = []
     token_rows: list[tuple[FloatArray, FloatArray]] = []
@@ -93,16 +95,24 @@ def measure(
         received = importance_of(trace, state.n, np.arange(len(scores)), state.trace)[:, first:end]
         queries = trace.keys.shape[2] - state.n
         rows.append(costs(scores, received, queries))
-        if token_weights is None:
-            spread = scores.std(1, keepdims=True)
-            centred = scores - scores.mean(1, keepdims=True)
-            whole = (centred / np.maximum(spread, 1e-12)).mean(0)
-        else:
-            whole = token_weights @ scores
-        token_rows.append(costs(whole[None], received.mean(0)[None], queries))
+        together = (whole or standardised)(scores)
+        token_rows.append(costs(together[None], received.mean(0)[None], queries))
     cost, lost = (np.mean(column, axis=0) for column in zip(*rows, strict=True))
     token_cost, token_lost = (float(np.mean(column)) for column in zip(*token_rows, strict=True))
     return Quality(cost, lost, token_cost, token_lost)
+
+
+def standardised(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Mean of the heads' standardised scores (see ``Whole``)."""
+    centred = scores - scores.mean(1, keepdims=True)
+    spread = np.maximum(scores.std(1, keepdims=True), 1e-12)
+    together: npt.NDArray[np.float32] = (centred / spread).mean(0)
+    return together
+
+
+def weighted(weights: npt.NDArray[np.floating[Any]]) -> Whole:
+    """Sum of the heads' scores with these weights, f32 [N]."""
+    return lambda scores: weights.astype(np.float32) @ scores
 
 
 def costs(

@@ -18,6 +18,7 @@ from kvp_edge.training.validate import (
     heuristic_scorer,
     measure,
     oracle_scorer,
+    weighted,
 )
 
 PLOTTED = ("policy", "keydiff", "recency", "snapkv", "tova")
@@ -37,7 +38,8 @@ def compare(policy: Path, traces: TraceSet, states: int) -> dict[str, Quality]:
         values = trace.values[:, :, :n].astype(np.float32)
         return native.score(keys, values, trace.positions[:n]).reshape(-1, n)
 
-    found = {"policy": measure(score, traces, chosen, protected, weights.aggregate.reshape(-1))}
+    together = weighted(weights.aggregate.reshape(-1))
+    found = {"policy": measure(score, traces, chosen, protected, together)}
     scorers = {name: heuristic_scorer(name) for name in BASELINES}
     for name, scorer in (scorers | ATTENTION_BASELINES | {"oracle": oracle_scorer()}).items():
         found[name] = measure(scorer, traces, chosen, protected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,10 @@ class SyntheticTrace:
     def importance(self, n: int) -> NDArray[np.float32]:
         assert n in self.splits
         return self.paid[:, :, :n] * np.float32(self.keys.shape[2] - n)
+
+    def payments(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for begin in range(0, len(self.positions), self.block):
+            yield begin, self.paid[:, :, :begin]
 
     def peak(self, n: int) -> NDArray[np.float32]:
         """What the one block wants that looks for the second dimension of keys."""

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
 
-from kvp_edge.training import objective as kvp  # noqa: E402
+from kvp_edge.training import kvp  # noqa: E402
 
 
 def brute_force(scores: torch.Tensor, ranking: tuple[int, ...]) -> float:

@@ -1,0 +1,98 @@
+"""Golden evictions and their imitation (ForesightKV, arXiv:2602.03203, section 3).
+
+Golden eviction knows the rest of the text: while it is read, every ``every`` tokens each head keeps
+those that one block of later queries will want most, and the newest. It visits the states that an
+eviction during a long generation sees, and orders the tokens in them; a scorer learns that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvp_edge.training.data import BoolArray, Protected, TraceLike, importance_of
+
+_OTHERS = 16  # tokens that each token is compared with in a step
+
+
+@dataclass
+class GoldenEvictions:
+    """The states of golden eviction, trace by trace.
+
+    Attributes:
+        budget: tokens that each head keeps, the protected ones included.
+        every: tokens read between two evictions, rounded up to borders between a trace's blocks.
+    """
+
+    budget: int
+    every: int
+    protected: Protected
+    _known: dict[int, list[tuple[int, npt.NDArray[np.uint8]]]] = field(default_factory=dict)
+
+    def times(self, trace: TraceLike) -> list[int]:
+        """How many tokens have been read at each eviction: borders between blocks."""
+        found: list[int] = []
+        for n in trace.splits.tolist():
+            if n >= (found[-1] if found else self.budget) + self.every:
+                found.append(n)
+        return found
+
+    def of(self, trace: TraceLike, index: int) -> list[tuple[int, BoolArray]]:
+        """Every eviction: the tokens read before it, n, and which of them each head still holds,
+        bool [N, n] for N = layers x KV heads. ``index`` names the trace."""
+        if index not in self._known:
+            self._known[index] = self._play(trace, index)
+        return [(n, np.unpackbits(held, axis=1, count=n) > 0) for n, held in self._known[index]]
+
+    def _play(self, trace: TraceLike, index: int) -> list[tuple[int, npt.NDArray[np.uint8]]]:
+        n_heads = trace.keys.shape[0] * trace.keys.shape[1]
+        held = np.ones((n_heads, 0), np.bool_)
+        states = []
+        for n in self.times(trace):
+            held = np.concatenate((held, np.ones((n_heads, n - held.shape[1]), np.bool_)), axis=1)
+            states.append((n, np.packbits(held, axis=1)))
+            wanted = importance_of(trace, n, np.arange(n_heads), index)
+            held = self._evict(held, wanted)
+        return states
+
+    def _evict(self, held: BoolArray, wanted: npt.NDArray[np.float32]) -> BoolArray:
+        first, end = self.protected.competing(held.shape[1])
+        rank = np.where(held, wanted, -1.0)
+        rank[:, :first] = rank[:, end:] = np.inf
+        newest_first = np.argsort(-rank[:, ::-1], axis=1, kind="stable")[:, : self.budget]
+        kept = np.zeros_like(held)
+        np.put_along_axis(kept, held.shape[1] - 1 - newest_first, True, axis=1)
+        return kept
+
+
+def hinge_loss(
+    scores: Tensor, wanted: Tensor, present: Tensor, margin: float, generator: torch.Generator
+) -> Tensor:
+    """Mean over pairs of max(0, margin - (score of the token wanted more - of the other)).
+
+    Every token is compared with a few others, drawn anew at each call: in the mean the same as with
+    all (2602.03203, stage 1, which scores what to drop; here larger = keep).
+
+    Args:
+        scores, wanted: f32 [..., m].
+        present: bool, broadcast to that; pairs of tokens that are not there, or wanted alike, do
+            not count.
+
+    Returns:
+        f32 [...].
+    """
+    m = scores.shape[-1]
+    present = present.expand(scores.shape)
+    total, pairs = torch.zeros_like(scores[..., 0]), torch.zeros_like(scores[..., 0])
+    for shift in torch.randint(1, max(m, 2), (_OTHERS,), generator=generator).tolist():
+        order = torch.sign(wanted - wanted.roll(shift, -1))
+        counts = present & present.roll(shift, -1) & (order != 0)
+        violated = F.relu(margin - order * (scores - scores.roll(shift, -1)))
+        total = total + torch.where(counts, violated, 0.0).sum(-1)
+        pairs = pairs + counts.sum(-1)
+    return total / pairs.clamp_min(1)
