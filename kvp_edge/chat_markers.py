@@ -70,16 +70,16 @@ def template_markers(handler: Callable[..., Any]) -> list[bytes]:
     return sorted(found, key=lambda m: (-len(m), m))
 
 
-def _occurrences(text: bytes, markers: Sequence[bytes]) -> list[tuple[int, int]]:
-    """[start, end) byte spans of markers in ``text``, ascending, overlapping ones merged; at the
-    end of the text also the longest beginning of a marker."""
+def _occurrences(text: bytes, markers: Sequence[bytes], beginnings: bool) -> list[tuple[int, int]]:
+    """[start, end) byte spans of markers in ``text``, ascending, overlapping ones merged; with
+    ``beginnings``, at the end of the text also the longest beginning of a marker."""
     found = []
     for marker in markers:
         at = text.find(marker)
         while at >= 0:
             found.append((at, at + len(marker)))
             at = text.find(marker, at + 1)
-        for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        for length in range(min(len(marker) - 1, len(text)), 0, -1) if beginnings else ():
             if text.endswith(marker[:length]):
                 found.append((len(text) - length, len(text)))
                 break
@@ -100,9 +100,19 @@ def token_spans(pieces: Sequence[bytes], markers: Sequence[bytes]) -> list[tuple
         markers: what to look for.
 
     Returns:
-        Spans of the tokens that hold any byte of a marker: ascending, not overlapping.
+        Spans of the tokens that hold any byte of a marker, or at the very end of what may be the
+        first part of one: ascending, not overlapping.
     """
-    found = _occurrences(b"".join(pieces), markers)
+    return _token_spans(pieces, _occurrences(b"".join(pieces), markers, beginnings=True))
+
+
+def complete_markers(pieces: Sequence[bytes], markers: Sequence[bytes]) -> list[tuple[int, int]]:
+    """``token_spans`` without what is only the first part of a marker."""
+    return _token_spans(pieces, _occurrences(b"".join(pieces), markers, beginnings=False))
+
+
+def _token_spans(pieces: Sequence[bytes], found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The tokens that hold the bytes of each [start, end) in ``found``."""
     if not found:
         return []
     ends = list(accumulate(map(len, pieces)))

@@ -17,25 +17,20 @@ import numpy.typing as npt
 
 from kvp_edge.errors import BudgetError, KVCacheError
 from kvp_edge.limits import CacheLimits
-from kvp_edge.native import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    KeyTurn,
-    NativeCache,
-    choose_rows,
-    choose_tokens,
-)
+from kvp_edge.native import BoolArray, FloatArray, IntArray, KeyTurn, NativeCache
 from kvp_edge.policies import Policy
 from kvp_edge.rope import KeyFrequencies
 from kvp_edge.stats import Eviction
+from kvp_edge.turns import choose_rows, choose_tokens
+from kvp_edge.whole_spans import MARKER, TEXT, TURN, Span
 
 Granularity = Literal["token", "head"]
 
-#: Names the chat-template markers of which a part lies in the conversation's tokens [start, end):
-#: [start, end) pairs, ascending, not overlapping. What may be the first half of a marker at the
-#: very end counts as one, so that it is held, with the newest token, until the other half comes.
-MarkerFinder = Callable[[int, int], list[tuple[int, int]]]
+#: Names the spans that hold any of the conversation's tokens [start, end): ascending, disjoint.
+#: ``start`` is where a span begins, but for spans (words) that can be told from what comes before.
+#: What may be the first half of a marker at the very end counts as one, so that it is held, with
+#: the newest token, until the other half comes.
+SpanFinder = Callable[[int, int], list[Span]]
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,10 @@ class Table:
         cells: int32 [n_packed], llama.cpp's position of each packed row, ascending. At head
             granularity merely a row's name: attention never looks at it.
         scores: f32 [n_layer, n_head_kv, n] of the first n rows, n <= kept.
-        markers: int32 [k, 2], [start, end) spans of tokens that stay or go together; ascending.
-        marked: how far into the conversation markers have been looked for.
+        spans: int32 [k, 3], (start, end, kind) of tokens that stay or go together (whole_spans);
+            ascending, disjoint. Behind the tail, only of what is held, and where turns begin.
+        marked: how far into the conversation spans have been looked for.
+        settled: held tokens before this one are settled (turns); 0 unless turns are isolated.
     """
 
     seen: int
@@ -68,16 +65,17 @@ class Table:
     rotated: IntArray
     cells: IntArray
     scores: FloatArray
-    markers: IntArray
+    spans: IntArray
     marked: int
+    settled: int
 
     @classmethod
     def empty(cls, n_layer: int, n_head_kv: int, granularity: Granularity) -> Table:
         groups = (n_layer, n_head_kv) if granularity == "head" else (1, 1)
         none = np.empty((*groups, 0), np.int32)
         scores = np.empty((n_layer, n_head_kv, 0), np.float32)
-        no_markers = np.empty((0, 2), np.int32)
-        return cls(0, 0, 0, none, none, np.empty(0, np.int32), scores, no_markers, 0)
+        no_spans = np.empty((0, 3), np.int32)
+        return cls(0, 0, 0, none, none, np.empty(0, np.int32), scores, no_spans, 0, 0)
 
     @classmethod
     def of(cls, numbers: dict[str, int], arrays: dict[str, npt.NDArray[Any]]) -> Table:
@@ -88,11 +86,11 @@ class Table:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """For a session file; with ``numbers`` all there is."""
-        names = ("packed", "rotated", "cells", "scores", "markers")
+        names = ("packed", "rotated", "cells", "scores", "spans")
         return {name: getattr(self, name) for name in names}
 
     def numbers(self) -> dict[str, int]:
-        names = ("seen", "tail", "shift", "marked")
+        names = ("seen", "tail", "shift", "marked", "settled")
         return {name: getattr(self, name) for name in names}
 
     def adds_up(self, empty: Table) -> bool:
@@ -107,9 +105,15 @@ class Table:
             and self.scores.shape[:2] == empty.scores.shape[:2]
             and self.scores.ndim == 3
             and self.scores.shape[2] <= n_packed + self.seen - self.tail
-            and self.markers.ndim == 2
-            and self.markers.shape[1] == 2
-            and all(a.dtype == np.int32 for a in (self.packed, self.rotated, self.cells))
+            and self.spans.ndim == 2
+            and self.spans.shape[1] == 3
+            and bool((np.diff(self.spans[:, :2].ravel()) >= 0).all())
+            and (len(self.spans) == 0 or int(self.spans[0, 0]) >= 0)
+            and (len(self.spans) == 0 or int(self.spans[-1, 1]) <= self.marked)
+            and 0 <= self.settled <= self.tail
+            and all(
+                a.dtype == np.int32 for a in (self.packed, self.rotated, self.cells, self.spans)
+            )
             and bool((np.diff(self.tokens(), axis=-1) > 0).all())
             and bool((np.diff(self.present()) > 0).all())
             and (n_packed == 0 or (int(self.packed.min()) >= 0 and int(self.cells[0]) >= 0))
@@ -149,34 +153,73 @@ class Table:
 
     def cut(self, length: int) -> Table:
         """The table after forgetting the tokens from ``length`` on, length >= rewind_from."""
-        markers = np.minimum(self.markers[self.markers[:, 0] < length], length)
-        return replace(
+        spans = self.spans[self.spans[:, 0] < length]
+        divided = spans[:, 1] > length
+        spans = np.where(divided[:, None], np.minimum(spans, (length, length, MARKER)), spans)
+        cut = replace(
             self,
             seen=length,
             scores=self.scores[:, :, : self.n_packed + length - self.tail],
-            markers=markers,
+            spans=spans.astype(np.int32),
             marked=min(self.marked, length),
         )
+        # a turn that goes on is not finished any more
+        return replace(cut, settled=min(cut.settled, cut.newest_turn))
+
+    @property
+    def newest_turn(self) -> int:
+        """The token with which the newest turn begins."""
+        turns = self.spans[self.spans[:, 2] == TURN, 0]
+        return int(turns[-1]) if len(turns) else 0
+
+    @property
+    def unsure_from(self) -> int:
+        """Where spans must be looked for again when more is known: the begin of the newest, and
+        where that may be no marker after all, of the text that then goes on in it."""
+        at = max(0, self.marked - 1)
+        i = int(np.searchsorted(self.spans[:, 0], at, side="right")) - 1
+        if i < 0 or self.spans[i, 1] <= at:
+            return at
+        if i > 0 and self.spans[i, 2] == MARKER and self.spans[i - 1, 1] == self.spans[i, 0]:
+            i -= int(self.spans[i - 1, 2] == TEXT)
+        return int(self.spans[i, 0])
+
+    def with_spans(self, found: list[Span]) -> Table:
+        """With all spans from ``unsure_from`` to ``seen``, and without those that mean nothing any
+        more because at most one of their tokens is held."""
+        new = np.array(found, np.int32).reshape(-1, 3)
+        start = min([self.unsure_from, *new[:1, 0].tolist()])
+        spans = np.concatenate((self.spans[self.spans[:, 1] <= start], new))
+        held = np.zeros(self.seen + 1, np.int32)
+        held[self.tokens() + 1] = 1
+        before = np.cumsum(held)
+        n_held = before[spans[:, 1]] - before[spans[:, 0]]
+        stays = (n_held > 1) | (spans[:, 1] > self.tail) | (spans[:, 2] == TURN)
+        return replace(self, spans=spans[stays], marked=self.seen)
 
 
-def merge_spans(old: IntArray, new: list[tuple[int, int]]) -> IntArray:
-    """[start, end) spans, ascending, overlapping ones merged: int32 [k, 2]."""
-    merged: list[list[int]] = []
-    for start, end in sorted([*old.tolist(), *map(list, new)]):
-        if merged and start < merged[-1][1]:
-            merged[-1][1] = max(end, merged[-1][1])
-        else:
-            merged.append([start, end])
-    return np.array(merged, np.int32).reshape(-1, 2)
+def units(tokens: IntArray, spans: IntArray) -> IntArray:
+    """A number for each token, the same for the tokens of one span, ascending like the tokens.
 
-
-def units(tokens: IntArray, markers: IntArray) -> IntArray:
-    """A number for each token, the same for the tokens of one marker, ascending like the tokens."""
-    if len(markers) == 0:
+    Args:
+        tokens: int32 [..., n].
+        spans: int32 [k, 2], [start, end), start < end, ascending, disjoint.
+    """
+    if len(spans) == 0:
         return tokens
-    marker = np.searchsorted(markers[:, 0], tokens, side="right") - 1
-    inside = (marker >= 0) & (tokens < markers[marker, 1])
-    return np.where(inside, markers[marker, 0], tokens)
+    n = max(int(tokens.max()) + 1, int(spans[-1, 1]))
+    step = np.zeros(n + 1, np.int32)
+    step[spans[:, 0] + 1] += 1
+    step[spans[:, 1]] -= 1
+    behind_a_first = np.cumsum(step[:n]) > 0
+    first = np.where(behind_a_first, 0, np.arange(n, dtype=np.int32))
+    return np.maximum.accumulate(first)[tokens]
+
+
+def clipped(spans: IntArray, first: int, end: int) -> IntArray:
+    """The parts of [start, end) spans between ``first`` and ``end``: int32 [k, 2]."""
+    inside = np.clip(spans[:, :2], first, max(first, end))
+    return inside[inside[:, 0] < inside[:, 1]]
 
 
 def spans(positions: IntArray) -> tuple[tuple[int, int], ...]:
@@ -197,12 +240,16 @@ class EvictionManager:
 
     - the cache holds exactly the rows of the table, and at most ``limits.cells`` of them;
     - the newest token read is held, so that the next batch can follow it;
+    - an eviction protects the first ``protected_prefix`` tokens and the newest ``limits.recent``,
+      and beyond these at most the rest of a marker at either border, never of a word or sentence;
     - ``trusted`` is False if any of this may have been broken by an error or an interrupt in the
       middle of a change; then only ``clear`` mends it.
 
     Args:
+        find_spans: tokens that stay or go together.
         granularity: "token": a token goes from every layer and head at once. "head": every (layer,
             KV head) keeps its own tokens, all the same number.
+        isolate_turns: do not thin out finished turns again for new ones (kvp_edge.turns).
         compact_at: positions are compacted before they would reach this many, None: never.
         frequencies: of RoPE, needed to compact at head granularity.
     """
@@ -212,10 +259,11 @@ class EvictionManager:
         limits: CacheLimits,
         policy: Policy,
         cache: NativeCache,
-        find_markers: MarkerFinder,
+        find_spans: SpanFinder,
         on_evict: Callable[[Eviction], None] | None = None,
         *,
         granularity: Granularity = "token",
+        isolate_turns: bool = False,
         compact_at: int | None = None,
         frequencies: KeyFrequencies | None = None,
     ) -> None:
@@ -225,7 +273,8 @@ class EvictionManager:
         self.on_evict = on_evict
         self.trusted = True
         self.cache = cache
-        self._find_markers = find_markers
+        self._find_spans = find_spans
+        self._isolate_turns = isolate_turns
         self._compact_at = compact_at
         self._frequencies = frequencies
         self._shift_pending = False
@@ -394,16 +443,21 @@ class EvictionManager:
 
     def _evict(self) -> None:
         started = time.perf_counter()
-        self._mark()
+        t = self._table
+        self._table = t.with_spans(self._find_spans(t.unsure_from, t.seen))
         self._score()
         before = self._table
         tokens = before.tokens()
-        protected = self._protected(tokens)
-        unit = units(tokens, before.markers)
+        first, newest = self._protected_borders()
+        protected = (tokens < first) | (tokens >= newest)
+        unit = units(tokens, clipped(before.spans, first, newest))
         if self.granularity == "head":
             self._pack(tokens, protected, unit)
         else:
             self._remove(tokens[0, 0], protected[0, 0], unit[0, 0])
+        if self._isolate_turns:
+            settled = max(before.settled, min(before.newest_turn, newest))
+            self._table = replace(self._table, settled=settled)
         ms = 1e3 * (time.perf_counter() - started)
         self.evictions += 1
         self.eviction_ms += ms
@@ -413,22 +467,18 @@ class EvictionManager:
                 Eviction(spans(dropped), len(dropped), self.kept, self.seen, self.policy.name, ms)
             )
 
-    def _mark(self) -> None:
-        """Find the chat-template markers among the tokens that came in since the last time."""
-        t = self._table
-        markers = merge_spans(t.markers, self._find_markers(t.marked, t.seen))
-        self._table = replace(t, markers=markers, marked=t.seen)
-
-    def _protected(self, tokens: IntArray) -> BoolArray:
-        """The first and the newest tokens, with the markers of which they hold a part."""
+    def _protected_borders(self) -> tuple[int, int]:
+        """Tokens before the first of these and from the second on are protected, with the markers
+        of which they hold a part. A word or sentence is divided there: as long as those may be,
+        they could take the whole budget."""
         t = self._table
         first, newest = self._protected_prefix, t.seen - self.limits.recent
-        for start, end in t.markers.tolist():
+        for start, end, _ in t.spans[t.spans[:, 2] != TEXT].tolist():
             if start < first < end:
                 first = end
             if start < newest < end:
                 newest = start
-        return (tokens < first) | (tokens >= newest)
+        return first, newest
 
     def _next_tail(self) -> int:
         """The newest ``recent`` tokens are all held, so the conversation can be cut anywhere among
@@ -448,7 +498,8 @@ class EvictionManager:
         whole = self.policy.whole_tokens(worth)
         if whole is not None:
             worth = whole[None, None]
-        keep = choose_tokens(worth, unit, protected, self.limits.budget)
+        settled = tokens < t.settled
+        keep = choose_tokens(worth, unit, protected, self.limits.budget, settled)
         present = t.present()
         kept, cells = tokens[keep], present[keep]
         tail = self._next_tail()
@@ -479,7 +530,7 @@ class EvictionManager:
         if n_keep >= t.kept:
             return  # all protected: make_room finds no free cell and says so
         worth = self.policy.worth(t.scores, t.seen - tokens)
-        keep = choose_rows(worth, unit, protected, n_keep)
+        keep = choose_rows(worth, unit, protected, n_keep, tokens < t.settled)
         tail = self._next_tail()
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift

@@ -17,7 +17,7 @@ import numpy as np
 from llama_cpp import llama_chat_format
 
 from kvp_edge import session
-from kvp_edge.chat_markers import template_markers, token_spans
+from kvp_edge.chat_markers import template_markers
 from kvp_edge.errors import (
     BudgetError,
     ContextLengthError,
@@ -36,6 +36,7 @@ from kvp_edge.queries import QueryLog
 from kvp_edge.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
+from kvp_edge.whole_spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
 
 _GGML_TYPE_F16 = 1
 _PLAIN_TYPES = (0, 1, 30)  # f32, f16, bf16: enum ggml_type in ggml.h
@@ -49,6 +50,8 @@ class _Bound:
     policy: str | Policy
     granularity: str
     positions: str
+    keep_whole: str
+    isolate_turns: bool
     sinks: int
     recent: int | None
     reserve: int | None
@@ -79,6 +82,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         positions: "keep": every token keeps its position for life. "compact": when positions would
             pass what the model was trained for, the tokens held are moved to the front, so that a
             conversation can go on for ever.
+        keep_whole: what stays or goes as a whole, besides the markers of the chat template:
+            "tokens" (nothing), "words" or "sentences" (kvp_edge.whole_spans).
+        isolate_turns: what was kept of a finished message is not thinned out again for new ones, as
+            long as these find a quarter of the room (kvp_edge.turns). A text without the markers of
+            the chat template is one message.
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
@@ -112,6 +120,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         policy: str | Policy = "auto",
         granularity: str = "head",
         positions: str = "keep",
+        keep_whole: str = "tokens",
+        isolate_turns: bool = False,
         sinks: int = DEFAULT_SINKS,
         recent: int | None = None,
         reserve: int | None = None,
@@ -127,6 +137,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             policy,
             granularity,
             positions,
+            keep_whole,
+            isolate_turns,
             sinks,
             recent,
             reserve,
@@ -137,6 +149,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             raise ValueError(f"granularity must be 'head', 'token' or 'auto', not '{granularity}'")
         if positions not in ("keep", "compact"):
             raise ValueError(f"positions must be 'keep' or 'compact', not '{positions}'")
+        if keep_whole not in KEEP_WHOLE:
+            raise ValueError(
+                f"keep_whole must be 'tokens', 'words' or 'sentences', not '{keep_whole}'"
+            )
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
@@ -239,9 +255,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             limits,
             policy,
             cache,
-            self._marker_spans,
+            self._find_spans,
             self._bound.on_evict,
             granularity=granularity,
+            isolate_turns=self._bound.isolate_turns,
             compact_at=compact_at,
             frequencies=frequencies,
         )
@@ -528,8 +545,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             piece = self._pieces[token] = _token_text(self._model.vocab, token)
         return piece
 
-    def _marker_spans(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Spans of template markers that reach into the conversation's tokens [start, end)."""
+    def _template_markers(self) -> list[bytes]:
         if self._markers is None:
             handler = (
                 self.chat_handler
@@ -537,10 +553,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 or llama_chat_format.get_chat_completion_handler(self.chat_format)
             )
             self._markers = template_markers(handler)
+            if self._bound.isolate_turns and not self._markers:
+                warnings.warn(
+                    "isolate_turns has no effect: this model's chat template has no markers "
+                    "between messages, so turns cannot be told apart",
+                    stacklevel=2,
+                )
+        return self._markers
+
+    def _find_spans(self, start: int, end: int) -> list[Span]:
+        """Spans that hold any of the conversation's tokens [start, end); see SpanFinder."""
+        markers = self._template_markers()
         # a marker that reaches into the range begins no more tokens before it than it has bytes
-        start = max(0, start - max(map(len, self._markers), default=0))
-        pieces = [self._piece(int(t)) for t in self.input_ids[start:end]]
-        return [(start + a, start + b) for a, b in token_spans(pieces, self._markers)]
+        first = max(0, start - max(LOOK_BACK, *map(len, markers), 0))
+        pieces = [self._piece(int(t)) for t in self.input_ids[first:end]]
+        found = find_spans(pieces, markers, self._bound.keep_whole, start - first)
+        return [(first + a, first + b, kind) for a, b, kind in found]
 
     def _protect_system_prompt(self, tokens: list[int]) -> None:
         kv = self._kv
@@ -678,6 +706,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "policy": kv.policy.identity(),
             "granularity": kv.granularity,
             "positions": self._bound.positions,
+            "keep_whole": self._bound.keep_whole,
+            "isolate_turns": self._bound.isolate_turns,
             "cells": limits.cells,
             "budget": limits.budget,
             "sinks": limits.sinks,

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from kvp_edge.errors import SessionError
 
 MAGIC = b"kvpsess\n"
-VERSION = 1
+VERSION = 2
 
 _HEAD = struct.Struct("<8sIQ")
 _DIGEST_BYTES = 32

@@ -102,8 +102,9 @@ def fill(llm: kvp_edge.Llama, rows: int, seen: int) -> None:
         rotated=np.broadcast_to(packed, (*empty.packed.shape[:2], packed_rows)),
         cells=packed,
         scores=empty.scores,
-        markers=empty.markers,
+        spans=empty.spans,
         marked=seen,
+        settled=0,
     )
     kv.restore_with(table, synthetic_state(kv.cache.shape, rows))
     llm.n_tokens = seen

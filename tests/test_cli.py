@@ -204,6 +204,18 @@ def test_every_policy_can_be_chosen(kvp: Type) -> None:
         assert got.stats[0]["dropped"] > 0
 
 
+@pytest.mark.parametrize(
+    "option", [["--keep-whole", "words"], ["--keep-whole", "sentences"], ["--isolate-turns"]]
+)
+def test_what_stays_whole_and_isolated_turns_can_be_chosen(kvp: Type, option: list[str]) -> None:
+    message = "Tell me something about the sea. " * 30
+    got = kvp(
+        "chat", *FEW_CELLS, *GREEDY, *option, "--max-tokens", "2", typed=f"{message}\n" * 3
+    )  # fmt: skip
+    assert got.status == 0
+    assert got.stats[-1]["dropped"] > 0
+
+
 # -- chat in processes of its own ----------------------------------------------------------------
 
 
@@ -445,6 +457,13 @@ def test_help_shows_examples_and_defaults(kvp: Type, command: str) -> None:
     assert "drop" in got.out
 
 
+@pytest.mark.parametrize("command", ["chat", "run", "eval"])
+def test_help_names_what_stays_whole(kvp: Type, command: str) -> None:
+    got = kvp(command, "--help")
+    assert "--keep-whole" in got.out
+    assert "--isolate-turns" in got.out
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -469,6 +488,7 @@ def sentence(got: Output) -> str:
         (["chat", "--sinks", "-1"], "sinks must not be negative"),
         (["chat", "--policy", "nope"], "there is no policy 'nope'"),
         (["chat", "--granularity", "layer"], "granularity"),
+        (["chat", "--keep-whole", "pages"], "not 'pages'"),
         (["chat", "--hf-repo", "some/where"], "--hf-file"),
         (["chat", "x.gguf", "--hf-repo", "a", "--hf-file", "b"], "not both"),
         (["run", "-p", "Why?", "-f", "nowhere.txt"], "cannot read 'nowhere.txt'"),

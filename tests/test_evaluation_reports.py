@@ -127,6 +127,26 @@ def test_a_missing_name_is_named_and_an_unknown_one_ignored() -> None:
         parse_record(json.dumps(values))
 
 
+def test_records_from_before_there_was_a_choice_kept_tokens_and_isolated_no_turns() -> None:
+    values = asdict(record())
+    del values["keep_whole"], values["isolate_turns"]
+    assert parse_record(json.dumps(values)) == record(keep_whole="tokens", isolate_turns=False)
+    with pytest.raises(RecordError, match="'keep_whole' must be tokens or words or sentences"):
+        parse_record(json.dumps({**values, "keep_whole": "pages"}))
+
+
+def test_what_stays_whole_and_isolated_turns_are_settings_of_their_own() -> None:
+    changes: tuple[dict[str, Any], ...] = ({}, {"keep_whole": "words"}, {"isolate_turns": True})
+    made = [record(policy="learned", **change) for change in changes]
+    groups = group([record(), *made])
+    assert [str(found.setting).partition("tokens")[2] for found in groups] == [
+        "",
+        ", turns isolated",
+        ", whole words",
+    ]
+    assert all(found.full for found in groups)
+
+
 def test_keys_tell_settings_and_items_apart_but_not_outcomes() -> None:
     one = record(policy="learned")
     same: dict[str, Any] = {"score": 0.0, "seconds": 9.0, "reply": "?", "kept": 1}
@@ -144,6 +164,8 @@ def test_keys_tell_settings_and_items_apart_but_not_outcomes() -> None:
         {"item": 1},
         {"seed": 1},
         {"protected": False},
+        {"keep_whole": "words"},
+        {"isolate_turns": True},
         {"prompt": "fedcba9876543210"},
     ):
         assert record(**{"policy": "learned", **change}).key() != one.key()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import random_tokens
+from kvp_edge.chat_prompt import prompt_tokens
 from kvp_edge.cli import main
 from kvp_edge.evaluation import run
 from kvp_edge.evaluation.records import FULL, ORACLE, SHIFT, Record, read_records
@@ -218,6 +219,23 @@ def test_one_shot_keeps_the_budget_exactly_and_drops_once(
             assert (record.kept, record.evictions) == (128, 1)
             read = prompt.border if prompt.item is None else len(prompt.tokens)
             assert record.dropped == (read if question == "seen" else prompt.border) - 128
+
+
+@pytest.mark.parametrize("change", [{"keep_whole": "sentences"}, {"isolate_turns": True}])
+def test_what_stays_whole_and_isolated_turns_reach_the_model_and_the_records(
+    the_run: Run, bundled_model: str, change: dict[str, Any]
+) -> None:
+    llm = Llama(bundled_model, n_ctx=256, **ENGINE)
+    says = [("user", "My dog is called Ralph, and he is brown."), ("assistant", "I see.")] * 15
+    tokens = prompt_tokens(llm, [{"role": role, "content": text} for role, text in says])
+    llm.close()
+    chat = [Prompt("chat", 0, np.array(tokens, np.int32), len(tokens) - 5, None, 0)]
+    usual, other = setting(policy="random"), setting(policy="random", **change)
+    [one], [two] = results(the_run, usual, chat), results(the_run, other, chat)
+    assert {name: getattr(two, name) for name in change} == change
+    assert one.key() != two.key()
+    held = [next(the_run.kept_tokens(how, chat)).kept for how in (usual, other)]
+    assert (held[0] != held[1]).any()
 
 
 def test_unprotected_policies_may_drop_the_first_and_the_newest_tokens(

@@ -594,7 +594,7 @@ def test_half_of_a_template_marker_is_never_kept(
         nonlocal checked
         held = np.zeros(llm._kv.seen, np.bool_)
         held[llm.kv_positions] = True
-        for start, end in llm._marker_spans(0, llm._kv.seen):
+        for start, end, _ in llm._find_spans(0, llm._kv.seen):
             assert held[start:end].all() or not held[start:end].any()
             checked += end - start > 4
 

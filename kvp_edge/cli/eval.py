@@ -20,6 +20,7 @@ from kvp_edge.evaluation.kept_tokens import write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
 from kvp_edge.evaluation.tasks import RULER, TASKS, data_tasks
 from kvp_edge.llama import Llama
+from kvp_edge.whole_spans import KEEP_WHOLE
 
 _ITEMS = 20
 _LENGTHS = "1024"
@@ -107,6 +108,17 @@ def add_eval(commands: Any) -> None:
     )
     group.add_argument(
         "--granularity", choices=("head", "token"), default="head", help="default: head"
+    )
+    group.add_argument(
+        "--keep-whole",
+        choices=KEEP_WHOLE,
+        default="tokens",
+        help="what stays or goes as a whole (default: tokens)",
+    )
+    group.add_argument(
+        "--isolate-turns",
+        action="store_true",
+        help="do not thin out what was kept of finished messages again for new ones",
     )
     group.add_argument(
         "--unprotected",
@@ -232,6 +244,8 @@ def _jobs(
                     budget=budget,
                     policy=policy,
                     protected=not args.unprotected,
+                    keep_whole=args.keep_whole,
+                    isolate_turns=args.isolate_turns,
                 )
                 jobs += [(setting, todo) for todo in groups]
     return jobs

@@ -108,6 +108,19 @@ def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> No
         "trained for, so that a conversation never has to end (default: keep)",
     )
     group.add_argument(
+        "--keep-whole",
+        default="tokens",
+        metavar="WHAT",
+        help="what stays or goes as a whole, besides the marks of the chat template: tokens "
+        "(nothing), words or sentences (default: tokens)",
+    )
+    group.add_argument(
+        "--isolate-turns",
+        action="store_true",
+        help="do not thin out what was kept of finished messages again, as long as new ones find a "
+        "quarter of the room",
+    )
+    group.add_argument(
         "--sinks",
         type=int,
         default=DEFAULT_SINKS,
@@ -242,6 +255,8 @@ def cache_options(args: argparse.Namespace) -> dict[str, Any]:
         "policy": args.policy,
         "granularity": args.granularity,
         "positions": args.positions,
+        "keep_whole": args.keep_whole,
+        "isolate_turns": args.isolate_turns,
         "sinks": args.sinks,
         "recent": args.recent,
         "reserve": args.reserve,

@@ -28,13 +28,22 @@ class Setting(NamedTuple):
     type_v: str
     length: int
     protected: bool
+    keep_whole: str
+    isolate_turns: bool
+
+    @property
+    def unusual(self) -> str:
+        """What is not as by default, to be added to a description."""
+        return (
+            ("" if self.protected else ", no tokens protected")
+            + ("" if self.keep_whole == "tokens" else f", whole {self.keep_whole}")
+            + (", turns isolated" if self.isolate_turns else "")
+        )
 
     def __str__(self) -> str:
-        # nothing to say about protected tokens where there are some: that is the default
-        unprotected = "" if self.protected else ", no tokens protected"
         return (
             f"{self.mode}, question {self.question}, granularity {self.granularity}, cache "
-            f"{self.type_k}/{self.type_v}, {self.length:,} tokens{unprotected}"
+            f"{self.type_k}/{self.type_v}, {self.length:,} tokens{self.unusual}"
         )
 
 
@@ -88,9 +97,7 @@ def group(records: Iterable[Record]) -> list[Group]:
     for r in records:
         if r.budget is None:
             continue
-        setting = Setting(
-            r.mode, r.question, r.granularity, r.type_k, r.type_v, r.length, r.protected
-        )
+        setting = Setting(**{name: getattr(r, name) for name in Setting._fields})
         found = groups.setdefault(setting, Group(setting))
         _add(found.cells.setdefault((r.policy, r.budget), {}), r)
     for found in groups.values():

@@ -130,8 +130,7 @@ def _panel(
     s = found.setting
     panel.set_title(
         f"{s.mode}, question {s.question}, {s.granularity}, {s.length:,} tokens\n"
-        f"cache {s.type_k}/{s.type_v}, {len(tasks)} tasks"
-        f"{'' if s.protected else ', no tokens protected'}",
+        f"cache {s.type_k}/{s.type_v}, {len(tasks)} tasks{s.unusual}",
         fontsize=10,
     )
     panel.set_xscale("log", base=2)

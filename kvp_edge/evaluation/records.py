@@ -11,8 +11,10 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeAlias, get_args, get_type_hints
+
+from kvp_edge.whole_spans import KEEP_WHOLE
 
 #: The policy of the full cache, which drops nothing; llama.cpp's own rule; true future attention.
 FULL, SHIFT, ORACLE = "none", "context-shift", "oracle"
@@ -25,6 +27,7 @@ _CHOICES = {
     "question": ("unseen", "seen"),
     "granularity": ("head", "token"),
     "measure": ("accuracy", "loss"),
+    "keep_whole": KEEP_WHOLE,
 }
 
 
@@ -55,6 +58,8 @@ class Record:
         score: see ``measure``.
         seconds: to read and reply.
         kv_bytes: keys and values of the most tokens held at once.
+        keep_whole, isolate_turns: see kvp_edge.Llama. Records from before there was a choice lack
+            them.
 
     Raises:
         RecordError: a value of the wrong type or range.
@@ -83,6 +88,8 @@ class Record:
     score: float
     seconds: float
     kv_bytes: int
+    keep_whole: str = "tokens"
+    isolate_turns: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in _HINTS.items():
@@ -109,7 +116,15 @@ class Record:
         for all modes, granularities and budgets. The prompt is part of the key, so that a task that
         has changed is asked again.
         """
-        how = (self.mode, self.question, self.granularity, self.budget, self.protected)
+        how = (
+            self.mode,
+            self.question,
+            self.granularity,
+            self.budget,
+            self.protected,
+            self.keep_whole,
+            self.isolate_turns,
+        )
         return (
             self.policy,
             *(() if self.is_full else how),
@@ -124,7 +139,7 @@ class Record:
 
 
 _HINTS: dict[str, Any] = get_type_hints(Record)
-_FIELDS = tuple(field.name for field in fields(Record))
+_REQUIRED = tuple(field.name for field in fields(Record) if field.default is MISSING)
 
 
 def _is(value: object, hint: Any) -> bool:
@@ -150,10 +165,10 @@ def parse_record(line: str | bytes) -> Record:
         raise RecordError(f"this is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise RecordError("this is not a JSON object")
-    missing = [name for name in _FIELDS if name not in found]
+    missing = [name for name in _REQUIRED if name not in found]
     if missing:
         raise RecordError(f"{', '.join(missing)} missing")
-    return Record(**{name: found[name] for name in _FIELDS})
+    return Record(**{name: found[name] for name in _HINTS if name in found})
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:

@@ -83,6 +83,7 @@ class Setting:
         longest: tokens of the longest one, with its reply.
         budget: most tokens that are held (bounded), or that stay (one-shot). None: all of them.
         protected: whether the first and the newest tokens stay, whatever their score.
+        keep_whole, isolate_turns: see kvp_edge.Llama.
     """
 
     mode: Literal["bounded", "one-shot"]
@@ -93,6 +94,8 @@ class Setting:
     budget: int | None
     policy: str
     protected: bool
+    keep_whole: str = "tokens"
+    isolate_turns: bool = False
 
     def __post_init__(self) -> None:
         if self.mode == "bounded" and self.question == "seen":
@@ -197,6 +200,8 @@ class Run:
             item=prompt.number,
             seed=self.seed,
             protected=s.protected,
+            keep_whole=s.keep_whole,
+            isolate_turns=s.isolate_turns,
             prompt=prompt.digest,
             n_prompt=len(prompt.tokens),
             measure="loss" if prompt.item is None else "accuracy",
@@ -263,6 +268,8 @@ class _Reader:
             kept,
             policy=policy,
             granularity=setting.granularity,
+            keep_whole=setting.keep_whole,
+            isolate_turns=setting.isolate_turns,
             **protection,
             **engine,
         )
