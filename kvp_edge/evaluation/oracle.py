@@ -21,7 +21,10 @@ class Oracle(Policy):
 
     A trace answers for the borders between its blocks. n is rounded up to the next one, so up to a
     block of queries is left out; after the last border it is rounded down to it, and the tokens
-    from there on, newer than all others, score above them.
+    from there on, newer than all others, score above them. So do those behind its end. Where the
+    replies read are not those of the trace (a smaller cache may write others), tokens and queries
+    behind them are matched by their positions, and are a few tokens off if the lengths differ; what
+    was told before the first question is not touched by that.
 
     Args:
         trace: the whole conversation, the replies included, by the model that will read it.
@@ -51,11 +54,6 @@ class Oracle(Policy):
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         held = np.broadcast_to(positions, keys.shape[:3]).astype(np.int64)
         newest = int(held.max())
-        if newest >= len(self._trace):
-            raise ValueError(
-                f"the conversation has reached token {newest}, and its trace ends after "
-                f"{len(self._trace)}: it is another conversation's"
-            )
         n = min(newest + 1, int(self._trace.splits[-1]))
         importance = self._wanted(n)
         unknown = np.full((*importance.shape[:2], newest + 1 - n), importance.max() + 1)

@@ -9,7 +9,10 @@ little of it matters.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvp_edge.evaluation.item import Continuation, CountTokens, Task
+from kvp_edge.evaluation.tasks.filling import rng_of
 from kvp_edge.evaluation.tasks.quiz import QUIZ
 from kvp_edge.evaluation.tasks.readings import Books
 
@@ -28,7 +31,7 @@ class QuizContinuation:
         self, n_items: int, n_tokens: int, count_tokens: CountTokens, seed: int
     ) -> list[Continuation]:
         """See ``kvp_edge.evaluation.item.Task``."""
-        quizzes = QUIZ.make(n_items, n_tokens, count_tokens, seed)
+        quizzes = replace(QUIZ, name=self.name).make(n_items, n_tokens, count_tokens, seed)
         return [
             Continuation(
                 quiz.messages, QUIZ.reply_tokens, tuple(question.text for question in quiz.more)
@@ -48,12 +51,18 @@ class Story:
         self, n_items: int, n_tokens: int, count_tokens: CountTokens, seed: int
     ) -> list[Continuation]:
         """See ``kvp_edge.evaluation.item.Task``."""
+        try:
+            excerpts = Books().make(n_items, n_tokens // 2, count_tokens, seed)
+        except ValueError as error:
+            raise ValueError(
+                f"'{self.name}' reads an excerpt of half of {n_tokens} tokens: {error}"
+            ) from error
         made = []
-        for number, reading in enumerate(Books().make(n_items, n_tokens // 2, count_tokens, seed)):
-            text = f"{reading.context}{reading.ending}"
-            # beside the token that begins a text
-            tokens = n_tokens - count_tokens(text) - 1
-            made.append(Continuation(text, tokens, seed=1000 * seed + number))
+        for number, excerpt in enumerate(excerpts):
+            text = f"{excerpt.context}{excerpt.ending}"
+            tokens = n_tokens - count_tokens(text) - 1  # one begins a text
+            draws = rng_of(self.name, seed, number).getrandbits(32)
+            made.append(Continuation(text, tokens, seed=draws))
         return made
 
 

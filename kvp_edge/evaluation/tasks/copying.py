@@ -22,9 +22,9 @@ _EDIT = (
     '"{old}" everywhere.'
 )
 
-#: The passage has a word for every so many tokens of the conversation, but no more than _MOST.
+#: The passage has a word for every so many tokens of the conversation, but at most _MOST.
 _TOKENS_PER_WORD = 8
-_MOST = 200
+_FEWEST, _MOST = 20, 200
 
 
 def draw_copy(rng: random.Random, n_tokens: int) -> Draft[Item]:
@@ -63,7 +63,7 @@ def draw_edits(rng: random.Random, n_tokens: int) -> Draft[Item]:
 def _passage(excerpt: Excerpt, n_tokens: int) -> list[str]:
     """Its sentences, the fewest that have as many words as are wanted; but a sentence that would
     go beyond _MOST words is left out."""
-    wanted = min(n_tokens // _TOKENS_PER_WORD, _MOST)
+    wanted = min(max(n_tokens // _TOKENS_PER_WORD, _FEWEST), _MOST)
     sentences = excerpt.take(1)
     while len(" ".join(sentences).split()) < wanted:
         sentences = excerpt.take(len(sentences) + 1)

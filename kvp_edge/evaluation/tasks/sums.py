@@ -22,7 +22,7 @@ _QUESTION = (
     "down the running total after each box."
 )
 
-#: There is a box for every so many tokens, but no more than _MOST.
+#: There is a box for every so many tokens, but at most _MOST.
 _TOKENS_PER_BOX = 32
 _FEWEST, _MOST = 4, 32
 
