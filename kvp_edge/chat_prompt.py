@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -43,6 +43,20 @@ def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
     except _Prompt as prompt:
         return prompt.tokens
     raise ValueError(f"chat format '{llm.chat_format}' writes no text prompt")
+
+
+def next_turn(llm: Llama, text: str) -> list[int]:
+    """The tokens between a reply of the model's own and its next one: the end of its turn, the
+    user's message ``text``, and what the chat template begins a reply with."""
+    reply = "KVPREPLY"
+    conversation = ["KVPONE", reply, text]
+    tokens = prompt_tokens(
+        llm,
+        [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(conversation)],
+    )
+    ends = list(accumulate(len(_token_text(llm._model.vocab, t)) for t in tokens))
+    pieces = b"".join(_token_text(llm._model.vocab, t) for t in tokens)
+    return tokens[bisect_left(ends, pieces.find(reply.encode()) + len(reply)) + 1 :]
 
 
 def last_begin(llm: Llama, tokens: Sequence[int], text: str) -> int:

@@ -556,10 +556,12 @@ def test_the_oracle_rounds_to_the_traces_borders(random_model: Maker) -> None:
     np.testing.assert_array_equal(score(50), trace.received(56, 90, 50))  # up to 56
     late = score(89 - 1)  # the last border is 88
     np.testing.assert_array_equal(late, trace.importance(88))
-    held = np.array([3, 85, 86, 89], np.int32)
-    beyond = oracle.score(none[:, :, :4], none[:, :, :4], held)
-    assert (beyond[..., 3] > beyond[..., :3].max()).all()
-    with pytest.raises(ValueError, match="another conversation's"):
-        oracle.score(none[:, :, :1], none[:, :, :1], np.array([90], np.int32))
+    for newest in (89, 90):  # the trace's last token, and one that only the reader has
+        held = np.array([3, 85, 86, newest], np.int32)
+        beyond = oracle.score(none[:, :, :4], none[:, :, :4], held)
+        assert (beyond[..., 3] > beyond[..., :3].max()).all()
+    golden = Oracle(trace, peak=True).score(none[:, :, :50], none[:, :, :50], np.arange(50))
+    blocks = [trace.received(n, n + 8, 50) for n in (56, 64, 72, 80, 88)]
+    np.testing.assert_allclose(golden, np.max(blocks, axis=0), rtol=1e-6)
     with pytest.raises(ValueError, match="one block"):
         Oracle(one_block)

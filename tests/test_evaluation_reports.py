@@ -19,7 +19,7 @@ from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.grouping import group
 from kvp_edge.evaluation.kept_tokens import KeptTokens, html_page, write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
-from kvp_edge.evaluation.plots import accuracy_plot, cost_per_head_plot
+from kvp_edge.evaluation.plots import accuracy_plot, cost_per_head_plot, loss_increase_plot
 from kvp_edge.evaluation.records import (
     Record,
     RecordError,
@@ -471,6 +471,33 @@ def test_few_items_are_warned_of_and_the_oracle_is_no_baseline(small: list[Recor
     assert "fewer than 10 items" in text
     assert "It is no baseline" in text
     assert "oracle" not in section(text, "learned against each baseline")
+
+
+def test_the_loss_increase_is_told_by_quarters_of_the_ending(tmp_path: Path) -> None:
+    made = []
+    for i in range(12):
+        base = [2 + 0.1 * i] * 8
+        for policy, more in (("none", 0.0), ("learned", 0.5), ("keydiff", 1.0)):
+            losses = [b + more * part for part, b in enumerate(base)]
+            made.append(
+                record(
+                    policy=policy, task="told", item=i, measure="loss", losses=losses,
+                    score=float(np.mean(losses)),
+                )
+            )  # fmt: skip
+    part = section(report(made), "Readings")
+    quarters = section(part, "Readings").split("Along the ending, budget 128 (0.125):")[1]
+    assert [numbers(cell)[0] for cell in row(quarters, "learned")] == [0.25, 1.25, 2.25, 3.25]
+    assert row(quarters, "keydiff")[3] == "+6.500 [+6.500, +6.500]"  # paired
+    some = [replace(r, losses=[]) if r.item % 2 and r.policy == "learned" else r for r in made]
+    assert "Along the ending" in report(some)
+    older = [replace(r, losses=[]) for r in made]
+    assert "Along the ending" not in report(older)
+    with pytest.raises(ValueError, match="nothing to plot"):
+        loss_increase_plot(older, "never.png")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib: kvp_edge[train]")
+    loss_increase_plot(some, tmp_path / "increase.png", resamples=200)
+    assert is_png(tmp_path / "increase.png")
 
 
 def test_no_records_give_a_sentence() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvp_edge import trace_tasks
-from kvp_edge.evaluation.item import CountTokens, Item, Reading, Task, names
+from kvp_edge.evaluation.item import Continuation, CountTokens, Item, Reading, Task, names
 from kvp_edge.evaluation.tasks import RULER, TASKS, data_tasks, novel, paragraphs, words
 from kvp_edge.evaluation.tasks.dialogues import exchanges
 from kvp_edge.evaluation.tasks.filling import Draft, conversation, fill
@@ -31,11 +31,12 @@ def thirds(text: str) -> int:
 
 COUNTS = (words_and_signs, thirds)
 
-QUESTIONS = [name for name in TASKS if name != "books"]
+READINGS = ("books", "continuation", "story")
+QUESTIONS = [name for name in TASKS if name not in READINGS]
 DATA = ("qa_1", "qa_2", "books", "dialogues", "meetings")
 
-#: What answers of one place in the text are; in cwe and fwe they are spread over it.
-HIDDEN = [name for name in QUESTIONS if name not in ("cwe", "fwe")]
+#: What answers of one place in the text are; in the others they are spread over it, or made of it.
+HIDDEN = [name for name in QUESTIONS if name not in ("cwe", "fwe", "copy", "edits", "sums")]
 
 
 def items(name: str, count: int = 3, length: int = 1024, seed: int = 0) -> list[Item]:
@@ -51,11 +52,17 @@ def before_question(item: Item) -> str:
     return "\n".join([*earlier, last.removesuffix(item.question)])
 
 
-def total(made: Item | Reading, count: CountTokens) -> int:
+def total(made: Item | Reading | Continuation, count: CountTokens) -> int:
     """The tokens of all that is said."""
     texts: list[str]
-    if isinstance(made, Item):
-        texts = [message["content"] for message in made.messages]
+    if isinstance(made, Continuation) and isinstance(made.context, str):
+        return count(made.context) + made.tokens
+    if isinstance(made, Item | Continuation):
+        messages = made.messages if isinstance(made, Item) else made.context
+        texts = [message["content"] for message in messages if isinstance(message, dict)]
+        more = made.more if isinstance(made, Item) else made.questions
+        asked = [one if isinstance(one, str) else one.text for one in more]
+        texts += [*asked, *asked]  # replies are about as long as questions
     elif isinstance(made.context, str):
         texts = [made.context, made.ending]
     else:
@@ -187,12 +194,16 @@ def test_roles_alternate_and_the_users_message_comes_last(task: Task) -> None:
 
 
 def test_a_reply_with_all_answers_is_right_and_an_empty_one_wrong(task: Task) -> None:
-    assert (task.reply_tokens == 0) == (task.name in ("books", "dialogues", "meetings"))
+    assert (task.reply_tokens == 0) == (task.name in (*READINGS, "dialogues", "meetings"))
     for item in task.make(3, 1024, words_and_signs, 0):
         if isinstance(item, Item):
-            assert item.score(f"Perhaps {', '.join(item.answers)}.") == 1
-            assert item.score("") == 0
-            assert len(item.answers) * 32 <= 2.5 * task.reply_tokens or item.match == "any"
+            answers = [item.answers, *(question.answers for question in item.more)]
+            right = [f"Perhaps {', '.join(those)}." for those in answers]
+            assert item.score(*right) == 1
+            assert item.score(*("" for _ in right)) == 0
+            assert item.score("", *right[1:]) == pytest.approx(1 - 1 / len(right))
+            room = len(item.answers) * 32 <= 2.5 * task.reply_tokens
+            assert room or item.match in ("any", "order")
 
 
 def test_the_first_items_are_the_same_when_more_are_asked_for() -> None:

@@ -18,7 +18,7 @@ from kvp_edge.evaluation import plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
-from kvp_edge.evaluation.tasks import RULER, TASKS, data_tasks
+from kvp_edge.evaluation.tasks import GENERATION, RULER, TASKS, data_tasks
 from kvp_edge.llama import Llama
 from kvp_edge.whole_spans import KEEP_WHOLE
 
@@ -42,15 +42,17 @@ policies besides those of kvp-edge policies:
   learned          the policy trained for this model, or give a policy file
   oracle           by the attention that the rest of the conversation really pays: no policy can
                    know it, so what it loses is not the policy's fault
+  golden           the same by the largest block of that attention (ForesightKV's golden eviction)
   context-shift    llama.cpp's own rule: drop the oldest half
 
-In --out: records.jsonl (every item with its reply), report.md, accuracy.png. The same command goes
-on where it stopped.
+In --out: records.jsonl (every item with its reply), report.md, accuracy.png, loss-increase.png. The
+same command goes on where it stopped.
 
 examples:
   kvp-edge eval
   kvp-edge eval model.gguf --lengths 4096 --budgets 1/4,1/8 --items 50 --workers 2
   kvp-edge eval model.gguf --tasks ruler --mode one-shot --policies learned,snapkv,keydiff,oracle
+  kvp-edge eval --tasks generation --policies learned,keydiff,oracle,golden
   kvp-edge eval --tasks books,dialogues --data DIR
   kvp-edge eval --list"""
 
@@ -69,7 +71,8 @@ def add_eval(commands: Any) -> None:
         "--tasks",
         default=_DEFAULT_TASKS,
         metavar="LIST",
-        help="names with commas between them, ruler (all thirteen that there is data for) or all "
+        help="names with commas between them, ruler (all thirteen that there is data for), "
+        "generation (those with a long text of the model's own) or all "
         f"(default: {_DEFAULT_TASKS})",
     )
     group.add_argument("--list", action="store_true", help="tell what tasks there are, and stop")
@@ -92,7 +95,9 @@ def add_eval(commands: Any) -> None:
     )
     group = parser.add_argument_group("what is compared")
     group.add_argument(
-        "--policies", metavar="LIST", help="names or policy files (default: all but oracle)"
+        "--policies",
+        metavar="LIST",
+        help="names or policy files (default: all but oracle and golden)",
     )
     group.add_argument(
         "--budgets",
@@ -186,13 +191,23 @@ def _main(args: argparse.Namespace) -> int:
             _draw(the_run, setting, todo, args.draw, out / "kept")
     text = report.report(found, title=f"{Path(path).stem}: what a bounded cache costs")
     (out / "report.md").write_text(text, encoding="utf-8")
-    try:
-        plots.accuracy_plot(found, out / "accuracy.png")
-    except (ImportError, ValueError) as error:
-        note(f"no plot: {error}")
+    _plot(found, out)
     print(text)
     note(f"written: {out / 'report.md'}")
     return 0
+
+
+def _plot(found: Sequence[records.Record], out: Path) -> None:
+    measures = {r.measure for r in found}
+    for name, measure, plot in (
+        ("accuracy.png", "accuracy", plots.accuracy_plot),
+        ("loss-increase.png", "loss", plots.loss_increase_plot),
+    ):
+        try:
+            if measure in measures:
+                plot(found, out / name)
+        except (ImportError, ValueError) as error:
+            note(f"no plot: {error}")
 
 
 def _draw(
@@ -221,7 +236,7 @@ def _jobs(
     names = _task_names(args.tasks, tasks)
     policies = _names(args.policies) if args.policies else run.known_policies(the_run.model)
     if not args.policies:
-        policies.remove(records.ORACLE)
+        policies = [p for p in policies if p not in (records.ORACLE, records.GOLDEN)]
     for policy in policies:
         run.check_policy(policy, the_run.model)
     lengths = [_length(text) for text in _names(args.lengths)]
@@ -229,7 +244,7 @@ def _jobs(
     jobs: list[tuple[run.Setting, Sequence[run.Prompt]]] = []
     with closing(Llama(the_run.model, n_ctx=256, verbose=False)) as llm:
         for length in lengths:
-            made = run.prompts(llm, tasks, names, length, args.items, args.seed)
+            made = run.prompts(llm, tasks, names, length, args.items, args.seed, the_run.engine)
             groups = [made]
             if args.workers > 1:
                 groups = [[p for p in made if p.task == name] for name in names]
@@ -258,11 +273,14 @@ def _task_names(text: str, tasks: dict[str, Task]) -> list[str]:
             names += tasks
         elif name == "ruler":
             names += [n for n in tasks if n in RULER]
+        elif name == "generation":
+            names += GENERATION
         elif name in tasks:
             names.append(name)
         else:
             raise ValueError(
-                f"there is no task '{name}'; choose from {', '.join(tasks)}, ruler, all (more "
+                f"there is no task '{name}'; choose from {', '.join(tasks)}, ruler, "
+                "generation, all (more "
                 "with --data, see kvp-edge eval --list)"
             )
     return list(dict.fromkeys(names))

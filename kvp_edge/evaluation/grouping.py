@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
-from kvp_edge.evaluation.records import ORACLE, SHIFT, Record, RecordError, latest
+from kvp_edge.evaluation.records import GOLDEN, ORACLE, SHIFT, Record, RecordError, latest
 from kvp_edge.evaluation.statistics import GATE, ItemId, Scores, gate
 
 Measure = Literal["accuracy", "loss"]
@@ -15,7 +15,7 @@ Measure = Literal["accuracy", "loss"]
 Cell: TypeAlias = dict[str, dict[ItemId, Record]]
 
 #: Policies that go last in a table: llama.cpp's own rule, and what no policy can be.
-_LAST = (SHIFT, ORACLE)
+_LAST = (SHIFT, ORACLE, GOLDEN)
 
 
 class Setting(NamedTuple):
@@ -136,7 +136,7 @@ def count(found: Scores) -> int:
 
 
 def ordered(policies: Iterable[str], first: str = "") -> list[str]:
-    """Names without repetitions: ``first``, the others by name, llama.cpp's rule, the oracle."""
+    """Names without repetitions: ``first``, the others by name, llama.cpp's rule, the oracles."""
     return sorted(
         set(policies),
         key=lambda name: (name != first, _LAST.index(name) + 1 if name in _LAST else 0, name),

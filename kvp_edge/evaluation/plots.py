@@ -1,4 +1,5 @@
-"""Plots of an evaluation, as PNG: accuracy against the budget, and a cost for every head.
+"""Plots of an evaluation, as PNG: accuracy against the budget, the loss increase along endings, and
+a cost for every head.
 
 matplotlib is optional: pip install 'kvp_edge[train]' brings it.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy.typing as npt
 
 from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.grouping import Group, group, ordered, scores
-from kvp_edge.evaluation.records import Record
+from kvp_edge.evaluation.loss_increase import by_parts, ending_tokens, tasks_in_parts
+from kvp_edge.evaluation.records import PARTS, Record
 from kvp_edge.evaluation.statistics import GATE, RESAMPLES
 
 #: Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
@@ -66,38 +68,113 @@ def accuracy_plot(
             f"with an accuracy of {threshold:.0%}"
         )
     _, pyplot = load_matplotlib()
-    # A policy looks the same in all panels.
-    names = ordered((name for found in groups for name in found.policies()), policy)
-    looks = {
+    looks = _looks(groups, policy)
+    figure, panels = _panels(pyplot, len(groups), sharey=True)
+    for panel, found in zip(panels, groups, strict=True):
+        _panel(panel, found, looks, threshold, resamples, seed)
+    _legend(figure, panels)
+    _save(figure, path, pyplot)
+
+
+def loss_increase_plot(
+    records: Iterable[Record],
+    path: str | os.PathLike[str],
+    *,
+    policy: str = "learned",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> None:
+    """The loss over the full cache's along the endings of readings: one panel per setting, reading
+    and budget, one line per policy in a band that is its paired 95 % interval.
+
+    Raises:
+        ValueError: no losses along an ending, of a policy and of the full cache.
+        ImportError: there is no matplotlib.
+    """
+    groups = group(records)
+    shown = [
+        (found, task, budget)
+        for found in groups
+        for task in tasks_in_parts(found)
+        for budget in found.budgets
+    ]
+    if not shown:
+        raise ValueError(
+            "there is nothing to plot: no policy and full cache have losses along the ending of "
+            "the same reading"
+        )
+    _, pyplot = load_matplotlib()
+    looks = _looks(groups, policy)
+    figure, panels = _panels(pyplot, len(shown), sharey=False)
+    for panel, (found, task, budget) in zip(panels, shown, strict=True):
+        full = by_parts(found.full, task, PARTS)
+        tokens = ending_tokens(list(found.full[task].values()))
+        x = (np.arange(PARTS) + 0.5) * tokens / PARTS
+        for name in looks:
+            mine = by_parts(found.cells.get((name, budget), {}), task, PARTS)
+            if not statistics.paired_items(mine[0], full[0]):
+                continue
+            gaps = [
+                statistics.difference(*pair, resamples, seed)
+                for pair in zip(mine, full, strict=True)
+            ]
+            panel.plot(x, [e.value for e in gaps], label=name, markersize=4, **looks[name])
+            low, high = [e.low for e in gaps], [e.high for e in gaps]
+            panel.fill_between(x, low, high, color=looks[name]["color"], alpha=0.12, linewidth=0)
+        panel.axhline(0, color="#555555", linestyle="--", linewidth=1)
+        s = found.setting
+        panel.set_title(
+            f"{task}, {budget:,} of {s.length:,} tokens\n{s.mode}, {s.granularity}, cache "
+            f"{s.type_k}/{s.type_v}{'' if s.protected else ', no tokens protected'}",
+            fontsize=10,
+        )
+        panel.set_xlabel("tokens of the ending")
+        panel.set_ylabel("loss increase in nats per token")
+        panel.grid(alpha=0.3)
+    _legend(figure, panels)
+    _save(figure, path, pyplot)
+
+
+def _looks(groups: Sequence[Group], first: str) -> dict[str, dict[str, str]]:
+    """A policy looks the same in all panels."""
+    names = ordered((name for found in groups for name in found.policies()), first)
+    return {
         name: {"color": COLOURS[i % len(COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
         for i, name in enumerate(names)
     }
-    rows = math.ceil(len(groups) / _PANELS_PER_ROW)
-    columns = math.ceil(len(groups) / rows)
+
+
+def _panels(pyplot: Any, count: int, *, sharey: bool) -> tuple[Any, list[Any]]:
+    """A figure and its ``count`` panels."""
+    rows = math.ceil(count / _PANELS_PER_ROW)
+    columns = math.ceil(count / rows)
     figure, axes = pyplot.subplots(
         rows,
         columns,
         figsize=(1 + 5 * columns, 0.8 + 3.8 * rows),
         squeeze=False,
-        sharey=True,
+        sharey=sharey,
         layout="constrained",
     )
-    for panel in axes.flat[len(groups) :]:
+    for panel in axes.flat[count:]:
         panel.set_axis_off()
-    for panel, found in zip(axes.flat, groups, strict=False):
-        _panel(panel, found, looks, threshold, resamples, seed)
+    return figure, list(axes.flat[:count])
+
+
+def _legend(figure: Any, panels: Sequence[Any]) -> None:
+    """One for all panels."""
     entries = {
         label: handle
-        for panel in axes.flat
+        for panel in panels
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
+    columns = min(len(panels), _PANELS_PER_ROW)
     figure.legend(
         entries.values(),
         entries.keys(),
         loc="outside upper center",
         ncols=min(4 * columns, len(entries)),
     )
-    _save(figure, path, pyplot)
 
 
 def _panel(

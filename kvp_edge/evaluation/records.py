@@ -11,13 +11,17 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, TypeAlias, get_args, get_type_hints
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from kvp_edge.whole_spans import KEEP_WHOLE
 
-#: The policy of the full cache, which drops nothing; llama.cpp's own rule; true future attention.
-FULL, SHIFT, ORACLE = "none", "context-shift", "oracle"
+#: The policy of the full cache, which drops nothing; llama.cpp's own rule; true future attention,
+#: by its sum and by its largest block.
+FULL, SHIFT, ORACLE, GOLDEN = "none", "context-shift", "oracle", "golden"
+
+#: How many parts of an ending have losses of their own.
+PARTS = 8
 
 #: What tells two records apart; see Record.key.
 Key: TypeAlias = tuple[str | int | bool | None, ...]
@@ -52,14 +56,17 @@ class Record:
         prompt: first 16 hex digits of the SHA-256 of the prompt's tokens.
         n_prompt: tokens of the prompt.
         kept, dropped, evictions: what the cache did.
-        reply: what the model wrote; "" for readings.
+        reply: what the model wrote, one reply after the other; "" for readings.
         measure: what ``score`` is. "accuracy": from 0 to 1; "loss" (of readings): mean in nats per
             token.
         score: see ``measure``.
         seconds: to read and reply.
         kv_bytes: keys and values of the most tokens held at once.
-        keep_whole, isolate_turns: see kvp_edge.Llama. Records from before there was a choice lack
-            them.
+        keep_whole, isolate_turns: see kvp_edge.Llama.
+        losses: of a reading, the mean loss of each of PARTS parts in a row, as equal as can be,
+            that together are the tokens of ``score``; [] for items and for endings of fewer tokens.
+
+    Files from before there were the last three lack them.
 
     Raises:
         RecordError: a value of the wrong type or range.
@@ -90,6 +97,7 @@ class Record:
     kv_bytes: int
     keep_whole: str = "tokens"
     isolate_turns: bool = False
+    losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, hint in _HINTS.items():
@@ -101,6 +109,8 @@ class Record:
                 raise RecordError(f"'{name}' must be {' or '.join(choices)}")
         if len({self.policy == FULL, self.budget is None, self.share is None}) > 1:
             raise RecordError(f"policy '{FULL}', and only that one, has no budget and no share")
+        if len(self.losses) not in (0, PARTS):
+            raise RecordError(f"'losses' has {len(self.losses)} parts, not {PARTS}")
         if self.measure == "accuracy" and not 0 <= self.score <= 1:
             raise RecordError(f"an accuracy of {self.score} is not between 0 and 1")
 
@@ -139,11 +149,15 @@ class Record:
 
 
 _HINTS: dict[str, Any] = get_type_hints(Record)
-_REQUIRED = tuple(field.name for field in fields(Record) if field.default is MISSING)
+_REQUIRED = tuple(
+    one.name for one in fields(Record) if one.default is MISSING and one.default_factory is MISSING
+)
 
 
 def _is(value: object, hint: Any) -> bool:
     """Whether ``value`` is of type ``hint``. An int is a float, too; a bool is no number."""
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is(one, get_args(hint)[0]) for one in value)
     if get_args(hint):  # a union
         return any(_is(value, one) for one in get_args(hint))
     if isinstance(value, bool):

@@ -17,6 +17,7 @@ from kvp_edge.evaluation.grouping import (
     ordered,
     scores,
 )
+from kvp_edge.evaluation.loss_increase import by_parts, tasks_in_parts
 from kvp_edge.evaluation.markdown import (
     capital,
     escape,
@@ -28,7 +29,7 @@ from kvp_edge.evaluation.markdown import (
     signed_nats,
     table,
 )
-from kvp_edge.evaluation.records import ORACLE, Record
+from kvp_edge.evaluation.records import GOLDEN, ORACLE, Record
 from kvp_edge.evaluation.statistics import GATE, RESAMPLES, Estimate, Scores
 
 NOTHING = "There are no records: nothing has been evaluated yet."
@@ -125,12 +126,14 @@ def _about(records: Sequence[Record], how: _How) -> list[str]:
             f"**Some tasks have fewer than {_FEW} items: their intervals are too narrow, and no "
             "decision should rest on them.**",
         ]
-    if any(r.policy == ORACLE for r in records):
-        text += [
-            "",
-            f"`{ORACLE}` ranks tokens by the attention they are about to get. It is no baseline, "
-            "because nothing can know that; it shows what is left to gain.",
-        ]
+    policies = {r.policy for r in records}
+    for policy, how_much in ((ORACLE, "the attention"), (GOLDEN, "the largest block of attention")):
+        if policy in policies:
+            text += [
+                "",
+                f"`{policy}` ranks tokens by {how_much} they are about to get. It is no baseline, "
+                "because nothing can know that; it shows what is left to gain.",
+            ]
     return text
 
 
@@ -252,7 +255,7 @@ def _comparisons(found: Group, how: _How, measure: Measure, tasks: list[str]) ->
         cells = {
             policy: scores(cell, measure, tasks)
             for (policy, at), cell in found.cells.items()
-            if at == budget and policy != ORACLE
+            if at == budget and policy not in (ORACLE, GOLDEN)
         }
         compared = statistics.compare(
             how.policy,
@@ -354,6 +357,8 @@ def _reading_section(found: Group, how: _How) -> list[str]:
         name = escape(part[0]) if len(part) == 1 else f"Mean over {len(base)} tasks"
         lines += [f"{name}; full cache: {nats(how.mean(base))}, {count(base)} items.", ""]
         lines += _increases(found, how, base)
+        if len(part) == 1 and part[0] in tasks_in_parts(found):
+            lines += _along(found, how, part[0])
     return [*lines, *_comparisons(found, how, "loss", tasks)]
 
 
@@ -364,6 +369,24 @@ def _increases(found: Group, how: _How, full: Scores) -> list[str]:
         return signed_nats(how.difference(mine, full))
 
     return _by_budget(found, how, "loss", list(full), show, full)
+
+
+def _along(found: Group, how: _How, task: str) -> list[str]:
+    """Loss minus the full cache's in every quarter of the ending, policies x quarters."""
+    quarters = ("first", "second", "third", "last")
+    full = by_parts(found.full, task, len(quarters))
+    lines = []
+    for budget, name in zip(found.budgets, _budget_names(found), strict=True):
+        rows = []
+        for policy in found.policies(how.policy):
+            mine = by_parts(found.cells.get((policy, budget), {}), task, len(quarters))
+            if statistics.paired_items(mine[0], full[0]):
+                gaps = [how.difference(*pair) for pair in zip(mine, full, strict=True)]
+                rows.append([escape(policy), *map(signed_nats, gaps)])
+        if rows:
+            header = ["policy", *(f"{quarter} quarter" for quarter in quarters)]
+            lines += [f"Along the ending, budget {name}:", "", *table(header, rows), ""]
+    return lines
 
 
 def _effort_section(found: Group, how: _How) -> list[str]:

@@ -5,7 +5,8 @@ tokens are dropped once, down to the budget. "bounded", that of a user: never mo
 budget are held, and tokens are dropped again and again while the conversation is read; an eviction
 leaves three quarters of them, and the last quarter is the room to read on. With the question
 "unseen" nothing of it was read when the context is dropped (in bounded mode evictions may follow
-while question and reply are read); "seen", for one-shot alone, drops after it.
+while question and reply are read); "seen", for one-shot alone, drops after it. Where several
+questions are asked, it is the first of them, and the model's own replies stay in the conversation.
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.capture import Tracer
-from kvp_edge.chat_prompt import last_begin, prompt_tokens
-from kvp_edge.evaluation.item import Item, Reading, Task
+from kvp_edge.chat_prompt import last_begin, next_turn, prompt_tokens
+from kvp_edge.evaluation.continuations import write_all
+from kvp_edge.evaluation.item import Continuation, Item, Reading, Task
 from kvp_edge.evaluation.kept_tokens import KeptTokens
 from kvp_edge.evaluation.oracle import Oracle
-from kvp_edge.evaluation.records import FULL, ORACLE, SHIFT, Key, Record
+from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, PARTS, SHIFT, Key, Record
 from kvp_edge.evaluation.subject import Shifted, Subject
 from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
@@ -37,8 +40,8 @@ from kvp_edge.traces import Trace
 
 IntArray = npt.NDArray[np.int32]
 
-#: The policy trained for the model; besides it FULL, SHIFT, ORACLE, kvp_edge.policies.POLICIES and
-#: policy files can be compared.
+#: The policy trained for the model; besides it FULL, SHIFT, ORACLE, GOLDEN,
+#: kvp_edge.policies.POLICIES and policy files can be compared.
 OWN = Learned.name
 
 #: The smallest budget: sinks, newest tokens, and a few to choose.
@@ -55,6 +58,8 @@ class Prompt:
         border: where the question begins, or the ending.
         item: None for a reading.
         reply_tokens: the most tokens of a reply.
+        turns: of an item with several questions, what is read after every reply but the last.
+        measured: of a reading, bool [n - border]: which tokens of the ending count. None: all.
     """
 
     task: str
@@ -63,15 +68,19 @@ class Prompt:
     border: int
     item: Item | None
     reply_tokens: int
+    turns: tuple[tuple[int, ...], ...] = ()
+    measured: npt.NDArray[np.bool_] | None = None
 
     @property
     def longest(self) -> int:
-        """Tokens of the conversation with the longest reply, and one to spare."""
-        return len(self.tokens) + self.reply_tokens + 1
+        """Tokens of the conversation with the longest replies, and one to spare."""
+        turns = sum(len(turn) + self.reply_tokens for turn in self.turns)
+        return len(self.tokens) + self.reply_tokens + turns + 1
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(self.tokens.tobytes()).hexdigest()[:16]
+        read = np.concatenate((self.tokens, *self.turns), dtype=np.int32)
+        return hashlib.sha256(read.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -130,9 +139,20 @@ def budget_of(share: str, length: int) -> int:
 
 
 def prompts(
-    llm: Llama, tasks: dict[str, Task], names: Sequence[str], length: int, count: int, seed: int
+    llm: Llama,
+    tasks: dict[str, Task],
+    names: Sequence[str],
+    length: int,
+    count: int,
+    seed: int,
+    engine: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Prompt]:
-    """``count`` conversations of each task, of at most about ``length`` tokens."""
+    """``count`` conversations of each task, of at most about ``length`` tokens.
+
+    Args:
+        llm: whose tokenizer and chat template they are for.
+        engine: arguments of llama_cpp.Llama, for endings that the model itself writes.
+    """
 
     def tokens_of(text: str) -> list[int]:
         tokens: list[int] = llm.tokenize(text.encode(), add_bos=False)
@@ -142,14 +162,25 @@ def prompts(
     for name in names:
         task = tasks[name]
         made = task.make(count, length, lambda text: len(tokens_of(text)), seed)
+        starts = [
+            (_context(llm, one), [next_turn(llm, text) for text in one.questions], one)
+            for one in made
+            if isinstance(one, Continuation)
+        ]
+        written = iter(write_all(llm.model_path, starts, engine))
         for number, item in enumerate(made):
+            turns: tuple[tuple[int, ...], ...] = ()
+            measured = None
             if isinstance(item, Item):
                 tokens = prompt_tokens(llm, item.messages)
                 border = last_begin(llm, tokens, item.question)
-            else:
+                turns = tuple(tuple(next_turn(llm, question.text)) for question in item.more)
+            elif isinstance(item, Reading):
                 tokens = _context(llm, item)
                 border = len(tokens)
                 tokens = [*tokens, *tokens_of(item.ending)]
+            else:
+                tokens, border, measured = next(written)
             found.append(
                 Prompt(
                     name,
@@ -158,12 +189,14 @@ def prompts(
                     border,
                     item if isinstance(item, Item) else None,
                     task.reply_tokens,
+                    turns,
+                    measured,
                 )
             )
     return found
 
 
-def _context(llm: Llama, reading: Reading) -> list[int]:
+def _context(llm: Llama, reading: Reading | Continuation) -> list[int]:
     if isinstance(reading.context, str):
         tokens: list[int] = llm.tokenize(reading.context.encode(), add_bos=True)
         return tokens
@@ -238,13 +271,13 @@ class _Reader:
 
     def __init__(self, run: Run, setting: Setting) -> None:
         self._setting = setting
+        self._run = run
         self._tracer: Tracer | None = None
+        self._full: Subject | None = None  # what an oracle reads replies from
         self._one_shot = setting.mode == "one-shot" and setting.budget is not None
         n_ctx, budget, engine = setting.longest, setting.budget, run.engine
         if budget is None:
-            self._subject = Subject(
-                run.model, n_ctx, n_ctx, n_ctx, policy="recency", granularity="token", **engine
-            )
+            self._subject = Subject.whole(run.model, n_ctx, **engine)
             return
         if setting.policy == SHIFT:
             self._subject = Shifted(run.model, n_ctx, min(budget, n_ctx), **engine)
@@ -253,7 +286,7 @@ class _Reader:
         policy = setting.policy
         if policy == OWN:
             policy = own_policy(run.model) or ""
-        if policy == ORACLE:
+        if policy in (ORACLE, GOLDEN):
             # without flash attention the attention itself is captured, in models of every kind
             plain = {k: v for k, v in engine.items() if k != "flash_attn"}
             self._tracer = Tracer(run.model, n_ctx, **plain)
@@ -278,9 +311,9 @@ class _Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._subject.close()
-        if self._tracer is not None:
-            self._tracer.close()
+        for one in (self._subject, self._tracer, self._full):
+            if one is not None:
+                one.close()
 
     def ask(self, prompt: Prompt) -> dict[str, Any]:
         subject, tokens = self._subject, prompt.tokens.tolist()
@@ -288,12 +321,19 @@ class _Reader:
         seen = cut == len(tokens)
         held = {"kept": subject.held, "dropped": cut - subject.held}
         if prompt.item is None:
-            outcome: dict[str, Any] = {"score": round(subject.loss(tokens[cut:]), 6)}
+            losses = subject.losses(tokens[cut:])
+            if prompt.measured is not None:
+                losses = losses[prompt.measured]
+            outcome: dict[str, Any] = {
+                "score": round(float(losses.mean()), 6),
+                "losses": _by_part(losses),
+            }
         else:
             if not seen:
                 subject.read(tokens[cut:])
-            reply = subject.reply(prompt.reply_tokens)
-            outcome = {"reply": reply, "score": prompt.item.score(reply)}
+            written = subject.converse(prompt.turns, prompt.reply_tokens)
+            replies = [subject.text(reply) for reply in written]
+            outcome = {"reply": "\n".join(replies), "score": prompt.item.score(*replies)}
         return {**held, **outcome, "evictions": subject.evictions, "kv_bytes": self._kv_bytes()}
 
     def _kv_bytes(self) -> int:
@@ -309,7 +349,8 @@ class _Reader:
         drop what is to be dropped. How many tokens were read."""
         subject, tokens = self._subject, prompt.tokens.tolist()
         if self._tracer is not None:
-            subject.policy = Oracle(_traced(self._tracer, tokens, prompt))
+            trace = _traced(self._tracer, self._whole(prompt), prompt)
+            subject.policy = Oracle(trace, peak=self._setting.policy == GOLDEN)
         subject.forget()
         seen = self._setting.question == "seen" and prompt.item is not None
         cut = len(tokens) if seen else prompt.border
@@ -317,6 +358,21 @@ class _Reader:
         if self._one_shot:
             subject.evict()
         return cut
+
+    def _whole(self, prompt: Prompt) -> list[int]:
+        """The conversation up to its last question, with the replies of the full cache before."""
+        tokens: list[int] = prompt.tokens.tolist()
+        if not prompt.turns:
+            return tokens
+        if self._full is None:
+            run = self._run
+            self._full = Subject.whole(run.model, self._setting.longest, **run.engine)
+        self._full.forget()
+        self._full.read(tokens)
+        replies = self._full.converse(prompt.turns, prompt.reply_tokens)
+        for reply, turn in zip(replies, prompt.turns, strict=False):  # the last one is traced
+            tokens += [*reply, *turn]
+        return tokens
 
     def kept_tokens(self, prompt: Prompt) -> KeptTokens:
         subject, setting = self._subject, self._setting
@@ -334,8 +390,15 @@ class _Reader:
         )
 
 
+def _by_part(losses: npt.NDArray[np.float64]) -> list[float]:
+    """The mean of each of PARTS parts in a row; none if there are fewer tokens than that."""
+    if len(losses) < PARTS:
+        return []
+    return [round(float(part.mean()), 6) for part in np.array_split(losses, PARTS)]
+
+
 def _traced(tracer: Tracer, tokens: list[int], prompt: Prompt) -> Trace:
-    """The conversation with its reply, read with a full cache."""
+    """The conversation with its last reply, read with a full cache."""
     n_reply = prompt.reply_tokens if prompt.item is not None else 0
     got = tracer.capture(tokens, prompt.border, n_reply)
     return Trace(
@@ -376,7 +439,7 @@ def check_policy(policy: str, model: str) -> None:
     """Raises:
     ValueError: a policy that cannot be compared on this model; a policy file that cannot be used.
     """
-    if policy in (FULL, SHIFT, ORACLE) or (policy == OWN and own_policy(model)):
+    if policy in (FULL, SHIFT, ORACLE, GOLDEN) or (policy == OWN and own_policy(model)):
         return
     if policy == OWN:
         raise ValueError(f"there is no policy trained for '{model}': kvp-edge learn makes one")
@@ -386,4 +449,4 @@ def check_policy(policy: str, model: str) -> None:
 def known_policies(model: str) -> list[str]:
     """All that can be compared on this model, in the order in which they are presented."""
     own = [OWN] if own_policy(model) else []
-    return [FULL, *own, *POLICIES, SHIFT, ORACLE]
+    return [FULL, *own, *POLICIES, SHIFT, ORACLE, GOLDEN]

@@ -48,6 +48,13 @@ class Subject(Llama):
             assert self._kv is not None
             self._kv.limits = self._kv.limits.with_cells(cells)
 
+    @classmethod
+    def whole(cls, model_path: str, n_ctx: int, **engine: Any) -> Subject:
+        """One that drops nothing."""
+        return Subject(
+            model_path, n_ctx, n_ctx, n_ctx, policy="recency", granularity="token", **engine
+        )
+
     @property
     def policy(self) -> Policy:
         assert self._kv is not None
@@ -85,8 +92,8 @@ class Subject(Llama):
         """Start a new conversation."""
         self.reset()
 
-    def reply(self, most: int) -> str:
-        """The likeliest reply to what was read, of at most ``most`` tokens."""
+    def reply(self, most: int) -> list[int]:
+        """The likeliest reply to what was read, of at most ``most`` tokens; it is read, too."""
         tokens: list[int] = []
         while len(tokens) < most:
             token = self._likeliest()
@@ -94,11 +101,37 @@ class Subject(Llama):
                 break
             tokens.append(token)
             self.read([token])
+        return tokens
+
+    def converse(self, turns: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+        """The reply to what was read, and, as each of the turns is read after the reply to the one
+        before it, the replies to them."""
+        replies = [self.reply(most)]
+        for turn in turns:
+            self.read(turn)
+            replies.append(self.reply(most))
+        return replies
+
+    def draw(self, count: int, rng: np.random.Generator) -> list[int]:
+        """``count`` tokens drawn one after the other at temperature 1, which are read, too. Tokens
+        that end a reply are never drawn."""
+        ends = [llama_cpp.llama_vocab_is_eog(self._model.vocab, t) for t in range(self._n_vocab)]
+        tokens: list[int] = []
+        while len(tokens) < count:
+            logits = self._newest_logits().astype(np.float64)
+            logits[ends] = -np.inf
+            likely = np.exp(logits - logits.max()).cumsum()
+            tokens.append(int(np.searchsorted(likely, rng.random() * likely[-1], side="right")))
+            self.read(tokens[-1:])
+        return tokens
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as they are written, without special ones."""
         return str(self.detokenize(tokens).decode(errors="replace"))
 
-    def loss(self, ending: Sequence[int]) -> float:
-        """Mean loss in nats of the tokens of ``ending``, at least one, after what was read; they
-        are read, too."""
+    def losses(self, ending: Sequence[int]) -> npt.NDArray[np.float64]:
+        """The loss in nats of each token of ``ending``, at least one, after what was read: f64 [n].
+        They are read, too."""
         self._rows = [self._newest_logits()[None].copy()]
         usual, self._logits_all = self._logits_all, True
         try:
@@ -108,7 +141,8 @@ class Subject(Llama):
             self._rows, self._logits_all = None, usual
         top = logits.max(1)
         total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
-        return float((total - logits[np.arange(len(ending)), np.asarray(ending)]).mean())
+        losses: npt.NDArray[np.float64] = total - logits[np.arange(len(ending)), np.asarray(ending)]
+        return losses
 
     def _keep_logits(self, start: int, logits: FloatArray) -> None:
         if self._rows is None:

@@ -94,7 +94,7 @@ class _Reader(Subject):
     def _marker_spans(self, start: int, end: int) -> list[tuple[int, int]]:
         return []
 
-    def losses(self, tokens: Sequence[int]) -> Reading:
+    def follow(self, tokens: Sequence[int]) -> Reading:
         """Read a text, at least 2 tokens, from the beginning."""
         self._text = np.asarray(tokens)
         self._losses: list[FloatArray] = []
@@ -228,14 +228,14 @@ class Rollouts:
 
     def full(self, tokens: Sequence[int]) -> Reading:
         """The text with nothing evicted."""
-        return self._full.losses(tokens)
+        return self._full.follow(tokens)
 
     def read(self, tokens: Sequence[int], policy: Policy | None = None) -> FloatArray:
         """The losses with a policy's evictions, by default those of ``engine["policy"]``: f32
         [T - 1], in nats."""
         if policy is not None:
             self._small.policy = policy
-        return self._small.losses(tokens).losses
+        return self._small.follow(tokens).losses
 
     def roll(
         self, tokens: Sequence[int], agents: Agents, generator: torch.Generator | None

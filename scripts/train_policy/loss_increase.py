@@ -68,7 +68,9 @@ def table(found: dict[str, NDArray[np.float64]], full: float) -> str:
     ]
     for name in found:
         rise = statistics.mean(scores[name])
-        against = "" if name == first else _words(statistics.difference(scores[first], scores[name]))
+        against = (
+            "" if name == first else _words(statistics.difference(scores[first], scores[name]))
+        )
         lines.append(
             f"| {Path(name).stem} | {_words(rise)} | {1 + rise.value / full:.3f} | {against} |"
         )

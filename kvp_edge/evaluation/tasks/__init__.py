@@ -2,8 +2,10 @@
 
 One idea per module. ``needles``, ``variable_tracking``, ``word_counts`` and ``paragraphs`` are
 those of RULER (``ruler`` tells how they differ from it); ``lookup`` and ``recall`` are others with
-questions; ``readings``, ``dialogues`` and ``meetings`` have no question, but an ending that must
-stay likely. ``filling`` makes all of them as long as asked for.
+questions; in ``quiz``, ``chains``, ``copying`` and ``sums`` the reply is a long text of the model's
+own (``generation``). ``readings``, ``dialogues`` and ``meetings`` have no question, but an ending
+that must stay likely; in ``continuation`` the model itself has written it. ``filling`` makes all of
+them as long as asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvp_edge.evaluation.item import Task
-from kvp_edge.evaluation.tasks import paragraphs, ruler
+from kvp_edge.evaluation.tasks import generation, paragraphs, ruler
 from kvp_edge.evaluation.tasks.dialogues import Dialogues, collections_in
 from kvp_edge.evaluation.tasks.lookup import LOOKUP
 from kvp_edge.evaluation.tasks.meetings import Meetings
@@ -21,10 +23,14 @@ from kvp_edge.evaluation.tasks.recall import RECALL
 #: The names of RULER's thirteen.
 RULER = ruler.NAMES
 
+#: The names of those with a long generation.
+GENERATION = tuple(task.name for task in generation.GENERATION)
+
 #: Those that need no data, by name.
 TASKS: dict[str, Task] = {
     **{task.name: task for task in (*RECALL, *LOOKUP, *ruler.WITHOUT_DATA)},
     "books": Books(),
+    **{task.name: task for task in generation.GENERATION},
 }
 
 

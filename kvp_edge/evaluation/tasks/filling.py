@@ -52,7 +52,12 @@ def conversation(context: str, question: str) -> list[Message]:
 def length(made: Item | Reading, count_tokens: CountTokens) -> int:
     """The tokens of a conversation, with room for a chat template, or of a plain text."""
     if isinstance(made, Item):
-        return _chat_length([m["content"] for m in made.messages], count_tokens)
+        asked = [m["content"] for m in made.messages]
+        for question in made.more:
+            asked += [question.text, " ".join(question.answers)]
+        # beside its answers a reply is taken to be half as long as its question
+        around = sum(count_tokens(question.text) // 2 for question in made.more)
+        return _chat_length(asked, count_tokens) + around
     if isinstance(made.context, str):
         return count_tokens(made.context) + count_tokens(made.ending)
     return _chat_length([m["content"] for m in made.context] + [made.ending], count_tokens)
