@@ -56,6 +56,7 @@ _HELP: dict[str, str] = {
     "budget": "foresight: tokens that each head keeps after an eviction",
     "every": "foresight: tokens read between two evictions",
     "margin": "foresight: by which a token should score above one that is needed less",
+    "pairs": "foresight: order: all pairs count alike (the paper); cost: by what a mistake loses",
     "grpo_steps": "foresight: steps of rollouts in the model (--model) after the others; 0: none",
     "grpo_lr": "foresight: their highest learning rate",
     "texts": "foresight, global: texts in a step in the model",

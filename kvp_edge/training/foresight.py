@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvp_edge.training.data import BoolArray, Protected, TraceLike, importance_of
+from kvp_edge.training.settings import Pairs
 
 _OTHERS = 16  # tokens that each token is compared with in a step
 
@@ -71,7 +72,12 @@ class GoldenEvictions:
 
 
 def hinge_loss(
-    scores: Tensor, wanted: Tensor, present: Tensor, margin: float, generator: torch.Generator
+    scores: Tensor,
+    wanted: Tensor,
+    present: Tensor,
+    margin: float,
+    generator: torch.Generator,
+    pairs: Pairs = "order",
 ) -> Tensor:
     """Mean over pairs of max(0, margin - (score of the token wanted more - of the other)).
 
@@ -82,17 +88,19 @@ def hinge_loss(
         scores, wanted: f32 [..., m].
         present: bool, broadcast to that; pairs of tokens that are not there, or wanted alike, do
             not count.
+        pairs: "order": all count alike (the paper). "cost": as much as one is wanted more.
 
     Returns:
         f32 [...].
     """
     m = scores.shape[-1]
     present = present.expand(scores.shape)
-    total, pairs = torch.zeros_like(scores[..., 0]), torch.zeros_like(scores[..., 0])
+    total, weight = torch.zeros_like(scores[..., 0]), torch.zeros_like(scores[..., 0])
     for shift in torch.randint(1, max(m, 2), (_OTHERS,), generator=generator).tolist():
-        order = torch.sign(wanted - wanted.roll(shift, -1))
-        counts = present & present.roll(shift, -1) & (order != 0)
+        more = wanted - wanted.roll(shift, -1)
+        order = torch.sign(more)
+        counts = (present & present.roll(shift, -1)) * (order if pairs == "order" else more).abs()
         violated = F.relu(margin - order * (scores - scores.roll(shift, -1)))
-        total = total + torch.where(counts, violated, 0.0).sum(-1)
-        pairs = pairs + counts.sum(-1)
-    return total / pairs.clamp_min(1)
+        total = total + (counts * violated).sum(-1)
+        weight = weight + counts.sum(-1)
+    return total / weight.clamp_min(1e-12)

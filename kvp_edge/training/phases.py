@@ -72,7 +72,7 @@ class Heads:
         batch, generator = draw(learner, self._sampler, step, heads)
         scores = score(learner, batch, index)
         if s.objective == "foresight":
-            loss = hinge_loss(scores, batch.importance, batch.present, s.margin, generator)
+            loss = hinge_loss(scores, batch.importance, batch.present, s.margin, generator, s.pairs)
         else:
             competing = scores.masked_fill(~batch.present, PADDING)
             loss = kvp_loss(s, competing, batch.importance, generator)

@@ -13,6 +13,10 @@ from kvp_edge.errors import TrainingError
 #: all heads (Make Each Token Count, arXiv:2605.09649).
 Objective = Literal["kvp", "foresight", "global"]
 
+#: How much two tokens that golden eviction orders count in the imitation: "order": all alike (the
+#: paper); "cost": as much as one is wanted more, so that a mistake costs what it loses.
+Pairs = Literal["order", "cost"]
+
 #: Which tokens' loss increases are a rollout's penalty (2602.03203, section 4): "all"; those of the
 #: "low" entropy, where the full cache was sure; or of these, those whose loss rose a lot.
 Reward = Literal["all", "low", "low-large"]
@@ -50,7 +54,8 @@ class Settings:
         precision: "f32" or "bf16" (autocast).
         budget, every: (foresight) tokens that each head keeps after an eviction, and tokens read
             between two evictions (L).
-        margin: (foresight) by which a token should score above one that is needed less.
+        margin, pairs: (foresight) by how much a token should score above one that is needed less,
+            and how much it counts if it does not: see Pairs.
         grpo_steps, grpo_lr: (foresight) of the rollouts in the model.
         texts: (foresight, global) texts per step of the phases in the model.
         rollouts: (foresight) of each text (G).
@@ -93,6 +98,7 @@ class Settings:
     budget: int = 128
     every: int = 32
     margin: float = 0.1
+    pairs: Pairs = "cost"
     grpo_steps: int = 60
     grpo_lr: float = 3e-4
     texts: int = 4
@@ -117,6 +123,7 @@ class Settings:
             ("importance", Importance),
             ("rank_weights", RankWeights),
             ("advantage", Advantage),
+            ("pairs", Pairs),
             ("reward", Reward),
         ):
             if getattr(self, name) not in get_args(known):
@@ -187,7 +194,7 @@ _USED_BY = {
     ),
     **dict.fromkeys(
         (
-            *("budget", "every", "margin", "grpo_steps", "grpo_lr", "rollouts", "passes"),
+            *("budget", "every", "margin", "pairs", "grpo_steps", "grpo_lr", "rollouts", "passes"),
             *("temperature", "clip", "kl", "reward", "low_entropy", "large"),
         ),
         ("foresight",),

@@ -1,0 +1,93 @@
+"""What it costs that llama.cpp's heads must keep equal numbers of tokens, in a PyTorch twin:
+
+    python -m scripts.train_policy.ragged --traces build/policy/held-out-traces
+
+Each text is read up to its questions, tokens are dropped once, and the loss of the rest is compared
+with the full cache's: with the same number of tokens in every head, as llama.cpp can do, and with
+one budget that goes to the best tokens of all heads together, as it cannot.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kvp_edge.cli.options import bundled_model
+from kvp_edge.evaluation import statistics
+from kvp_edge.evaluation.simulator import equal_counts, ragged_counts, simulated_loss
+from kvp_edge.evaluation.statistics import Scores
+from kvp_edge.own_policy import own_policy
+from kvp_edge.policies import Learned
+from kvp_edge.traces import Trace, TraceSet
+from kvp_edge.training.twin import Twin
+
+COUNTS = {"equal": equal_counts, "ragged": ragged_counts}
+
+
+def worths(policy: Learned, trace: Trace, n: int) -> dict[str, NDArray[np.float32]]:
+    """What the policy and an oracle say of the first n tokens: f32 [L, H, n] each."""
+    keys = trace.keys[:, :, :n].astype(np.float32)
+    values = trace.values[:, :, :n].astype(np.float32)
+    positions = trace.positions[:n]
+    scores = policy.score(keys, values, positions)
+    return {
+        "policy": policy.worth(scores, n - positions),
+        "oracle": trace.importance(n),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.train_policy.ragged", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--traces", type=Path, default=Path("build/policy/held-out-traces"))
+    parser.add_argument("--model", help="the GGUF file (default: the model that comes along)")
+    parser.add_argument("--policy", help="a file of objective global (default: the model's own)")
+    parser.add_argument("--texts", type=int, default=24, help="most texts (default: 24)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    chosen = parser.parse_args(arguments)
+
+    torch.set_num_threads(chosen.threads)
+    model = chosen.model or bundled_model()
+    policy = Learned(chosen.policy or own_policy(model) or parser.error("name a --policy"))
+    if policy.info.objective != "global":
+        parser.error(f"'{policy.path}' is of objective {policy.info.objective}: its heads' scores "
+                     "cannot be compared with each other")  # fmt: skip
+    traces, twin = TraceSet(chosen.traces, model=model), Twin.load(model)
+    texts = [i for i in range(len(traces)) if 256 <= traces[i].n_prompt < len(traces[i]) - 1]
+    rises: dict[tuple[str, int, str], dict[tuple[int, int], float]] = {}
+    for i in tqdm(texts[: chosen.texts], unit="text"):
+        trace = traces[i]
+        n, tokens = trace.n_prompt, trace.tokens.tolist()
+        everything = np.ones((*trace.keys.shape[:2], n), np.bool_)
+        full = simulated_loss(twin, tokens, n, everything)
+        at = np.arange(n)
+        protected = (at < policy.info.sinks) | (at >= n - policy.info.recent)
+        for who, worth in worths(policy, trace, n).items():
+            for part in (4, 8):
+                for name, choose in COUNTS.items():
+                    keep = choose(worth, protected, n // part)
+                    rise = simulated_loss(twin, tokens, n, keep) - full
+                    rises.setdefault((who, part, name), {})[0, i] = rise
+    print("| kept | by | equal counts: loss increase | ragged counts | ragged minus equal |")
+    print("|---|---|---|---|---|")
+    for who in ("policy", "oracle"):
+        for part in (4, 8):
+            equal, ragged = ({"texts": rises[who, part, name]} for name in COUNTS)
+            print(f"| 1/{part} | {who} | {_mean(equal)} | {_mean(ragged)} "
+                  f"| {_words(statistics.difference(ragged, equal))} |")  # fmt: skip
+
+
+def _mean(scores: Scores) -> str:
+    return _words(statistics.mean(scores))
+
+
+def _words(e: statistics.Estimate) -> str:
+    return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+
+
+if __name__ == "__main__":
+    main()
