@@ -349,6 +349,12 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
             f"the policy file '{path}' has the kvp.objective '{objective}', and this kvp_edge "
             f"knows {', '.join(OBJECTIVES)}: update kvp_edge"
         )
+    horizon = get("kvp.retention.horizon") if objective == "global" else PolicyInfo.horizon
+    if horizon < 1:
+        raise PolicyFileError(
+            f"the policy file '{path}' has the kvp.retention.horizon {horizon}; it must be at "
+            "least 1"
+        )
     return PolicyInfo(
         architecture=get("general.architecture", str),
         n_layer=get("kvp.block_count"),
@@ -361,7 +367,7 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
         objective=objective,
         sinks=get("kvp.protected.sinks"),
         recent=get("kvp.protected.recent"),
-        horizon=get("kvp.retention.horizon") if objective == "global" else PolicyInfo.horizon,
+        horizon=horizon,
         base_model=values.get("general.base_model.0.name", ""),
         fingerprint=values.get("kvp.base_model.fingerprint", ""),
         training_data=values.get("kvp.training.data", ""),

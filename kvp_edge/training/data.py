@@ -247,8 +247,9 @@ class Sampler:
             inner = at[:, half : half + self.run].reshape(-1)
             there = (inner >= first) & (inner < end)
             known.append((at >= 0) & (at < n))
+            held = held if len(held) == 1 else held[heads]
             there = there & held[:, inner.clip(0, n - 1)]
-            present.append(there if len(held) == 1 else there[heads])
+            present.append(there)
             inside = at.clip(0, n - 1).reshape(-1)
             features.append(gather(trace, inside, heads, index).reshape(len(heads), *at.shape, -1))
             received = importance_of(trace, n, heads, index)[:, inner.clip(0, n - 1)]

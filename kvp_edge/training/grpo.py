@@ -60,8 +60,9 @@ def log_probabilities(scores: Tensor, drawn: Tensor, temperature: float) -> Tens
 def advantages(returns: Tensor) -> Tensor:
     """How much better each rollout did than the others of its text, from each eviction on: f32
     [G, K] from [G, K]."""
-    centred = returns - returns.mean(0, keepdim=True)
-    return centred / (returns.std(0, keepdim=True) + _TINY)
+    exact = returns.double()  # or the mean of equal returns is another number, by rounding
+    centred = exact - exact.mean(0, keepdim=True)
+    return (centred / (exact.std(0, keepdim=True) + _TINY)).float()
 
 
 def grpo_loss(
