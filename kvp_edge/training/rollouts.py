@@ -25,6 +25,7 @@ from kvp_edge.training.agent import Agents, position_features
 from kvp_edge.training.data import Protected
 from kvp_edge.training.grpo import draw, log_probabilities
 from kvp_edge.training.settings import Settings
+from kvp_edge.whole_spans import Span
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
@@ -91,7 +92,7 @@ class _Reader(Subject):
     """A subject that tells the loss of every token of a text. Template markers are tokens like
     others, so that an action is what was drawn."""
 
-    def _marker_spans(self, start: int, end: int) -> list[tuple[int, int]]:
+    def _find_spans(self, start: int, end: int) -> list[Span]:
         return []
 
     def follow(self, tokens: Sequence[int]) -> Reading:
