@@ -51,35 +51,37 @@ def untrained(corpus: Corpus, corpus_folder: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("objective", ["kvp", "foresight", "global"])
 def test_one_command_makes_traces_policy_and_comparison_and_goes_on_where_it_stopped(
     books: Path, corpus_folder: Path, untrained: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], objective: str,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
     command = ["--smoke", "--books", str(books), "--model-run", str(corpus_folder)]
     command += ["--model", str(untrained), "--out", str(tmp_path), "--threads", "1"]
+    command += ["--objective", objective]
     main(command)
     policy = Path(capsys.readouterr().out.splitlines()[-1])
     info, _ = read_policy(policy)
-    assert info.architecture == "qwen3"
+    assert (info.architecture, info.objective) == ("qwen3", objective)
     seen, held_out = TraceSet(tmp_path / "traces"), TraceSet(tmp_path / "held-out-traces")
     assert len(seen) == len(held_out) == SMOKE_TRACES
     assert not {t.source for t in seen if list(t.tokens) in [list(h.tokens) for h in held_out]}
-    figures = json.loads((tmp_path / "comparison.json").read_text())
+    figures = json.loads((tmp_path / objective / "comparison.json").read_text())
     n_heads = config.SMOKE.model.n_layer * config.SMOKE.model.n_head_kv
     assert all(len(found["cost"]) == n_heads for found in figures.values())
     # nothing ranks better than the oracle, head by head
     for found in figures.values():
         assert all(c >= 1 - 1e-5 for c in found["cost"])
     assert figures["oracle"]["lost"] == pytest.approx([0] * n_heads, abs=1e-6)
-    assert "| layer, head |" in (tmp_path / "comparison.md").read_text()
-    assert (tmp_path / "cost-per-head.png").read_bytes().startswith(b"\x89PNG")
+    assert "| layer, head |" in (tmp_path / objective / "comparison.md").read_text()
+    assert (tmp_path / objective / "cost-per-head.png").read_bytes().startswith(b"\x89PNG")
 
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*traces/trace-*")}
-    checkpoint = (tmp_path / "run" / "best.safetensors").stat().st_mtime_ns
+    checkpoint = (tmp_path / objective / "best.safetensors").stat().st_mtime_ns
     main(command)
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*traces/trace-*")}
-    assert (tmp_path / "run" / "best.safetensors").stat().st_mtime_ns == checkpoint
+    assert (tmp_path / objective / "best.safetensors").stat().st_mtime_ns == checkpoint
 
 
 def test_the_tokenizer_of_another_run_is_refused(untrained: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
     python -m scripts.train_policy --books data/books --model-run build/model --out build/policy
 
 Every stage leaves its result in the output folder, and the same command goes on where it stopped.
+With --objective kvp or foresight it makes the other policies of docs/results.md, of the same traces
+if --out is the same.
 """
 
 import argparse
@@ -28,12 +30,46 @@ LENGTH = 1536  # tokens of the longest trace
 TRACES, HELD_OUT_TRACES = 800, 96
 # Below 8 queries per block a trace is larger than twice its keys and values.
 BLOCK = 16
-RECIPE = Settings(steps=2000, token_steps=200, states=8, tokens=512, lr=3e-3, eval_every=250)
+RECIPE = Settings(
+    objective="kvp", steps=2000, token_steps=200, states=8, tokens=512, lr=3e-3, eval_every=250
+)
+RECIPES = {
+    "kvp": RECIPE,
+    "global": Settings(
+        objective="global", steps=2500, states=4, lr=3e-3, capacity=96, eval_every=250
+    ),
+    # the evictions of an eighth of 1,024 cells
+    "foresight": Settings(
+        objective="foresight",
+        steps=800,
+        token_steps=100,
+        lr=3e-3,
+        eval_every=200,
+        budget=96,
+        every=32,
+        grpo_steps=80,
+        grpo_lr=1e-3,
+        texts=3,
+    ),
+}
 
 SMOKE_LENGTH, SMOKE_TRACES = 256, 6
-SMOKE = Settings(
-    hidden=8, steps=6, token_steps=2, warmup=2, states=2, tokens=64, eval_every=4, recent=16
-)
+_SMALL = {"hidden": 8, "steps": 6, "warmup": 2, "states": 2, "eval_every": 4, "recent": 16}
+SMOKES = {
+    "kvp": Settings(objective="kvp", **_SMALL, token_steps=2, tokens=64),
+    "global": Settings(objective="global", **_SMALL, distil_steps=1, texts=1, distil_tokens=32),
+    "foresight": Settings(
+        objective="foresight",
+        **_SMALL,
+        token_steps=2,
+        tokens=64,
+        budget=32,
+        every=16,
+        grpo_steps=1,
+        texts=1,
+        rollouts=2,
+    ),
+}
 
 
 def capture(
@@ -70,6 +106,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", help="the GGUF file (default: the model that comes along)")
     parser.add_argument("--out", type=Path, default=Path("build/policy"), help="folder for all")
+    parser.add_argument(
+        "--objective",
+        choices=tuple(RECIPES),
+        default="global",
+        help="what is trained for (default: global, the policy that comes along)",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that all works")
@@ -78,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(chosen.threads)
     model = chosen.model or bundled_model()
     recipe = config.SMOKE if chosen.smoke else config.FULL_CPU
-    settings = SMOKE if chosen.smoke else RECIPE
+    settings = (SMOKES if chosen.smoke else RECIPES)[chosen.objective]
     length = SMOKE_LENGTH if chosen.smoke else LENGTH
     counts = (SMOKE_TRACES, SMOKE_TRACES) if chosen.smoke else (TRACES, HELD_OUT_TRACES)
     corpus = prepare(chosen.books, chosen.model_run, recipe)
@@ -92,18 +134,19 @@ def main(arguments: list[str] | None = None) -> None:
             ("held-out-traces", counts[1], True, chosen.seed + 1),
         )
     ]  # fmt: skip
-    run = chosen.out / "run"
+    run = chosen.out / chosen.objective
     if not (run / "report.json").exists():
-        train(sets[0], run, settings)
+        engine = {"n_threads": chosen.threads, "n_threads_batch": chosen.threads}
+        train(sets[0], run, settings, model=model, engine=engine)
     made = export(run, outtype="f16", license="mit", traces=sets[1])
 
     found = compare(made.gguf, sets[1], 2 * len(sets[1]))
     heads = sets[1].model["n_head_kv"]
     text = summary(found, heads)
-    (chosen.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
+    (run / "comparison.md").write_text(text + "\n", encoding="utf-8")
     figures = {name: plain(quality) for name, quality in found.items()}
-    (chosen.out / "comparison.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    plot(found, heads, chosen.out / "cost-per-head.png")
+    (run / "comparison.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    plot(found, heads, run / "cost-per-head.png")
     print(text, file=sys.stderr)
     print(made.gguf)
 

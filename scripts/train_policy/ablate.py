@@ -1,4 +1,4 @@
-"""Train variants of the recipe on the same traces and compare them on the same held-out ones:
+"""Train variants of the KVP recipe on the same traces and compare them on the same held-out ones:
 
     python -m scripts.train_policy.ablate --traces build/policy --out build/ablations
 

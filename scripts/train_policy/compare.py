@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from kvp_edge.evaluation.plots import cost_per_head_plot
 from kvp_edge.native import NativePolicy
-from kvp_edge.policy_file import read_policy
+from kvp_edge.policies import Learned
 from kvp_edge.traces import Trace, TraceSet
 from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
 from kvp_edge.training.data import Protected, check_traces
@@ -18,7 +18,6 @@ from kvp_edge.training.validate import (
     heuristic_scorer,
     measure,
     oracle_scorer,
-    weighted,
 )
 
 PLOTTED = ("policy", "keydiff", "recency", "snapkv", "tova")
@@ -27,19 +26,25 @@ LITTLE = 0.01  # a head that loses less than this to every heuristic has nothing
 
 def compare(policy: Path, traces: TraceSet, states: int) -> dict[str, Quality]:
     """Quality of the policy file, run natively, and of all baselines on the same cuts."""
-    info, weights = read_policy(policy)
+    learned = Learned(policy)
+    info = learned.info
     protected = Protected(info.sinks, info.recent)
     usable, _ = check_traces(traces, protected)
     chosen = choose_states(traces, usable, protected, states)
-    native = NativePolicy(weights)
+    native = NativePolicy(learned.weights)
 
     def score(trace: Trace, n: int) -> NDArray[np.float32]:
         keys = trace.keys[:, :, :n].astype(np.float32)
         values = trace.values[:, :, :n].astype(np.float32)
-        return native.score(keys, values, trace.positions[:n]).reshape(-1, n)
+        scores = native.score(keys, values, trace.positions[:n])
+        return learned.worth(scores, n - trace.positions[:n]).reshape(-1, n)
 
-    together = weighted(weights.aggregate.reshape(-1))
-    found = {"policy": measure(score, traces, chosen, protected, together)}
+    def whole(worth: NDArray[np.float32]) -> NDArray[np.float32]:
+        together = learned.whole_tokens(worth.reshape(info.n_layer, info.n_head_kv, -1))
+        assert together is not None  # a policy file always says
+        return together
+
+    found = {"policy": measure(score, traces, chosen, protected, whole)}
     scorers = {name: heuristic_scorer(name) for name in BASELINES}
     for name, scorer in (scorers | ATTENTION_BASELINES | {"oracle": oracle_scorer()}).items():
         found[name] = measure(scorer, traces, chosen, protected)
