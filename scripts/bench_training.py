@@ -37,8 +37,10 @@ TRACES = 8
 
 
 def row(name: str, args: argparse.Namespace) -> str:
-    usual = Settings(precision=args.precision)
-    few = replace(usual, steps=args.steps, token_steps=0, eval_every=args.steps)
+    usual = Settings(objective=args.objective, precision=args.precision)
+    few = replace(usual, steps=args.steps, eval_every=args.steps)
+    if args.objective == "kvp":
+        few = replace(few, token_steps=0)
     traces = SyntheticTraces(TRACES, tokens=args.tokens, shape=SHAPES[name])
     with tempfile.TemporaryDirectory() as folder:
         train(
@@ -47,11 +49,11 @@ def row(name: str, args: argparse.Namespace) -> str:
         started = time.perf_counter()
         result = train(traces, Path(folder) / "run", few, device=args.device)
         wall = time.perf_counter() - started
-    tokens_per_step = usual.states * usual.tokens
+    tokens_per_step = usual.states * (usual.tokens if args.objective == "kvp" else args.tokens)
     step = tokens_per_step / result.tokens_per_second
     # three validations were in it: the baselines, the only one on the way, and the best agents
     validation = (wall - args.steps * step) / 3
-    steps = usual.steps + usual.token_steps
+    steps = sum(count for _, count in usual.phases)
     whole = steps * step + steps / usual.eval_every * validation
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if args.device == "cuda":
@@ -66,6 +68,7 @@ def row(name: str, args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["bundled", "0.5B"])
+    parser.add_argument("--objective", choices=("kvp", "global"), default=Settings.objective)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=1024, help="of a trace")
     parser.add_argument("--threads", type=int, default=2)

@@ -30,7 +30,14 @@ TRACES = SyntheticTraces(6, "neighbour", shape=(2, 2, 32, 16))
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     settings = Settings(
-        hidden=16, context=5, steps=20, token_steps=5, states=2, tokens=128, eval_every=10
+        objective="kvp",
+        hidden=16,
+        context=5,
+        steps=20,
+        token_steps=5,
+        states=2,
+        tokens=128,
+        eval_every=10,
     )
     train(TRACES, folder, settings, progress=False)
     return folder
@@ -73,7 +80,14 @@ def _whole(trace: Any, n: int) -> tuple[Any, Any, Any]:
 
 def test_the_blind_agent_is_exported_too(tmp_path: Path) -> None:
     settings = Settings(
-        hidden=16, context=1, steps=6, token_steps=2, states=2, tokens=64, eval_every=6
+        objective="kvp",
+        hidden=16,
+        context=1,
+        steps=6,
+        token_steps=2,
+        states=2,
+        tokens=64,
+        eval_every=6,
     )
     train(TRACES, tmp_path, settings, progress=False)
     parity = export(tmp_path, outtype="f32").parity
@@ -119,7 +133,7 @@ def test_what_the_training_knew_is_in_the_file(run: Path, tmp_path: Path) -> Non
 def test_a_checkpoint_without_a_model_needs_one(tmp_path: Path) -> None:
     traces = SyntheticTraces(4)
     traces.model = {}
-    settings = Settings(hidden=8, steps=2, token_steps=0, states=1, tokens=64, eval_every=2)
+    settings = Settings(hidden=8, steps=2, states=1, eval_every=2)
     train(traces, tmp_path, settings, progress=False)
     with pytest.raises(TrainingError, match="--base MODEL.gguf"):
         export(tmp_path)

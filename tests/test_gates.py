@@ -342,7 +342,7 @@ def test_a_folder_with_a_run_of_another_objective_is_refused(tmp_path: Path) -> 
     with pytest.raises(TrainingError, match=r"other settings \(capacity: 64 instead of 65\)"):
         train(traces, tmp_path, Settings(**{**TINY, "capacity": 65}), progress=False)
     with pytest.raises(TrainingError, match=r"other settings \(objective: global instead of kvp\)"):
-        train(traces, tmp_path, Settings(), progress=False)
+        train(traces, tmp_path, Settings(objective="kvp"), progress=False)
 
 
 @pytest.mark.parametrize(

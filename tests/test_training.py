@@ -30,6 +30,7 @@ from kvp_edge.training.validate import State, agent_scorer, costs, measure  # no
 from support.synthetic_traces import SyntheticTraces  # noqa: E402
 
 QUICK: dict[str, Any] = {
+    "objective": "kvp",
     "importance": "sum",
     "hidden": 16,
     "steps": 120,
@@ -208,11 +209,14 @@ def test_what_was_finished_is_kept_when_a_trace_turns_out_bad(tmp_path: Path) ->
     ("setting", "sentence"),
     [
         ({"objective": "magic"}, "objective is kvp or foresight or global, not 'magic'"),
-        ({"capacity": 64}, "capacity is a setting of objective global, and this is kvp"),
-        ({"rankings": 1}, "at least 2 rankings"),
-        ({"advantage": "both"}, "advantage is loo or zscore, not 'both'"),
+        (
+            {"rankings": 4},
+            "rankings is a setting of objective kvp or foresight, and this is global",
+        ),
+        ({"objective": "kvp", "rankings": 1}, "at least 2 rankings"),
+        ({"objective": "kvp", "advantage": "both"}, "advantage is loo or zscore, not 'both'"),
         ({"context": 99}, "must cover half of the context width"),
-        ({"effort": 0.0}, "effort is a share"),
+        ({"objective": "kvp", "effort": 0.0}, "effort is a share"),
         ({"validation": 1.0}, "validation is a share"),
         ({"precision": "f8"}, "precision is f32 or bf16"),
     ],

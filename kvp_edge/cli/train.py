@@ -24,12 +24,14 @@ Several GPUs or machines:  torchrun --nproc-per-node 8 -m kvp_edge train TRACES 
 
 examples:
   kvp-edge train traces --out run
-  kvp-edge train traces --out run --context 1      (the paper's agent: every token scored alone)"""
+  kvp-edge train traces --out run --objective kvp --context 1     (the agent of the KVP paper)
+  kvp-edge train traces --out run --objective foresight --model model.gguf"""
 
 #: setting -> what it does
 _HELP: dict[str, str] = {
-    "objective": "kvp: rankings of one moment over all budgets; foresight: golden evictions, then "
-    "rollouts in the model; global: retention gates under one capacity",
+    "objective": "global: how fast a token's use fades, under one capacity of all heads; kvp: "
+    "rankings of one moment over all budgets; foresight: golden evictions, then rollouts in the "
+    "model",
     "hidden": "hidden units of each of an agent's two layers",
     "context": "tokens that a score sees, an odd number around its own; 1: the paper's agent",
     "steps": "training steps of the agents",
@@ -39,7 +41,7 @@ _HELP: dict[str, str] = {
     "warmup": "steps until the highest learning rate is reached; a cosine to 0 follows",
     "weight_decay": "AdamW's",
     "ema": "memory of the averaged weights that become the policy",
-    "states": "cut texts per step",
+    "states": "texts per step, cut at random (global: whole)",
     "tokens": "tokens that compete in each, at most",
     "rankings": "sampled rankings of each",
     "importance": "sum: attention of all later queries; peak: of the block that wants a token most",

@@ -35,6 +35,7 @@ class Learner:
             moments of its own asks for them (``add_optimiser``).
         heads: intp [N], all of them.
         stakes: f64 [N], the attention that each still loses in validation.
+        drawn: tokens learned from so far, by this process.
     """
 
     def __init__(self, agents: Agents, settings: Settings, worker: Worker) -> None:
@@ -44,6 +45,7 @@ class Learner:
         self.ema.load_state_dict(agents.state_dict())
         self.heads: npt.NDArray[np.intp] = np.arange(agents.shape.n_heads)
         self.stakes = np.ones(len(self.heads))
+        self.drawn = 0
         self._own = {k: p for k, p in agents.named_parameters() if p.requires_grad}
         tokens = {"log_aggregate": self._own.pop("log_aggregate")}
         self.optimisers = {"token": HeadAdamW(tokens, 0.0)}
@@ -107,6 +109,7 @@ class Learner:
         out = {"agents." + k: v for k, v in self.agents.state_dict().items()}
         out |= {"ema." + k: v for k, v in self.ema.state_dict().items()}
         out["stakes"] = torch.from_numpy(self.stakes)
+        out["drawn"] = torch.tensor(self.drawn)
         for name, optimiser in self.optimisers.items():
             out |= {f"{name}.{k}": v for k, v in optimiser.state().items()}
         return out
@@ -115,6 +118,7 @@ class Learner:
         self.agents.load_state_dict(under("agents.", state))
         self.ema.load_state_dict(under("ema.", state))
         self.stakes = state["stakes"].numpy()
+        self.drawn = int(state["drawn"])
         for name, optimiser in self.optimisers.items():
             optimiser.load(under(name + ".", state))
 

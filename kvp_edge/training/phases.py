@@ -121,6 +121,7 @@ class Gates:
                 scores, found.wanted, found.times, sampler.protected, s.capacity, s.capacity_weight
             )
             (loss / s.states).backward()
+            learner.drawn += scores.shape[1]
             total += float(loss.detach()) / s.states
         learner.move(together(learner), rate)
         return total
@@ -168,7 +169,9 @@ class Distil:
         for _ in range(s.texts):
             text = self._texts[int(rng.choice(self._texts.indices))]
             first = int(rng.integers(max(1, len(text) - s.distil_tokens + 1)))
-            loss = self._loss(learner.agents, text[first : first + s.distil_tokens]) / s.texts
+            text = text[first : first + s.distil_tokens]
+            loss = self._loss(learner.agents, text) / s.texts
+            learner.drawn += len(text)
             loss.backward()
             total += float(loss.detach())
         moved = together(learner)
@@ -237,6 +240,7 @@ class InModel:
         for index in rng.choice(indices, s.texts, replace=len(indices) < s.texts).tolist():
             text, full = self._texts[index].tolist(), self._full(self._texts, index)
             group = [self._rollouts.roll(text, agents, generator) for _ in range(s.rollouts)]
+            learner.drawn += s.rollouts * len(text)
             returns = np.stack([self._rollouts.returns(rollout, full) for rollout in group])
             gains = advantages(torch.from_numpy(returns).float().to(learner.worker.device))
             played += list(zip(group, gains, strict=True))
@@ -332,6 +336,7 @@ def draw(
     """A step's batch, and what its noise comes from."""
     device = learner.worker.device
     batch = sampler.draw(learner.rng(0, step), heads).to(device)
+    learner.drawn += batch.present[0].numel()
     seed = np.random.SeedSequence([learner.settings.seed, 0, step, learner.worker.rank])
     noise = int(seed.generate_state(1, np.uint64)[0] >> 1)
     return batch, torch.Generator(device).manual_seed(noise)

@@ -46,7 +46,8 @@ class Settings:
     Attributes:
         steps, token_steps: of the agents, and of the token weights after them.
         lr, token_lr: highest learning rates; ``warmup`` steps up to them, then a cosine to 0.
-        states, tokens: B states per step with up to so many competing tokens each.
+        states: B per step: cut texts, or (global) whole ones.
+        tokens: of a state that compete, at most.
         rankings: K, sampled per state.
         effort: share of the heads in a step.
         eval_every: steps between validations; each writes a checkpoint.
@@ -71,17 +72,17 @@ class Settings:
         horizon: (global) tokens to come for which a token's use is added up.
     """
 
-    objective: Objective = "kvp"
+    objective: Objective = "global"
     hidden: int = 64
     context: int = 9
     steps: int = 2000
     token_steps: int = 200
-    lr: float = 2e-3
+    lr: float = 3e-3
     token_lr: float = 2e-2
     warmup: int = 100
     weight_decay: float = 1e-3
     ema: float = 0.99
-    states: int = 8
+    states: int = 4
     tokens: int = 512
     rankings: int = 8
     importance: Importance = "peak"
@@ -110,7 +111,7 @@ class Settings:
     reward: Reward = "low-large"
     low_entropy: float = 0.8
     large: float = 1.5
-    capacity: int = 128
+    capacity: int = 96
     capacity_weight: float = 4.0
     horizon: int = 1024
     distil_steps: int = 0

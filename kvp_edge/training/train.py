@@ -294,7 +294,7 @@ class _Run:
                     bar.set_postfix_str(self._validate(name))
         agents, _ = checkpoint.load_agents(self.out)
         quality = self._measure(agents.to(self.worker.device))
-        drawn = self.step * s.states * s.tokens * self.worker.world
+        drawn = self.learner.drawn * self.worker.world
         in_model = self.phases.get("rollouts")
         increase = in_model.increase if isinstance(in_model, InModel) else None
         result = Result(self.out, quality, baselines, drawn / max(self.seconds, 1e-9), increase)
