@@ -103,7 +103,11 @@ class _Reader(Subject):
         self.forget()
         usual, self._logits_all = self._logits_all, True
         try:
-            self.read(list(tokens))
+            # the budget first, or the first eviction would drop another number than later ones
+            assert self._kv is not None
+            budget = self._kv.limits.budget
+            self.read(tokens[:budget])
+            self.read(tokens[budget:])
         finally:
             self._logits_all = usual
         found = np.concatenate(self._losses), np.concatenate(self._entropies)
