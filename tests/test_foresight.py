@@ -21,8 +21,16 @@ from kvp_edge.training.foresight import GoldenEvictions, hinge_loss  # noqa: E40
 from kvp_edge.training.train import Settings, train  # noqa: E402
 from support.synthetic_traces import SyntheticTrace, SyntheticTraces  # noqa: E402
 
-#: One trace: 160 tokens, 2 layers x 2 heads, borders every 16 tokens.
-TRACE = SyntheticTraces(1)[0]
+
+class Fickle(SyntheticTrace):
+    """Every moment wants other tokens: what was dropped may be wanted later."""
+
+    def importance(self, n: int) -> Any:
+        return np.random.default_rng(n).random((*self.keys.shape[:2], n), np.float32)
+
+
+#: 160 tokens, 2 layers x 2 heads, borders every 16 tokens.
+TRACE = Fickle(**vars(SyntheticTraces(1)[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +118,8 @@ def tales(draw: st.DrawFn) -> tuple[SyntheticTrace, int, int, int, int]:
     trace = SyntheticTraces(1, seed=draw(st.integers(0, 50)))[0]
     if draw(st.booleans()):  # many wanted alike
         trace.paid[:] = trace.paid.round(2)
+    elif draw(st.booleans()):
+        trace = Fickle(**vars(trace))
     return trace, budget, every, sinks, recent
 
 
