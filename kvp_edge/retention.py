@@ -2,7 +2,7 @@
 
 A gate (TRIM-KV, arXiv:2512.03324; Make Each Token Count, arXiv:2605.09649) gives a token, once and
 for all, the share beta of its use that is left after every later token. What is left over the
-tokens to come, the sum of beta ** age, stands for how much the token will still be used, and is
+tokens to come, the mean of beta ** age, stands for how much the token will still be used, and is
 comparable across layers and heads: gates are trained together, for one global capacity.
 """
 
@@ -20,10 +20,11 @@ BIAS = 6.0
 
 
 def log_future_use(scores: FloatArray, ages: IntArray, horizon: int) -> FloatArray:
-    """log of the sum of beta ** s over s = age, age + 1, ..., age + horizon - 1.
+    """log of the mean of beta ** s over s = age, age + 1, ..., age + horizon - 1.
 
     The code of 2605.09649 looks one token ahead, which counts a token that came in just now and
-    fades soon as much as one that will last; the paper's sum tells them apart.
+    fades soon as much as one that will last; the paper's sum tells them apart. (The mean orders
+    like the sum, and near 0 float32 still tells apart tokens that hardly fade at all.)
 
     Args:
         scores: f32 [..., n], the gates' raw scores.
@@ -32,12 +33,12 @@ def log_future_use(scores: FloatArray, ages: IntArray, horizon: int) -> FloatArr
         horizon: tokens to come, at least 1.
 
     Returns:
-        f32 [..., n], at most log(horizon).
+        f32 [..., n], at most 0.
     """
     log_beta = -np.logaddexp(0.0, -(scores.astype(np.float64) + BIAS))
     log_beta = np.minimum(log_beta, -1e-12)  # the geometric sum divides by 1 - beta
-    total = np.log(np.expm1(log_beta * horizon) / np.expm1(log_beta))
-    out: FloatArray = (log_beta * ages + total).astype(np.float32)
+    mean = np.log(np.expm1(log_beta * horizon) / np.expm1(log_beta) / horizon)
+    out: FloatArray = (log_beta * ages + mean).astype(np.float32)
     return out
 
 

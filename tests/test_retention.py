@@ -26,18 +26,18 @@ Numbers = NDArray[np.float64]
 
 
 def direct(scores: Any, ages: Any, horizon: int) -> Numbers:
-    """log of beta ** age + ... + beta ** (age + horizon - 1), term by term."""
+    """log of the mean of beta ** age, ..., beta ** (age + horizon - 1), term by term."""
     log_beta = -np.logaddexp(0.0, -(np.asarray(scores, np.float64) + BIAS))
     terms = np.asarray(ages)[..., None] + np.arange(horizon)
     out: Numbers = np.logaddexp.reduce(log_beta[..., None] * terms, axis=-1)
-    return out
+    return out - np.log(horizon)
 
 
 # -- the formula ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 37, 1024])
-def test_future_use_is_the_sum_over_the_tokens_to_come(horizon: int) -> None:
+def test_future_use_is_the_mean_over_the_tokens_to_come(horizon: int) -> None:
     rng = np.random.default_rng(horizon)
     scores = rng.uniform(-20, 12, (2, 3, 50)).astype(np.float32)
     ages = rng.integers(1, 5000, 50).astype(np.int32)
@@ -59,17 +59,20 @@ def test_every_score_gives_a_number_in_the_order_of_the_scores(
     got = log_future_use(ordered, np.full(len(ordered), age, np.int32), horizon)
     assert np.isfinite(got).all()
     assert (np.diff(got) >= 0).all()
-    assert got.max() <= np.float32(np.log(horizon))
+    assert got.max() <= 0
 
 
-def test_a_token_that_stays_for_ever_is_worth_the_horizon_and_one_that_fades_at_once_nothing() -> (
-    None
-):
+def test_a_token_that_stays_for_ever_is_worth_1_and_one_that_fades_at_once_nothing() -> None:
     ages = np.array([1, 1000], np.int32)
     for_ever = log_future_use(np.full(2, 1e4, np.float32), ages, 64)
-    np.testing.assert_allclose(for_ever, np.log(64), rtol=1e-6)
+    np.testing.assert_allclose(for_ever, 0, atol=1e-8)
     at_once = log_future_use(np.full(2, -1e4, np.float32), ages, 64)
-    np.testing.assert_allclose(at_once, [-9994, -9994 * 1000], rtol=1e-6)
+    np.testing.assert_allclose(at_once, [-9994 - np.log(64), -9994 * 1000], rtol=1e-6)
+
+
+def test_tokens_that_hardly_fade_are_still_told_apart() -> None:
+    scores = np.arange(14, 20, dtype=np.float32)
+    assert (np.diff(log_future_use(scores, np.ones(6, np.int32), 1024)) > 0).all()
 
 
 def test_with_a_horizon_of_1_it_is_the_share_that_is_left() -> None:

@@ -1,4 +1,4 @@
-"""A learned policy: a small network per KV head (as in KVP, arXiv:2602.10238), from a policy file."""
+"""A learned policy: a small network per KV head, as in KVP (arXiv:2602.10238), from a file."""
 
 from __future__ import annotations
 
