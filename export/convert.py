@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from kvp_edge.errors import PolicyFileError, TrainingError
-from kvp_edge.export.onnx_graph import write_onnx
+from kvp_edge.export.onnx_graph import refuse_statistics, write_onnx
 from kvp_edge.export.parity import Parity, check_parity
 from kvp_edge.policy_file import (
+    N_POSITION_FEATURES,
     OutType,
     PolicyInfo,
     PolicyWeights,
@@ -58,11 +59,12 @@ def policy_of(
         head_size_v=shape.head_size_v,
         hidden=shape.hidden,
         context=shape.context,
-        name=_stem(base_model, objective, shape.context),
+        name=_stem(base_model, objective, shape.context, shape.statistics),
         objective=objective,
         sinks=int(settings.get("sinks", 4)),
         recent=int(settings.get("recent", 32)),
         horizon=int(settings.get("horizon", PolicyInfo.horizon)),
+        statistics=shape.statistics,
         base_model=base_model,
         fingerprint=model.get("fingerprint", ""),
         training_data=f"{settings.get('n_traces', 0)} traces",
@@ -78,27 +80,31 @@ def policy_of(
     bias = w["fc1_bias"] - np.einsum("nf,nfh->nh", w["mean"], fc1)
     rows = fc1.swapaxes(1, 2)  # [N, h, F], as ggml multiplies
     dk, dv = shape.head_size_k, shape.head_size_v
+    place = slice(dk + dv, dk + dv + N_POSITION_FEATURES)
     return info, PolicyWeights(
         key=per_head(rows[..., :dk]),
         value=per_head(rows[..., dk : dk + dv]),
-        position=per_head(rows[..., dk + dv :]),
+        position=per_head(rows[..., place]),
         fc1_bias=per_head(bias),
         conv=per_head(w["conv"].swapaxes(1, 2)),
         fc2=per_head(w["fc2"].swapaxes(1, 2)),
         fc2_bias=per_head(w["fc2_bias"]),
         out=per_head(np.broadcast_to(w["out"], (shape.n_heads, shape.hidden))),
         aggregate=per_head(np.exp(w["log_aggregate"])),
+        statistics=per_head(rows[..., place.stop :]) if shape.statistics else None,
     )
 
 
-def _stem(base_model: str, objective: str, context: int) -> str:
+def _stem(base_model: str, objective: str, context: int, statistics: int) -> str:
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", base_model).strip("-") or "model"
     kind = "" if objective == "kvp" else f"-{objective}"
-    return f"kvp-{slug}{kind}-w{context}"
+    attention = f"-a{statistics}" if statistics else ""
+    return f"kvp-{slug}{kind}-w{context}{attention}"
 
 
 def derived_name(info: PolicyInfo, outtype: OutType) -> str:
-    """kvp-<model>[-<objective>]-w<context width>-<OUTTYPE>.gguf; without objective: kvp"""
+    """kvp-<model>[-<objective>]-w<context width>[-a<statistics>]-<OUTTYPE>.gguf; without objective:
+    kvp"""
     return f"{info.name}-{outtype.upper()}.gguf"
 
 
@@ -124,12 +130,15 @@ def export(
 
     Raises:
         TrainingError: no usable checkpoint.
-        PolicyFileError: the files do not score like PyTorch. They are left for inspection.
+        PolicyFileError: the files do not score like PyTorch. They are left for inspection. Or
+            ONNX of a policy that looks at attention statistics.
     """
     agents, about = load_agents(checkpoint)
     info, weights = policy_of(
         agents, about, architecture=architecture, base_model=base_model, license=license
     )
+    if onnx:
+        refuse_statistics(info)
     if traces is not None:
         trace = traces[0]
         found = (*trace.keys.shape[:2], trace.keys.shape[3], trace.values.shape[3])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvp_edge.errors import PolicyFileError
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights
 
 _OPSET = 17
@@ -39,6 +40,17 @@ class _Graph:
         return output
 
 
+def refuse_statistics(info: PolicyInfo) -> None:
+    """Raises:
+    PolicyFileError: the policy looks at attention statistics, which ONNX's inputs do not hold.
+    """
+    if info.statistics:
+        raise PolicyFileError(
+            f"the policy '{info.name}' looks at the attention of {info.statistics} queries, and an "
+            "ONNX file sees keys, values and positions alone: export it without --onnx"
+        )
+
+
 def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWeights) -> None:
     """Write the policy as ONNX, f32.
 
@@ -46,7 +58,11 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
     n is dynamic. A negative position marks a token that is missing: it is not seen by its
     neighbours, and its score means nothing. Output: scores f32 [L, H, n]. The metadata holds the
     policy file's keys and the heads' weights as JSON.
+
+    Raises:
+        PolicyFileError: as ``refuse_statistics``.
     """
+    refuse_statistics(info)
     try:
         import onnx  # noqa: PLC0415
         from onnx import TensorProto, helper  # noqa: PLC0415

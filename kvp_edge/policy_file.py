@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ OutType = Literal["f32", "f16", "q8_0"]
 FORMAT_VERSION = 1
 OBJECTIVES = ("kvp", "foresight", "global")
 N_POSITION_FEATURES = 4
+N_STATISTICS = 2
 #: What a token's score is computed from, in the order of the first layer's inputs.
 FEATURES = (
     "key",
@@ -29,6 +30,8 @@ FEATURES = (
     "cos(log2(1+p))",
     "1/(1+p)",
 )
+#: What comes after that in a policy that looks at attention statistics.
+STATISTICS = ("log(1e-4+attention)", "log(1e-4+attention of the newer half)")
 
 _AGGREGATE = "kvp_aggregate.weight"
 _Q8_0_BLOCK = 32
@@ -37,7 +40,8 @@ _Q8_0_BLOCK = 32
 @dataclass(frozen=True)
 class PolicyInfo:
     """What a policy file says of itself. ``n_layer`` counts the layers of the base KV cache;
-    ``horizon`` is of gates (objective "global", kvp_edge.retention)."""
+    ``horizon`` is of gates (objective "global", kvp_edge.retention); ``statistics`` counts the
+    newest queries whose attention is looked at, 0: none."""
 
     architecture: str
     n_layer: int
@@ -51,6 +55,7 @@ class PolicyInfo:
     sinks: int = 4
     recent: int = 32
     horizon: int = 1024
+    statistics: int = 0
     base_model: str = ""
     fingerprint: str = ""
     training_data: str = ""
@@ -67,6 +72,7 @@ class PolicyWeights:
         conv [L, H, w, h]: over tokens; conv[:, :, w // 2] is the token's own. All 1 for w = 1.
         fc2 [L, H, h, h], fc2_bias [L, H, h], out [L, H, h].
         aggregate [L, H]: weights of the heads' scores in the score of a whole token.
+        statistics [L, H, h, 2]: of the first layer, too; None: the policy looks at no attention.
     """
 
     key: FloatArray
@@ -78,6 +84,11 @@ class PolicyWeights:
     fc2_bias: FloatArray
     out: FloatArray
     aggregate: FloatArray
+    statistics: FloatArray | None = None
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """Those that there are, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
 
 
 #: attribute of PolicyWeights -> name of its tensor, one per layer
@@ -85,6 +96,7 @@ _TENSORS = {
     "key": "blk.{}.kvp_key.weight",
     "value": "blk.{}.kvp_value.weight",
     "position": "blk.{}.kvp_position.weight",
+    "statistics": "blk.{}.kvp_statistics.weight",
     "fc1_bias": "blk.{}.kvp_fc1.bias",
     "conv": "blk.{}.kvp_conv.weight",
     "fc2": "blk.{}.kvp_fc2.weight",
@@ -98,6 +110,7 @@ _TYPED = ("key", "value", "fc2")
 def weight_shapes(info: PolicyInfo) -> dict[str, tuple[int, ...]]:
     """The shape of every array of PolicyWeights for a policy of this kind."""
     heads, h = (info.n_layer, info.n_head_kv), info.hidden
+    statistics = {"statistics": (*heads, h, N_STATISTICS)} if info.statistics else {}
     return {
         "key": (*heads, h, info.head_size_k),
         "value": (*heads, h, info.head_size_v),
@@ -108,6 +121,7 @@ def weight_shapes(info: PolicyInfo) -> dict[str, tuple[int, ...]]:
         "fc2_bias": (*heads, h),
         "out": (*heads, h),
         "aggregate": heads,
+        **statistics,
     }
 
 
@@ -188,7 +202,7 @@ def write_policy(
     writer.add_uint32("kvp.head_count_kv", info.n_head_kv)
     writer.add_uint32("kvp.key_length", info.head_size_k)
     writer.add_uint32("kvp.value_length", info.head_size_v)
-    writer.add_array("kvp.features", list(FEATURES))
+    writer.add_array("kvp.features", list(_features(info.statistics)))
     writer.add_array("kvp.hidden_sizes", [info.hidden, info.hidden])
     writer.add_string("kvp.activation", "silu")
     writer.add_uint32("kvp.context_width", info.context)
@@ -196,11 +210,15 @@ def write_policy(
     writer.add_uint32("kvp.protected.recent", info.recent)
     if info.objective == "global":
         writer.add_uint32("kvp.retention.horizon", info.horizon)
+    if info.statistics:
+        writer.add_uint32("kvp.statistics.window", info.statistics)
     writer.add_string("kvp.training.data", info.training_data)
     writer.add_string("kvp.base_model.fingerprint", info.fingerprint)
 
-    for attribute, name in _TENSORS.items():
-        for layer, array in enumerate(getattr(weights, attribute)):
+    arrays = weights.arrays()
+    for attribute in (name for name in _TENSORS if name in arrays):
+        name = _TENSORS[attribute]
+        for layer, array in enumerate(arrays[attribute]):
             kind = _stored_type(outtype, attribute, array.shape[-1])
             quant = gguf.GGMLQuantizationType[kind.upper()]
             data = gguf.quants.quantize(np.ascontiguousarray(array, np.float32), quant)
@@ -221,6 +239,10 @@ def write_policy(
         if isinstance(error, OSError):
             raise OSError(f"cannot write '{path}': {error.strerror}") from error
         raise
+
+
+def _features(statistics: int) -> tuple[str, ...]:
+    return FEATURES + (STATISTICS if statistics else ())
 
 
 def _stored_type(outtype: OutType, attribute: str, row: int) -> OutType:
@@ -263,6 +285,7 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
     arrays = {
         attribute: np.stack([load(name.format(il), shapes[attribute][1:]) for il in layers])
         for attribute, name in _TENSORS.items()
+        if attribute in shapes
     }
     weights = PolicyWeights(**arrays, aggregate=load(_AGGREGATE, shapes["aggregate"]))
     _check_weights(info, weights, f"the policy file '{path}'")
@@ -324,7 +347,9 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
             f"version {FORMAT_VERSION}" + (": update kvp_edge" if version > FORMAT_VERSION else "")
         )
     features, hidden = get("kvp.features", list), get("kvp.hidden_sizes", list)
-    if tuple(features) != FEATURES:
+    window = "kvp.statistics.window"
+    statistics = get(window) if window in values else PolicyInfo.statistics
+    if tuple(features) != _features(statistics):
         raise PolicyFileError(
             f"the policy file '{path}' scores by {', '.join(map(str, features))}, which this "
             "kvp_edge does not compute: its kvp.features are another version's"
@@ -342,6 +367,11 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
     if context < 1 or context % 2 == 0:
         raise PolicyFileError(
             f"the policy file '{path}' has the kvp.context_width {context}; it must be odd"
+        )
+    if statistics % 2 or (statistics and context > 1):
+        raise PolicyFileError(
+            f"the policy file '{path}' has the kvp.statistics.window {statistics} and the "
+            f"kvp.context_width {context}; the one must be even, and the other 1 with it"
         )
     objective = get("kvp.objective", str)
     if objective not in OBJECTIVES:
@@ -368,6 +398,7 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
         sinks=get("kvp.protected.sinks"),
         recent=get("kvp.protected.recent"),
         horizon=horizon,
+        statistics=statistics,
         base_model=values.get("general.base_model.0.name", ""),
         fingerprint=values.get("kvp.base_model.fingerprint", ""),
         training_data=values.get("kvp.training.data", ""),
@@ -376,15 +407,18 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
 
 
 def _check_weights(info: PolicyInfo, weights: PolicyWeights, whose: str) -> None:
-    shapes = weight_shapes(info)
-    for field in fields(weights):
-        array = getattr(weights, field.name)
-        if array.shape != shapes[field.name]:
+    shapes, arrays = weight_shapes(info), weights.arrays()
+    if arrays.keys() != shapes.keys():
+        raise PolicyFileError(
+            f"{whose} has a statistics window of {info.statistics} queries and "
+            f"{'' if weights.statistics is not None else 'no '}statistics weights"
+        )
+    for name, array in arrays.items():
+        if array.shape != shapes[name]:
             raise PolicyFileError(
-                f"{whose} has {field.name} weights of shape {list(array.shape)}, not "
-                f"{list(shapes[field.name])}"
+                f"{whose} has {name} weights of shape {list(array.shape)}, not {list(shapes[name])}"
             )
         if not np.isfinite(array).all():
             raise PolicyFileError(
-                f"{whose} has {field.name} weights that are not numbers (NaN or infinite)"
+                f"{whose} has {name} weights that are not numbers (NaN or infinite)"
             )

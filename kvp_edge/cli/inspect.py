@@ -29,12 +29,17 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[str, str]]:
-    numbers = sum(array.size for array in vars(weights).values())
+    numbers = sum(array.size for array in weights.arrays().values())
     heads = info.n_layer * info.n_head_kv
     sight = (
         "every token is scored alone"
         if info.context == 1
         else f"a score sees {info.context // 2} tokens before and after its own"
+    )
+    looks = (
+        "attention",
+        f"of the newest {info.statistics} queries is looked at, too: these are logged, and every "
+        "eviction scores all tokens held",
     )
     share = weights.aggregate / max(float(weights.aggregate.sum()), 1e-12)
     layer, head = np.unravel_index(int(share.argmax()), share.shape)
@@ -53,6 +58,7 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
             f"{heads} networks, one per KV head, of {info.hidden} + {info.hidden} hidden units on "
             "key, value and position",
         ),
+        *([looks] if info.statistics else []),
         ("context width", f"{info.context}: {sight}"),
         (
             "whole tokens",

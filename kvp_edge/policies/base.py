@@ -38,7 +38,7 @@ class Policy(ABC):
 
     #: "token": a score depends on its own token alone, so every token is read and scored once.
     #: "cache": it depends on the other tokens held, so all are scored again at every eviction.
-    scope: ClassVar[Literal["token", "cache"]] = "token"
+    scope: Literal["token", "cache"] = "token"
 
     #: What model the policy was made for; None: it fits every model. Llama checks it at load.
     info: PolicyInfo | None = None

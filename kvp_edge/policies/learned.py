@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.native import NativePolicy
+from kvp_edge.policies.attention_statistics import attention_statistics
 from kvp_edge.policies.base import FloatArray, IntArray, Policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 
@@ -17,6 +18,9 @@ from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 class Learned(Policy):
     """Runs a policy file: natively on a cache; ``score`` is the same in numpy, the definition that
     all executors are tested by.
+
+    A file that looks at attention statistics runs in numpy alone: its scores are of the moment, so
+    all tokens held are scored again at every eviction, by the queries logged until then.
 
     Attributes:
         info: what the file says of itself.
@@ -26,7 +30,6 @@ class Learned(Policy):
 
     name = "learned"
     inputs = "keys+values"
-    scope = "token"
     info: PolicyInfo
 
     def __init__(self, path: str | os.PathLike[str], *, native: bool = True) -> None:
@@ -42,17 +45,25 @@ class Learned(Policy):
         self.info, self.weights = read_policy(path)
         self.context = self.info.context // 2
         self.head_weights = self.weights.aggregate
-        if native:
+        if self.info.statistics:
+            self.scope, self.queries = "cache", self.info.statistics
+        elif native:
             self.native_scorer = NativePolicy(self.weights)
 
     def identity(self) -> str:
         digest = hashlib.sha256()
-        for array in vars(self.weights).values():
+        for array in self.weights.arrays().values():
             digest.update(np.ascontiguousarray(array).tobytes())
+        if self.info.statistics:
+            digest.update(str(self.info.statistics).encode())
         return f"{self.info.name}({digest.hexdigest()[:16]})"
 
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         check_arrays(self.info, keys, values)
+        if self.info.statistics:
+            found = attention_statistics(self.logged(), keys, positions, self.info.statistics)
+            alone = np.arange(keys.shape[2])  # without context there are no neighbours
+            return forward(self.weights, keys, values, positions, alone, found)
         at = with_gaps(positions, self.context)
         return forward(self.weights, keys, values, positions, at)
 
@@ -88,7 +99,7 @@ def with_gaps(positions: IntArray, half: int) -> npt.NDArray[np.intp]:
 
 
 def position_features(positions: IntArray) -> FloatArray:
-    """f32 [n, 4] from tokens' indices in the conversation."""
+    """f32 [..., 4] from tokens' indices in the conversation."""
     p = np.maximum(positions, 0).astype(np.float32)
     log = np.log2(1 + p)
     return np.stack((log / 16, np.sin(log), np.cos(log), 1 / (1 + p)), -1)
@@ -106,11 +117,15 @@ def forward(
     values: FloatArray,
     positions: IntArray,
     at: npt.NDArray[np.intp],
+    statistics: FloatArray | None = None,
 ) -> FloatArray:
     """The network of docs/policy-format.md: f32 [n_layer, n_head_kv, n] of all n tokens."""
     x: FloatArray = keys @ w.key.swapaxes(2, 3)
     x += values @ w.value.swapaxes(2, 3)
     x += position_features(positions) @ w.position.swapaxes(2, 3)
+    if w.statistics is not None:
+        assert statistics is not None
+        x += statistics @ w.statistics.swapaxes(2, 3)
     x += w.fc1_bias[:, :, None]
     width = w.conv.shape[2]
     if width > 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvp_edge.policy_file import N_POSITION_FEATURES
+from kvp_edge.policy_file import N_POSITION_FEATURES, N_STATISTICS
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class AgentShape:
         context: the convolution's width; 1 is the blind agent of arXiv:2602.10238.
         shared_out: one last projection for all layers and heads, which makes their scores
             comparable (arXiv:2605.09649).
+        statistics: newest queries whose attention is an input as well; 0: none.
     """
 
     n_layer: int
@@ -32,6 +33,7 @@ class AgentShape:
     hidden: int = 64
     context: int = 9
     shared_out: bool = False
+    statistics: int = 0
 
     @property
     def n_heads(self) -> int:
@@ -39,7 +41,8 @@ class AgentShape:
 
     @property
     def n_features(self) -> int:
-        return self.head_size_k + self.head_size_v + N_POSITION_FEATURES
+        statistics = N_STATISTICS if self.statistics else 0
+        return self.head_size_k + self.head_size_v + N_POSITION_FEATURES + statistics
 
     def __post_init__(self) -> None:
         if self.context < 1 or self.context % 2 == 0:

@@ -37,6 +37,7 @@ from kvp_edge.training.data import (
     Peaks,
     Protected,
     Sampler,
+    States,
     TraceLike,
     TraceSetLike,
     check_traces,
@@ -139,9 +140,12 @@ class _Run:
         self.training = [i for i in usable if i not in set(self.held_out)] or usable
         self.states = choose_states(traces, self.held_out, self.protected, s.validation_states)
         together = s.objective == "global"
-        self.shape = AgentShape(n_layer, n_head_kv, dk, dv, s.hidden, s.context, together)
+        self.shape = AgentShape(
+            n_layer, n_head_kv, dk, dv, s.hidden, s.context, together, s.statistics
+        )
         agents = Agents(self.shape, s.seed)
-        mean, scale = standardisation(traces, self.training, np.arange(self.shape.n_heads))
+        heads = np.arange(self.shape.n_heads)
+        mean, scale = standardisation(traces, self.training, heads, statistics=s.statistics)
         agents.mean.copy_(mean)
         agents.scale.copy_(scale)
         self.learner = Learner(agents, s, worker)
@@ -161,7 +165,7 @@ class _Run:
                 too short.
         """
         s, traces, learner = self.settings, self.traces, self.learner
-        sampler = Sampler(traces, self.training, self.protected, s.context, s.states, s.tokens)
+        sampler = self._sampler(self.training)
         counts = dict(s.phases)
         if any(counts.get(name) for name in ("rollouts", "distil")):
             model = self._traced(model)
@@ -195,8 +199,19 @@ class _Run:
                 f"{s.every} tokens between evictions, more than {s.budget + s.every} are needed. "
                 "Lower budget, or trace longer texts"
             )
+        return self._sampler(long, golden)
+
+    def _sampler(self, usable: list[int], states_of: States | None = None) -> Sampler:
+        s = self.settings
         return Sampler(
-            self.traces, long, self.protected, s.context, s.states, s.tokens, states_of=golden
+            self.traces,
+            usable,
+            self.protected,
+            s.context,
+            s.states,
+            s.tokens,
+            states_of=states_of,
+            statistics=s.statistics,
         )
 
     def _traced(self, model: str | os.PathLike[str] | None) -> str:
