@@ -353,8 +353,8 @@ def test_a_folder_with_a_run_of_another_objective_is_refused(tmp_path: Path) -> 
         ({"rankings": 4}, "rankings is a setting of objective kvp"),
         ({"margin": 0.2}, "margin is a setting of objective foresight, and this is global"),
         ({"grpo_steps": 0}, "grpo_steps is a setting of objective foresight"),
-        ({"capacity": 0}, "capacity and horizon must be at least 1"),
-        ({"horizon": 0}, "capacity and horizon must be at least 1"),
+        ({"capacity": 0}, "capacity, horizon and distil_tokens must be at least 1"),
+        ({"horizon": 0}, "capacity, horizon and distil_tokens must be at least 1"),
         ({"capacity_weight": 0.0}, "capacity_weight must be above 0"),
     ],
 )

@@ -312,7 +312,7 @@ def test_a_run_with_rollouts_in_parts_ends_like_an_uninterrupted_one(
     traces: TraceSet, bundled_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # each stop validates, and so must a run without stops to be the same
-    monkeypatch.setattr("kvp_edge.training.train._ROLLOUT_EVAL", 1)
+    monkeypatch.setattr("kvp_edge.training.phases._EVAL_IN_MODEL", 1)
     result = run(traces, tmp_path / "whole", bundled_model)
     assert result.loss_increase is not None
     before, after = result.loss_increase
@@ -364,7 +364,7 @@ def test_texts_too_short_for_rollouts_are_refused(
     sizes = {len(trace) for trace in traces}
     assert sizes == {180}
     for budget, every in ((116, 32), (80, 50)):
-        with pytest.raises(TrainingError, match="rollouts need texts of more than 180 tokens"):
+        with pytest.raises(TrainingError, match="no text .* has more than 180 tokens"):
             run(traces, tmp_path, bundled_model, changed={"budget": budget, "every": every})
 
 

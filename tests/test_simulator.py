@@ -49,7 +49,7 @@ def test_with_equal_counts_the_loss_is_that_of_a_real_eviction(
         subject.read(tokens[:border])
         subject.evict()
         held = np.broadcast_to(subject.kv_positions, (5, 2, min(budget, border)))
-        real = subject.loss(tokens[border:])
+        real = subject.losses(tokens[border:]).mean()
     finally:
         subject.close()
     scores = Noise().score(np.empty((5, 2, border, 0)), None, np.arange(border))

@@ -29,6 +29,7 @@ from kvp_edge.training.twin import Twin
 from kvp_edge.training.validate import Quality
 
 _TEXTS = 16  # that a validation in the model reads
+_EVAL_IN_MODEL = 10  # steps between two of these
 
 
 class Phase(Protocol):
@@ -155,7 +156,7 @@ class Distil:
 
     def __init__(self, learner: Learner, twin: Twin, texts: Texts, held_out: Texts) -> None:
         s = learner.settings
-        self.rate, self.eval_every = s.distil_lr, 10
+        self.rate, self.eval_every = s.distil_lr, _EVAL_IN_MODEL
         self._learner, self._twin, self._texts, self._held_out = learner, twin, texts, held_out
         learner.add_optimiser("distil")
 
@@ -216,7 +217,7 @@ class InModel:
     """
 
     def __init__(self, learner: Learner, rollouts: Rollouts, texts: Texts, held_out: Texts) -> None:
-        self.rate, self.eval_every = learner.settings.grpo_lr, 10
+        self.rate, self.eval_every = learner.settings.grpo_lr, _EVAL_IN_MODEL
         self._learner, self._rollouts = learner, rollouts
         self._texts, self._held_out = texts, held_out
         self._start = Agents(learner.agents.shape).to(learner.worker.device)

@@ -201,10 +201,13 @@ class Settings:
     @property
     def phases(self) -> tuple[tuple[PhaseName, int], ...]:
         """The phases of a run, with their steps, in order."""
+        steps: dict[PhaseName, int] = {"heads": self.steps}
         if self.objective == "global":  # its heads add up by themselves
-            return (("heads", self.steps), ("distil", self.distil_steps))
-        rollouts = self.grpo_steps if self.objective == "foresight" else 0
-        return (("heads", self.steps), ("rollouts", rollouts), ("tokens", self.token_steps))
+            steps["distil"] = self.distil_steps
+        else:
+            steps["rollouts"] = self.grpo_steps if self.objective == "foresight" else 0
+            steps["tokens"] = self.token_steps
+        return tuple((name, count) for name, count in steps.items() if count)
 
 
 #: Settings that not every objective looks at.
