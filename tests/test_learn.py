@@ -16,6 +16,7 @@ from support import installed_export  # noqa: E402, F401, I001  # before what im
 
 from kvp_edge.cli import main  # noqa: E402
 from kvp_edge.own_policy import own_policy  # noqa: E402
+from kvp_edge.policy_file import read_info  # noqa: E402
 
 
 @pytest.fixture
@@ -53,6 +54,17 @@ def test_a_model_learns_a_policy_and_chats_use_it(
     assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
 
 
+def test_the_objective_learned_last_is_the_one_that_chats_use(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(1)
+    for objective in ("global", "kvp"):
+        assert main(learn(model, tmp_path / "out", "--objective", objective)) == 0
+        policy = capsys.readouterr().out.splitlines()[-1]
+        assert read_info(policy).objective == objective
+        assert own_policy(model) == policy
+
+
 def test_the_policy_stays_where_it_is_if_the_model_s_folder_cannot_be_written(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +76,7 @@ def test_the_policy_stays_where_it_is_if_the_model_s_folder_cannot_be_written(
     monkeypatch.setattr("kvp_edge.cli.learn.shutil.copyfile", refuse)
     assert main(learn(model, tmp_path / "out")) == 0
     told = capsys.readouterr()
-    assert Path(told.out.splitlines()[-1]).parent == tmp_path / "out" / "run"
+    assert Path(told.out.splitlines()[-1]).parent == tmp_path / "out" / "global"
     assert "Permission denied" in told.err
     assert "--policy" in told.err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,9 +70,10 @@ def test_a_policy_of_another_model_or_under_another_name_is_left_alone(model: Pa
 
 
 def test_a_damaged_policy_is_passed_over_with_a_warning(model: Path) -> None:
+    path = write(model.parent / "kvp-c.gguf", info_of(model))
     (model.parent / "kvp-a.gguf").write_bytes(b"GGUF and then nothing")
     shutil.copy(model, model.parent / "kvp-b.gguf")  # a model that is called like a policy
-    path = write(model.parent / "kvp-c.gguf", info_of(model))
+    os.utime(path, (0, 0))  # the newest come first
     with pytest.warns(UserWarning, match="passed over as a policy: .*kvp-[ab]") as warned:
         assert own_policy(model) == str(path)
     assert len(warned) == 2

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
@@ -24,6 +25,7 @@ from scripts.train_model.export import write_gguf  # noqa: E402
 from scripts.train_model.model import Model  # noqa: E402
 from scripts.train_model.prepare import Corpus, prepare  # noqa: E402
 from scripts.train_policy.__main__ import SMOKE_TRACES, main  # noqa: E402
+from scripts.train_policy.loss_increase import main as loss_increase  # noqa: E402
 from support.books import write_books  # noqa: E402
 
 
@@ -82,6 +84,29 @@ def test_one_command_makes_traces_policy_and_comparison_and_goes_on_where_it_sto
     main(command)
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*traces/trace-*")}
     assert (tmp_path / objective / "best.safetensors").stat().st_mtime_ns == checkpoint
+
+
+def test_what_evictions_cost_held_out_texts_is_told_policy_by_policy(
+    books: Path, corpus_folder: Path, untrained: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    torch.set_num_threads(1)
+    command = ["--smoke", "--books", str(books), "--model-run", str(corpus_folder)]
+    main([*command, "--model", str(untrained), "--out", str(tmp_path), "--threads", "1"])
+    policy = capsys.readouterr().out.splitlines()[-1]
+    numbers = tmp_path / "numbers.json"
+    loss_increase(
+        ["--traces", str(tmp_path / "held-out-traces"), "--model", str(untrained), "--budget", "40",
+         "--every", "16", "--threads", "1", "--out", str(numbers),
+         "--policies", f"{policy},snapkv,recency,golden"]
+    )  # fmt: skip
+    found = json.loads(numbers.read_text())
+    assert list(found) == [policy, "snapkv", "recency", "golden"]
+    table = capsys.readouterr().out
+    texts = int(table.split()[0])
+    assert texts > 0
+    assert all(len(rises) == texts for rises in found.values())
+    assert f"| {Path(policy).stem} | {np.mean(found[policy]):+.4f}" in table
 
 
 def test_the_tokenizer_of_another_run_is_refused(untrained: Path, tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ import importlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kvp_edge.cli import options
 from kvp_edge.cli.trace import add_sources, sources_of, trace
 from kvp_edge.cli.train import comparison, require_torch
 from kvp_edge.cli.watch import note
 from kvp_edge.trace_sources import Source, Tasks
-from kvp_edge.training.settings import Settings
+from kvp_edge.training.settings import Objective, Settings
 
 _TASKS = 300
 _LENGTH = 1024
@@ -55,6 +55,12 @@ def add_learn(commands: Any) -> None:
         metavar="N",
         help=f"training steps (default: {Settings.steps})",
     )
+    group.add_argument(
+        "--objective",
+        choices=get_args(Objective),
+        default=Settings.objective,
+        help=f"what is learned, see kvp-edge train (default: {Settings.objective})",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random")
     group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
     parser.set_defaults(command=_main)
@@ -79,10 +85,13 @@ def _main(args: argparse.Namespace) -> int:
         **options.engine_options(args),
     )
     note("step 2 of 3: learning what it will look up")
-    run = out / "run"
+    run = out / args.objective
     if not (run / "report.json").exists():
-        settings = Settings(steps=args.steps, seed=args.seed)
-        note(comparison(train(traces, run, settings, device=args.device)))
+        settings = Settings(objective=args.objective, steps=args.steps, seed=args.seed)
+        threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+        note(
+            comparison(train(traces, run, settings, device=args.device, model=path, engine=threads))
+        )
     note("step 3 of 3: writing the policy file and checking it")
     made = importlib.import_module("kvp_edge.export").export(run, traces=traces)
     print(_beside(Path(path), Path(made.gguf)), flush=True)
