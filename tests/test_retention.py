@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.native import read_model_shape
-from kvp_edge.policies import Learned, Policy, get_policy
+from kvp_edge.policies import Learned, get_policy
+from kvp_edge.policies.learned import FromFile
 from kvp_edge.policy_file import PolicyInfo, read_policy, write_policy
 from kvp_edge.retention import BIAS, log_future_use, log_total
 from support.policies import random_weights
@@ -92,7 +93,7 @@ def test_a_whole_token_is_worth_the_sum_over_its_heads() -> None:
 # -- policies ------------------------------------------------------------------------------------
 
 
-class Given(Policy):
+class Given(FromFile):
     """Gates whose scores do not matter here."""
 
     info = replace(GATES, horizon=1000)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.retention import log_future_use, log_total
-
 if TYPE_CHECKING:
     from kvp_edge.native import NativePolicy
     from kvp_edge.policy_file import PolicyInfo
@@ -84,8 +82,8 @@ class Policy(ABC):
         return self.name
 
     def worth(self, scores: FloatArray, ages: IntArray) -> FloatArray:
-        """What tokens are worth at an eviction: the scores themselves, but for gates, whose scores
-        say how fast a token's worth decays.
+        """What tokens are worth at an eviction: the scores themselves, unless a policy's scores say
+        how fast a token's worth decays.
 
         Args:
             scores: f32 [n_layer, n_head_kv, n], as ``score`` gave them.
@@ -94,15 +92,11 @@ class Policy(ABC):
         Returns:
             f32 [n_layer, n_head_kv, n]; larger = keep.
         """
-        if self.info is not None and self.info.objective == "global":
-            return log_future_use(scores, ages, self.info.horizon)
         return scores
 
     def whole_tokens(self, worth: FloatArray) -> FloatArray | None:
         """The worth of whole tokens, f32 [n] from [n_layer, n_head_kv, n]. None: the policy does
         not say, and it is the mean of the heads' standardised numbers."""
-        if self.info is not None and self.info.objective == "global":
-            return log_total(worth)
         if self.head_weights is None:
             return None
         total: FloatArray = np.einsum("lhn,lh->n", worth, self.head_weights)

@@ -13,9 +13,27 @@ from kvp_edge.native import NativePolicy
 from kvp_edge.policies.attention_statistics import attention_statistics
 from kvp_edge.policies.base import FloatArray, IntArray, Policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
+from kvp_edge.retention import log_future_use, log_total
 
 
-class Learned(Policy):
+class FromFile(Policy):
+    """A policy that was trained, whatever computes its scores. Those of gates (objective "global")
+    say how fast a token's worth decays."""
+
+    info: PolicyInfo
+
+    def worth(self, scores: FloatArray, ages: IntArray) -> FloatArray:
+        if self.info.objective == "global":
+            return log_future_use(scores, ages, self.info.horizon)
+        return super().worth(scores, ages)
+
+    def whole_tokens(self, worth: FloatArray) -> FloatArray | None:
+        if self.info.objective == "global":
+            return log_total(worth)
+        return super().whole_tokens(worth)
+
+
+class Learned(FromFile):
     """Runs a policy file: natively on a cache; ``score`` is the same in numpy, the definition that
     all executors are tested by.
 

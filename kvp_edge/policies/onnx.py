@@ -9,12 +9,12 @@ import os
 import numpy as np
 
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
-from kvp_edge.policies.learned import check_arrays, with_gaps
+from kvp_edge.policies.base import FloatArray, IntArray
+from kvp_edge.policies.learned import FromFile, check_arrays, with_gaps
 from kvp_edge.policy_file import PolicyInfo
 
 
-class Onnx(Policy):
+class Onnx(FromFile):
     """Scores like ``Learned``, from the .onnx file that ``kvp-edge export --onnx`` writes."""
 
     name = "onnx"

@@ -7,7 +7,7 @@ would have done.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ _TEXTS = 16  # that a validation in the model reads
 _EVAL_IN_MODEL = 10  # steps between two of these
 
 
-class Phase(Protocol):
+class Phase(ABC):
     """Part of a run.
 
     Attributes:
@@ -46,25 +46,32 @@ class Phase(Protocol):
     def begin(self) -> float:
         """Get ready; the learner has the best agents of the phase before. Returns what there is to
         beat (see ``judge``)."""
+        return math.inf
 
+    @abstractmethod
     def step(self, step: int, rate: float) -> float:
         """Learn once; the loss. ``step`` counts all steps of the run."""
 
+    @abstractmethod
     def judge(self, quality: Quality) -> tuple[float, str]:
         """What the best averaged agents have least of, and the same for the progress bar.
         ``quality`` is of these agents on the validation's states."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What it needs to go on from, beside the learner's."""
+        return {}
 
-class Heads:
+    def load(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (most have nothing to load)
+        """Go on from what ``state`` gave, which is among these."""
+
+
+class Heads(Phase):
     """Separate agents, on traces: rankings (kvp) or the order of golden evictions (foresight)."""
 
     def __init__(self, learner: Learner, sampler: Sampler) -> None:
         s = learner.settings
         self.rate, self.eval_every = s.lr, s.eval_every
         self._learner, self._sampler = learner, sampler
-
-    def begin(self) -> float:
-        return math.inf
 
     def step(self, step: int, rate: float) -> float:
         learner, s = self._learner, self._learner.settings
@@ -96,16 +103,13 @@ class Heads:
         return np.sort(rng.choice(learner.heads, n, replace=False, p=share / share.sum()))
 
 
-class Gates:
+class Gates(Phase):
     """Gates of all heads together, on traces (global)."""
 
     def __init__(self, learner: Learner, sampler: Sampler) -> None:
         s = learner.settings
         self.rate, self.eval_every = s.lr, s.eval_every
         self._learner, self._sampler = learner, sampler
-
-    def begin(self) -> float:
-        return math.inf
 
     def step(self, step: int, rate: float) -> float:
         learner, sampler, s = self._learner, self._sampler, self._learner.settings
@@ -151,7 +155,7 @@ class Texts:
         return tokens
 
 
-class Distil:
+class Distil(Phase):
     """Gates in the twin of the model, which asks for the full cache's predictions (global)."""
 
     def __init__(self, learner: Learner, twin: Twin, texts: Texts, held_out: Texts) -> None:
@@ -208,7 +212,7 @@ class Distil:
         )
 
 
-class InModel:
+class InModel(Phase):
     """Agents that evict in the running model (foresight, GRPO).
 
     Attributes:
@@ -266,7 +270,6 @@ class InModel:
         return found, f"loss +{found:.3f}"
 
     def state(self) -> dict[str, Tensor]:
-        """To go on from."""
         out = {"start." + k: v for k, v in self._start.state_dict().items()}
         return out | {"increase": torch.tensor(self.increase, dtype=torch.float64)}
 
@@ -289,7 +292,7 @@ class InModel:
         return self._readings[index]
 
 
-class Tokens:
+class Tokens(Phase):
     """The heads' weights in whole tokens, on traces; the agents stay as they are."""
 
     def __init__(self, learner: Learner, sampler: Sampler) -> None:
@@ -303,7 +306,7 @@ class Tokens:
         for agents in (self._learner.agents, self._learner.ema):
             with torch.no_grad():
                 agents.log_aggregate.copy_(-torch.log(spread * len(spread)))
-        return math.inf
+        return super().begin()
 
     def step(self, step: int, rate: float) -> float:
         learner = self._learner

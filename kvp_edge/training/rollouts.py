@@ -206,22 +206,26 @@ class Rollouts:
         n_ctx: tokens of the longest text.
         settings: budget, every, sinks, recent, temperature and what is a penalty.
         engine: arguments of llama_cpp.Llama.
+        policy: what evicts in ``read`` unless that says otherwise.
     """
 
     model: str | os.PathLike[str]
     n_ctx: int
     settings: Settings
     engine: dict[str, Any] = field(default_factory=dict)
+    policy: str = "recency"
 
     def __post_init__(self) -> None:
         s, path = self.settings, os.fspath(self.model)
-        how: dict[str, Any] = {"policy": "recency", "verbose": False, **self.engine}
-        self._full = _Reader(path, self.n_ctx, self.n_ctx, self.n_ctx, granularity="token", **how)
+        how: dict[str, Any] = {"verbose": False, **self.engine}
+        n = self.n_ctx
+        self._full = _Reader(path, n, n, n, policy="recency", granularity="token", **how)
         self._small = _Reader(
             path,
             self.n_ctx,
             min(s.budget + s.every, self.n_ctx),
             s.budget,
+            policy=self.policy,
             sinks=s.sinks,
             recent=s.recent,
             **how,
@@ -236,8 +240,8 @@ class Rollouts:
         return self._full.follow(tokens)
 
     def read(self, tokens: Sequence[int], policy: Policy | None = None) -> FloatArray:
-        """The losses with a policy's evictions, by default those of ``engine["policy"]``: f32
-        [T - 1], in nats."""
+        """The losses with a policy's evictions, by default those of ``self.policy``: f32 [T - 1],
+        in nats."""
         if policy is not None:
             self._small.policy = policy
         return self._small.follow(tokens).losses

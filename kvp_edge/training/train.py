@@ -255,9 +255,8 @@ class _Run:
                 "folder, or the same settings to go on with it"
             )
         self.learner.load(state)
-        in_model = self.phases.get("rollouts")
-        if isinstance(in_model, InModel):
-            in_model.load(state)
+        for phase in self.phases.values():
+            phase.load(state)
         self.best = float(state["best"])
         self.seconds = float(state["seconds"])
         self.step = about.step
@@ -266,9 +265,8 @@ class _Run:
         if self.worker.rank:
             return
         tensors = self.learner.state()
-        in_model = self.phases.get("rollouts")
-        if isinstance(in_model, InModel):
-            tensors |= in_model.state()
+        for phase in self.phases.values():
+            tensors |= phase.state()
         tensors["best"] = torch.tensor(self.best, dtype=torch.float64)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         checkpoint.save(self.out / checkpoint.LAST, tensors, self._about())

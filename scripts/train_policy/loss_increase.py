@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.evaluation import statistics
+from kvp_edge.evaluation.markdown import estimate
 from kvp_edge.evaluation.oracle import Oracle
 from kvp_edge.evaluation.records import GOLDEN, ORACLE
 from kvp_edge.evaluation.run import OWN
@@ -40,9 +41,9 @@ def increases(
     """Mean loss increase of every text, in nats a token: f64 [n]."""
     known = name in (ORACLE, GOLDEN)
     policy = "recency" if known else (own_policy(model) or "") if name == OWN else name
-    engine = {"policy": policy, "n_threads": threads, "n_threads_batch": threads}
+    engine = {"n_threads": threads, "n_threads_batch": threads}
     longest = max(len(traces[i]) for i in chosen)
-    rollouts = Rollouts(model, longest, settings, engine)
+    rollouts = Rollouts(model, longest, settings, engine, policy)
     found = []
     try:
         for i in tqdm(chosen, desc=Path(name).stem, unit="text"):
@@ -77,8 +78,8 @@ def table(found: dict[str, NDArray[np.float64]], full: float) -> str:
     return "\n".join(lines)
 
 
-def _words(e: statistics.Estimate) -> str:
-    return f"{e.value:+.4f} [{e.low:+.4f}, {e.high:+.4f}]"
+def _words(found: statistics.Estimate) -> str:
+    return estimate(found, 1, "{:+.4f}")
 
 
 def main(arguments: list[str] | None = None) -> None:

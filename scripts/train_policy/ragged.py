@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.evaluation import statistics
+from kvp_edge.evaluation.markdown import signed_nats
 from kvp_edge.evaluation.simulator import equal_counts, ragged_counts, simulated_loss
 from kvp_edge.evaluation.statistics import Scores
 from kvp_edge.own_policy import own_policy
@@ -78,15 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
         for part in (4, 8):
             equal, ragged = ({"texts": rises[who, part, name]} for name in COUNTS)
             print(f"| 1/{part} | {who} | {_mean(equal)} | {_mean(ragged)} "
-                  f"| {_words(statistics.difference(ragged, equal))} |")  # fmt: skip
+                  f"| {signed_nats(statistics.difference(ragged, equal))} |")  # fmt: skip
 
 
 def _mean(scores: Scores) -> str:
-    return _words(statistics.mean(scores))
-
-
-def _words(e: statistics.Estimate) -> str:
-    return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+    return signed_nats(statistics.mean(scores))
 
 
 if __name__ == "__main__":
