@@ -392,6 +392,7 @@ class EvictionManager:
 
     def append(self, n: int) -> None:
         """``n`` more tokens were decoded."""
+        self.cache.appended(self.seen - self.shift, n)
         self._table = replace(self._table, seen=self._table.seen + n)
         if self._shift_pending:
             self._shift_pending = False
@@ -442,7 +443,7 @@ class EvictionManager:
             self._evict()
 
     def _evict(self) -> None:
-        started = time.perf_counter()
+        started, crossed = time.perf_counter(), self.cache.place.crossed
         t = self._table
         self._table = t.with_spans(self._find_spans(t.unsure_from, t.seen))
         self._score()
@@ -464,7 +465,15 @@ class EvictionManager:
         if self.on_evict is not None:
             dropped = _no_longer_held(tokens, self._table.tokens(), before.seen)
             self.on_evict(
-                Eviction(spans(dropped), len(dropped), self.kept, self.seen, self.policy.name, ms)
+                Eviction(
+                    spans(dropped),
+                    len(dropped),
+                    self.kept,
+                    self.seen,
+                    self.policy.name,
+                    ms,
+                    self.cache.place.crossed - crossed,
+                )
             )
 
     def _protected_borders(self) -> tuple[int, int]:
@@ -535,13 +544,14 @@ class EvictionManager:
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift
         present = t.present()
-        rows = np.arange(n_keep, dtype=np.int32)
-        positions = np.concatenate((rows[:n_packed], present[t.kept - n_recent :]))
+        # The cells of the newest rows survive: the recent window stays where it is, and what goes is
+        # one range of positions.
+        positions = present[t.kept - n_keep :]
         rotated = np.take_along_axis(t.rope_positions(), keep, axis=-1)
         turn = None
         if self._must_compact(n_keep):
             assert self._frequencies is not None
-            positions, shift = rows, tail - n_packed
+            positions, shift = np.arange(n_keep, dtype=np.int32), tail - n_packed
             f = self._frequencies
             turn = KeyTurn(f.radians, positions - rotated, f.neox)
             rotated = np.broadcast_to(positions, rotated.shape)

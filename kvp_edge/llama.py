@@ -29,7 +29,7 @@ from kvp_edge.eviction import EvictionManager, Granularity, Table
 from kvp_edge.fingerprint import model_fingerprint
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
-from kvp_edge.native import BUILT_FOR, FloatArray, NativeCache, read_model_shape
+from kvp_edge.native import BUILT_FOR, FloatArray, NativeCache, Watch, read_model_shape
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
 from kvp_edge.queries import QueryLog
@@ -57,6 +57,7 @@ class _Bound:
     reserve: int | None
     protect_system: bool
     on_evict: Callable[[Eviction], None] | None
+    pack: str
 
 
 class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
@@ -92,6 +93,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
             n_batch.
         protect_system: never drop the system prompt of create_chat_completion.
+        pack: "device": the cache is scored and packed where it lies, in host memory or on a device
+            (CUDA, Metal, ...), where only cell numbers and scores cross to the host. "state": it
+            goes through llama.cpp's state, out and back in. "auto": "device" where possible.
         on_evict: called with an Eviction after each eviction.
         n_batch: most tokens decoded at once; None: 512, or the reserve if smaller.
 
@@ -104,6 +108,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     _kv: EvictionManager | None = None
     _query_log: QueryLog | None = None  # for a policy that looks at queries
+    _watch: Watch | None = None  # of where the cache lies
     _query_shift = 0  # the table's when the logged queries were computed
 
     # set by the base class
@@ -127,6 +132,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         reserve: int | None = None,
         protect_system: bool = False,
         on_evict: Callable[[Eviction], None] | None = None,
+        pack: str = "auto",
         n_batch: int | None = None,
         verbose: bool = True,
         **kwargs: Any,
@@ -144,6 +150,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             reserve,
             protect_system,
             on_evict,
+            pack,
         )
         if granularity not in ("head", "token", "auto"):
             raise ValueError(f"granularity must be 'head', 'token' or 'auto', not '{granularity}'")
@@ -153,6 +160,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             raise ValueError(
                 f"keep_whole must be 'tokens', 'words' or 'sentences', not '{keep_whole}'"
             )
+        if pack not in ("auto", "device", "state"):
+            raise ValueError(f"pack must be 'auto', 'device' or 'state', not '{pack}'")
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
@@ -161,6 +170,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             chosen = get_policy(policy, model_path if kv_budget is not None else None)
         if kv_budget is not None and chosen.queries:
             self._query_log = QueryLog()
+        if kv_budget is not None and pack != "state":
+            self._watch = Watch()
         limits: CacheLimits | None = None
         cells, batch = 512 if n_ctx is None else n_ctx, 512 if n_batch is None else n_batch
         if kv_budget is not None:
@@ -221,11 +232,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             params.kv_unified = True
         if self._query_log is not None:
             self._query_log.set_callback(params)
+        if self._watch is not None:
+            self._watch.set_callback(params)
         self._context_params = params
 
     def _bind(self, limits: CacheLimits, policy: Policy, architecture: str) -> None:
         try:
-            cache = NativeCache(self._ctx.ctx)
+            cache = NativeCache(self._ctx.ctx, self._watch)
         except BaseException:
             self.close()
             raise
@@ -234,6 +247,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
         try:
             c = cache.shape
+            if self._bound.pack == "device" and not cache.place.known:
+                raise UnsupportedModelError(
+                    f"pack='device' is not possible here: {cache.place.where}. Use pack='auto' or "
+                    "pack='state'"
+                )
             if policy.info is not None:
                 check_model(
                     policy.info,
@@ -338,7 +356,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         kv, cells = self._kv, int(super().n_ctx())
         if kv is None:
             n = int(self.n_tokens)
-            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None)
+            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, *[None] * 5, 0)
+        place = kv.cache.place
         return KVStats(
             seen=kv.seen,
             kept=kv.kept,
@@ -350,6 +369,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             budget=kv.limits.budget,
             policy=kv.policy.name,
             granularity=kv.granularity,
+            pack="device" if place.known else "state",
+            where=place.where,
+            crossed_bytes=place.crossed,
         )
 
     @property
@@ -608,6 +630,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         super().load_state(state)
         if self._kv is not None:
             assert isinstance(table, Table)
+            self._kv.cache.forget_cells()
             self._kv.restore(table)
 
     def save_session(self, path: str | os.PathLike[str], extra: Any = None) -> None:

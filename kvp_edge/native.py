@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _MAX_LAYERS = 512
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
@@ -100,6 +100,34 @@ class CacheShape(ctypes.Structure):
     bytes_per_cell: int
 
 
+class CachePlace(ctypes.Structure):
+    """Where a base cache lies (struct kvp_cache_place)."""
+
+    _fields_ = [
+        ("_known", ctypes.c_uint32),
+        ("_on_device", ctypes.c_uint32),
+        ("crossed", ctypes.c_uint64),
+        ("_where", ctypes.c_char * 256),
+    ]
+
+    crossed: int
+
+    @property
+    def known(self) -> bool:
+        """Whether it is scored and packed where it lies, and not through llama.cpp's state."""
+        return bool(self._known)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether some of it lies in memory that the host does not see."""
+        return bool(self._on_device)
+
+    @property
+    def where(self) -> str:
+        """The devices, with commas; or why it is not known."""
+        return bytes(self._where).decode(errors="replace")
+
+
 _PTR = ctypes.c_void_p
 _ERR = ctypes.POINTER(_Error)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -112,9 +140,17 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [_PTR, ctypes.c_int32, ctypes.c_int32, _PTR, _ERR],
     ),
-    "kvp_cache_open": (ctypes.c_int32, [_PTR, _PTR, _ERR]),
+    "kvp_watch_create": (ctypes.c_int32, [_PTR, _PTR, _PTR, _ERR]),
+    "kvp_watch_free": (None, [_PTR]),
+    "kvp_watch_callback": (_PTR, []),
+    "kvp_cache_open": (ctypes.c_int32, [_PTR, _PTR, _PTR, _ERR]),
     "kvp_cache_close": (None, [_PTR]),
     "kvp_cache_get_shape": (None, [_PTR, _PTR]),
+    "kvp_cache_get_place": (None, [_PTR, _PTR]),
+    "kvp_cache_appended": (ctypes.c_int32, [_PTR, ctypes.c_int32, ctypes.c_uint32, _ERR]),
+    "kvp_cache_forget": (None, [_PTR]),
+    "kvp_cache_check_cells": (ctypes.c_int32, [_PTR, _PTR, ctypes.c_uint32, _PTR, _ERR]),
+    "kvp_cache_move": (ctypes.c_int32, [_PTR, _PTR, _PTR, ctypes.c_uint32, _ERR]),
     "kvp_cache_read": (
         ctypes.c_int32,
         [_PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, _PTR, _PTR, _PTR, _ERR],
@@ -511,11 +547,40 @@ class NativePolicy:
         return scores
 
 
+class Watch:
+    """Sees where llama.cpp keeps a context's cache, and which cell each token goes to.
+
+    It must live as long as the context (see kvp_watch_create).
+    """
+
+    def __init__(self) -> None:
+        self.handle = ctypes.c_void_p()
+
+    def set_callback(self, params: Any) -> None:
+        """Let a context made with these llama_context_params show its nodes, to whatever callback
+        they name already as well."""
+        _call(
+            "kvp_watch_create",
+            ctypes.cast(params.cb_eval, ctypes.c_void_p),
+            params.cb_eval_user_data,
+            ctypes.byref(self.handle),
+        )
+        # The finalizer holds the handle alone, so it cannot keep this object alive.
+        weakref.finalize(self, _lib.kvp_watch_free, self.handle)
+        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(_lib.kvp_watch_callback())
+        params.cb_eval_user_data = self.handle
+
+
 class NativeCache:
     """One llama.cpp context's KV cache: read, score, remove and pack tokens of sequence 0.
 
     Opening decodes three tokens to prove that the cache can be read back and thinned, then clears
     it (see kvp_cache_open). Not thread-safe; must be closed before the context is freed.
+
+    Args:
+        ctx: llama_context pointer.
+        watch: the context's, so that the cache is scored and packed where it lies; None: through
+            llama.cpp's state.
 
     Raises:
         UnsupportedModelError: recurrent, hybrid, encoder or diffusion model, M-RoPE, or a cache
@@ -524,10 +589,16 @@ class NativeCache:
         ValueError: the context is not empty, or was made without n_seq_max >= 2.
     """
 
-    def __init__(self, ctx: Any) -> None:
+    def __init__(self, ctx: Any, watch: Watch | None = None) -> None:
         self._ctx = ctx
+        self._watch = watch
         self._handle = ctypes.c_void_p()
-        _call("kvp_cache_open", ctypes.cast(ctx, ctypes.c_void_p), ctypes.byref(self._handle))
+        _call(
+            "kvp_cache_open",
+            ctypes.cast(ctx, ctypes.c_void_p),
+            watch.handle if watch is not None else None,
+            ctypes.byref(self._handle),
+        )
         self.shape = CacheShape()
         _lib.kvp_cache_get_shape(self._handle, ctypes.byref(self.shape))
 
@@ -535,6 +606,39 @@ class NativeCache:
         if self._handle:
             _lib.kvp_cache_close(self._handle)
             self._handle = ctypes.c_void_p()
+
+    @property
+    def place(self) -> CachePlace:
+        """Where it lies, and how many bytes have crossed between there and the host so far."""
+        place = CachePlace()
+        _lib.kvp_cache_get_place(self._handle, ctypes.byref(place))
+        return place
+
+    def appended(self, first: int, n: int) -> None:
+        """The ``n`` tokens decoded last are at llama.cpp's positions first, first + 1, ..."""
+        _call("kvp_cache_appended", self._handle, first, n)
+
+    def forget_cells(self) -> None:
+        """Tokens were put into the cache in another way than by decoding them."""
+        _lib.kvp_cache_forget(self._handle)
+
+    def check_cells(self, present: IntArray) -> bool:
+        """Compare the cells followed, where ``present`` lies, with llama.cpp's state, byte by byte.
+
+        Args:
+            present: int32 [n], ascending: every position that sequence 0 holds.
+
+        Returns:
+            False if the cells are not known.
+
+        Raises:
+            KVCacheError: they are others.
+        """
+        present = np.ascontiguousarray(present, np.int32)
+        known = ctypes.c_uint32()
+        where = present.ctypes.data
+        _call("kvp_cache_check_cells", self._handle, where, len(present), ctypes.byref(known))
+        return bool(known.value)
 
     def read(
         self, p0: int, p1: int, n: int, *, values: bool = True
@@ -621,13 +725,12 @@ class NativeCache:
         llama.cpp turns the keys accordingly when it decodes the next batch (its "K-shift"); until
         then the cache must not be read.
         """
-        memory = llama_cpp.llama_get_memory(self._ctx)
-        delta = positions.astype(np.int64) - present
-        cut = np.flatnonzero(np.diff(delta) != 0) + 1
-        # Cells only move down, so none of a later run is caught by an earlier one's range.
-        for run in np.split(np.arange(len(present)), cut):
-            p0, p1 = int(present[run[0]]), int(present[run[-1]]) + 1
-            llama_cpp.llama_memory_seq_add(memory, 0, p0, p1, int(delta[run[0]]))
+        present = np.ascontiguousarray(present, np.int32)
+        positions = np.ascontiguousarray(positions, np.int32)
+        if len(present) != len(positions):
+            raise ValueError(f"{len(present)} cells cannot move to {len(positions)} positions")
+        where, to = present.ctypes.data, positions.ctypes.data
+        _call("kvp_cache_move", self._handle, where, to, len(present))
 
     def check_packing(self) -> None:
         """Test, on an empty context, that heads can keep different rows (kvp_cache_check_packing).
@@ -657,7 +760,7 @@ class NativeCache:
         Raises:
             ValueError, UnsupportedModelError: the plan does not fit; the cache is what it was.
             KVCacheError: llama.cpp's state is laid out in an unknown way (the cache is what it
-                was), or it did not take the packed state back (the cache is empty).
+                was), or a device or llama.cpp failed in the middle (the cache is empty).
         """
         s = self.shape
         present = np.ascontiguousarray(present, np.int32)

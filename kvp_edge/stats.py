@@ -25,6 +25,12 @@ class KVStats:
         budget: tokens kept after an eviction; None when the cache is not bounded.
         policy: name of the policy; None when the cache is not bounded.
         granularity: "token" or "head"; None when the cache is not bounded.
+        pack: "device" when the cache is scored and packed where it lies, "state" when it goes
+            through llama.cpp's state; None when it is not bounded.
+        where: the devices that it lies on, with commas; with "state", why that is not known; None
+            when it is not bounded.
+        crossed_bytes: bytes carried between the cache and the host so far: cell numbers and scores
+            of layers on a device, nothing for layers in host memory; with "state", whole states.
     """
 
     seen: int
@@ -37,6 +43,9 @@ class KVStats:
     budget: int | None
     policy: str | None
     granularity: str | None
+    pack: str | None
+    where: str | None
+    crossed_bytes: int
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)]
@@ -55,7 +64,8 @@ class KVStats:
             return text + ", cache not bounded"
         return (
             f"{text}, {self.dropped} dropped in {self.evictions} evictions by {self.policy} "
-            f"({self.eviction_ms:.0f} ms)"
+            f"({self.eviction_ms:.0f} ms, "
+            + (f"in place: {self.where})" if self.pack == "device" else "through states)")
         )
 
 
@@ -72,6 +82,7 @@ class Eviction:
         seen: tokens of the conversation read so far.
         policy: who chose.
         ms: milliseconds it took.
+        crossed_bytes: bytes it carried between the cache and the host (KVStats.crossed_bytes).
     """
 
     dropped: tuple[tuple[int, int], ...]
@@ -80,3 +91,4 @@ class Eviction:
     seen: int
     policy: str
     ms: float
+    crossed_bytes: int

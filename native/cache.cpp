@@ -1,10 +1,12 @@
 // kvp_cache: one context's KV cache, read and thinned through llama.cpp's public API.
 #include "error.h"
+#include "in_place.h"
 #include "pack.h"
 #include "policy.h"
 #include "rows.h"
 #include "scorers.h"
 #include "state_blob.h"
+#include "watch.h"
 
 #include "llama.h"
 
@@ -14,6 +16,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -78,14 +81,12 @@ private:
     size_t                     capacity = 0;
 };
 
-// Clears an empty context again after it has been tried out.
-struct clear_on_exit {
-    llama_context * ctx;
-    llama_memory_t  mem;
-    ~clear_on_exit() {
-        llama_memory_clear(mem, true);
-        llama_perf_context_reset(ctx);
-    }
+// Rows of tokens: in a state blob, or (the layers in host memory) in the cache itself.
+struct token_rows {
+    bool                    v_trans = false;
+    std::vector<layer_rows> layers;
+    std::vector<uint32_t>   order; // where each token lies there, in ascending position order
+    bool                    in_place = false;
 };
 
 key_turn turning_of(const kvp_key_turn * turn, uint32_t rotation) {
@@ -108,6 +109,23 @@ struct kvp_cache {
     byte_buffer          blob; // reused between reads
     std::vector<float>   rows; // one layer's keys or values
 
+    kvp_watch *             watch = nullptr;
+    std::optional<in_place> place;       // where the cache lies, if that is known
+    std::string             why_not;     // else
+    uint64_t                crossed = 0; // bytes of llama.cpp's states, taken and given
+
+    // Clears an empty context again after it has been tried out.
+    struct clear_on_exit {
+        kvp_cache & cache;
+        ~clear_on_exit() {
+            llama_memory_clear(cache.mem, true);
+            llama_perf_context_reset(cache.ctx);
+            if (cache.place) {
+                cache.place->cells.clear();
+            }
+        }
+    };
+
     // The state of a sequence, in `blob`; returns its size. llama.cpp sizes a state by a full dry run; an
     // upper bound saves that where it is known.
     size_t take_state(llama_seq_id seq, size_t upper_bound) {
@@ -116,6 +134,7 @@ struct kvp_cache {
         if (got == 0) {
             fail(KVP_ERR_RUNTIME, "llama.cpp could not write its state into %zu bytes: the cache could not be read", size);
         }
+        crossed += got;
         return got;
     }
 
@@ -162,34 +181,55 @@ struct kvp_cache {
     }
 
     void set_state(const uint8_t * bytes, size_t size, int32_t newest);
+    void find_place(const blob_cache & trial);
     void pack(const pack_plan & plan);
+    bool pack_in_place(const pack_plan & plan, int32_t newest);
+    bool check_cells(const int32_t * present, uint32_t n);
     void restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n);
     void check_packing();
 
     void open();
     void learn_shape(const state_blob & state, const llama_model * model, const std::string & arch);
 
-    // Calls each(il, keys or values as f32 [n, n_head_kv * head_size] in ascending position order).
-    template <typename Each> void each_layer(const blob_cache & base, bool want_v, const std::vector<uint32_t> & order, Each each) {
+    // Calls each(il, keys or values as f32 [n, n_head_kv * head_size] in ascending position order) for the
+    // layers that are not on a device.
+    template <typename Each> void each_layer(const token_rows & tokens, bool want_v, Each each) {
         const size_t n_values = size_t(shape.n_head_kv) * (want_v ? shape.head_size_v : shape.head_size_k);
-        rows.resize(order.size() * n_values);
+        rows.resize(tokens.order.size() * n_values);
         for (uint32_t il = 0; il < shape.n_layer; ++il) {
+            const layer_rows & layer = tokens.layers[il];
+            if (!layer.k) {
+                continue;
+            }
             if (want_v) {
-                read_v(base.layers[il], base.v_trans, order, n_values, shape.v_rotation, rows.data());
+                read_v(layer, tokens.v_trans, tokens.order, n_values, shape.v_rotation, rows.data());
             } else {
-                read_k(base.layers[il], order, n_values, shape.k_rotation, rows.data());
+                read_k(layer, tokens.order, n_values, shape.k_rotation, rows.data());
             }
             each(il, rows.data());
         }
     }
 
-    // The blob of [p0, p1), checked against what the caller expects there; fills positions, returns cell order.
-    state_blob read_range(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, std::vector<uint32_t> & order) {
+    // The rows of the tokens at [p0, p1), checked against what the caller expects there; fills positions.
+    // With `on_devices` the rows of layers that lie on devices may be missing.
+    token_rows find_rows(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, bool on_devices) {
         if (p0 < 0 || p1 < p0 || !positions) {
             fail(KVP_ERR_ARGUMENT, "a position range must be 0 <= p0 <= p1 with room for its positions, not [%d, %d)", p0, p1);
         }
+        if (place && n > 0 && (on_devices || place->on_host())) {
+            const int32_t newest = llama_memory_seq_pos_max(mem, SEQ_CHAT);
+            const auto    held   = place->cells.positions(p0, std::min(p1, newest + 1));
+            if (held.size() == n) {
+                std::copy(held.begin(), held.end(), positions);
+                token_rows found{ shape.v_transposed != 0, place->rows(), place->cells.find(positions, n), true };
+                if (!found.order.empty()) {
+                    llama_synchronize(ctx);
+                    return found;
+                }
+            }
+        }
         state_blob state = read_blob(p0, p1, blob_bound(n));
-        const auto & base = state.base;
+        auto &     base  = state.base;
         if (base.pos.size() != n) {
             fail(KVP_ERR_ARGUMENT, "positions [%d, %d) hold %zu tokens, not the %u expected", p0, p1, base.pos.size(), n);
         }
@@ -197,13 +237,28 @@ struct kvp_cache {
             fail(KVP_ERR_LAYOUT, "llama.cpp's state blob has %zu layers, but had %u when the cache was opened",
                  base.layers.size(), shape.n_layer);
         }
-        order.resize(n);
-        std::iota(order.begin(), order.end(), 0u);
-        std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return base.pos[a] < base.pos[b]; });
+        std::vector<uint32_t> order = ascending(base.pos);
         for (uint32_t i = 0; i < n; ++i) {
             positions[i] = base.pos[order[i]];
         }
-        return state;
+        return { base.v_trans, std::move(base.layers), std::move(order), false };
+    }
+
+    static std::vector<uint32_t> ascending(const std::vector<int32_t> & positions) {
+        std::vector<uint32_t> order(positions.size());
+        std::iota(order.begin(), order.end(), 0u);
+        std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return positions[a] < positions[b]; });
+        return order;
+    }
+
+    // Removes positions [p0, p1) of the conversation.
+    void remove(int32_t p0, int32_t p1) {
+        if (!llama_memory_seq_rm(mem, SEQ_CHAT, p0, p1)) {
+            fail(KVP_ERR_RUNTIME, "llama.cpp would not remove positions [%d, %d) from its cache", p0, p1);
+        }
+        if (place) {
+            place->cells.remove(p0, p1);
+        }
     }
 };
 
@@ -224,7 +279,7 @@ void kvp_cache::learn_shape(const state_blob & state, const llama_model * model,
              "whole heads of %lld and %lld. Load it without kv_budget.",
              arch.c_str(), (long long) n_values_k, (long long) n_values_v, (long long) head_k, (long long) head_v);
     }
-    for (const blob_layer & layer : state.base.layers) {
+    for (const layer_rows & layer : state.base.layers) {
         if (layer.k_row != first.k_row || layer.v_row != first.v_row || layer.type_k != first.type_k || layer.type_v != first.type_v) {
             fail(KVP_ERR_UNSUPPORTED,
                  "a model of architecture '%s' cannot have a bounded cache: its layers differ in the size of their KV heads. "
@@ -265,19 +320,23 @@ void kvp_cache::open() {
     refuse_if_not_empty();
 
     // Three real tokens tell more than any promise: can they be read, can the middle one be removed?
-    const clear_on_exit cleanup{ ctx, mem };
+    const clear_on_exit cleanup{ *this };
 
     llama_token bos = llama_vocab_bos(llama_model_get_vocab(model));
     if (bos < 0) {
         bos = 0;
     }
     llama_token tokens[3] = { bos, bos, bos };
+    if (watch) {
+        watch->look();
+    }
     decode(tokens, 3);
     const state_blob before = read_blob(0, 3);
     if (before.base.pos != std::vector<int32_t>{ 0, 1, 2 }) {
         fail(KVP_ERR_LAYOUT, "three tokens were decoded, but llama.cpp's state blob names %zu cells", before.base.pos.size());
     }
     learn_shape(before, model, arch);
+    find_place(before.base);
 
     const bool       removed = llama_memory_seq_rm(mem, SEQ_CHAT, 1, 2);
     const state_blob after   = read_blob(0, 3);
@@ -286,6 +345,21 @@ void kvp_cache::open() {
              "a model of architecture '%s' cannot have a bounded cache: llama.cpp cannot remove tokens from the middle of it. "
              "Load it without kv_budget.",
              arch.c_str());
+    }
+}
+
+void kvp_cache::find_place(const blob_cache & trial) {
+    if (!watch) {
+        why_not = "nobody watches where it lies";
+        return;
+    }
+    try {
+        place.emplace(*watch, trial, shape);
+    } catch (const error & e) {
+        if (e.code != KVP_ERR_UNSUPPORTED) {
+            throw;
+        }
+        why_not = e.message;
     }
 }
 
@@ -302,12 +376,67 @@ void kvp_cache::pack(const pack_plan & plan) {
     if (!plan.turning.frequency && last != newest) {
         fail(KVP_ERR_ARGUMENT, "the newest token must stay at position %d, from which llama.cpp continues, not %d", newest, last);
     }
+    if (pack_in_place(plan, newest)) {
+        return;
+    }
     const size_t size   = take_state(SEQ_CHAT, blob_bound(plan.n));
     uint8_t *    bytes  = blob.data();
     const size_t packed = pack_state(bytes, size, SEQ_CHAT, plan);
 
     // It was packed in place to spare the memory of a second state, so from here on there is no way back.
     set_state(bytes, packed, last);
+}
+
+// Whether it was possible; if not, nothing has changed.
+bool kvp_cache::pack_in_place(const pack_plan & plan, int32_t newest) {
+    if (!check_rows(plan) || !place || plan.turning.frequency) {
+        return false;
+    }
+    const int32_t * survivors = plan.present + (plan.n - plan.n_keep);
+    const auto      cells     = place->cells.find(plan.present, plan.n);
+    // A window cache loses what the base cache loses, so nothing of a window may be among it.
+    const bool in_window = shape.has_window && llama_memory_seq_pos_min(mem, SEQ_CHAT) < *survivors;
+    if (cells.empty() || in_window || !std::equal(survivors, plan.present + plan.n, plan.positions) || plan.positions[plan.n_keep - 1] != newest) {
+        return false;
+    }
+#ifndef NDEBUG
+    check_cells(plan.present, plan.n);
+#endif
+    llama_synchronize(ctx);
+    try {
+        place->pack(plan, cells);
+        if (plan.n_keep < plan.n) {
+            remove(plan.present[0], *survivors);
+        }
+    } catch (const error & e) {
+        if (e.code == KVP_ERR_UNSUPPORTED || e.code == KVP_ERR_MEMORY) {
+            return false; // before anything was changed
+        }
+        llama_memory_seq_rm(mem, SEQ_CHAT, -1, -1);
+        place->cells.clear();
+        fail(KVP_ERR_RUNTIME, "%s. The cache is empty now, and the conversation must be read again", e.message.c_str());
+    }
+    return true;
+}
+
+// Compares the cells followed with llama.cpp's own state; false if they are not known.
+bool kvp_cache::check_cells(const int32_t * present, uint32_t n) {
+    const auto cells = place ? place->cells.find(present, n) : std::vector<uint32_t>();
+    if (cells.empty()) {
+        return false;
+    }
+    llama_synchronize(ctx);
+    const state_blob state = parse_state_blob(blob.data(), take_state(SEQ_CHAT, blob_bound(n)), SEQ_CHAT);
+    const auto       order = ascending(state.base.pos);
+    bool             same  = order.size() == n;
+    for (uint32_t i = 0; same && i < n; ++i) {
+        same = state.base.pos[order[i]] == present[i];
+    }
+    if (!same) {
+        fail(KVP_ERR_ARGUMENT, "the cache holds %zu tokens, but not at the %u positions named", order.size(), n);
+    }
+    place->compare(state.base, order, cells);
+    return true;
 }
 
 void kvp_cache::restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) {
@@ -323,7 +452,7 @@ void kvp_cache::restore(const uint8_t * bytes, size_t size, const int32_t * pres
              state.base.v_trans ? ", V transposed" : "", state.has_window ? ", a window" : "", shape.n_layer,
              shape.v_transposed ? ", V transposed" : "", shape.has_window ? ", a window" : "");
     }
-    for (const blob_layer & layer : state.base.layers) {
+    for (const layer_rows & layer : state.base.layers) {
         if (layer.type_k != shape.type_k || layer.type_v != shape.type_v ||
             uint64_t(shape.n_layer) * (layer.k_row + layer.v_row) != shape.bytes_per_cell) {
             fail(KVP_ERR_UNSUPPORTED, "the saved state holds rows of %zu bytes of %s and %zu of %s, which this cache does not",
@@ -343,11 +472,22 @@ void kvp_cache::set_state(const uint8_t * bytes, size_t size, int32_t newest) {
              "read again",
              taken, size);
     }
+    crossed += size;
+    if (place) {
+        // The cells of an empty cache are taken in order.
+        const state_blob state = parse_state_blob(bytes, size, SEQ_CHAT);
+        place->cells.clear();
+        if (place->begins_with(state.base)) {
+            std::vector<uint32_t> cells(state.base.pos.size());
+            std::iota(cells.begin(), cells.end(), 0u);
+            place->cells.assign(state.base.pos.data(), cells);
+        }
+    }
 }
 
 void kvp_cache::check_packing() {
     refuse_if_not_empty();
-    const clear_on_exit cleanup{ ctx, mem };
+    const clear_on_exit cleanup{ *this };
 
     constexpr uint32_t  N       = 8;
     const llama_model * model   = llama_get_model(ctx);
@@ -415,13 +555,14 @@ const char * kvp_built_for(void) { return KVP_BUILT_FOR; }
 const char * kvp_built_llama_version(void) { return KVP_BUILT_LLAMA_VERSION; }
 const char * kvp_loaded_llama_version(void) { return llama_version(); }
 
-int32_t kvp_cache_open(llama_context * ctx, kvp_cache ** cache, kvp_error * err) {
+int32_t kvp_cache_open(llama_context * ctx, kvp_watch * watch, kvp_cache ** cache, kvp_error * err) {
     return guard(err, [&] {
         if (!ctx || !cache) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_open: ctx and cache must not be NULL");
         }
         std::unique_ptr<kvp_cache> opened(new kvp_cache{});
-        opened->ctx = ctx;
+        opened->ctx   = ctx;
+        opened->watch = watch;
         opened->open();
         *cache = opened.release();
     });
@@ -441,8 +582,7 @@ int32_t kvp_cache_read(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, in
         if (!cache) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_read: cache must not be NULL");
         }
-        std::vector<uint32_t> order;
-        const state_blob      state = cache->read_range(p0, p1, n, positions, order);
+        const token_rows tokens = cache->find_rows(p0, p1, n, positions, false);
         if (n == 0) {
             return;
         }
@@ -459,10 +599,10 @@ int32_t kvp_cache_read(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, in
             };
         };
         if (keys) {
-            cache->each_layer(state.base, false, order, spread(keys, cache->shape.head_size_k));
+            cache->each_layer(tokens, false, spread(keys, cache->shape.head_size_k));
         }
         if (values) {
-            cache->each_layer(state.base, true, order, spread(values, cache->shape.head_size_v));
+            cache->each_layer(tokens, true, spread(values, cache->shape.head_size_v));
         }
     });
 }
@@ -476,14 +616,16 @@ int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p
         if (scorer != KVP_SCORER_KNORM && scorer != KVP_SCORER_KEYDIFF) {
             fail(KVP_ERR_ARGUMENT, "there is no native scorer number %d", scorer);
         }
-        const auto            score = scorer == KVP_SCORER_KNORM ? score_knorm : score_keydiff;
-        std::vector<uint32_t> order;
-        const state_blob      state  = cache->read_range(p0, p1, n, positions, order);
-        const size_t          n_head = cache->shape.n_head_kv;
+        const auto       score  = scorer == KVP_SCORER_KNORM ? score_knorm : score_keydiff;
+        const token_rows tokens = cache->find_rows(p0, p1, n, positions, true);
+        const size_t     n_head = cache->shape.n_head_kv;
         if (n == 0) {
             return;
         }
-        cache->each_layer(state.base, false, order, [&](uint32_t il, const float * keys) {
+        if (tokens.in_place) {
+            cache->place->score(scorer, tokens.order, scores);
+        }
+        cache->each_layer(tokens, false, [&](uint32_t il, const float * keys) {
             score(keys, n, n_head, cache->shape.head_size_k, scores + il * n_head * n);
         });
     });
@@ -503,18 +645,19 @@ int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p
                  s.n_layer, s.n_head_kv, s.head_size_k, s.head_size_v, c.n_layer, c.n_head_kv, c.head_size_k, c.head_size_v);
         }
         check_tokens(tokens, n);
-        std::vector<int32_t>  positions(n);
-        std::vector<uint32_t> order;
-        const state_blob      state = cache->read_range(p0, p1, n, positions.data(), order);
+        std::vector<int32_t> positions(n + 1); // never without an address
+        const token_rows     found = cache->find_rows(p0, p1, n, positions.data(), true);
         if (n == 0) {
             return;
         }
         const auto         slots = with_gaps(tokens, n, s.context / 2);
         const size_t       H = c.n_head_kv, dk = c.head_size_k, dv = c.head_size_v;
         std::vector<float> values(n * H * dv);
-        const auto &       base = state.base;
-        cache->each_layer(base, false, order, [&](uint32_t il, const float * keys) {
-            read_v(base.layers[il], base.v_trans, order, H * dv, c.v_rotation, values.data());
+        if (found.in_place) {
+            cache->place->score(policy->network, slots, found.order, scores);
+        }
+        cache->each_layer(found, false, [&](uint32_t il, const float * keys) {
+            read_v(found.layers[il], found.v_trans, found.order, H * dv, c.v_rotation, values.data());
             policy->network.score(il, { keys, H * dk, dk }, { values.data(), H * dv, dv }, slots.data(), slots.size(), n,
                                   llama_n_threads(cache->ctx), scores + il * H * n);
         });
@@ -557,15 +700,75 @@ int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8
             while (!keep[end]) {
                 ++end; // stops: keep[n - 1] is set
             }
-            if (!llama_memory_seq_rm(cache->mem, SEQ_CHAT, present[i], present[end - 1] + 1)) {
-                fail(KVP_ERR_RUNTIME, "llama.cpp would not remove positions [%d, %d) from its cache", present[i],
-                     present[end - 1] + 1);
-            }
+            cache->remove(present[i], present[end - 1] + 1);
             if (n_ranges) {
                 ++*n_ranges;
             }
             i = end;
         }
+    });
+}
+
+int32_t kvp_cache_move(kvp_cache * cache, const int32_t * present, const int32_t * positions, uint32_t n, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || (n > 0 && (!present || !positions))) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_move: cache, present and positions must not be NULL");
+        }
+        for (uint32_t i = 0; i < n; ++i) {
+            if (positions[i] < 0 || positions[i] > present[i] ||
+                (i > 0 && (present[i] <= present[i - 1] || positions[i] <= positions[i - 1]))) {
+                fail(KVP_ERR_ARGUMENT, "cells move down and keep their order, but entry %u goes from %d to %d", i, present[i],
+                     positions[i]);
+            }
+        }
+        // Cells only move down, so none of a later run is caught by an earlier one's range.
+        for (uint32_t i = 0; i < n;) {
+            uint32_t end = i + 1;
+            while (end < n && positions[end] - present[end] == positions[i] - present[i]) {
+                ++end;
+            }
+            llama_memory_seq_add(cache->mem, SEQ_CHAT, present[i], present[end - 1] + 1, positions[i] - present[i]);
+            i = end;
+        }
+        if (cache->place) {
+            cache->place->cells.rename(present, positions, n);
+        }
+    });
+}
+
+int32_t kvp_cache_appended(kvp_cache * cache, int32_t first, uint32_t n, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || first < 0) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_appended: there is no cache, or position %d", first);
+        }
+        if (cache->place) {
+            cache->place->cells.append(first, n, cache->watch->take(n));
+        }
+    });
+}
+
+void kvp_cache_forget(kvp_cache * cache) {
+    if (cache && cache->place) {
+        cache->place->cells.clear();
+    }
+}
+
+void kvp_cache_get_place(const kvp_cache * cache, kvp_cache_place * place) {
+    if (cache && place) {
+        *place           = {};
+        place->known     = cache->place.has_value();
+        place->on_device = cache->place && !cache->place->on_host();
+        place->crossed   = cache->crossed + (cache->place ? cache->place->crossed() : 0);
+        std::snprintf(place->where, sizeof(place->where), "%s", cache->place ? cache->place->devices().c_str() : cache->why_not.c_str());
+    }
+}
+
+int32_t kvp_cache_check_cells(kvp_cache * cache, const int32_t * present, uint32_t n, uint32_t * known, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !known || (n > 0 && !present)) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_check_cells: cache, present and known must not be NULL");
+        }
+        *known = cache->check_cells(present, n);
     });
 }
 

@@ -36,7 +36,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 4
+#define KVP_ABI_VERSION 5
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -87,6 +87,19 @@ KVP_API int32_t kvp_model_bytes_per_cell(const kvp_model_shape * shape, int32_t 
  * included; with fewer (0, say) nothing is written. */
 KVP_API int32_t kvp_model_tensors(const char * path, char * text, uint64_t size, uint64_t * needed, kvp_error * err);
 
+/* Sees where llama.cpp keeps a context's keys and values, and to which cell each new token goes: every node
+ * of a running graph is shown to a callback, which never asks for one. Set it before the context is made:
+ *     params.cb_eval = kvp_watch_callback();  params.cb_eval_user_data = watch;
+ * The watch must outlive the context and its kvp_cache. */
+struct ggml_tensor;
+typedef struct kvp_watch kvp_watch;
+typedef bool (*kvp_eval_callback)(struct ggml_tensor * node, bool ask, void * user_data);
+
+/* next: another callback that shall see the nodes, too, with next_data; or NULL. */
+KVP_API int32_t           kvp_watch_create(kvp_eval_callback next, void * next_data, kvp_watch ** watch, kvp_error * err);
+KVP_API void              kvp_watch_free(kvp_watch * watch); /* NULL is allowed */
+KVP_API kvp_eval_callback kvp_watch_callback(void);
+
 typedef struct kvp_cache kvp_cache;
 
 /* The layout of the base cache, as read back from a real state blob when the cache was opened. */
@@ -107,10 +120,37 @@ typedef struct kvp_cache_shape {
 /* Opens the cache of an EMPTY context: refuses what cannot be handled (recurrent, hybrid, encoder or
  * diffusion models, positions of more than one number, caches without sequence 1), then decodes three
  * tokens, reads them back, removes the middle one, checks every count, and clears the cache again.
- * So a model that opens is a model whose blob was understood and whose cache can lose its middle. */
-KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_cache ** cache, kvp_error * err);
+ * So a model that opens is a model whose blob was understood and whose cache can lose its middle.
+ *
+ * With a watch on the context (or NULL) the cache is found where it lies, and scored and packed there: through
+ * pointers in host memory, by ggml graphs on a device, so that only cell numbers and scores cross. Where that
+ * is not possible, or a token's cell is not known, it goes through llama.cpp's state as it does without a
+ * watch: the result is the same, and the cells are known again after a state has been packed. */
+KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_watch * watch, kvp_cache ** cache, kvp_error * err);
 KVP_API void    kvp_cache_close(kvp_cache * cache); /* NULL is allowed */
 KVP_API void    kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * shape);
+
+typedef struct kvp_cache_place {
+    uint32_t known;      /* 1: worked on where it lies; 0: through llama.cpp's state                      */
+    uint32_t on_device;  /* 1: some of it lies in memory that the host does not see                       */
+    uint64_t crossed;    /* bytes carried so far between the cache and the host: scores and cell numbers,
+                            and the states taken and given where it went through these                    */
+    char     where[256]; /* the devices, with commas; or why it is not known                              */
+} kvp_cache_place;
+
+KVP_API void kvp_cache_get_place(const kvp_cache * cache, kvp_cache_place * place);
+
+/* The owner of a watched context tells what it does itself: after a llama_decode that went well, that it
+ * read n tokens at positions first, first + 1, ...; and to forget all cells after it has put tokens into the
+ * cache in any other way (llama_state_set_data). Removed and cleared tokens need not be told. */
+KVP_API int32_t kvp_cache_appended(kvp_cache * cache, int32_t first, uint32_t n, kvp_error * err);
+KVP_API void    kvp_cache_forget(kvp_cache * cache);
+
+/* Compares the cells of the tokens at `present` (int32 [n], ascending: every position of sequence 0) with
+ * llama.cpp's state, byte for byte: KVP_ERR_RUNTIME if they differ; *known is 0 if not all cells are known.
+ * Without NDEBUG this is done before every packing. */
+KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const int32_t * present, uint32_t n, uint32_t * known,
+                                      kvp_error * err);
 
 /* Reads the tokens of sequence 0 at positions [p0, p1), de-quantised and with llama.cpp's Hadamard
  * rotation undone (RoPE stays in the keys).
@@ -132,7 +172,7 @@ KVP_API int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, i
                                 int32_t * positions, float * scores, kvp_error * err);
 
 /* A learned policy: a small network for every (layer, KV head), whose score docs/policy-format.md defines.
- * It runs as ggml graphs on the CPU, where the state blob's rows are. */
+ * It runs as ggml graphs: on the CPU for rows in host memory, else on the device that holds them. */
 typedef struct kvp_policy kvp_policy;
 
 typedef struct kvp_policy_shape {
@@ -193,6 +233,11 @@ KVP_API int32_t kvp_choose_tokens(const float * scores, uint32_t n_head, const i
 KVP_API int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8_t * keep, uint32_t n,
                                  uint32_t * n_ranges, kvp_error * err);
 
+/* Gives the cells at positions `present` new, not larger ones; both int32 [n], ascending. llama.cpp turns the
+ * keys accordingly when it decodes the next batch (its "K-shift"); until then the cache must not be read. */
+KVP_API int32_t kvp_cache_move(kvp_cache * cache, const int32_t * present, const int32_t * positions, uint32_t n,
+                               kvp_error * err);
+
 /* Chooses the rows that each head keeps, on its own, the same number in all heads.
  *   scores        f32 [n_head, n]; larger = keep, not finite = drop
  *   unit          int32 [n_head, n], ascending; rows with one number stay or go together
@@ -222,9 +267,11 @@ typedef struct kvp_key_turn {
  *   positions  int32 [n_keep], ascending: the new cells' positions; the last must be present[n - 1],
  *              from which llama.cpp continues, unless keys are turned
  *   turn       NULL, or how keys are turned on the way
- * The window cache of a model with sliding-window layers stays as it is; keys cannot be turned then.
- * On KVP_ERR_ARGUMENT, _UNSUPPORTED, _LAYOUT and _MEMORY the cache is what it was. On KVP_ERR_RUNTIME
- * llama.cpp did not take the packed state and the cache is EMPTY: the conversation must be read again. */
+ * It is packed where it lies if that is known, the rows of every head ascend, and the positions are those of
+ * the newest n_keep rows, whose cells then survive; else as a state that goes out and back in. Turned keys
+ * and heads that are no whole 32-bit words on a device go that way, too. The window cache of a model with sliding-window layers stays as it is; keys cannot be turned then.
+ * On KVP_ERR_ARGUMENT, _UNSUPPORTED, _LAYOUT and _MEMORY the cache is what it was. On KVP_ERR_RUNTIME a device
+ * or llama.cpp failed in the middle and the cache is EMPTY: the conversation must be read again. */
 KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep,
                                const int32_t * positions, uint32_t n_keep, const kvp_key_turn * turn, kvp_error * err);
 
@@ -252,9 +299,7 @@ KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint
  *     params.cb_eval = kvp_capture_callback();  params.cb_eval_user_data = capture;
  * The capture must outlive the context. Between begin and end decode ONE sequence from an empty cache,
  * token by token or in batches; outside them the callback asks for nothing. */
-struct ggml_tensor;
 typedef struct kvp_capture kvp_capture;
-typedef bool (*kvp_eval_callback)(struct ggml_tensor * node, bool ask, void * capture);
 
 typedef struct kvp_capture_plan {
     uint32_t n_layer;    /* of the base cache (kvp_cache_shape)                                            */

@@ -111,11 +111,8 @@ bool can_be_written(ggml_type type) {
 }
 
 void check_plan(const state_blob & state, const pack_plan & plan, std::vector<uint32_t> & order) {
+    check_rows(plan);
     const blob_cache & base = state.base;
-    if (plan.n == 0 || plan.n_keep == 0 || plan.n_keep > plan.n || plan.n_head_kv == 0 || plan.n_layer == 0) {
-        fail(KVP_ERR_ARGUMENT, "%u of %u rows in %u layers of %u KV heads cannot be packed", plan.n_keep, plan.n, plan.n_layer,
-             plan.n_head_kv);
-    }
     if (base.pos.size() != plan.n || base.layers.size() != plan.n_layer) {
         fail(KVP_ERR_ARGUMENT, "the cache holds %zu tokens in %zu layers, not %u in %u: the table of kept tokens is out of date",
              base.pos.size(), base.layers.size(), plan.n, plan.n_layer);
@@ -131,25 +128,7 @@ void check_plan(const state_blob & state, const pack_plan & plan, std::vector<ui
                  base.pos[order[i]], plan.present[i]);
         }
     }
-    for (uint32_t i = 0; i < plan.n_keep; ++i) {
-        if (plan.positions[i] < 0 || (i > 0 && plan.positions[i] <= plan.positions[i - 1])) {
-            fail(KVP_ERR_ARGUMENT, "new positions must ascend from 0, but entry %u is %d", i, plan.positions[i]);
-        }
-    }
-
-    std::vector<uint32_t> last_use(plan.n, 0);
-    for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
-        for (uint32_t i = 0; i < plan.n_keep; ++i) {
-            const int32_t row = plan.keep[size_t(g) * plan.n_keep + i];
-            if (row < 0 || uint32_t(row) >= plan.n || last_use[row] == g + 1) {
-                fail(KVP_ERR_ARGUMENT, "layer %u, KV head %u keeps row %d, which is %s", g / plan.n_head_kv, g % plan.n_head_kv,
-                     row, row < 0 || uint32_t(row) >= plan.n ? "none of the cache's" : "named twice");
-            }
-            last_use[row] = g + 1;
-        }
-    }
-
-    for (const blob_layer & layer : base.layers) {
+    for (const layer_rows & layer : base.layers) {
         for (const auto & [side, type, row] : { std::tuple{ "K", layer.type_k, layer.k_row }, { "V", layer.type_v, layer.v_row } }) {
             if (row % plan.n_head_kv != 0 || row / plan.n_head_kv % ggml_type_size(type) != 0) {
                 fail(KVP_ERR_UNSUPPORTED,
@@ -160,7 +139,7 @@ void check_plan(const state_blob & state, const pack_plan & plan, std::vector<ui
         }
     }
     if (plan.turning.frequency) {
-        for (const blob_layer & layer : base.layers) {
+        for (const layer_rows & layer : base.layers) {
             if (!can_be_written(layer.type_k)) {
                 fail(KVP_ERR_UNSUPPORTED, "keys of type %s cannot be turned to new positions", ggml_type_name(layer.type_k));
             }
@@ -229,6 +208,34 @@ void turn_keys(const key_turn & how, const double * frequency, const int32_t * t
 
 } // namespace
 
+bool check_rows(const pack_plan & plan) {
+    if (plan.n == 0 || plan.n_keep == 0 || plan.n_keep > plan.n || plan.n_head_kv == 0 || plan.n_layer == 0) {
+        fail(KVP_ERR_ARGUMENT, "%u of %u rows in %u layers of %u KV heads cannot be packed", plan.n_keep, plan.n, plan.n_layer,
+             plan.n_head_kv);
+    }
+    for (uint32_t i = 0; i < plan.n_keep; ++i) {
+        if (plan.positions[i] < 0 || (i > 0 && plan.positions[i] <= plan.positions[i - 1])) {
+            fail(KVP_ERR_ARGUMENT, "new positions must ascend from 0, but entry %u is %d", i, plan.positions[i]);
+        }
+    }
+
+    bool                  ascending = true;
+    std::vector<uint32_t> last_use(plan.n, 0);
+    for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
+        for (uint32_t i = 0; i < plan.n_keep; ++i) {
+            const int32_t * at  = plan.keep + size_t(g) * plan.n_keep + i;
+            const int32_t   row = *at;
+            if (row < 0 || uint32_t(row) >= plan.n || last_use[row] == g + 1) {
+                fail(KVP_ERR_ARGUMENT, "layer %u, KV head %u keeps row %d, which is %s", g / plan.n_head_kv, g % plan.n_head_kv,
+                     row, row < 0 || uint32_t(row) >= plan.n ? "none of the cache's" : "named twice");
+            }
+            last_use[row] = g + 1;
+            ascending     = ascending && (i == 0 || at[-1] < row);
+        }
+    }
+    return ascending;
+}
+
 size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan & plan) {
     const state_blob      state = parse_state_blob(blob, size, seq_id);
     std::vector<uint32_t> order;
@@ -237,7 +244,7 @@ size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan &
     const size_t          n_head = plan.n_head_kv, n_keep = plan.n_keep, per_layer = n_head * n_keep;
     size_t                largest = 0;
     std::vector<uint32_t> cells(per_layer);
-    for (const blob_layer & layer : state.base.layers) {
+    for (const layer_rows & layer : state.base.layers) {
         largest = std::max({ largest, layer.k_row * n_keep, layer.v_row * n_keep });
     }
     std::vector<uint8_t> scratch(largest);
@@ -271,7 +278,7 @@ size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan &
     };
 
     for (uint32_t il = 0; il < plan.n_layer; ++il) {
-        const blob_layer & layer = state.base.layers[il];
+        const layer_rows & layer = state.base.layers[il];
         cells_of(il);
         out.put<int32_t>(layer.type_k);
         out.put<uint64_t>(layer.k_row);
@@ -284,7 +291,7 @@ size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan &
         });
     }
     for (uint32_t il = 0; il < plan.n_layer; ++il) {
-        const blob_layer & layer = state.base.layers[il];
+        const layer_rows & layer = state.base.layers[il];
         cells_of(il);
         out.put<int32_t>(layer.type_v);
         if (!state.base.v_trans) {

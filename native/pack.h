@@ -31,6 +31,10 @@ struct pack_plan {
     key_turn        turning;
 };
 
+// Whether every head's rows ascend, as packing a cache in place needs it; a state is packed either way.
+// Throws KVP_ERR_ARGUMENT unless rows and positions are possible ones.
+bool check_rows(const pack_plan & plan);
+
 // Rewrites the blob in place and returns its new size. Nothing is written before the whole blob and the
 // whole plan have been checked; throws kvp::error otherwise. A window cache behind the base cache is
 // moved up as it is.

@@ -1,8 +1,11 @@
 #include "policy.h"
 
+#include "device.h"
 #include "error.h"
+#include "rows.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 namespace kvp {
@@ -21,6 +24,12 @@ void position_features(int32_t p, float * out) {
     out[1]               = std::sin(log);
     out[2]               = std::cos(log);
     out[3]               = 1.0f / from_one;
+}
+
+upper_layers new_upper(ggml_context * ctx, const kvp_policy_shape & s, int64_t heads) {
+    const int64_t h = s.hidden;
+    return { ggml_new_tensor_3d(ctx, GGML_TYPE_F32, h, s.context, heads), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, h, h, heads),
+             ggml_new_tensor_3d(ctx, GGML_TYPE_F32, h, 1, heads), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, h, 1, heads) };
 }
 
 void set_threads(ggml_backend_t backend, int32_t n_threads) {
@@ -57,6 +66,8 @@ void check_tokens(const int32_t * tokens, uint32_t n) {
 }
 
 policy_network::policy_network(const kvp_policy_weights & w) : sizes(w.shape) {
+    static std::atomic<uint64_t> created{ 0 };
+    number         = ++created;
     const auto & s = sizes;
     if (s.n_layer == 0 || s.n_layer > KVP_MAX_LAYERS || s.n_head_kv == 0 || s.head_size_k == 0 || s.head_size_v == 0 ||
         s.hidden == 0 || s.context % 2 == 0 || s.context > MOST_CONTEXT) {
@@ -69,19 +80,23 @@ policy_network::policy_network(const kvp_policy_weights & w) : sizes(w.shape) {
     const uint32_t H = s.n_head_kv, h = s.hidden, dk = s.head_size_k, dv = s.head_size_v;
     n_features = (dk + dv + N_POSITION + 1 + 15) / 16 * 16;
 
+    const size_t units = size_t(s.n_layer) * per_head();
+    weights            = { { w.key, w.key + units * dk },
+                           { w.value, w.value + units * dv },
+                           { w.position, w.position + units * N_POSITION },
+                           { w.fc1_bias, w.fc1_bias + units },
+                           { w.conv, w.conv + units * s.context },
+                           { w.fc2, w.fc2 + units * h },
+                           { w.fc2_bias, w.fc2_bias + units },
+                           { w.out, w.out + units } };
+
     backend.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     context.reset(ggml_init({ ggml_tensor_overhead() * (5 * s.n_layer + 1), nullptr, true }));
     if (!backend || !context) {
         fail(KVP_ERR_RUNTIME, "ggml has no CPU device to run a policy on");
     }
     for (uint32_t il = 0; il < s.n_layer; ++il) {
-        layer l{};
-        l.fc1      = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, n_features, h, H);
-        l.conv     = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, h, s.context, H);
-        l.fc2      = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, h, h, H);
-        l.fc2_bias = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, h, 1, H);
-        l.out      = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, h, 1, H);
-        layers.push_back(l);
+        layers.push_back({ ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, n_features, h, H), new_upper(context.get(), s, H) });
     }
     buffer.reset(ggml_backend_alloc_ctx_tensors(context.get(), backend.get()));
     allocator.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
@@ -89,36 +104,45 @@ policy_network::policy_network(const kvp_policy_weights & w) : sizes(w.shape) {
         fail(KVP_ERR_MEMORY, "there is not enough memory for the policy's weights");
     }
     for (uint32_t il = 0; il < s.n_layer; ++il) {
-        const auto part = [&](const float * all, size_t size) {
-            return std::vector<float>(all + il * size, all + (il + 1) * size);
-        };
         // One matrix for everything a token's first layer sees; the last feature is 1, times the bias.
-        std::vector<float> fc1(size_t(n_features) * h * H, 0.0f);
-        for (size_t unit = 0; unit < size_t(h) * H; ++unit) {
-            const size_t from = size_t(il) * H * h + unit;
-            float *      to   = fc1.data() + unit * n_features;
-            to                = std::copy_n(w.key + from * dk, dk, to);
-            to                = std::copy_n(w.value + from * dv, dv, to);
-            to                = std::copy_n(w.position + from * N_POSITION, N_POSITION, to);
-            *to               = w.fc1_bias[from];
+        std::vector<float> fc1(n_features * per_head(), 0.0f);
+        for (size_t unit = 0; unit < per_head(); ++unit) {
+            float * to = fc1.data() + unit * n_features;
+            to         = std::copy_n(key(il) + unit * dk, dk, to);
+            to         = std::copy_n(value(il) + unit * dv, dv, to);
+            to         = std::copy_n(position(il) + unit * N_POSITION, N_POSITION, to);
+            *to        = fc1_bias(il)[unit];
         }
-        put(layers[il].fc1, fc1);
-        put(layers[il].conv, part(w.conv, size_t(h) * s.context * H));
-        put(layers[il].fc2, part(w.fc2, size_t(h) * h * H));
-        put(layers[il].fc2_bias, part(w.fc2_bias, size_t(h) * H));
-        put(layers[il].out, part(w.out, size_t(h) * H));
+        const auto put = [](ggml_tensor * tensor, const float * values) {
+            ggml_backend_tensor_set(tensor, values, 0, ggml_nbytes(tensor));
+        };
+        put(layers[il].fc1, fc1.data());
+        put(layers[il].upper.conv, conv(il));
+        put(layers[il].upper.fc2, fc2(il));
+        put(layers[il].upper.fc2_bias, fc2_bias(il));
+        put(layers[il].upper.out, out(il));
     }
 }
 
-void policy_network::put(ggml_tensor * tensor, const std::vector<float> & values) {
-    ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
+ggml_tensor * score_graph(ggml_context * ctx, ggml_tensor * u, const upper_layers & w, int64_t n_out) {
+    const int64_t h = u->ne[0], heads = u->ne[2];
+    ggml_tensor * x = nullptr;
+    for (int64_t tap = 0; tap < w.conv->ne[1]; ++tap) {
+        ggml_tensor * shifted = ggml_view_3d(ctx, u, h, n_out, heads, u->nb[1], u->nb[2], size_t(tap) * u->nb[1]);
+        ggml_tensor * weight  = ggml_view_3d(ctx, w.conv, h, 1, heads, w.conv->nb[1], w.conv->nb[2], size_t(tap) * w.conv->nb[1]);
+        ggml_tensor * term    = ggml_mul(ctx, shifted, weight);
+        x                     = x ? ggml_add_inplace(ctx, x, term) : term;
+    }
+    x = ggml_silu_inplace(ctx, x);
+    x = ggml_add_inplace(ctx, ggml_mul_mat(ctx, w.fc2, x), w.fc2_bias);
+    return ggml_mul_mat(ctx, w.out, ggml_silu_inplace(ctx, x));
 }
 
 // Scores n_out tokens from n_in = n_out + context - 1: fill(input) writes the features, f32
 // [n_head, n_in, n_features]; scores [n_head, n_out].
 template <typename Fill>
 void policy_network::run(const layer & w, uint32_t n_in, uint32_t n_out, Fill fill, float * scores) {
-    const uint32_t                       H = sizes.n_head_kv, h = sizes.hidden;
+    const uint32_t                       H = sizes.n_head_kv;
     const owned<ggml_context, ggml_free> nodes(
         ggml_init({ ggml_tensor_overhead() * GRAPH_NODES + ggml_graph_overhead_custom(GRAPH_NODES, false), nullptr, true }));
     if (!nodes) {
@@ -129,17 +153,8 @@ void policy_network::run(const layer & w, uint32_t n_in, uint32_t n_out, Fill fi
     ggml_set_input(input);
 
     // A missing token's features are all 0, its 1 included, so that its u is 0.
-    ggml_tensor * u = ggml_mul_mat(ctx, w.fc1, input); // [h, n_in, H]
-    ggml_tensor * x = nullptr;
-    for (uint32_t tap = 0; tap < sizes.context; ++tap) {
-        ggml_tensor * shifted = ggml_view_3d(ctx, u, h, n_out, H, u->nb[1], u->nb[2], tap * u->nb[1]);
-        ggml_tensor * weight  = ggml_view_3d(ctx, w.conv, h, 1, H, w.conv->nb[1], w.conv->nb[2], tap * w.conv->nb[1]);
-        ggml_tensor * term    = ggml_mul(ctx, shifted, weight);
-        x                     = x ? ggml_add_inplace(ctx, x, term) : term;
-    }
-    x                   = ggml_silu_inplace(ctx, x);
-    x                   = ggml_add_inplace(ctx, ggml_mul_mat(ctx, w.fc2, x), w.fc2_bias);
-    ggml_tensor * score = ggml_mul_mat(ctx, w.out, ggml_silu_inplace(ctx, x)); // [1, n_out, H]
+    ggml_tensor * u     = ggml_mul_mat(ctx, w.fc1, input); // [h, n_in, H]
+    ggml_tensor * score = score_graph(ctx, u, w.upper, n_out);
     ggml_set_output(score);
 
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, GRAPH_NODES, false);
@@ -189,6 +204,58 @@ void policy_network::score(uint32_t il, rows keys, rows values, const slot * slo
             }
         }
     }
+}
+
+device_policy::device_policy(const policy_network & net, device & on, const std::vector<uint32_t> & of, uint32_t k_rotation,
+                             uint32_t v_rotation)
+    : network(net.id()), n_head_kv(net.shape().n_head_kv), context(ggml_init({ ggml_tensor_overhead() * 8, nullptr, true })) {
+    if (!context) {
+        throw std::bad_alloc();
+    }
+    const kvp_policy_shape & s     = net.shape();
+    const int64_t            heads = int64_t(of.size() * n_head_kv), h = s.hidden;
+    key                            = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, s.head_size_k, h, heads);
+    value                          = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, s.head_size_v, h, heads);
+    position                       = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, POSITION_ROW, h * heads);
+    upper_layers::operator=(new_upper(context.get(), s, heads));
+    buffer = on.allocate(context.get());
+
+    // w . (H y) = (H w) . y, as H is symmetric
+    const auto put = [&](ggml_tensor * tensor, auto part, uint32_t rotation) {
+        std::vector<float> all;
+        all.reserve(size_t(ggml_nelements(tensor)));
+        for (const uint32_t il : of) {
+            part(il, all);
+        }
+        if (rotation) {
+            hadamard(all.data(), all.size(), rotation);
+        }
+        on.set(tensor, all.data(), all.size() * sizeof(float));
+    };
+    const auto copy = [&](const float * (policy_network::*weights)(uint32_t) const, size_t per_unit) {
+        return [=, &net](uint32_t il, std::vector<float> & all) {
+            const float * from = (net.*weights)(il);
+            all.insert(all.end(), from, from + net.per_head() * per_unit);
+        };
+    };
+    put(key, copy(&policy_network::key, s.head_size_k), k_rotation);
+    put(value, copy(&policy_network::value, s.head_size_v), v_rotation);
+    put(conv, copy(&policy_network::conv, s.context), 0);
+    put(fc2, copy(&policy_network::fc2, s.hidden), 0);
+    put(fc2_bias, copy(&policy_network::fc2_bias, 1), 0);
+    put(out, copy(&policy_network::out, 1), 0);
+    put(position, [&](uint32_t il, std::vector<float> & all) {
+        for (size_t unit = 0; unit < net.per_head(); ++unit) {
+            const float * from = net.position(il) + unit * N_POSITION;
+            all.insert(all.end(), from, from + N_POSITION);
+            all.push_back(net.fc1_bias(il)[unit]);
+            all.resize(all.size() + POSITION_ROW - N_POSITION - 1);
+        }
+    }, 0);
+}
+
+ggml_tensor * device_policy::of_layer(ggml_context * ctx, ggml_tensor * all, size_t l) const {
+    return ggml_view_3d(ctx, all, all->ne[0], all->ne[1], int64_t(n_head_kv), all->nb[1], all->nb[2], l * n_head_kv * all->nb[2]);
 }
 
 } // namespace kvp

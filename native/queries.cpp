@@ -3,6 +3,7 @@
 
 #include "error.h"
 #include "rows.h"
+#include "watch.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -75,11 +76,6 @@ using namespace kvp;
 
 namespace {
 
-const ggml_tensor * root_of(const ggml_tensor * t) { return t && t->view_src ? t->view_src : t; }
-
-// What llama_kv_cache calls the keys of a layer; views carry other names, their root this one.
-constexpr char KEYS[] = "cache_k_l";
-
 // The tensor that a view is of, also if it was copied: flash attention casts f32 keys to f16.
 const ggml_tensor * source_of(const ggml_tensor * t) {
     t = root_of(t);
@@ -90,10 +86,7 @@ const ggml_tensor * source_of(const ggml_tensor * t) {
 }
 
 // The layer whose cached keys a tensor holds, or -1.
-int32_t layer_of_keys(const ggml_tensor * t) {
-    t = source_of(t);
-    return t && std::strncmp(t->name, KEYS, sizeof(KEYS) - 1) == 0 ? std::atoi(t->name + sizeof(KEYS) - 1) : -1;
-}
+int32_t layer_of_keys(const ggml_tensor * t) { return layer_named(source_of(t), KEYS); }
 
 float float_param(const ggml_tensor * node, int i) {
     float value;

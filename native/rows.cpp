@@ -2,6 +2,7 @@
 
 #include "error.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -104,7 +105,7 @@ private:
 
 } // namespace
 
-void read_k(const blob_layer & layer, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot, float * out) {
+void read_k(const layer_rows & layer, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot, float * out) {
     row_reader row("K", layer.type_k, layer.k_row, n_values);
     for (size_t i = 0; i < order.size(); ++i) {
         row.read(layer.k + order[i] * layer.k_row, out + i * n_values);
@@ -114,7 +115,7 @@ void read_k(const blob_layer & layer, const std::vector<uint32_t> & order, size_
     }
 }
 
-void read_v(const blob_layer & layer, bool v_trans, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot,
+void read_v(const layer_rows & layer, bool v_trans, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot,
             float * out) {
     const size_t n = order.size();
     if (!v_trans) {
@@ -127,13 +128,17 @@ void read_v(const blob_layer & layer, bool v_trans, const std::vector<uint32_t> 
             fail(KVP_ERR_LAYOUT, "V is %zu bytes wide, which %zu values of type %s do not make", layer.v_row, n_values,
                  ggml_type_name(layer.type_v));
         }
-        const size_t       column_bytes = n * ggml_type_size(layer.type_v); // block size 1, as parsed
-        row_reader         column("V", layer.type_v, column_bytes, n);
-        std::vector<float> values(n);
+        if (n == 0) {
+            return;
+        }
+        const auto [first, last] = std::minmax_element(order.begin(), order.end());
+        const size_t       from = *first, span = *last - from + 1, value = ggml_type_size(layer.type_v); // block size 1
+        row_reader         column("V", layer.type_v, span * value, span);
+        std::vector<float> values(span);
         for (size_t j = 0; j < n_values; ++j) {
-            column.read(layer.v + j * column_bytes, values.data());
+            column.read(layer.v + j * layer.v_column + from * value, values.data());
             for (size_t i = 0; i < n; ++i) {
-                out[i * n_values + j] = values[order[i]];
+                out[i * n_values + j] = values[order[i] - from];
             }
         }
     }

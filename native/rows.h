@@ -20,10 +20,10 @@ rotation rotation_of(ggml_type type_k, ggml_type type_v, uint32_t head_size_k, u
 // y <- H y in blocks of `block` values, H the orthonormal Sylvester matrix, which is its own inverse.
 void hadamard(float * y, size_t n, uint32_t block);
 
-// The rows of one layer in the order asked for: out[i] = row of cell order[i], f32 [n, n_values],
-// n_values = n_head_kv * head_size. Throws KVP_ERR_LAYOUT when a row does not hold n_values values.
-void read_k(const blob_layer & layer, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot, float * out);
-void read_v(const blob_layer & layer, bool v_trans, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot,
+// The rows of one layer in the order asked for: out[i] = row of cell order[i], f32 [n, n_values], where cells
+// are counted as they lie there; n_values = n_head_kv * head_size. Throws KVP_ERR_LAYOUT when a row does not hold n_values values.
+void read_k(const layer_rows & layer, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot, float * out);
+void read_v(const layer_rows & layer, bool v_trans, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot,
             float * out);
 
 } // namespace kvp

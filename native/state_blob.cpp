@@ -113,12 +113,12 @@ blob_cache parse_cache(reader & in, int32_t seq_id) {
     }
     cache.layers.resize(n_layer);
 
-    for (blob_layer & layer : cache.layers) {
+    for (layer_rows & layer : cache.layers) {
         layer.type_k = read_type(in, "the type of K");
         layer.k_row  = check_row(layer.type_k, in.read<uint64_t>("the row size of K"), "the row size of K");
         layer.k      = in.take(n_cells, layer.k_row, "the rows of K");
     }
-    for (blob_layer & layer : cache.layers) {
+    for (layer_rows & layer : cache.layers) {
         layer.type_v = read_type(in, "the type of V");
         if (!cache.v_trans) {
             layer.v_row = check_row(layer.type_v, in.read<uint64_t>("the row size of V"), "the row size of V");
@@ -133,7 +133,8 @@ blob_cache parse_cache(reader & in, int32_t seq_id) {
             if (n_embd == 0) {
                 unknown("the width of V", n_embd);
             }
-            layer.v_row = size_t(n_embd) * value_bytes;
+            layer.v_row    = size_t(n_embd) * value_bytes;
+            layer.v_column = size_t(n_cells) * value_bytes;
             layer.v     = in.take(n_cells, layer.v_row, "the columns of V");
         }
     }

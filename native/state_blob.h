@@ -21,20 +21,21 @@
 
 namespace kvp {
 
-// One layer's keys and values inside the blob. Pointers borrow from the blob and may be unaligned.
-struct blob_layer {
-    ggml_type       type_k    = GGML_TYPE_COUNT;
-    ggml_type       type_v    = GGML_TYPE_COUNT;
-    size_t          k_row     = 0; // bytes of one cell's K over all KV heads
-    size_t          v_row     = 0; // likewise V; with v_trans it is n_embd_v * sizeof(value), never contiguous
-    const uint8_t * k         = nullptr;
-    const uint8_t * v         = nullptr;
+// One layer's keys and values, in a blob or in the cache itself. Pointers borrow and may be unaligned.
+struct layer_rows {
+    ggml_type       type_k   = GGML_TYPE_COUNT;
+    ggml_type       type_v   = GGML_TYPE_COUNT;
+    size_t          k_row    = 0; // bytes of one cell's K over all KV heads
+    size_t          v_row    = 0; // likewise V; with v_trans it is n_embd_v * sizeof(value), never contiguous
+    size_t          v_column = 0; // with v_trans, bytes from one column to the next
+    const uint8_t * k        = nullptr;
+    const uint8_t * v        = nullptr;
 };
 
 struct blob_cache {
     bool                    v_trans = false;
     std::vector<int32_t>    pos;    // [n_cells], in cell order, all different
-    std::vector<blob_layer> layers; // empty when there are no cells
+    std::vector<layer_rows> layers; // empty when there are no cells
 };
 
 struct state_blob {

@@ -21,7 +21,7 @@ from conftest import RandomModel, random_tokens
 from kvp_edge import KVCacheError, Llama, UnsupportedModelError
 from support.gguf_models import ModelShape, write_mpt
 from support.watch import Watch
-from test_packing import CacheNoise, Noise, difference
+from test_packing import HALF, CacheNoise, Noise, difference
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]
@@ -65,6 +65,7 @@ def any_history(random_model: Maker, data: st.DataObject) -> None:
         "sinks": draw(st.integers(0, 6)),
         "reserve": draw(st.integers(100, 200)),
         "policy": draw(st.sampled_from([Noise, CacheNoise]))(),
+        "pack": draw(st.sampled_from(["device", "state"])),
         "logits_all": True,
         "verbose": False,
         "n_threads": 1,
@@ -105,6 +106,11 @@ def any_history(random_model: Maker, data: st.DataObject) -> None:
                 stats = llm.kv_stats
                 assert stats.kept + stats.dropped == stats.seen == llm.n_tokens
                 assert stats.kept <= stats.cells
+                assert stats.pack == options["pack"]
+                if llm._kv is not None and llm.n_tokens:
+                    present = llm._kv.snapshot().present()
+                    known = llm._kv.cache.check_cells(present)  # against llama.cpp's own state
+                    assert known == (stats.pack == "device")
             if llm.n_tokens == 0:
                 return
             got, want = llm.scores[: llm.n_tokens], watch.expected(model.reference)
@@ -232,7 +238,8 @@ def test_states_in_memory_go_back_and_forth(random_model: Maker, load: Loader) -
     llm.load_state(state)
     np.testing.assert_array_equal(llm.kv_positions, held)
     llm.eval(random_tokens(300, seed=1))
-    np.testing.assert_array_equal(llm.scores[400:700], want)
+    # not to the last bit: a state comes back without holes, so sums over cells go another way
+    assert difference(llm.scores[400:700], want) < HALF
 
 
 # -- limits and refusals ---------------------------------------------------------------------
@@ -324,6 +331,7 @@ _SURVIVOR = """
 import sys
 from kvp_edge import KVCacheError, Llama
 bound = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60, "verbose": False}
+bound["pack"] = "state"
 llm, fresh = Llama(sys.argv[1], **bound), Llama(sys.argv[1], **bound)
 tokens = [0, *(6 + i * 7 % 200 for i in range(600))]
 try:

@@ -139,6 +139,14 @@ def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> No
         metavar="N",
         help="free cells after an eviction (default: a quarter of the budget, at least 256)",
     )
+    group.add_argument(
+        "--pack",
+        choices=["auto", "device", "state"],
+        default="auto",
+        help="device: score and pack the cache where it lies, so that on a GPU only cell numbers "
+        "and scores cross the bus; state: through llama.cpp's state, out and back in; auto: device "
+        "where possible (default: auto)",
+    )
 
 
 def add_system_options(parser: argparse.ArgumentParser) -> None:
@@ -260,6 +268,7 @@ def cache_options(args: argparse.Namespace) -> dict[str, Any]:
         "sinks": args.sinks,
         "recent": args.recent,
         "reserve": args.reserve,
+        "pack": args.pack,
     }
 
 

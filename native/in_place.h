@@ -1,0 +1,85 @@
+// A context's base cache where it lies: read, scored and packed without llama.cpp's state in between. Layers
+// in host memory are reached through pointers, others by graphs on the device that holds them.
+#pragma once
+
+#include "cells.h"
+#include "device.h"
+#include "pack.h"
+#include "policy.h"
+#include "state_blob.h"
+#include "watch.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace kvp {
+
+constexpr size_t WORD_BYTES = sizeof(float);
+
+// One layer's tensors in a device's memory.
+struct device_layer {
+    uint32_t            il; // in the base cache
+    const ggml_tensor * k;
+    const ggml_tensor * v;
+    ggml_tensor *       k_words; // the same memory as words of 32 bits, f32 [row / 4, cells], so that rows are
+    ggml_tensor *       v_words; // moved bit by bit, whatever their type; null if rows are no whole words
+};
+
+// The layers that lie on one device.
+struct device_part {
+    std::unique_ptr<device>        on;
+    std::vector<device_layer>      layers;
+    owned<ggml_context, ggml_free> words;
+    std::unique_ptr<device_policy> policy; // the one that was used last
+};
+
+class in_place {
+public:
+    // Finds the base cache's layers among all that `watch` saw by what `trial` says of the tokens decoded
+    // since. Throws KVP_ERR_UNSUPPORTED where they are not found.
+    in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape);
+
+    cell_map cells;
+
+    bool on_host() const { return parts.empty(); }
+    bool on_host(uint32_t il) const { return host[il].k != nullptr; }
+    // Where the devices' names, comma between them, are for people to read.
+    std::string devices() const;
+    uint64_t    crossed() const;
+
+    // The layers in host memory; the others are null. Cells are those of the cache.
+    const std::vector<layer_rows> & rows() const { return host; }
+
+    // Scores on devices, of the layers that lie there alone: scores f32 [n_layer, n_head_kv, n].
+    void score(int32_t scorer, const std::vector<uint32_t> & cells, float * scores);
+    void score(policy_network & network, const std::vector<slot> & slots, const std::vector<uint32_t> & cells, float * scores);
+
+    // Lets every head keep its rows (plan.keep, ascending) in the cells of the newest plan.n_keep rows.
+    // Throws KVP_ERR_UNSUPPORTED before anything is changed.
+    void pack(const pack_plan & plan, const std::vector<uint32_t> & cells);
+
+    // Where a cell's bytes in the cache are not those of the blob, KVP_ERR_RUNTIME; order[i] is the blob's
+    // cell whose token lies in cells[i].
+    void compare(const blob_cache & blob, const std::vector<uint32_t> & order, const std::vector<uint32_t> & cells) const;
+
+    // Whether the first layer holds the keys of `blob` in its first cells, in the same order.
+    bool begins_with(const blob_cache & blob) const;
+
+private:
+    struct tensors {
+        const ggml_tensor * k;
+        const ggml_tensor * v;
+    };
+
+    bool holds(const tensors & t, const layer_rows & want, const std::vector<uint32_t> & order,
+               const std::vector<uint32_t> & cells) const;
+    void place(const tensors & t, const layer_rows & like);
+
+    kvp_cache_shape          shape;
+    std::vector<tensors>     layers;
+    std::vector<layer_rows>  host;
+    std::vector<device_part> parts;
+};
+
+} // namespace kvp

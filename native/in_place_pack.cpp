@@ -1,0 +1,174 @@
+// Packing a cache where it lies. The newest n_keep rows' cells survive, in the order of their rows, so one
+// llama_memory_seq_rm of all positions before theirs makes llama.cpp's table agree.
+#include "in_place.h"
+
+#include "error.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace kvp {
+
+namespace {
+
+// Rows ascend, so that row i of what stays is never newer than the row whose cell it goes to: keep[i] <=
+// n - n_keep + i. Going from the newest to the oldest, a cell is therefore read before it is written to.
+struct moves {
+    const pack_plan &             plan;
+    const std::vector<uint32_t> & cells;  // [n] of the rows now
+    uint32_t                      n_move; // the rows from here on stay in their cells, in all heads
+
+    uint32_t target(uint32_t i) const { return cells[plan.n - plan.n_keep + i]; }
+    uint32_t source(uint32_t il, size_t head, uint32_t i) const {
+        return cells[size_t(plan.keep[(size_t(il) * plan.n_head_kv + head) * plan.n_keep + i])];
+    }
+};
+
+uint32_t rows_to_move(const pack_plan & plan) {
+    uint32_t most = 0;
+    for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
+        const int32_t * keep = plan.keep + size_t(g) * plan.n_keep;
+        uint32_t        n    = plan.n_keep;
+        while (n > most && keep[n - 1] == int32_t(plan.n - plan.n_keep + n - 1)) {
+            --n;
+        }
+        most = std::max(most, n);
+    }
+    return most;
+}
+
+template <size_t S> void move_slices_of(const moves & m, uint32_t il, uint8_t * rows, size_t row) {
+    const size_t n_head = m.plan.n_head_kv, slice = S ? S : row / n_head;
+    for (uint32_t i = m.n_move; i-- > 0;) {
+        uint8_t * to = rows + m.target(i) * row;
+        for (size_t h = 0; h < n_head; ++h) {
+            const uint8_t * from = rows + m.source(il, h, i) * row;
+            if (from != to) {
+                std::memcpy(to + h * slice, from + h * slice, slice);
+            }
+        }
+    }
+}
+
+void move_slices(const moves & m, uint32_t il, uint8_t * rows, size_t row) {
+    switch (row / m.plan.n_head_kv) { // the usual head sizes in f16 and f32, where a copy of known length is a few moves
+        case 64:  return move_slices_of<64>(m, il, rows, row);
+        case 128: return move_slices_of<128>(m, il, rows, row);
+        case 192: return move_slices_of<192>(m, il, rows, row);
+        case 256: return move_slices_of<256>(m, il, rows, row);
+        default:  return move_slices_of<0>(m, il, rows, row);
+    }
+}
+
+// The same for transposed V: columns of values, those of one head side by side.
+void move_columns(const moves & m, uint32_t il, uint8_t * columns, size_t column, size_t value, size_t n_column) {
+    struct run {
+        size_t to, from, bytes; // consecutive cells
+    };
+    const size_t     n_head = m.plan.n_head_kv, per_head = n_column / n_head;
+    std::vector<run> runs;
+    for (size_t h = 0; h < n_head; ++h) {
+        runs.clear();
+        for (uint32_t i = m.n_move; i-- > 0;) {
+            const size_t to = m.target(i) * value, from = m.source(il, h, i) * value;
+            if (from == to) {
+                continue;
+            }
+            if (!runs.empty() && runs.back().to == to + value && runs.back().from == from + value) {
+                runs.back() = { to, from, runs.back().bytes + value };
+            } else {
+                runs.push_back({ to, from, value });
+            }
+        }
+        for (size_t j = h * per_head; j < (h + 1) * per_head; ++j) {
+            uint8_t * at = columns + j * column;
+            for (const run & r : runs) {
+                std::memmove(at + r.to, at + r.from, r.bytes);
+            }
+        }
+    }
+}
+
+// All of it in one graph, which reads every row before it writes any: what is gathered lies in memory of
+// the graph's own in between.
+struct device_moves {
+    std::vector<int32_t> sources; // [layers of the part, n_head_kv, n_move]
+    std::vector<int64_t> targets; // [n_move]
+    device_graph         graph;
+
+    device_moves(device_part & part, const moves & m, bool v_transposed)
+        : sources(part.layers.size() * m.plan.n_head_kv * m.n_move), targets(m.n_move), graph(*part.on, 16 + 16 * part.layers.size()) {
+        const size_t H = m.plan.n_head_kv, n = m.n_move;
+        for (uint32_t i = 0; i < n; ++i) {
+            targets[i] = m.target(i);
+            for (size_t l = 0; l < part.layers.size(); ++l) {
+                for (size_t h = 0; h < H; ++h) {
+                    sources[(l * H + h) * n + i] = int32_t(m.source(part.layers[l].il, h, i));
+                }
+            }
+        }
+        const int64_t  end  = *std::max_element(m.cells.begin(), m.cells.end()) + int64_t(1);
+        ggml_context * ctx  = graph.ctx();
+        ggml_tensor *  from = graph.input(GGML_TYPE_I32, int64_t(n), int64_t(H), int64_t(part.layers.size()), sources.data());
+        ggml_tensor *  to   = graph.input(GGML_TYPE_I64, int64_t(n), 1, 1, targets.data());
+        for (size_t l = 0; l < part.layers.size(); ++l) {
+            const device_layer & layer = part.layers[l];
+            ggml_tensor *        rows  = ggml_view_2d(ctx, from, int64_t(n), int64_t(H), from->nb[1], l * from->nb[2]);
+            const auto           move  = [&](ggml_tensor * table) { // [row, cells], seen as [slice, cells, heads]
+                ggml_tensor * heads = ggml_view_3d(ctx, table, table->ne[0] / int64_t(H), table->ne[1], int64_t(H), table->nb[1],
+                                                   table->nb[1] / H, 0);
+                return ggml_set_rows(ctx, heads, ggml_get_rows(ctx, heads, rows), to);
+            };
+            graph.compute(move(layer.k_words));
+            if (!v_transposed) {
+                graph.compute(move(layer.v_words));
+                continue;
+            }
+            // columns become rows, are moved as such, and become columns again
+            const int64_t n_column = layer.v->ne[0];
+            ggml_tensor * v = ggml_view_2d(ctx, const_cast<ggml_tensor *>(layer.v), end, n_column, size_t(layer.v->ne[1]) * layer.v->nb[0], 0);
+            ggml_tensor * table = ggml_cont(ctx, ggml_transpose(ctx, v)); // [n_column, end]
+            ggml_tensor * moved = ggml_view_2d(ctx, move(table), n_column, end, table->nb[1], 0);
+            graph.compute(ggml_cpy(ctx, ggml_transpose(ctx, moved), v));
+        }
+        graph.prepare();
+    }
+};
+
+} // namespace
+
+void in_place::pack(const pack_plan & plan, const std::vector<uint32_t> & at) {
+    const moves m{ plan, at, rows_to_move(plan) };
+    if (m.n_move == 0) {
+        return;
+    }
+    for (const device_part & part : parts) {
+        for (const device_layer & layer : part.layers) {
+            if (!layer.k_words || (!shape.v_transposed && !layer.v_words)) {
+                fail(KVP_ERR_UNSUPPORTED, "a head's keys or values are no whole words of %zu bytes", WORD_BYTES);
+            }
+        }
+    }
+    std::vector<std::unique_ptr<device_moves>> ready; // all of them, before one changes anything
+    for (device_part & part : parts) {
+        ready.push_back(std::make_unique<device_moves>(part, m, shape.v_transposed != 0));
+    }
+    for (const auto & on_device : ready) {
+        on_device->graph.run();
+    }
+    for (uint32_t il = 0; il < host.size(); ++il) {
+        if (!on_host(il)) {
+            continue;
+        }
+        const layer_rows & layer = host[il];
+        move_slices(m, il, const_cast<uint8_t *>(layer.k), layer.k_row);
+        if (!shape.v_transposed) {
+            move_slices(m, il, const_cast<uint8_t *>(layer.v), layer.v_row);
+        } else {
+            const size_t value = ggml_type_size(layer.type_v);
+            move_columns(m, il, const_cast<uint8_t *>(layer.v), layer.v_column, value, layer.v_row / value);
+        }
+    }
+}
+
+} // namespace kvp
