@@ -102,30 +102,30 @@ def load() -> Iterator[Callable[..., kvp_edge.Llama]]:
         llm.close()
 
 
-def _rpc_server() -> RpcServer:
-    """Skips, or fails where KVP_EDGE_REQUIRE_RPC is set, if llama.cpp cannot do without.
-
-    Fixtures do not stop it: a model that a failed test leaves behind may be freed after them all.
-    """
+@pytest.fixture(scope="session")
+def rpc() -> None:
+    """Without llama.cpp's RPC backend: a skip, or a failure where KVP_EDGE_REQUIRE_RPC is set."""
     if not rpc_supported():
         sentence = (
-            "needs llama.cpp compiled with RPC: CMAKE_ARGS='-DGGML_RPC=ON' pip install "
-            "--force-reinstall --no-cache-dir --no-deps llama-cpp-python==0.3.36"
+            "needs a llama.cpp compiled with -DGGML_RPC=ON, as in a new environment of "
+            "scripts/fresh.py test; this one has no RPC backend"
         )
         (pytest.fail if os.environ.get("KVP_EDGE_REQUIRE_RPC") else pytest.skip)(sentence)
-    return RpcServer()
+
+
+# These two do not stop their servers: what a failed test leaves behind may be freed after them all.
 
 
 @pytest.fixture(scope="session")
-def rpc_devices() -> list[int]:
+def rpc_devices(rpc: None) -> list[int]:
     """Two devices whose memory the host cannot touch (support.devices)."""
-    return [rpc_device(_rpc_server().endpoint) for _ in range(2)]
+    return [rpc_device(RpcServer().endpoint) for _ in range(2)]
 
 
 @pytest.fixture(scope="session")
-def rpc_wire() -> CountingProxy:
+def rpc_wire(rpc: None) -> CountingProxy:
     """A third one, behind a counter of the bytes that go there and come back."""
-    return CountingProxy(_rpc_server().endpoint)
+    return CountingProxy(RpcServer().endpoint)
 
 
 @pytest.fixture(params=["cpu", "rpc", "rpc2"])

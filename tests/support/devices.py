@@ -1,8 +1,8 @@
-"""Devices whose memory the host cannot touch, without a GPU: llama.cpp's RPC backend on this machine.
+"""Devices whose memory the host cannot touch, without a GPU: llama.cpp's RPC backend.
 
-A server in another process lends its CPU (ggml/src/ggml-rpc/ggml-rpc.cpp); here it is a device like
-any other, and what lies on it is reached by copies and by graphs that run there. Its arithmetic is
-that of the CPU backend, so logits can be compared exactly.
+A server in another process on this machine lends its CPU (ggml/src/ggml-rpc/ggml-rpc.cpp); here it
+is a device like any other, and what lies on it is reached by copies and by graphs that run there.
+Its arithmetic is that of the CPU backend, so logits are the same to the last bit.
 
 llama.cpp ends the process, rather than report an error, when a server it uses is gone: servers live
 as long as the process that started them, and a test that kills one runs in a process of its own.
@@ -10,6 +10,7 @@ as long as the process that started them, and a test that kills one runs in a pr
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -19,7 +20,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ _HOST = "127.0.0.1"
 _SERVER = Path(__file__).with_name("rpc_server.py")
 _PATIENCE = 60.0
 """Seconds that a server may take to answer; a slow machine needs one."""
+
+_load = bindings.llama_model_load_from_file
 
 
 def rpc_supported() -> bool:
@@ -108,13 +110,12 @@ def rpc_device(endpoint: str) -> int:
     return device
 
 
-@contextmanager
+@contextlib.contextmanager
 def placed(devices: Sequence[int]) -> Iterator[None]:
     """Models that llama_cpp.Llama loads inside lie wholly on these devices, whatever n_gpu_layers
     says; on the CPU if there are none. Their layers are split among several devices: the first gets
-    at least one of two layers, the last the output layer as well.
+    at least one of two layers, the last the output layer as well. The innermost of several holds.
     """
-    load = bindings.llama_model_load_from_file
     listed = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
     shares = (ctypes.c_float * bindings.LLAMA_MAX_DEVICES)()
     # a share is of all layers and the output layer, in order: llama_model::load_tensors
@@ -124,7 +125,7 @@ def placed(devices: Sequence[int]) -> Iterator[None]:
         params.devices = ctypes.addressof(listed)
         params.n_gpu_layers = 2**31 - 1 if devices else 0
         params.tensor_split = shares
-        return load(path, params)
+        return _load(path, params)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bindings, "llama_model_load_from_file", load_here)
@@ -174,17 +175,24 @@ class CountingProxy:
         while True:
             near, _ = self._listener.accept()
             far = socket.create_connection(self._server)
+            threading.Thread(target=self._connect, args=(near, far), daemon=True).start()
+
+    def _connect(self, near: socket.socket, far: socket.socket) -> None:
+        with near, far:
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            ways = ((near, far, "to_device"), (far, near, "to_host"))
-            for way in ways:
-                threading.Thread(target=self._pass_on, args=way, daemon=True).start()
+            back = threading.Thread(target=self._pass_on, args=(far, near, "to_host"), daemon=True)
+            back.start()
+            self._pass_on(near, far, "to_device")
+            back.join()
 
     def _pass_on(self, source: socket.socket, target: socket.socket, way: str) -> None:
-        while data := source.recv(1 << 20):
-            self._passed[way] += len(data)
-            target.sendall(data)
-        target.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # an end that is gone ends the other
+            while data := source.recv(1 << 20):
+                self._passed[way] += len(data)
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
 
 
 def _free_port() -> int:
