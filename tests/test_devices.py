@@ -1,7 +1,7 @@
 """Models whose weights and cache lie on a device that the host reaches by copies only.
 
-The device computes as the CPU does (support.devices), so logits are those of the CPU, and
-evictions are compared with the reference exactly as in test_packing.
+It computes as the CPU does (support.devices), so without eviction logits are the CPU's own; with it
+they are compared with the reference as in test_packing.
 """
 
 from __future__ import annotations

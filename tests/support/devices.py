@@ -2,7 +2,8 @@
 
 A server in another process on this machine lends its CPU (ggml/src/ggml-rpc/ggml-rpc.cpp); here it
 is a device like any other, and what lies on it is reached by copies and by graphs that run there.
-Its arithmetic is that of the CPU backend, so logits are the same to the last bit.
+Its arithmetic is that of the CPU backend, so logits of f32 weights are the same to the last bit;
+those of other weights where llama.cpp does not repack them for its own CPU (use_extra_bufts).
 
 llama.cpp ends the process, rather than report an error, when a server it uses is gone: servers live
 as long as the process that started them, and a test that kills one runs in a process of its own.
