@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import kvp_edge
+from support.devices import CountingProxy, RpcServer, placed, rpc_device, rpc_supported
 from support.gguf_models import ModelShape, write_model
 from support.reference import Reference
 
@@ -99,6 +100,42 @@ def load() -> Iterator[Callable[..., kvp_edge.Llama]]:
     yield make
     for llm in loaded:
         llm.close()
+
+
+@pytest.fixture(scope="session")
+def rpc() -> None:
+    """Without llama.cpp's RPC backend: a skip, or a failure where KVP_EDGE_REQUIRE_RPC is set."""
+    if not rpc_supported():
+        sentence = (
+            "needs a llama.cpp compiled with -DGGML_RPC=ON, as in a new environment of "
+            "scripts/fresh.py test; this one has no RPC backend"
+        )
+        (pytest.fail if os.environ.get("KVP_EDGE_REQUIRE_RPC") else pytest.skip)(sentence)
+
+
+# These two do not stop their servers: what a failed test leaves behind may be freed after them all.
+
+
+@pytest.fixture(scope="session")
+def rpc_devices(rpc: None) -> list[int]:
+    """Two devices whose memory the host cannot touch (support.devices)."""
+    return [rpc_device(RpcServer().endpoint) for _ in range(2)]
+
+
+@pytest.fixture(scope="session")
+def rpc_wire(rpc: None) -> CountingProxy:
+    """A third one, behind a counter of the bytes that go there and come back."""
+    return CountingProxy(RpcServer().endpoint)
+
+
+@pytest.fixture(params=["cpu", "rpc", "rpc2"])
+def place(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the models that the test loads lie: on the CPU, on another device, or with their layers
+    split over two. Some of these: parametrize("place", ["cpu", "rpc"], indirect=True)."""
+    n_devices = {"cpu": 0, "rpc": 1, "rpc2": 2}[request.param]
+    devices = request.getfixturevalue("rpc_devices")[:n_devices] if n_devices else []
+    with placed(devices):
+        yield request.param
 
 
 def random_tokens(n: int, seed: int = 0) -> list[int]:
