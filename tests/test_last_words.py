@@ -460,6 +460,22 @@ def test_other_commands_end_with_a_sentence() -> None:
     )
 
 
+def test_a_failure_while_a_model_is_loaded_is_told_though_llama_cpp_is_quiet_then() -> None:
+    code = """
+        from kvp_edge.cli import main, options
+        from llama_cpp._utils import suppress_stdout_stderr
+
+        def load(*args):
+            with suppress_stdout_stderr(disable=False):  # as llama_cpp's own loading
+                fail()
+        options.load = load
+        sys.exit(main(sys.argv[1:]))
+    """
+    ended = Ended(code, "run", "-p", ASK)
+    assert ended.status == 1
+    assert "kvp-edge: device.cpp:7: the device is gone\n" in ended.err
+
+
 def test_a_model_named_by_the_user_is_named_in_the_advice(
     bundled_model: str, tmp_path: Path
 ) -> None:

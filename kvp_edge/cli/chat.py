@@ -10,12 +10,12 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import count
 from typing import Any
 
 from kvp_edge.cli import options
-from kvp_edge.cli.device_failure import end_with_a_sentence
+from kvp_edge.cli.device_failure import ends_with_a_sentence
 from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama, note
 from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 
@@ -83,7 +83,8 @@ def _main(args: argparse.Namespace) -> int:
     llm = options.load(path, args.n_ctx, args)
     options.warn_beyond_training(llm.n_ctx(), path, args)
     chat = Chat(llm, args)
-    with _rescuing(chat, llm, args):
+    # closed here, and not when Python ends: a device that failed meanwhile may say so only then
+    with closing(llm), _rescuing(chat, llm, args):
         if not sys.stdin.isatty():
             return _piped(chat)
         _greet(llm, path, args)
@@ -115,13 +116,12 @@ def _rescuing(chat: Chat, llm: WatchedLlama, args: argparse.Namespace) -> Iterat
             f"To go on, start `{command}` with the options you want, and type: /load {file}"
         )
 
-    take_back = end_with_a_sentence(advice)
-    try:
+    with ends_with_a_sentence(advice):
         llm.rescue_to(file, chat.contents)  # registered last, so done first
-        yield
-    finally:
-        llm.rescue_to(None)
-        take_back()
+        try:
+            yield
+        finally:
+            llm.rescue_to(None)
 
 
 def _rescue_file() -> str:
