@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import os
 import warnings
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -27,6 +29,7 @@ from kvp_edge.errors import (
 )
 from kvp_edge.eviction import EvictionManager, Granularity, Table
 from kvp_edge.fingerprint import model_fingerprint
+from kvp_edge.last_words import before_abort
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
 from kvp_edge.native import BUILT_FOR, FloatArray, NativeCache, Watch, read_model_shape
@@ -110,6 +113,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     _query_log: QueryLog | None = None  # for a policy that looks at queries
     _watch: Watch | None = None  # of where the cache lies
     _query_shift = 0  # the table's when the logged queries were computed
+    _rescue: tuple[str, Callable[[], Any] | None] | None = None  # where to, and what besides
+    _stop_rescue: Callable[[], None] | None = None
 
     # set by the base class
     n_tokens: int
@@ -666,23 +671,25 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         The model file, the cache's types and limits, the policy and the granularity must be those
         of the time; llama.cpp's version too. ``n_ctx`` may differ, if the conversation fits.
 
+        What ``rescue_to`` wrote is read again token by token, so only the model file must be the
+        same and the conversation must fit; what is kept of it is decided anew.
+
         Returns:
-            The ``extra`` given to ``save_session``.
+            The ``extra`` given to ``save_session`` or ``rescue_to``.
 
         Raises:
             SessionError: a file that is missing, damaged, or from another model or other settings;
                 the conversation read so far is untouched.
             KVCacheError: llama.cpp did not take the state; nothing is read now.
         """
-        kv = self._bounded("load_session")
+        self._require_bounded("load_session")
         header, arrays = session.read(path)
+        if "rescue" in header:
+            return self._read_again(path, header, arrays)
+        kv = self._bounded("load_session")
         session.require_same(path, header["made_with"], self._session_settings())
         tokens, state = arrays.pop("tokens"), arrays.pop("state")
-        if len(tokens) > self._n_ctx:
-            raise SessionError(
-                f"the session '{path}' holds {len(tokens)} tokens, too many for the logical "
-                f"context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
-            )
+        self._require_fits(path, len(tokens))
         table = Table.of(header["table"], arrays)
         if table.seen != len(tokens) or not table.adds_up(kv.empty_table()):
             raise SessionError(f"the session '{path}' does not add up: its table of kept tokens")
@@ -700,13 +707,75 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         kv.protect_prefix(header["protected_prefix"])
         return header["extra"]
 
-    def _bounded(self, name: str) -> EvictionManager:
+    def rescue_to(
+        self, path: str | os.PathLike[str] | None, extra: Callable[[], Any] | None = None
+    ) -> None:
+        """Write the conversation down if a device that holds the model or the cache fails.
+
+        llama.cpp ends the process then (kvp_edge.last_words). The conversation's tokens are written
+        to ``path`` just before that, and nothing is written ever else; ``load_session`` reads them
+        again. The cache is lost with its device, so this is possible with every policy.
+
+        Args:
+            path: replaces the one given before; None, or closing the model: write nothing.
+            extra: returns what else to write, anything JSON can hold. It is called in the thread
+                that failed, and must not use the model.
+
+        Raises:
+            SessionError: the cache is not bounded.
+        """
+        if self._stop_rescue is not None:
+            self._stop_rescue()
+        self._rescue = self._stop_rescue = None
+        if path is not None:
+            self._require_bounded("rescue_to")
+            self._model_identity()  # now, while the file can surely be read
+            self._rescue = os.path.abspath(path), extra
+            self._stop_rescue = before_abort(partial(_write_rescue, weakref.ref(self)))
+
+    def close(self) -> None:
+        """Free the model and its cache, and rescue nothing any more."""
+        self.rescue_to(None)
+        super().close()
+
+    def _read_again(
+        self, path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Any]
+    ) -> Any:
+        """``load_session`` of what ``rescue_to`` wrote."""
+        kv = self._require_bounded("load_session")
+        session.require_same(path, header, {"model": self._model_identity()})
+        tokens = arrays.get("tokens", np.empty(0))
+        if tokens.dtype != np.int32 or tokens.ndim != 1 or "extra" not in header:
+            raise SessionError(f"the session '{path}' does not add up: its tokens")
+        if np.any((tokens < 0) | (tokens >= self._n_vocab)):
+            raise SessionError(f"the session '{path}' does not add up: the model has no such token")
+        self._require_fits(path, len(tokens))
+        try:
+            kv.protect_prefix(header["protected_prefix"] if self._bound.protect_system else 0)
+        except BudgetError as error:
+            raise SessionError(f"the session '{path}' does not fit: {error}") from error
+        self.reset()
+        self.eval(tokens.tolist())
+        return header["extra"]
+
+    def _require_fits(self, path: str | os.PathLike[str], n_tokens: int) -> None:
+        if n_tokens > self._n_ctx:
+            raise SessionError(
+                f"the session '{path}' holds {n_tokens} tokens, too many for the logical "
+                f"context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
+            )
+
+    def _require_bounded(self, name: str) -> EvictionManager:
         if self._kv is None:
             raise SessionError(
                 f"{name} is for a bounded cache: load the model with kv_budget, or use save_state"
             )
-        self._require_no_queries(name)
         return self._kv
+
+    def _bounded(self, name: str) -> EvictionManager:
+        kv = self._require_bounded(name)
+        self._require_no_queries(name)
+        return kv
 
     def _require_no_queries(self, name: str) -> None:
         if self._kv is not None and self._query_log is not None:
@@ -715,16 +784,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 "queries is not kept. Choose a policy that does not look at queries"
             )
 
+    def _model_identity(self) -> str:
+        if self._file_identity is None:
+            self._file_identity = session.file_identity(self.model_path)
+        return self._file_identity
+
     def _session_settings(self) -> dict[str, Any]:
         """Everything that decides what the cache's numbers mean and how they go on."""
         kv = self._bounded("a session")
         limits, shape, params = kv.limits, kv.cache.shape, self.context_params
-        if self._file_identity is None:
-            self._file_identity = session.file_identity(self.model_path)
         lora = getattr(self, "lora_path", None)
         return {
             "llama-cpp-python": BUILT_FOR,
-            "model": self._file_identity,
+            "model": self._model_identity(),
             "lora": [session.file_identity(lora), self.lora_scale] if lora else None,
             "policy": kv.policy.identity(),
             "granularity": kv.granularity,
@@ -756,6 +828,26 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         state: dict[str, Any] = super().__getstate__()
         state.update(vars(self._bound), n_ctx=self._n_ctx)
         return state
+
+
+def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
+    """What ``rescue_to`` has done before ggml ends the process; ``holder`` keeps no model alive."""
+    llm = holder()
+    if llm is None or llm._rescue is None or llm._kv is None:
+        return
+    path, extra = llm._rescue
+    header = {
+        "rescue": message,
+        "model": llm._file_identity,
+        "protected_prefix": llm._kv.protected_prefix,
+        "extra": None,
+    }
+    tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
+    try:
+        if extra is not None:
+            header["extra"] = extra()
+    finally:  # the tokens shall not be lost with what the caller adds to them
+        session.write(path, header, {"tokens": tokens})
 
 
 def _token_text(vocab: Any, token: int) -> bytes:

@@ -13,6 +13,7 @@ from jinja2 import TemplateError  # a chat template's; llama_cpp brings jinja2
 import kvp_edge
 from kvp_edge.cli.chat import add_chat
 from kvp_edge.cli.demo import add_demo
+from kvp_edge.cli.device_failure import ends_with_a_sentence
 from kvp_edge.cli.eval import add_eval
 from kvp_edge.cli.export import add_export
 from kvp_edge.cli.inspect import add_inspect
@@ -95,6 +96,6 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad usage and --help raise SystemExit."""
     args = _parser().parse_args(argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ends_with_a_sentence():
         warnings.showwarning = _warn
         return _run(args.command, args)

@@ -6,12 +6,16 @@ import argparse
 import importlib
 import io
 import os
+import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
+from itertools import count
 from typing import Any
 
 from kvp_edge.cli import options
+from kvp_edge.cli.device_failure import ends_with_a_sentence
 from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama, note
 from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 
@@ -32,6 +36,9 @@ in the chat:
 {_COMMANDS}
   Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes on in the next one,
   and so do lines between two lines of \"\"\".
+
+  If a device that holds the model or the cache fails, llama.cpp ends the process; the conversation
+  is written to a file in the folder for temporary files, which /load reads again.
 
 When standard input is not a terminal, each line is a message; replies go to standard output and
 everything else to standard error.
@@ -76,17 +83,60 @@ def _main(args: argparse.Namespace) -> int:
     llm = options.load(path, args.n_ctx, args)
     options.warn_beyond_training(llm.n_ctx(), path, args)
     chat = Chat(llm, args)
-    if not sys.stdin.isatty():
-        return _piped(chat)
+    # closed here, and not when Python ends: a device that failed meanwhile may say so only then
+    with closing(llm), _rescuing(chat, llm, args):
+        if not sys.stdin.isatty():
+            return _piped(chat)
+        _greet(llm, path, args)
+        return _at_terminal(chat)
+
+
+def _greet(llm: WatchedLlama, path: str, args: argparse.Namespace) -> None:
     stats = llm.kv_stats
     note(
         f"{os.path.basename(path)}: up to {llm.n_ctx()} tokens of conversation, in {stats.cells} "
         f"cells ({stats.kv_bytes / 2**20:.1f} MiB); when they are full, {stats.policy} keeps "
         f"{stats.budget}.\n/help lists the commands; Ctrl-D leaves."
     )
-    if args.model is None and not args.hf_repo:
+    if not _names_model(args):
         note(_ABOUT_BUNDLED_MODEL)
-    return _at_terminal(chat)
+
+
+@contextmanager
+def _rescuing(chat: Chat, llm: WatchedLlama, args: argparse.Namespace) -> Iterator[None]:
+    """Have the conversation written to a new file if a device fails in the meantime."""
+    file = _rescue_file()
+    command = shlex.join(["kvp-edge", "chat", *([llm.model_path] if _names_model(args) else [])])
+
+    def advice() -> str:
+        if not os.path.exists(file):
+            return "The conversation could not be written to a file."
+        return (
+            f"The conversation was written to {file}\n"
+            f"To go on, start `{command}` with the options you want, and type: /load {file}"
+        )
+
+    with ends_with_a_sentence(advice):
+        llm.rescue_to(file, chat.contents)  # registered last, so done first
+        try:
+            yield
+        finally:
+            llm.rescue_to(None)
+
+
+def _rescue_file() -> str:
+    """A name that is free: what another process of this number rescued may still be wanted."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:  # no folder can be written to; a chat needs none until a device fails
+        folder = os.getcwd()
+    stem = os.path.join(folder, f"kvp-edge-rescue-{os.getpid()}")
+    names = (f"{stem}{f'-{n}' if n else ''}.kvp" for n in count())
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _names_model(args: argparse.Namespace) -> bool:
+    return args.model is not None or bool(args.hf_repo)
 
 
 class Chat:
@@ -100,6 +150,10 @@ class Chat:
             [{"role": "system", "content": args.system}] if args.system else []
         )
         self._messages = list(self._system)
+
+    def contents(self) -> dict[str, Any]:
+        """What a session file holds of the chat besides its tokens."""
+        return {"messages": self._messages, "seed": self._seed}
 
     def hear(self, line: str) -> bool:
         """Answer a message or obey a /command. Returns False if that failed."""
@@ -143,18 +197,20 @@ class Chat:
             return False
         try:
             if command == "/save":
-                self._llm.save_session(path, {"messages": self._messages, "seed": self._seed})
+                self._llm.save_session(path, self.contents())
                 note(f"Saved to {path} ({os.path.getsize(path) / 2**20:.1f} MiB).")
             else:
                 self._resume(path)
                 note(f"Loaded {path}: {self._llm.kv_stats}.")
+                self._return_question()
         except SessionError as error:
             note(str(error))
             return False
         return True
 
     def _resume(self, path: str) -> None:
-        extra = self._llm.load_session(path)
+        with self._llm.timed(bar_after=_bar_after()):  # what was rescued is read again
+            extra = self._llm.load_session(path)
         try:
             messages, self._seed = extra["messages"], extra["seed"]
         except (KeyError, TypeError) as error:
@@ -166,6 +222,12 @@ class Chat:
             ) from error
         self._messages = messages
         self._system = [m for m in messages[:1] if m["role"] == "system"]
+
+    def _return_question(self) -> None:
+        """A device may have failed before the last message was answered."""
+        if self._messages and self._messages[-1]["role"] == "user":
+            question = self._messages.pop()
+            note(f"Your last message was not answered. Send it again:\n{question['content']}")
 
     def _take_back(self) -> dict[str, str] | None:
         """Remove the last message of the user with its reply."""
@@ -179,7 +241,7 @@ class Chat:
         self._messages.append(question)
         said: list[str] = []
         try:
-            with self._llm.timed(bar_after=1.0 if sys.stderr.isatty() else None):
+            with self._llm.timed(bar_after=_bar_after()):
                 for text in self._stream():
                     said.append(text)
                     print(text, end="", flush=True)
@@ -213,6 +275,10 @@ class Chat:
             text = chunk["choices"][0]["delta"].get("content")
             if text:
                 yield text
+
+
+def _bar_after() -> float | None:
+    return 1.0 if sys.stderr.isatty() else None
 
 
 def _piped(chat: Chat) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import closing
 from typing import Any
 
 from kvp_edge.cli import options
@@ -74,12 +75,13 @@ def _main(args: argparse.Namespace) -> int:
     llm = options.load(path, args.n_ctx or _enough_context(text, path, args), args)
     options.warn_beyond_training(len(llm.tokenize(text.encode())) + args.max_tokens, path, args)
     show = args.progress or sys.stderr.isatty()
-    with llm.timed(bar_after=0.0 if show else None):
-        result = _answer(llm, text, args)
-    if args.json:
-        print(json.dumps(result, ensure_ascii=False, indent=2))
-    else:
-        note(llm.status_line())
+    with closing(llm):
+        with llm.timed(bar_after=0.0 if show else None):
+            result = _answer(llm, text, args)
+        if args.json:
+            print(json.dumps(result, ensure_ascii=False, indent=2))
+        else:
+            note(llm.status_line())
     return 0
 
 
