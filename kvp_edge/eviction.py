@@ -303,6 +303,12 @@ class EvictionManager:
         return tokens if self.granularity == "head" else tokens[0, 0]
 
     @property
+    def packs_in_place(self) -> bool:
+        """Whether the cache is scored and packed where it lies, as long as cells are known."""
+        place = self.cache.place
+        return place.known and (self.granularity == "token" or place.can_pack)
+
+    @property
     def shift(self) -> int:
         """The next token, number ``seen``, goes to llama.cpp's position ``seen - shift``."""
         return self._table.shift
@@ -443,7 +449,7 @@ class EvictionManager:
             self._evict()
 
     def _evict(self) -> None:
-        started, crossed = time.perf_counter(), self.cache.place.crossed
+        started, place = time.perf_counter(), self.cache.place
         t = self._table
         self._table = t.with_spans(self._find_spans(t.unsure_from, t.seen))
         self._score()
@@ -462,6 +468,8 @@ class EvictionManager:
         ms = 1e3 * (time.perf_counter() - started)
         self.evictions += 1
         self.eviction_ms += ms
+        after = self.cache.place
+        in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
         if self.on_evict is not None:
             dropped = _no_longer_held(tokens, self._table.tokens(), before.seen)
             self.on_evict(
@@ -472,7 +480,8 @@ class EvictionManager:
                     self.seen,
                     self.policy.name,
                     ms,
-                    self.cache.place.crossed - crossed,
+                    "device" if in_place else "state",
+                    after.crossed - place.crossed,
                 )
             )
 
@@ -544,8 +553,8 @@ class EvictionManager:
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift
         present = t.present()
-        # The cells of the newest rows survive: the recent window stays where it is, and what goes is
-        # one range of positions.
+        # The cells of the newest rows survive: the recent window stays where it is, and what goes
+        # is one range of positions.
         positions = present[t.kept - n_keep :]
         rotated = np.take_along_axis(t.rope_positions(), keep, axis=-1)
         turn = None

@@ -32,7 +32,14 @@ from kvp_edge.fingerprint import model_fingerprint
 from kvp_edge.last_words import before_abort
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
-from kvp_edge.native import BUILT_FOR, FloatArray, NativeCache, Watch, read_model_shape
+from kvp_edge.native import (
+    BUILT_FOR,
+    CachePlace,
+    FloatArray,
+    NativeCache,
+    Watch,
+    read_model_shape,
+)
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
 from kvp_edge.queries import QueryLog
@@ -252,11 +259,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
         try:
             c = cache.shape
-            if self._bound.pack == "device" and not cache.place.known:
-                raise UnsupportedModelError(
-                    f"pack='device' is not possible here: {cache.place.where}. Use pack='auto' or "
-                    "pack='state'"
-                )
             if policy.info is not None:
                 check_model(
                     policy.info,
@@ -268,6 +270,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     fingerprint=model_fingerprint(self.model_path),
                 )
             granularity = self._settle_granularity(cache)
+            self._check_place(cache.place, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
             if self._query_log is not None:
                 self._start_query_log(self._query_log, policy, cache, limits, frequencies)
@@ -304,6 +307,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 return "token"
             raise
         return "head"
+
+    def _check_place(self, place: CachePlace, granularity: Granularity) -> None:
+        if self._bound.pack != "device":
+            return
+        if not place.known:
+            reason = place.where
+        elif granularity == "head" and not place.can_pack:
+            reason = f"heads of this cache's types are no whole 32-bit words on {place.where}"
+        else:
+            return
+        raise UnsupportedModelError(
+            f"pack='device' is not possible here: {reason}. Use pack='auto' or pack='state'"
+        )
 
     def _plan_compaction(
         self, cache: NativeCache, granularity: Granularity
@@ -374,7 +390,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             budget=kv.limits.budget,
             policy=kv.policy.name,
             granularity=kv.granularity,
-            pack="device" if place.known else "state",
+            pack="device" if kv.packs_in_place else "state",
             where=place.where,
             crossed_bytes=place.crossed,
         )

@@ -106,10 +106,15 @@ class CachePlace(ctypes.Structure):
     _fields_ = [
         ("_known", ctypes.c_uint32),
         ("_on_device", ctypes.c_uint32),
+        ("_can_pack", ctypes.c_uint32),
+        ("packed", ctypes.c_uint32),
+        ("packed_as_state", ctypes.c_uint32),
         ("crossed", ctypes.c_uint64),
         ("_where", ctypes.c_char * 256),
     ]
 
+    packed: int
+    packed_as_state: int
     crossed: int
 
     @property
@@ -121,6 +126,11 @@ class CachePlace(ctypes.Structure):
     def on_device(self) -> bool:
         """Whether some of it lies in memory that the host does not see."""
         return bool(self._on_device)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether heads can be packed there, too: on a device they must be whole 32-bit words."""
+        return bool(self._can_pack)
 
     @property
     def where(self) -> str:

@@ -82,6 +82,9 @@ class Eviction:
         seen: tokens of the conversation read so far.
         policy: who chose.
         ms: milliseconds it took.
+        pack: "device" if the cache was packed where it lies, "state" if it went through llama.cpp's
+            state: always so with KVStats.pack "state", else when positions are compacted and once
+            after load_state.
         crossed_bytes: bytes it carried between the cache and the host (KVStats.crossed_bytes).
     """
 
@@ -91,4 +94,5 @@ class Eviction:
     seen: int
     policy: str
     ms: float
+    pack: str
     crossed_bytes: int

@@ -113,6 +113,7 @@ struct kvp_cache {
     std::optional<in_place> place;       // where the cache lies, if that is known
     std::string             why_not;     // else
     uint64_t                crossed = 0; // bytes of llama.cpp's states, taken and given
+    uint32_t                packed = 0, packed_as_state = 0;
 
     // Clears an empty context again after it has been tried out.
     struct clear_on_exit {
@@ -123,6 +124,8 @@ struct kvp_cache {
             if (cache.place) {
                 cache.place->cells.clear();
             }
+            cache.packed_as_state = 0;
+            cache.crossed         = 0;
         }
     };
 
@@ -210,13 +213,16 @@ struct kvp_cache {
         }
     }
 
+    // Where rows may be: in host memory or a state; on devices, too, where those of layers on them are null;
+    // or in a state alone.
+    enum class from { host, anywhere, state };
+
     // The rows of the tokens at [p0, p1), checked against what the caller expects there; fills positions.
-    // With `on_devices` the rows of layers that lie on devices may be missing.
-    token_rows find_rows(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, bool on_devices) {
+    token_rows find_rows(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, from where) {
         if (p0 < 0 || p1 < p0 || !positions) {
             fail(KVP_ERR_ARGUMENT, "a position range must be 0 <= p0 <= p1 with room for its positions, not [%d, %d)", p0, p1);
         }
-        if (place && n > 0 && (on_devices || place->on_host())) {
+        if (place && n > 0 && (where == from::anywhere || (where == from::host && place->on_host()))) {
             const int32_t newest = llama_memory_seq_pos_max(mem, SEQ_CHAT);
             const auto    held   = place->cells.positions(p0, std::min(p1, newest + 1));
             if (held.size() == n) {
@@ -242,6 +248,26 @@ struct kvp_cache {
             positions[i] = base.pos[order[i]];
         }
         return { base.v_trans, std::move(base.layers), std::move(order), false };
+    }
+
+    // Calls on_device(rows) for tokens whose cells are known and then on_host(rows), which sees the layers that
+    // are not on a device; where a device is not able to, on_host alone, with all layers.
+    template <typename Device, typename Host>
+    void score(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, Device on_device, Host on_host) {
+        token_rows tokens = find_rows(p0, p1, n, positions, from::anywhere);
+        if (n > 0 && tokens.in_place) {
+            try {
+                on_device(tokens);
+            } catch (const error & e) {
+                if (e.code != KVP_ERR_UNSUPPORTED && e.code != KVP_ERR_MEMORY) {
+                    throw;
+                }
+                tokens = find_rows(p0, p1, n, positions, from::state);
+            }
+        }
+        if (n > 0) {
+            on_host(tokens);
+        }
     }
 
     static std::vector<uint32_t> ascending(const std::vector<int32_t> & positions) {
@@ -377,14 +403,16 @@ void kvp_cache::pack(const pack_plan & plan) {
         fail(KVP_ERR_ARGUMENT, "the newest token must stay at position %d, from which llama.cpp continues, not %d", newest, last);
     }
     if (pack_in_place(plan, newest)) {
+        ++packed;
         return;
     }
     const size_t size   = take_state(SEQ_CHAT, blob_bound(plan.n));
     uint8_t *    bytes  = blob.data();
-    const size_t packed = pack_state(bytes, size, SEQ_CHAT, plan);
+    const size_t new_size = pack_state(bytes, size, SEQ_CHAT, plan);
 
     // It was packed in place to spare the memory of a second state, so from here on there is no way back.
-    set_state(bytes, packed, last);
+    set_state(bytes, new_size, last);
+    ++packed_as_state;
 }
 
 // Whether it was possible; if not, nothing has changed.
@@ -394,8 +422,11 @@ bool kvp_cache::pack_in_place(const pack_plan & plan, int32_t newest) {
     }
     const int32_t * survivors = plan.present + (plan.n - plan.n_keep);
     const auto      cells     = place->cells.find(plan.present, plan.n);
-    // A window cache loses what the base cache loses, so nothing of a window may be among it.
-    const bool in_window = shape.has_window && llama_memory_seq_pos_min(mem, SEQ_CHAT) < *survivors;
+    // A window cache loses what the base cache loses: nothing that the next token may see, not even if the
+    // conversation is cut among the newest rows first, which all heads hold.
+    const int32_t first_cut = survivors[std::min(rows_to_move(plan), plan.n_keep - 1)];
+    const bool    in_window = shape.has_window && llama_memory_seq_pos_min(mem, SEQ_CHAT) < *survivors &&
+                              *survivors > first_cut - llama_model_n_swa(llama_get_model(ctx)) + 1;
     if (cells.empty() || in_window || !std::equal(survivors, plan.present + plan.n, plan.positions) || plan.positions[plan.n_keep - 1] != newest) {
         return false;
     }
@@ -582,7 +613,7 @@ int32_t kvp_cache_read(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, in
         if (!cache) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_read: cache must not be NULL");
         }
-        const token_rows tokens = cache->find_rows(p0, p1, n, positions, false);
+        const token_rows tokens = cache->find_rows(p0, p1, n, positions, kvp_cache::from::host);
         if (n == 0) {
             return;
         }
@@ -616,18 +647,15 @@ int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p
         if (scorer != KVP_SCORER_KNORM && scorer != KVP_SCORER_KEYDIFF) {
             fail(KVP_ERR_ARGUMENT, "there is no native scorer number %d", scorer);
         }
-        const auto       score  = scorer == KVP_SCORER_KNORM ? score_knorm : score_keydiff;
-        const token_rows tokens = cache->find_rows(p0, p1, n, positions, true);
-        const size_t     n_head = cache->shape.n_head_kv;
-        if (n == 0) {
-            return;
-        }
-        if (tokens.in_place) {
-            cache->place->score(scorer, tokens.order, scores);
-        }
-        cache->each_layer(tokens, false, [&](uint32_t il, const float * keys) {
-            score(keys, n, n_head, cache->shape.head_size_k, scores + il * n_head * n);
-        });
+        const auto   score  = scorer == KVP_SCORER_KNORM ? score_knorm : score_keydiff;
+        const size_t n_head = cache->shape.n_head_kv;
+        cache->score(
+            p0, p1, n, positions, [&](const token_rows & tokens) { cache->place->score(scorer, tokens.order, scores); },
+            [&](const token_rows & tokens) {
+                cache->each_layer(tokens, false, [&](uint32_t il, const float * keys) {
+                    score(keys, n, n_head, cache->shape.head_size_k, scores + il * n_head * n);
+                });
+            });
     });
 }
 
@@ -646,21 +674,19 @@ int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p
         }
         check_tokens(tokens, n);
         std::vector<int32_t> positions(n + 1); // never without an address
-        const token_rows     found = cache->find_rows(p0, p1, n, positions.data(), true);
-        if (n == 0) {
-            return;
-        }
-        const auto         slots = with_gaps(tokens, n, s.context / 2);
-        const size_t       H = c.n_head_kv, dk = c.head_size_k, dv = c.head_size_v;
-        std::vector<float> values(n * H * dv);
-        if (found.in_place) {
-            cache->place->score(policy->network, slots, found.order, scores);
-        }
-        cache->each_layer(found, false, [&](uint32_t il, const float * keys) {
-            read_v(found.layers[il], found.v_trans, found.order, H * dv, c.v_rotation, values.data());
-            policy->network.score(il, { keys, H * dk, dk }, { values.data(), H * dv, dv }, slots.data(), slots.size(), n,
-                                  llama_n_threads(cache->ctx), scores + il * H * n);
-        });
+        const auto           slots = with_gaps(tokens, n, s.context / 2);
+        const size_t         H = c.n_head_kv, dk = c.head_size_k, dv = c.head_size_v;
+        std::vector<float>   values(n * H * dv);
+        cache->score(
+            p0, p1, n, positions.data(),
+            [&](const token_rows & found) { cache->place->score(policy->network, slots, found.order, scores); },
+            [&](const token_rows & found) {
+                cache->each_layer(found, false, [&](uint32_t il, const float * keys) {
+                    read_v(found.layers[il], found.v_trans, found.order, H * dv, c.v_rotation, values.data());
+                    policy->network.score(il, { keys, H * dk, dk }, { values.data(), H * dv, dv }, slots.data(), slots.size(), n,
+                                          llama_n_threads(cache->ctx), scores + il * H * n);
+                });
+            });
     });
 }
 
@@ -758,6 +784,9 @@ void kvp_cache_get_place(const kvp_cache * cache, kvp_cache_place * place) {
         *place           = {};
         place->known     = cache->place.has_value();
         place->on_device = cache->place && !cache->place->on_host();
+        place->can_pack  = cache->place && cache->place->can_pack();
+        place->packed    = cache->packed;
+        place->packed_as_state = cache->packed_as_state;
         place->crossed   = cache->crossed + (cache->place ? cache->place->crossed() : 0);
         std::snprintf(place->where, sizeof(place->where), "%s", cache->place ? cache->place->devices().c_str() : cache->why_not.c_str());
     }

@@ -47,6 +47,9 @@ in_place::in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_
     for (size_t il = 0; il < layers.size(); ++il) {
         place(layers[il], trial.layers[il]);
     }
+    if (can_pack()) {
+        try_packing();
+    }
 }
 
 // Whether the tensors are laid out like `want` and hold its bytes. Also refuses what is no plain table of

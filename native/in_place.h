@@ -37,11 +37,13 @@ struct device_part {
 class in_place {
 public:
     // Finds the base cache's layers among all that `watch` saw by what `trial` says of the tokens decoded
-    // since. Throws KVP_ERR_UNSUPPORTED where they are not found.
+    // since. Throws KVP_ERR_UNSUPPORTED where they are not found, or a device cannot pack them.
     in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape);
 
     cell_map cells;
 
+    // Whether heads can be packed: on a device they must be whole words.
+    bool can_pack() const;
     bool on_host() const { return parts.empty(); }
     bool on_host(uint32_t il) const { return host[il].k != nullptr; }
     // Where the devices' names, comma between them, are for people to read.
@@ -75,6 +77,7 @@ private:
     bool holds(const tensors & t, const layer_rows & want, const std::vector<uint32_t> & order,
                const std::vector<uint32_t> & cells) const;
     void place(const tensors & t, const layer_rows & like);
+    void try_packing();
 
     kvp_cache_shape          shape;
     std::vector<tensors>     layers;

@@ -24,19 +24,6 @@ struct moves {
     }
 };
 
-uint32_t rows_to_move(const pack_plan & plan) {
-    uint32_t most = 0;
-    for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
-        const int32_t * keep = plan.keep + size_t(g) * plan.n_keep;
-        uint32_t        n    = plan.n_keep;
-        while (n > most && keep[n - 1] == int32_t(plan.n - plan.n_keep + n - 1)) {
-            --n;
-        }
-        most = std::max(most, n);
-    }
-    return most;
-}
-
 template <size_t S> void move_slices_of(const moves & m, uint32_t il, uint8_t * rows, size_t row) {
     const size_t n_head = m.plan.n_head_kv, slice = S ? S : row / n_head;
     for (uint32_t i = m.n_move; i-- > 0;) {
@@ -137,17 +124,40 @@ struct device_moves {
 
 } // namespace
 
+bool in_place::can_pack() const {
+    for (const device_part & part : parts) {
+        for (const device_layer & layer : part.layers) {
+            if (!layer.k_words || (!shape.v_transposed && !layer.v_words)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+// The graphs are made and not run.
+void in_place::try_packing() {
+    const std::vector<int32_t>  keep(size_t(shape.n_layer) * shape.n_head_kv, 0);
+    const std::vector<uint32_t> at{ 0, 1 };
+    pack_plan                   plan;
+    plan.n_layer   = shape.n_layer;
+    plan.n_head_kv = shape.n_head_kv;
+    plan.n         = 2;
+    plan.n_keep    = 1;
+    plan.keep      = keep.data();
+    const moves m{ plan, at, rows_to_move(plan) };
+    for (device_part & part : parts) {
+        device_moves(part, m, shape.v_transposed != 0);
+    }
+}
+
 void in_place::pack(const pack_plan & plan, const std::vector<uint32_t> & at) {
     const moves m{ plan, at, rows_to_move(plan) };
     if (m.n_move == 0) {
         return;
     }
-    for (const device_part & part : parts) {
-        for (const device_layer & layer : part.layers) {
-            if (!layer.k_words || (!shape.v_transposed && !layer.v_words)) {
-                fail(KVP_ERR_UNSUPPORTED, "a head's keys or values are no whole words of %zu bytes", WORD_BYTES);
-            }
-        }
+    if (!can_pack()) {
+        fail(KVP_ERR_UNSUPPORTED, "heads of keys or values are no whole words of %zu bytes", WORD_BYTES);
     }
     std::vector<std::unique_ptr<device_moves>> ready; // all of them, before one changes anything
     for (device_part & part : parts) {

@@ -133,6 +133,9 @@ KVP_API void    kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * s
 typedef struct kvp_cache_place {
     uint32_t known;      /* 1: worked on where it lies; 0: through llama.cpp's state                      */
     uint32_t on_device;  /* 1: some of it lies in memory that the host does not see                       */
+    uint32_t can_pack;   /* 1: heads can be packed there; 0 on devices where they are no whole 32-bit words */
+    uint32_t packed;     /* how often heads were packed there                                             */
+    uint32_t packed_as_state; /* and how often as a state                                                 */
     uint64_t crossed;    /* bytes carried so far between the cache and the host: scores and cell numbers,
                             and the states taken and given where it went through these                    */
     char     where[256]; /* the devices, with commas; or why it is not known                              */

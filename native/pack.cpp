@@ -236,6 +236,19 @@ bool check_rows(const pack_plan & plan) {
     return ascending;
 }
 
+uint32_t rows_to_move(const pack_plan & plan) {
+    uint32_t most = 0;
+    for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
+        const int32_t * keep = plan.keep + size_t(g) * plan.n_keep;
+        uint32_t        n    = plan.n_keep;
+        while (n > most && keep[n - 1] == int32_t(plan.n - plan.n_keep + n - 1)) {
+            --n;
+        }
+        most = std::max(most, n);
+    }
+    return most;
+}
+
 size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan & plan) {
     const state_blob      state = parse_state_blob(blob, size, seq_id);
     std::vector<uint32_t> order;

@@ -35,6 +35,10 @@ struct pack_plan {
 // Throws KVP_ERR_ARGUMENT unless rows and positions are possible ones.
 bool check_rows(const pack_plan & plan);
 
+// All rows that stay, but for those at the end which are the newest ones in every head: with the newest rows'
+// cells they are where they shall be.
+uint32_t rows_to_move(const pack_plan & plan);
+
 // Rewrites the blob in place and returns its new size. Nothing is written before the whole blob and the
 // whole plan have been checked; throws kvp::error otherwise. A window cache behind the base cache is
 // moved up as it is.

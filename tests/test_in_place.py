@@ -1,0 +1,445 @@
+"""The cache worked on where it lies: on the CPU, on a device the host cannot touch, on two of them.
+
+The state path is the reference: it hands the cache out and back in, whatever holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from conftest import RandomModel, random_tokens
+from kvp_edge import Eviction, Llama, UnsupportedModelError
+from kvp_edge.native import NativeCache, NativePolicy
+from kvp_edge.policies import Policy
+from kvp_edge.policies.keydiff import KeyDiff
+from kvp_edge.policies.knorm import KNorm
+from kvp_edge.policy_file import PolicyInfo
+from support import blobs
+from support.devices import CountingProxy, placed
+from support.gguf_models import ModelShape
+from support.policies import random_weights
+from support.watch import Watch
+from test_packing import EXACT, CacheNoise, Noise, difference
+
+Maker = Callable[[ModelShape], RandomModel]
+Loader = Callable[..., Llama]
+
+LLAMA = ModelShape("llama", n_layer=3, n_head_kv=2, head_dim=64)
+SMALL_HEADS = ModelShape("llama", n_layer=2, n_head_kv=2, head_dim=32)
+WINDOW = ModelShape("gemma3", head_dim=64, n_head_kv=2, n_layer=4, sliding_window=24)
+BOUND: dict[str, Any] = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60}
+TYPES = {
+    name: int(gguf.GGMLQuantizationType[name])
+    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
+}
+
+
+def cache_of(llm: Llama) -> NativeCache:
+    assert llm._kv is not None
+    return llm._kv.cache
+
+
+def held(llm: Llama) -> list[blobs.Cache]:
+    """What llama.cpp's own state says, in order of positions."""
+    caches = blobs.read(blobs.saved(llm.ctx))
+    for cache in caches:
+        order = np.argsort(cache.positions)
+        cache.positions = cache.positions[order]
+        cache.keys, cache.values = cache.keys[:, order], cache.values[:, order]
+    return caches
+
+
+def newest(cache: blobs.Cache, n: int = 24) -> blobs.Cache:
+    return replace(
+        cache,
+        positions=cache.positions[-n:],
+        keys=cache.keys[:, -n:],
+        values=cache.values[:, -n:],
+    )
+
+
+def assert_same_cache(a: Llama, b: Llama) -> None:
+    (base_a, *window_a), (base_b, *window_b) = held(a), held(b)
+    compared = [(base_a, base_b)]
+    if window_a:  # no token sees more of it than the newest ones
+        compared.append((newest(window_a[0]), newest(window_b[0])))
+    for x, y in compared:
+        np.testing.assert_array_equal(x.positions, y.positions)
+        np.testing.assert_array_equal(x.keys, y.keys)
+        np.testing.assert_array_equal(x.values, y.values)
+
+
+def cells_are_followed(llm: Llama) -> bool:
+    """Whether they are known; they are then llama.cpp's, or this raises."""
+    assert llm._kv is not None
+    return cache_of(llm).check_cells(llm._kv.snapshot().present())
+
+
+# -- packing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [LLAMA, WINDOW], ids=lambda s: s.arch)
+@pytest.mark.parametrize(
+    ("type_k", "type_v", "flash_attn"),
+    [
+        ("F16", "F16", False),
+        ("F32", "F16", False),
+        ("F16", "F32", True),
+        ("BF16", "BF16", False),
+        ("Q8_0", "F16", False),
+        ("Q8_0", "Q8_0", True),
+        ("Q4_0", "Q5_1", True),
+        ("IQ4_NL", "Q4_1", True),
+    ],
+)
+def test_in_place_and_state_leave_the_same_bytes(
+    random_model: Maker,
+    load: Loader,
+    place: str,
+    shape: ModelShape,
+    type_k: str,
+    type_v: str,
+    flash_attn: bool,
+) -> None:
+    options = {"type_k": TYPES[type_k], "type_v": TYPES[type_v], "flash_attn": flash_attn}
+    in_place, state = (
+        load(
+            random_model(shape).path,
+            **BOUND,
+            **options,
+            policy=Noise(),
+            granularity="head",
+            pack=pack,
+        )
+        for pack in ("device", "state")
+    )
+    text = random_tokens(103)  # a few tokens more than the budget: below, one eviction of those
+    for llm in (in_place, state):
+        llm.eval(text)
+        llm.evict()
+    assert_same_cache(in_place, state)
+    # From here on the two read keys and values from other cells and may round otherwise, so what is
+    # stored now differs in the last bits: it is packed from one and the same state.
+    for _ in range(3):
+        for llm in (in_place, state):
+            llm.eval(random_tokens(40, seed=2)[1:])
+        shared = cache_of(state).state()
+        for llm in (in_place, state):
+            assert llm._kv is not None
+            llm._kv.restore_with(state._kv.snapshot(), shared)  # type: ignore[union-attr]
+            llm.evict()
+        np.testing.assert_array_equal(in_place.kv_positions, state.kv_positions)
+        assert_same_cache(in_place, state)
+        assert cells_are_followed(in_place)
+    assert cache_of(in_place).place.packed == 4
+    assert cache_of(in_place).place.packed_as_state == 0
+    assert cache_of(state).place.packed == 0
+    assert in_place.kv_stats.pack == "device"
+    assert state.kv_stats.pack == "state"
+    away = {"cpu": 0, "rpc": 1, "rpc2": 2}[place]
+    where = in_place.kv_stats.where or ""
+    assert where.count("RPC") == away, where
+    assert cache_of(in_place).place.on_device == (away > 0)
+
+
+def test_with_nothing_to_move_nothing_is_moved(
+    random_model: Maker, load: Loader, place: str
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, policy=Noise(), granularity="head", pack="device")
+    llm.eval(random_tokens(100))
+    llm.evict()  # exactly the budget
+    assert llm.kv_stats.evictions == 0
+    before = held(llm)
+    cache = cache_of(llm)
+    present = np.arange(100, dtype=np.int32)
+    rows = np.broadcast_to(present, (3, 2, 100))
+    cache.pack(present, rows, present)
+    np.testing.assert_array_equal(held(llm)[0].keys, before[0].keys)
+    newest = rows[..., 1:]  # every row that stays is where it shall be
+    cache.pack(present, newest, present[1:])
+    np.testing.assert_array_equal(held(llm)[0].keys, before[0].keys[:, 1:])
+    np.testing.assert_array_equal(held(llm)[0].positions, present[1:])
+    assert cache.place.packed == 2
+
+
+def test_one_row_may_take_the_place_of_all(random_model: Maker, load: Loader, place: str) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, granularity="head", pack="device")
+    llm.eval(random_tokens(50))
+    before = held(llm)[0]
+    present = np.arange(50, dtype=np.int32)
+    oldest = np.zeros((3, 2, 1), np.int32)
+    cache_of(llm).pack(present, oldest, present[-1:])
+    after = held(llm)[0]
+    np.testing.assert_array_equal(after.positions, [49])
+    np.testing.assert_array_equal(after.keys, before.keys[:, :1])
+    np.testing.assert_array_equal(after.values, before.values[:, :1])
+
+
+def test_heads_that_are_no_whole_words_on_a_device_go_through_the_state(
+    random_model: Maker, load: Loader, rpc_devices: list[int]
+) -> None:
+    path = random_model(SMALL_HEADS).path
+    q8 = {"type_k": TYPES["Q8_0"], "flash_attn": True, "granularity": "head"}  # 34 bytes a head
+    with placed(rpc_devices[:1]):
+        llm = load(path, **BOUND, **q8, policy=Noise())
+        with pytest.raises(UnsupportedModelError, match="no whole 32-bit words on RPC"):
+            load(path, **BOUND, **q8, pack="device")
+        token = load(path, **BOUND, **{**q8, "granularity": "token"}, pack="device")
+    assert llm.kv_stats.pack == "state"
+    llm.eval(random_tokens(400))
+    assert cache_of(llm).place.packed_as_state == llm.kv_stats.evictions > 0
+    token.eval(random_tokens(400))
+    assert token.kv_stats.pack == "device"
+    here = load(path, **BOUND, **q8, pack="device")  # in host memory bytes are enough
+    here.eval(random_tokens(400))
+    assert cache_of(here).place.packed_as_state == 0
+
+
+# -- scores ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [LLAMA, SMALL_HEADS, WINDOW], ids=lambda s: f"{s.arch}{s.head_dim}"
+)
+@pytest.mark.parametrize(
+    ("type_k", "type_v", "flash_attn"),
+    [("F16", "F16", False), ("F32", "F32", True), ("Q8_0", "Q8_0", True), ("Q4_0", "F16", False)],
+)
+def test_scores_in_place_are_those_of_the_state_and_of_numpy(
+    random_model: Maker,
+    load: Loader,
+    place: str,
+    shape: ModelShape,
+    type_k: str,
+    type_v: str,
+    flash_attn: bool,
+) -> None:
+    options = {"type_k": TYPES[type_k], "type_v": TYPES[type_v], "flash_attn": flash_attn}
+    llm = load(random_model(shape).path, **BOUND, **options, granularity="token", pack="device")
+    llm.eval(random_tokens(300))  # evicted: tokens with gaps between them, in cells all over
+    assert llm._kv is not None
+    assert llm.kv_stats.evictions > 0
+    cache, present = cache_of(llm), llm._kv.snapshot().present()
+    tokens = llm.kv_positions
+    s = cache.shape
+    info = PolicyInfo("llama", s.n_layer, s.n_head_kv, s.head_size_k, s.head_size_v, 8, 5)
+    network = NativePolicy(random_weights(info))
+    p0, p1, n = int(present[0]), int(present[-1]) + 1, len(present)
+    crossed = cache.place.crossed
+    cache.score(network, p0, p1, tokens)
+    in_place = {
+        "keydiff": cache.score("keydiff", p0, p1, tokens),
+        "knorm": cache.score("knorm", p0, p1, tokens),
+        "network": cache.score(network, p0, p1, tokens),
+    }
+    if place == "cpu":
+        assert cache.place.crossed == crossed
+    cache.forget_cells()
+    assert not cells_are_followed(llm)
+    before = cache.place.crossed
+    _, keys, values = cache.read(p0, p1, n)
+    assert values is not None
+    assert cache.place.crossed > before  # a state was taken
+    heuristics: dict[str, Policy] = {"keydiff": KeyDiff(), "knorm": KNorm()}
+    for name, policy in heuristics.items():
+        assert_close(in_place[name], cache.score(name, p0, p1, tokens))
+        assert_close(in_place[name], policy.score(keys, values, tokens))
+    assert_close(in_place["network"], cache.score(network, p0, p1, tokens))
+    assert_close(in_place["network"], network.score(keys, values, tokens))
+
+
+def assert_close(got: NDArray[np.float32], want: NDArray[np.float32]) -> None:
+    assert np.isfinite(got).all()
+    assert np.abs(got - want).max() < 2e-5 * max(1.0, float(np.abs(want).max()))
+
+
+def test_a_chat_keeps_the_same_tokens_in_place_and_through_states(
+    load: Loader, bundled_model: str, place: str
+) -> None:
+    if place == "rpc2":
+        pytest.skip("the bundled model over two devices shows nothing more, slowly")
+    bound = {"n_ctx": 4096, "kv_budget": 192, "recent": 32, "reserve": 64, "granularity": "head"}
+    kept = []
+    for pack in ("device", "state"):
+        llm = load(bundled_model, **bound, pack=pack)
+        text = b"My dog is called Ralph. " * 60 + b"What is my dog called?"
+        llm.eval(llm.tokenize(text))
+        assert llm.kv_stats.evictions > 1
+        kept.append(llm.kv_positions)
+    # Scores differ in the last bits, so a tie may fall the other way.
+    same = [
+        np.isin(a, b).mean()
+        for a, b in zip(*(k.reshape(-1, k.shape[-1]) for k in kept), strict=True)
+    ]
+    assert min(same) > 0.97
+
+
+# -- following cells -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["token", "head"])
+def test_cells_are_followed_through_eviction_rewind_and_clearing(
+    random_model: Maker, load: Loader, place: str, granularity: str
+) -> None:
+    llm = load(
+        random_model(LLAMA).path,
+        **BOUND,
+        policy=CacheNoise() if granularity == "head" else Noise(),
+        granularity=granularity,
+        pack="device",
+    )
+    for step in range(6):
+        llm.eval(random_tokens(90, seed=step)[1:])
+        assert cells_are_followed(llm)
+        llm.n_tokens -= 7
+        llm.eval([11, 12])
+        assert cells_are_followed(llm)
+    assert llm.kv_stats.evictions > 2
+    assert cache_of(llm).place.packed_as_state == 0
+    llm.reset()
+    llm.eval(random_tokens(30))
+    assert cells_are_followed(llm)
+    assert llm.kv_stats.kept == 30
+
+
+def test_a_state_of_another_time_loses_the_cells_and_the_next_eviction_finds_them(
+    random_model: Maker, load: Loader, place: str
+) -> None:
+    told: list[Eviction] = []
+    llm = load(
+        random_model(LLAMA).path,
+        **BOUND,
+        policy=Noise(),
+        granularity="head",
+        on_evict=told.append,
+        logits_all=True,
+    )
+    llm.eval(random_tokens(300))
+    state = llm.save_state()
+    llm.eval(random_tokens(20, seed=1))
+    llm.load_state(state)
+    assert not cells_are_followed(llm)
+    llm.eval(random_tokens(200, seed=2))
+    assert cells_are_followed(llm)
+    assert [e.pack for e in told].count("state") == 1
+    assert told[-1].pack == "device"
+
+
+def test_a_session_brings_its_cells_along(
+    random_model: Maker, load: Loader, place: str, tmp_path: Any
+) -> None:
+    options = {**BOUND, "policy": Noise(), "granularity": "head", "pack": "device"}
+    llm = load(random_model(LLAMA).path, **options)
+    llm.eval(random_tokens(300))
+    llm.save_session(tmp_path / "chat.kvp")
+    other = load(random_model(LLAMA).path, **options)
+    other.load_session(tmp_path / "chat.kvp")
+    assert cells_are_followed(other)
+    assert_same_cache(llm, other)
+    for chat in (llm, other):
+        chat.eval(random_tokens(200, seed=1))
+    np.testing.assert_array_equal(llm.kv_positions, other.kv_positions)
+    assert cache_of(other).place.packed_as_state == 0
+
+
+@pytest.mark.parametrize("granularity", ["token", "head"])
+def test_compacted_positions_are_followed(
+    random_model: Maker, load: Loader, place: str, granularity: str
+) -> None:
+    options: dict[str, Any] = {**BOUND, "kv_budget": 100, "n_ctx": 4000, "positions": "compact"}
+    shape = ModelShape("llama", n_layer=3, n_head_kv=2, head_dim=64, n_ctx_train=256)
+    llm = load(random_model(shape).path, **options, policy=Noise(), granularity=granularity)
+    for step in range(8):
+        llm.eval(random_tokens(90, seed=step)[1:])
+        assert cells_are_followed(llm)
+    assert llm._kv is not None
+    assert llm._kv.shift > 0
+    # turned keys go through the state at head granularity; llama.cpp turns them itself at the other
+    assert (cache_of(llm).place.packed_as_state > 0) == (granularity == "head")
+
+
+# -- what crosses ----------------------------------------------------------------------------
+
+
+def test_only_cell_numbers_and_scores_cross(
+    random_model: Maker, load: Loader, rpc_wire: CountingProxy
+) -> None:
+    """Two models that differ in the size of their heads put the same bytes on the wire."""
+    crossed = []
+    for head_dim in (64, 256):
+        shape = ModelShape("llama", n_layer=3, n_embd=64, n_head=2, n_head_kv=2, head_dim=head_dim)
+        with placed([rpc_wire.device]):
+            llm = load(
+                random_model(shape).path,
+                **{**BOUND, "kv_budget": 400, "reserve": 200},
+                policy="keydiff",
+                granularity="head",
+                flash_attn=True,
+                pack="device",
+            )
+        llm.eval(random_tokens(590))
+        assert llm.kv_stats.evictions == 0
+        stats_before = llm.kv_stats.crossed_bytes
+        rpc_wire.reset()
+        llm.evict()
+        wire = rpc_wire.to_device + rpc_wire.to_host
+        own = llm.kv_stats.crossed_bytes - stats_before
+        n, n_keep, heads = 590, 400, 3 * 2
+        numbers = 4 * n + 4 * heads * n_keep + 8 * n_keep  # cells to score, to take and to fill
+        assert 4 * heads * n <= own <= numbers + 4 * heads * n
+        cache_bytes = cache_of(llm).shape.bytes_per_cell * n_keep
+        assert own <= wire < own + 60_000  # the graphs themselves: as many whatever the cache holds
+        crossed.append((own, wire, cache_bytes))
+        llm.close()
+    (own, wire, small), (own_large, wire_large, large) = crossed
+    assert large == 4 * small
+    assert abs(own_large - own) <= 5 * (4 * heads + 8)  # a few rows more may be where they shall be
+    assert abs(wire_large - wire) < 5_000 < small / 100
+
+
+def test_nothing_crosses_in_host_memory(random_model: Maker, load: Loader) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, policy="keydiff", granularity="head")
+    llm.eval(random_tokens(400))
+    assert llm.kv_stats.evictions > 1
+    assert llm.kv_stats.crossed_bytes == 0
+    assert llm.kv_stats.where == "CPU"
+
+
+# -- choosing --------------------------------------------------------------------------------
+
+
+def test_logits_are_the_references_whichever_way_is_chosen(
+    random_model: Maker, load: Loader, place: str
+) -> None:
+    model = random_model(LLAMA)
+    f32 = {"type_k": TYPES["F32"], "type_v": TYPES["F32"], "logits_all": True}
+    for pack in ("auto", "device", "state"):
+        llm = load(model.path, **BOUND, **f32, granularity="head", policy=Noise(), pack=pack)
+        watch = Watch(llm, LLAMA)
+        llm.eval(random_tokens(400))
+        assert difference(llm.scores[:400], watch.expected(model.reference)) < EXACT
+        assert llm.kv_stats.pack == ("state" if pack == "state" else "device")
+        llm.close()
+
+
+def test_a_policy_that_looks_at_queries_is_watched_as_well(
+    random_model: Maker, load: Loader, place: str
+) -> None:
+    llm = load(
+        random_model(LLAMA).path, **BOUND, policy="snapkv", granularity="head", pack="device"
+    )
+    llm.eval(random_tokens(400))
+    assert llm.kv_stats.evictions > 0
+    assert cells_are_followed(llm)
+
+
+def test_another_way_is_refused(bundled_model: str) -> None:
+    with pytest.raises(ValueError, match="pack must be 'auto', 'device' or 'state', not 'gpu'"):
+        Llama(bundled_model, kv_budget=512, pack="gpu")
