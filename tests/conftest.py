@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -128,13 +129,28 @@ def rpc_wire(rpc: None) -> CountingProxy:
     return CountingProxy(RpcServer().endpoint)
 
 
+@contextlib.contextmanager
+def _at(request: pytest.FixtureRequest, place: str) -> Iterator[str]:
+    n_devices = {"cpu": 0, "rpc": 1, "rpc2": 2}[place]
+    devices = request.getfixturevalue("rpc_devices")[:n_devices] if n_devices else []
+    with placed(devices):
+        yield place
+
+
 @pytest.fixture(params=["cpu", "rpc", "rpc2"])
 def place(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where the models that the test loads lie: on the CPU, on another device, or with their layers
     split over two. Some of these: parametrize("place", ["cpu", "rpc"], indirect=True)."""
-    n_devices = {"cpu": 0, "rpc": 1, "rpc2": 2}[request.param]
-    devices = request.getfixturevalue("rpc_devices")[:n_devices] if n_devices else []
-    with placed(devices):
+    with _at(request, request.param) as place:
+        yield place
+
+
+@pytest.fixture(params=["cpu", "rpc", "rpc2", "state"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How caches are packed where the test does not say: in one of the places, or as states."""
+    defaults: Any = kvp_edge.Llama.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "pack", "state" if request.param == "state" else "auto")
+    with _at(request, "cpu" if request.param == "state" else request.param):
         yield request.param
 
 

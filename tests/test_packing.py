@@ -277,6 +277,7 @@ def test_a_blob_cut_or_changed_anywhere_is_refused_or_packed_but_never_breaks(
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("types", CACHE_TYPES)
+@pytest.mark.usefixtures("way")
 def test_permuting_all_rows_of_every_head_leaves_logits_unchanged(
     models: dict[str, Any], name: str, types: str
 ) -> None:
@@ -312,6 +313,7 @@ def run(llm: Llama) -> int:
 
 @pytest.mark.parametrize("policy", [Noise, CacheNoise])
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.usefixtures("way")
 def test_logits_equal_attention_over_exactly_the_rows_each_head_kept(
     models: dict[str, Any], name: str, policy: type[Policy]
 ) -> None:
@@ -332,6 +334,7 @@ def test_logits_equal_attention_over_exactly_the_rows_each_head_kept(
 
 @pytest.mark.parametrize("types", CACHE_TYPES)
 @pytest.mark.parametrize("name", ["llama-32", "qwen2-64"])
+@pytest.mark.usefixtures("way")
 def test_logits_with_every_cache_type_are_as_near_as_the_types_own_rounding(
     models: dict[str, Any], name: str, types: str
 ) -> None:

@@ -52,7 +52,7 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     )
 
 
-def any_history(random_model: Maker, data: st.DataObject) -> None:
+def any_history(random_model: Maker, data: st.DataObject, way: str) -> None:
     """Reads, rewinds, saves and loads in any order; then every logit must be what the reference
     gives when each query sees what its head held at the time."""
     draw = data.draw
@@ -65,7 +65,6 @@ def any_history(random_model: Maker, data: st.DataObject) -> None:
         "sinks": draw(st.integers(0, 6)),
         "reserve": draw(st.integers(100, 200)),
         "policy": draw(st.sampled_from([Noise, CacheNoise]))(),
-        "pack": draw(st.sampled_from(["device", "state"])),
         "logits_all": True,
         "verbose": False,
         "n_threads": 1,
@@ -106,11 +105,10 @@ def any_history(random_model: Maker, data: st.DataObject) -> None:
                 stats = llm.kv_stats
                 assert stats.kept + stats.dropped == stats.seen == llm.n_tokens
                 assert stats.kept <= stats.cells
-                assert stats.pack == options["pack"]
                 if llm._kv is not None and llm.n_tokens:
                     present = llm._kv.snapshot().present()
                     known = llm._kv.cache.check_cells(present)  # against llama.cpp's own state
-                    assert known == (stats.pack == "device")
+                    assert known == (stats.pack == "device") == (way != "state")
             if llm.n_tokens == 0:
                 return
             got, want = llm.scores[: llm.n_tokens], watch.expected(model.reference)
@@ -125,23 +123,26 @@ CHECKS = list(HealthCheck)
 
 @settings(max_examples=25, deadline=None, suppress_health_check=CHECKS)
 @given(data=st.data())
-def test_any_history_equals_the_reference(random_model: Maker, data: st.DataObject) -> None:
-    any_history(random_model, data)
+def test_any_history_equals_the_reference(
+    random_model: Maker, data: st.DataObject, way: str
+) -> None:
+    any_history(random_model, data, way)
 
 
 @pytest.mark.slow
 @settings(max_examples=600, deadline=None, suppress_health_check=CHECKS)
 @given(data=st.data())
 def test_any_of_many_histories_equals_the_reference(
-    random_model: Maker, data: st.DataObject
+    random_model: Maker, data: st.DataObject, way: str
 ) -> None:
-    any_history(random_model, data)
+    any_history(random_model, data, way)
 
 
 # -- rewinding -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [LLAMA, ModelShape("qwen3", head_dim=64)])
+@pytest.mark.usefixtures("way")
 def test_rewinding_inside_the_recent_window_is_exact(
     random_model: Maker, load: Loader, shape: ModelShape
 ) -> None:
@@ -165,6 +166,7 @@ def test_rewinding_inside_the_recent_window_is_exact(
         llm.eval([7])
 
 
+@pytest.mark.usefixtures("way")
 def test_an_edited_message_beyond_the_recent_window_is_read_again(
     random_model: Maker, load: Loader
 ) -> None:
@@ -181,6 +183,7 @@ def test_an_edited_message_beyond_the_recent_window_is_read_again(
     np.testing.assert_array_equal(llm.kv_positions, fresh.kv_positions)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_window_cache_that_moved_on_is_not_rewound_into(
     random_model: Maker, load: Loader
 ) -> None:
@@ -204,6 +207,7 @@ def test_a_window_cache_that_moved_on_is_not_rewound_into(
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.usefixtures("way")
 def test_an_interrupt_around_packing_ends_in_a_clean_re_read(
     random_model: Maker, load: Loader, where: str
 ) -> None:
@@ -228,6 +232,7 @@ def test_an_interrupt_around_packing_ends_in_a_clean_re_read(
     np.testing.assert_array_equal(llm.kv_positions, untouched.kv_positions)
 
 
+@pytest.mark.usefixtures("way")
 def test_states_in_memory_go_back_and_forth(random_model: Maker, load: Loader) -> None:
     llm = load(random_model(LLAMA).path, **BOUND, granularity="head", logits_all=True)
     llm.eval(random_tokens(400))
@@ -245,6 +250,7 @@ def test_states_in_memory_go_back_and_forth(random_model: Maker, load: Loader) -
 # -- limits and refusals ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("way")
 def test_no_more_cells_than_the_context_has_ever_hold_tokens(
     random_model: Maker, load: Loader
 ) -> None:
@@ -263,6 +269,7 @@ def test_no_more_cells_than_the_context_has_ever_hold_tokens(
     assert set(seen) == {BOUND["kv_budget"]}
 
 
+@pytest.mark.usefixtures("way")
 def test_dropped_spans_name_tokens_that_no_head_holds_any_more(
     random_model: Maker, load: Loader
 ) -> None:
@@ -281,6 +288,7 @@ def test_dropped_spans_name_tokens_that_no_head_holds_any_more(
     assert held | set(dropped) == set(range(900))
 
 
+@pytest.mark.usefixtures("way")
 def test_sinks_and_recent_tokens_are_in_the_same_rows_of_all_heads(
     random_model: Maker, load: Loader
 ) -> None:
