@@ -457,7 +457,10 @@ bool kvp_cache::check_cells(const int32_t * present, uint32_t n) {
         return false;
     }
     llama_synchronize(ctx);
-    const state_blob state = parse_state_blob(blob.data(), take_state(SEQ_CHAT, blob_bound(n)), SEQ_CHAT);
+    const uint64_t   before = crossed;
+    const size_t     size   = take_state(SEQ_CHAT, blob_bound(n));
+    const state_blob state  = parse_state_blob(blob.data(), size, SEQ_CHAT);
+    crossed                 = before; // no part of an eviction
     const auto       order = ascending(state.base.pos);
     bool             same  = order.size() == n;
     for (uint32_t i = 0; same && i < n; ++i) {

@@ -16,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
+    "tests/test_devices.py",
+    "tests/test_in_place.py",
     "tests/test_native.py",
     "tests/test_native_policy.py",
     "tests/test_llama.py",

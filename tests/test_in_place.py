@@ -5,6 +5,7 @@ The state path is the reference: it hands the cache out and back in, whatever ho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -368,6 +369,7 @@ def test_compacted_positions_are_followed(
 # -- what crosses ----------------------------------------------------------------------------
 
 
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="this build checks all cells at each eviction")
 def test_only_cell_numbers_and_scores_cross(
     random_model: Maker, load: Loader, rpc_wire: CountingProxy
 ) -> None:
