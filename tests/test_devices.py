@@ -168,3 +168,70 @@ def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(devices, "_SERVER", Path("absent.py"))
     with pytest.raises(RuntimeError, match="ended with 2:(?s:.*)absent.py"):
         RpcServer()
+
+
+_SERVER_DIES = """
+import sys
+from kvp_edge import Llama
+from support.devices import RpcServer, placed, rpc_device
+from test_packing import Noise
+
+model, rescue, when, *tokens = sys.argv[1:]
+server = RpcServer()
+
+class DiesInside(Noise):
+    def score(self, *args):
+        if when == "evicting":
+            server.kill()
+        return super().score(*args)
+
+with placed([rpc_device(server.endpoint)]):
+    llm = Llama(model, n_ctx=3000, kv_budget=100, recent=20, reserve=60, policy=DiesInside(),
+                pack="device", verbose=False)
+llm.rescue_to(rescue, lambda: {"said": len(tokens)})
+llm.eval([int(token) for token in tokens])
+if when == "evicting":
+    llm.evict()
+else:
+    server.kill()
+    llm.eval([7])
+print("it went on")
+"""
+
+
+@pytest.mark.usefixtures("rpc")
+@pytest.mark.parametrize("when", ["evicting", "reading"])
+def test_when_a_server_dies_the_text_is_rescued_and_can_be_read_again(
+    random_model: Maker, load: Loader, tmp_path: Path, when: str
+) -> None:
+    path, rescue, tokens = random_model(LLAMA).path, tmp_path / "rescue.kvp", random_tokens(150)
+    assert not rescue.exists()
+    done = subprocess.run(
+        [sys.executable, "-c", _SERVER_DIES, path, rescue, when, *map(str, tokens)],
+        # "-c" puts the current folder first on the path: not the checkout's package
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "GGML_NO_BACKTRACE": "1",
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            ),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert "Remote RPC server crashed" in done.stderr
+    assert done.stdout == ""
+    # another cache on the CPU, where nothing of the lost device is left
+    options: dict[str, Any] = {**BOUND, "policy": Noise(), "granularity": "head"}
+    llm, direct = load(path, **options), load(path, **options)
+    assert llm.load_session(rescue) == {"said": 150}
+    direct.eval(tokens)
+    np.testing.assert_array_equal(llm.input_ids[: llm.n_tokens], tokens)
+    np.testing.assert_array_equal(llm.kv_positions, direct.kv_positions)
+    assert next(iter(llm.generate([*tokens, 7], temp=0.0))) == next(
+        iter(direct.generate([*tokens, 7], temp=0.0))
+    )

@@ -6,13 +6,18 @@ The state path is the reference: it hands the cache out and back in, whatever ho
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from llama_cpp import llama_cpp as bindings
 from numpy.typing import NDArray
 
 from conftest import RandomModel, random_tokens
@@ -369,7 +374,9 @@ def test_compacted_positions_are_followed(
 # -- what crosses ----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="this build checks all cells at each eviction")
+@pytest.mark.skipif(
+    "LD_PRELOAD" in os.environ, reason="this build checks all cells at each eviction"
+)
 def test_only_cell_numbers_and_scores_cross(
     random_model: Maker, load: Loader, rpc_wire: CountingProxy
 ) -> None:
@@ -445,3 +452,82 @@ def test_a_policy_that_looks_at_queries_is_watched_as_well(
 def test_another_way_is_refused(bundled_model: str) -> None:
     with pytest.raises(ValueError, match="pack must be 'auto', 'device' or 'state', not 'gpu'"):
         Llama(bundled_model, kv_budget=512, pack="gpu")
+
+
+# -- failing ---------------------------------------------------------------------------------
+
+
+_FAILING = """
+#include <dlfcn.h>
+#include <stdlib.h>
+/* Stands in for ggml's own function, which runs the graphs of kvp_edge, and lets one call fail. */
+typedef int compute(void * backend, void * graph);
+int ggml_backend_graph_compute(void * backend, void * graph) {
+    static int calls = 0;
+    void * ggml = dlopen(getenv("LLAMA_LIBRARY"), RTLD_NOW | RTLD_NOLOAD);
+    compute * real = (compute *) dlsym(ggml, "ggml_backend_graph_compute");
+    return ++calls == atoi(getenv("FAIL_AT")) ? -1 /* GGML_STATUS_FAILED */ : real(backend, graph);
+}
+"""
+
+_SURVIVOR = """
+import os, sys
+del os.environ["LD_PRELOAD"]  # the servers shall not fail
+from kvp_edge import KVCacheError, Llama
+from support.devices import RpcServer, placed, rpc_device
+from test_packing import Noise
+bound = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60, "verbose": False}
+bound["policy"] = Noise()  # no graphs of its own: the first one packs
+with placed([rpc_device(RpcServer().endpoint) for _ in range(2)]):
+    llm = Llama(sys.argv[1], **bound, pack="device")
+fresh = Llama(sys.argv[1], **bound)
+tokens = [0, *(6 + i * 7 % 200 for i in range(600))]
+try:
+    llm.eval(tokens)
+except KVCacheError as error:
+    assert "the device RPC" in str(error) and "The cache is empty now" in str(error), error
+else:
+    raise SystemExit("it did not fail")
+assert int(llm._kv.cache.newest_position()) == -1
+try:
+    llm.eval([5])
+except KVCacheError as error:
+    assert "reset" in str(error), error
+answer = next(iter(llm.generate(tokens, temp=0.0)))
+assert answer == next(iter(fresh.generate(tokens, temp=0.0)))
+assert (llm.kv_positions == fresh.kv_positions).all()
+assert llm._kv.cache.check_cells(llm._kv.snapshot().present())
+print("survived")
+"""
+
+
+@pytest.mark.usefixtures("rpc")
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+)
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the sanitizer's library is loaded already")
+@pytest.mark.parametrize("fail_at", [1, 2, 3])  # either device, and in the second eviction
+def test_a_device_that_fails_in_the_middle_leaves_an_empty_cache_and_is_read_again(
+    random_model: Maker, tmp_path: Path, fail_at: int
+) -> None:
+    (tmp_path / "failing.c").write_text(_FAILING)
+    library = tmp_path / "failing.so"
+    command = ["cc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-o", library, tmp_path / "failing.c"]
+    subprocess.run([*command, "-ldl"], check=True)
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", _SURVIVOR, random_model(LLAMA).path],
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(library),
+            "LLAMA_LIBRARY": bindings._lib._name,
+            "FAIL_AT": str(fail_at),
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
+        cwd=tmp_path,  # "-c" puts the current folder first on the path: not the checkout's package
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.stdout == "survived\n", done.stderr
