@@ -553,9 +553,11 @@ class EvictionManager:
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift
         present = t.present()
-        # The cells of the newest rows survive: the recent window stays where it is, and what goes
-        # is one range of positions.
-        positions = present[t.kept - n_keep :]
+        # Whose cells survive: the oldest rows', so that the cells in use are the lowest ones; of a
+        # model with a window cache, which loses the same positions, the newest rows'.
+        window = self.cache.shape.has_window
+        oldest = present[t.kept - n_keep :][:n_packed] if window else present[:n_packed]
+        positions = np.concatenate((oldest, present[t.kept - n_recent :]))
         rotated = np.take_along_axis(t.rope_positions(), keep, axis=-1)
         turn = None
         if self._must_compact(n_keep):

@@ -377,7 +377,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         kv, cells = self._kv, int(super().n_ctx())
         if kv is None:
             n = int(self.n_tokens)
-            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, *[None] * 5, 0)
+            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None, None, None, 0)
         place = kv.cache.place
         return KVStats(
             seen=kv.seen,

@@ -187,6 +187,9 @@ struct kvp_cache {
     void find_place(const blob_cache & trial);
     void pack(const pack_plan & plan);
     bool pack_in_place(const pack_plan & plan, int32_t newest);
+    bool thins_window(const pack_plan & plan, const std::vector<uint32_t> & survivors) const;
+    void close_up(const int32_t * positions, uint32_t n);
+    [[noreturn]] void lose_all(const error & e);
     bool check_cells(const int32_t * present, uint32_t n);
     void restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n);
     void check_packing();
@@ -283,7 +286,7 @@ struct kvp_cache {
             fail(KVP_ERR_RUNTIME, "llama.cpp would not remove positions [%d, %d) from its cache", p0, p1);
         }
         if (place) {
-            place->cells.remove(p0, p1);
+            place->cells.remove(p0, p1 < 0 ? INT32_MAX : p1);
         }
     }
 };
@@ -420,14 +423,9 @@ bool kvp_cache::pack_in_place(const pack_plan & plan, int32_t newest) {
     if (!check_rows(plan) || !place || plan.turning.frequency) {
         return false;
     }
-    const int32_t * survivors = plan.present + (plan.n - plan.n_keep);
-    const auto      cells     = place->cells.find(plan.present, plan.n);
-    // A window cache loses what the base cache loses: nothing that the next token may see, not even if the
-    // conversation is cut among the newest rows first, which all heads hold.
-    const int32_t first_cut = survivors[std::min(rows_to_move(plan), plan.n_keep - 1)];
-    const bool    in_window = shape.has_window && llama_memory_seq_pos_min(mem, SEQ_CHAT) < *survivors &&
-                              *survivors > first_cut - llama_model_n_swa(llama_get_model(ctx)) + 1;
-    if (cells.empty() || in_window || !std::equal(survivors, plan.present + plan.n, plan.positions) || plan.positions[plan.n_keep - 1] != newest) {
+    const auto cells     = place->cells.find(plan.present, plan.n);
+    const auto survivors = surviving_rows(plan);
+    if (cells.empty() || survivors.empty() || plan.positions[plan.n_keep - 1] != newest || thins_window(plan, survivors)) {
         return false;
     }
 #ifndef NDEBUG
@@ -435,19 +433,103 @@ bool kvp_cache::pack_in_place(const pack_plan & plan, int32_t newest) {
 #endif
     llama_synchronize(ctx);
     try {
-        place->pack(plan, cells);
-        if (plan.n_keep < plan.n) {
-            remove(plan.present[0], *survivors);
-        }
+        place->pack(plan, survivors, cells);
     } catch (const error & e) {
         if (e.code == KVP_ERR_UNSUPPORTED || e.code == KVP_ERR_MEMORY) {
             return false; // before anything was changed
         }
-        llama_memory_seq_rm(mem, SEQ_CHAT, -1, -1);
-        place->cells.clear();
-        fail(KVP_ERR_RUNTIME, "%s. The cache is empty now, and the conversation must be read again", e.message.c_str());
+        lose_all(e);
+    }
+    try {
+        for (uint32_t row = 0, i = 0; row < plan.n;) { // what is between two survivors goes in one range
+            if (i < plan.n_keep && survivors[i] == row) {
+                ++i, ++row;
+                continue;
+            }
+            const uint32_t end = i < plan.n_keep ? survivors[i] : plan.n;
+            remove(plan.present[row], plan.present[end - 1] + 1);
+            row = end;
+        }
+        close_up(plan.positions, plan.n_keep);
+    } catch (const error & e) {
+        lose_all(e);
     }
     return true;
+}
+
+void kvp_cache::lose_all(const error & e) {
+    llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
+    llama_memory_seq_rm(mem, SEQ_CHAT, -1, -1);
+    place->cells.clear();
+    fail(KVP_ERR_RUNTIME, "%s. The cache is empty now, and the conversation must be read again", e.message.c_str());
+}
+
+// A window cache loses the positions that the base cache loses. Whether the next token may see one of them, or
+// would if the conversation were cut first among the newest rows, which stay where they are in all heads.
+bool kvp_cache::thins_window(const pack_plan & plan, const std::vector<uint32_t> & survivors) const {
+    if (!shape.has_window) {
+        return false;
+    }
+    uint32_t gone = plan.n; // the newest row that goes
+    while (gone > 0 && plan.n - gone < plan.n_keep && survivors[plan.n_keep - 1 - (plan.n - gone)] == gone - 1) {
+        --gone;
+    }
+    if (gone == 0 || plan.present[gone - 1] < llama_memory_seq_pos_min(mem, SEQ_CHAT)) {
+        return false;
+    }
+    const uint32_t cut = std::min(rows_to_move(plan, survivors).last, plan.n_keep - 1);
+    return plan.present[gone - 1] > plan.positions[cut] - llama_model_n_swa(llama_get_model(ctx));
+}
+
+// Attention runs over all cells up to the highest one in use. So the newest tokens, whose positions bind them to
+// the cells they were written to, go to the lowest free ones: as a state that stays on its device. But
+// llama.cpp's copies on a device (llama_io_write_device in src/llama-context.cpp) take the number of a quantised
+// tensor's blocks for that of its values, so these few rows go through the host.
+void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
+    std::vector<uint32_t> cells = place->cells.find(positions, n);
+    const auto   high  = std::find_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cell >= n; });
+    const bool   pieces = shape.v_transposed && !place->on_host(); // one for every column: slower than the holes
+    if (cells.empty() || high == cells.end() || shape.has_window || pieces) {
+        return;
+    }
+    const auto            first = uint32_t(high - cells.begin());
+    std::vector<uint32_t> from(high, cells.end()), to;
+    std::vector<bool>     used(n);
+    for (uint32_t i = 0; i < first; ++i) {
+        used[cells[i]] = true; // below n, as it is before the first that is not
+    }
+    for (uint32_t cell = 0; to.size() < from.size(); ++cell) {
+        if (!used[cell]) {
+            to.push_back(cell);
+        }
+    }
+    const std::vector<float>    before = place->look(from);
+    const bool                  quantised = ggml_is_quantized(ggml_type(shape.type_k)) || ggml_is_quantized(ggml_type(shape.type_v));
+    const llama_state_seq_flags flags =
+        place->on_host() || quantised ? LLAMA_STATE_SEQ_FLAGS_NONE : LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
+    const size_t                room   = blob_bound(flags ? 0 : uint32_t(from.size())) + 12 * from.size();
+    llama_memory_seq_cp(mem, SEQ_CHAT, SEQ_READ, positions[first], -1);
+    const size_t size = llama_state_seq_get_data_ext(ctx, blob.room_for(room), room, SEQ_READ, flags);
+    llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
+    if (size == 0) {
+        return; // nothing has changed
+    }
+    remove(positions[first], -1);
+    if (llama_state_seq_set_data_ext(ctx, blob.data(), size, SEQ_READ, flags) != size) {
+        fail(KVP_ERR_RUNTIME, "llama.cpp did not take its newest %zu tokens back", from.size());
+    }
+    if (!place->on_host() && quantised) {
+        crossed += 2 * size;
+    }
+    llama_memory_seq_cp(mem, SEQ_READ, SEQ_CHAT, -1, -1);
+    llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
+    // llama.cpp tells nobody which cells it took; if not the lowest free ones, they are not known
+    if (place->look(to) == before) {
+        std::copy(to.begin(), to.end(), cells.begin() + first);
+        place->cells.assign(positions, cells);
+    } else {
+        place->cells.clear();
+    }
 }
 
 // Compares the cells followed with llama.cpp's own state; false if they are not known.

@@ -57,9 +57,12 @@ public:
     void score(int32_t scorer, const std::vector<uint32_t> & cells, float * scores);
     void score(policy_network & network, const std::vector<slot> & slots, const std::vector<uint32_t> & cells, float * scores);
 
-    // Lets every head keep its rows (plan.keep, ascending) in the cells of the newest plan.n_keep rows.
-    // Throws KVP_ERR_UNSUPPORTED before anything is changed.
-    void pack(const pack_plan & plan, const std::vector<uint32_t> & cells);
+    // Lets every head keep its rows (plan.keep, ascending) in the cells of the rows `survivors`; `cells` are
+    // those of all rows. Throws KVP_ERR_UNSUPPORTED and _MEMORY before anything is changed.
+    void pack(const pack_plan & plan, const std::vector<uint32_t> & survivors, const std::vector<uint32_t> & cells);
+
+    // What the first layer's keys in these cells look like: equal where they are equal. Few bytes cross.
+    std::vector<float> look(const std::vector<uint32_t> & cells);
 
     // Where a cell's bytes in the cache are not those of the blob, KVP_ERR_RUNTIME; order[i] is the blob's
     // cell whose token lies in cells[i].

@@ -1,5 +1,4 @@
-// Packing a cache where it lies. The newest n_keep rows' cells survive, in the order of their rows, so one
-// llama_memory_seq_rm of all positions before theirs makes llama.cpp's table agree.
+// Packing a cache where it lies: rows move between cells, and llama.cpp is told afterwards which are free.
 #include "in_place.h"
 
 #include "error.h"
@@ -11,23 +10,43 @@ namespace kvp {
 
 namespace {
 
-// Rows ascend, so that row i of what stays is never newer than the row whose cell it goes to: keep[i] <=
-// n - n_keep + i. Going from the newest to the oldest, a cell is therefore read before it is written to.
 struct moves {
     const pack_plan &             plan;
-    const std::vector<uint32_t> & cells;  // [n] of the rows now
-    uint32_t                      n_move; // the rows from here on stay in their cells, in all heads
+    const std::vector<uint32_t> & survivors; // [n_keep] rows whose cells stay
+    const std::vector<uint32_t> & cells;     // [n] of all rows
+    row_range                     range;
 
-    uint32_t target(uint32_t i) const { return cells[plan.n - plan.n_keep + i]; }
-    uint32_t source(uint32_t il, size_t head, uint32_t i) const {
-        return cells[size_t(plan.keep[(size_t(il) * plan.n_head_kv + head) * plan.n_keep + i])];
+    uint32_t size() const { return range.last - range.first; }
+    uint32_t target(uint32_t i) const { return cells[survivors[i]]; }
+    uint32_t source(uint32_t il, size_t head, uint32_t i) const { return cells[row(il, head, i)]; }
+
+    uint32_t row(uint32_t il, size_t head, uint32_t i) const {
+        return uint32_t(plan.keep[(size_t(il) * plan.n_head_kv + head) * plan.n_keep + i]);
     }
 };
 
-template <size_t S> void move_slices_of(const moves & m, uint32_t il, uint8_t * rows, size_t row) {
+// In memory that the host sees no row is gathered first. Rows ascend: where all of them go to older rows'
+// cells, going from the oldest to the newest reads every cell before it is written to; where all go to newer
+// ones, going the other way does.
+enum class order { oldest_first, newest_first, none };
+
+order safe_order(const moves & m) {
+    bool down = true, up = true;
+    for (uint32_t g = 0; g < m.plan.n_layer * m.plan.n_head_kv; ++g) {
+        for (uint32_t i = m.range.first; i < m.range.last; ++i) {
+            const uint32_t row = m.row(g / m.plan.n_head_kv, g % m.plan.n_head_kv, i);
+            down               = down && m.survivors[i] <= row;
+            up                 = up && m.survivors[i] >= row;
+        }
+    }
+    return down ? order::oldest_first : up ? order::newest_first : order::none;
+}
+
+template <size_t S> void move_slices_of(const moves & m, order way, uint32_t il, uint8_t * rows, size_t row) {
     const size_t n_head = m.plan.n_head_kv, slice = S ? S : row / n_head;
-    for (uint32_t i = m.n_move; i-- > 0;) {
-        uint8_t * to = rows + m.target(i) * row;
+    for (uint32_t step = 0; step < m.size(); ++step) {
+        const uint32_t i = way == order::oldest_first ? m.range.first + step : m.range.last - 1 - step;
+        uint8_t *      to = rows + m.target(i) * row;
         for (size_t h = 0; h < n_head; ++h) {
             const uint8_t * from = rows + m.source(il, h, i) * row;
             if (from != to) {
@@ -37,18 +56,18 @@ template <size_t S> void move_slices_of(const moves & m, uint32_t il, uint8_t * 
     }
 }
 
-void move_slices(const moves & m, uint32_t il, uint8_t * rows, size_t row) {
+void move_slices(const moves & m, order way, uint32_t il, uint8_t * rows, size_t row) {
     switch (row / m.plan.n_head_kv) { // the usual head sizes in f16 and f32, where a copy of known length is a few moves
-        case 64:  return move_slices_of<64>(m, il, rows, row);
-        case 128: return move_slices_of<128>(m, il, rows, row);
-        case 192: return move_slices_of<192>(m, il, rows, row);
-        case 256: return move_slices_of<256>(m, il, rows, row);
-        default:  return move_slices_of<0>(m, il, rows, row);
+        case 64:  return move_slices_of<64>(m, way, il, rows, row);
+        case 128: return move_slices_of<128>(m, way, il, rows, row);
+        case 192: return move_slices_of<192>(m, way, il, rows, row);
+        case 256: return move_slices_of<256>(m, way, il, rows, row);
+        default:  return move_slices_of<0>(m, way, il, rows, row);
     }
 }
 
 // The same for transposed V: columns of values, those of one head side by side.
-void move_columns(const moves & m, uint32_t il, uint8_t * columns, size_t column, size_t value, size_t n_column) {
+void move_columns(const moves & m, order way, uint32_t il, uint8_t * columns, size_t column, size_t value, size_t n_column) {
     struct run {
         size_t to, from, bytes; // consecutive cells
     };
@@ -56,16 +75,19 @@ void move_columns(const moves & m, uint32_t il, uint8_t * columns, size_t column
     std::vector<run> runs;
     for (size_t h = 0; h < n_head; ++h) {
         runs.clear();
-        for (uint32_t i = m.n_move; i-- > 0;) {
+        for (uint32_t i = m.range.first; i < m.range.last; ++i) {
             const size_t to = m.target(i) * value, from = m.source(il, h, i) * value;
             if (from == to) {
                 continue;
             }
-            if (!runs.empty() && runs.back().to == to + value && runs.back().from == from + value) {
-                runs.back() = { to, from, runs.back().bytes + value };
+            if (!runs.empty() && runs.back().to + runs.back().bytes == to && runs.back().from + runs.back().bytes == from) {
+                runs.back().bytes += value;
             } else {
                 runs.push_back({ to, from, value });
             }
+        }
+        if (way == order::newest_first) {
+            std::reverse(runs.begin(), runs.end());
         }
         for (size_t j = h * per_head; j < (h + 1) * per_head; ++j) {
             uint8_t * at = columns + j * column;
@@ -84,13 +106,13 @@ struct device_moves {
     device_graph         graph;
 
     device_moves(device_part & part, const moves & m, bool v_transposed)
-        : sources(part.layers.size() * m.plan.n_head_kv * m.n_move), targets(m.n_move), graph(*part.on, 16 + 16 * part.layers.size()) {
-        const size_t H = m.plan.n_head_kv, n = m.n_move;
+        : sources(part.layers.size() * m.plan.n_head_kv * m.size()), targets(m.size()), graph(*part.on, 16 + 16 * part.layers.size()) {
+        const size_t H = m.plan.n_head_kv, n = m.size();
         for (uint32_t i = 0; i < n; ++i) {
-            targets[i] = m.target(i);
+            targets[i] = m.target(m.range.first + i);
             for (size_t l = 0; l < part.layers.size(); ++l) {
                 for (size_t h = 0; h < H; ++h) {
-                    sources[(l * H + h) * n + i] = int32_t(m.source(part.layers[l].il, h, i));
+                    sources[(l * H + h) * n + i] = int32_t(m.source(part.layers[l].il, h, m.range.first + i));
                 }
             }
         }
@@ -138,26 +160,30 @@ bool in_place::can_pack() const {
 // The graphs are made and not run.
 void in_place::try_packing() {
     const std::vector<int32_t>  keep(size_t(shape.n_layer) * shape.n_head_kv, 0);
-    const std::vector<uint32_t> at{ 0, 1 };
+    const std::vector<uint32_t> at{ 0, 1 }, survivors{ 1 };
     pack_plan                   plan;
     plan.n_layer   = shape.n_layer;
     plan.n_head_kv = shape.n_head_kv;
     plan.n         = 2;
     plan.n_keep    = 1;
     plan.keep      = keep.data();
-    const moves m{ plan, at, rows_to_move(plan) };
+    const moves m{ plan, survivors, at, { 0, 1 } };
     for (device_part & part : parts) {
         device_moves(part, m, shape.v_transposed != 0);
     }
 }
 
-void in_place::pack(const pack_plan & plan, const std::vector<uint32_t> & at) {
-    const moves m{ plan, at, rows_to_move(plan) };
-    if (m.n_move == 0) {
+void in_place::pack(const pack_plan & plan, const std::vector<uint32_t> & survivors, const std::vector<uint32_t> & at) {
+    const moves m{ plan, survivors, at, rows_to_move(plan, survivors) };
+    if (m.range.first >= m.range.last) {
         return;
     }
     if (!can_pack()) {
         fail(KVP_ERR_UNSUPPORTED, "heads of keys or values are no whole words of %zu bytes", WORD_BYTES);
+    }
+    const order way = safe_order(m);
+    if (way == order::none) {
+        fail(KVP_ERR_UNSUPPORTED, "rows move both to older and to newer cells");
     }
     std::vector<std::unique_ptr<device_moves>> ready; // all of them, before one changes anything
     for (device_part & part : parts) {
@@ -171,12 +197,12 @@ void in_place::pack(const pack_plan & plan, const std::vector<uint32_t> & at) {
             continue;
         }
         const layer_rows & layer = host[il];
-        move_slices(m, il, const_cast<uint8_t *>(layer.k), layer.k_row);
+        move_slices(m, way, il, const_cast<uint8_t *>(layer.k), layer.k_row);
         if (!shape.v_transposed) {
-            move_slices(m, il, const_cast<uint8_t *>(layer.v), layer.v_row);
+            move_slices(m, way, il, const_cast<uint8_t *>(layer.v), layer.v_row);
         } else {
             const size_t value = ggml_type_size(layer.type_v);
-            move_columns(m, il, const_cast<uint8_t *>(layer.v), layer.v_column, value, layer.v_row / value);
+            move_columns(m, way, il, const_cast<uint8_t *>(layer.v), layer.v_column, value, layer.v_row / value);
         }
     }
 }

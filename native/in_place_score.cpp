@@ -2,6 +2,8 @@
 #include "in_place.h"
 
 #include "error.h"
+#include "rows.h"
+#include "scorers.h"
 
 #include <algorithm>
 
@@ -72,6 +74,29 @@ void in_place::score(int32_t scorer, const std::vector<uint32_t> & at, float * s
         part.on->get(out, found.data(), found.size() * sizeof(float));
         spread(part, found, n, H, 0, n, scores);
     }
+}
+
+std::vector<float> in_place::look(const std::vector<uint32_t> & at) {
+    const size_t       n = at.size(), H = shape.n_head_kv;
+    std::vector<float> norms(n * H);
+    if (on_host(0)) {
+        std::vector<float> keys(n * H * shape.head_size_k);
+        read_k(host[0], at, H * shape.head_size_k, 0, keys.data());
+        score_knorm(keys.data(), n, H, shape.head_size_k, norms.data());
+        return norms;
+    }
+    const std::vector<int32_t> cells(at.begin(), at.end());
+    device_part &              part = parts.front(); // the first layer that is not on the host is its first
+    device_graph               graph(*part.on, 32);
+    ggml_tensor *              from = graph.input(GGML_TYPE_I32, int64_t(n), 1, 1, cells.data());
+    auto *                     table = const_cast<ggml_tensor *>(part.layers.front().k);
+    ggml_tensor *              found = knorm(graph.ctx(), gather(graph.ctx(), table, from, shape.head_size_k, int64_t(H)));
+    ggml_set_output(found);
+    graph.compute(found);
+    graph.prepare();
+    graph.run();
+    part.on->get(found, norms.data(), norms.size() * sizeof(float));
+    return norms;
 }
 
 void in_place::score(policy_network & network, const std::vector<slot> & slots, const std::vector<uint32_t> & at, float * scores) {

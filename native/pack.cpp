@@ -236,17 +236,33 @@ bool check_rows(const pack_plan & plan) {
     return ascending;
 }
 
-uint32_t rows_to_move(const pack_plan & plan) {
-    uint32_t most = 0;
+std::vector<uint32_t> surviving_rows(const pack_plan & plan) {
+    std::vector<uint32_t> rows;
+    for (uint32_t row = 0, i = 0; row < plan.n && i < plan.n_keep; ++row) {
+        if (plan.present[row] == plan.positions[i]) {
+            rows.push_back(row);
+            ++i;
+        }
+    }
+    return rows.size() == plan.n_keep ? rows : std::vector<uint32_t>();
+}
+
+row_range rows_to_move(const pack_plan & plan, const std::vector<uint32_t> & survivors) {
+    row_range range{ plan.n_keep, 0 };
     for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
         const int32_t * keep = plan.keep + size_t(g) * plan.n_keep;
-        uint32_t        n    = plan.n_keep;
-        while (n > most && keep[n - 1] == int32_t(plan.n - plan.n_keep + n - 1)) {
-            --n;
+        for (uint32_t i = 0; i < range.first; ++i) {
+            if (uint32_t(keep[i]) != survivors[i]) {
+                range.first = i;
+            }
         }
-        most = std::max(most, n);
+        for (uint32_t i = plan.n_keep; i > range.last; --i) {
+            if (uint32_t(keep[i - 1]) != survivors[i - 1]) {
+                range.last = i;
+            }
+        }
     }
-    return most;
+    return range;
 }
 
 size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan & plan) {

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace kvp {
 
@@ -35,9 +36,15 @@ struct pack_plan {
 // Throws KVP_ERR_ARGUMENT unless rows and positions are possible ones.
 bool check_rows(const pack_plan & plan);
 
-// All rows that stay, but for those at the end which are the newest ones in every head: with the newest rows'
-// cells they are where they shall be.
-uint32_t rows_to_move(const pack_plan & plan);
+// Packing in place: cells keep their positions, so those survive whose positions are named. The rows that lie
+// in them now, ascending; empty if the named positions are not all present.
+std::vector<uint32_t> surviving_rows(const pack_plan & plan);
+
+// Rows before `first` and from `last` on of what stays are in their cells already, in every head.
+struct row_range {
+    uint32_t first, last;
+};
+row_range rows_to_move(const pack_plan & plan, const std::vector<uint32_t> & survivors);
 
 // Rewrites the blob in place and returns its new size. Nothing is written before the whole blob and the
 // whole plan have been checked; throws kvp::error otherwise. A window cache behind the base cache is

@@ -232,8 +232,7 @@ def test_an_interrupt_around_packing_ends_in_a_clean_re_read(
     np.testing.assert_array_equal(llm.kv_positions, untouched.kv_positions)
 
 
-@pytest.mark.usefixtures("way")
-def test_states_in_memory_go_back_and_forth(random_model: Maker, load: Loader) -> None:
+def test_states_in_memory_go_back_and_forth(random_model: Maker, load: Loader, way: str) -> None:
     llm = load(random_model(LLAMA).path, **BOUND, granularity="head", logits_all=True)
     llm.eval(random_tokens(400))
     state = llm.save_state()
@@ -243,8 +242,10 @@ def test_states_in_memory_go_back_and_forth(random_model: Maker, load: Loader) -
     llm.load_state(state)
     np.testing.assert_array_equal(llm.kv_positions, held)
     llm.eval(random_tokens(300, seed=1))
-    # not to the last bit: a state comes back without holes, so sums over cells go another way
-    assert difference(llm.scores[400:700], want) < HALF
+    if way in ("cpu", "state"):
+        np.testing.assert_array_equal(llm.scores[400:700], want)
+    else:  # transposed values on a device are left with holes, and sums go another way over them
+        assert difference(llm.scores[400:700], want) < HALF
 
 
 # -- limits and refusals ---------------------------------------------------------------------
