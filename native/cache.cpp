@@ -593,6 +593,7 @@ void kvp_cache::set_state(const uint8_t * bytes, size_t size, int32_t newest) {
         // The cells of an empty cache are taken in order.
         const state_blob state = parse_state_blob(bytes, size, SEQ_CHAT);
         place->cells.clear();
+        crossed += place->on_host() ? 0 : state.base.pos.size() * state.base.layers.front().k_row;
         if (place->begins_with(state.base)) {
             std::vector<uint32_t> cells(state.base.pos.size());
             std::iota(cells.begin(), cells.end(), 0u);

@@ -17,6 +17,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from llama_cpp import llama_cpp as bindings
 from numpy.typing import NDArray
 
@@ -204,6 +206,37 @@ def test_with_nothing_to_move_nothing_is_moved(
     np.testing.assert_array_equal(held(llm)[0].keys, before[0].keys[:, 1:])
     np.testing.assert_array_equal(held(llm)[0].positions, present[1:])
     assert cache.place.packed == 2
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_plan_gives_every_head_the_rows_that_numpy_does(
+    random_model: Maker, load: Loader, place: str, flash_attn: bool, data: st.DataObject
+) -> None:
+    n = 40
+    options = {**BOUND, "policy": Noise(), "granularity": "head", "flash_attn": flash_attn}
+    llm = load(random_model(LLAMA).path, **options, pack="device")
+    llm.eval(random_tokens(n))
+    cache, present = cache_of(llm), np.arange(n, dtype=np.int32)
+    before = held(llm)[0]
+    for _ in range(2):  # the second time in cells of another order
+        n = len(present)
+        n_keep = data.draw(st.integers(1, n))
+        rows = [data.draw(st.permutations(range(n))) for _ in range(6)]
+        keep = np.sort(np.array(rows, np.int32)[:, :n_keep]).reshape(3, 2, n_keep)
+        older = data.draw(st.permutations(present[:-1].tolist()))[: n_keep - 1]
+        positions = np.array([*sorted(older), present[-1]], np.int32)
+        cache.pack(present, keep, positions)
+        after = held(llm)[0]
+        np.testing.assert_array_equal(after.positions, positions)
+        for got, all_rows in zip(
+            (after.keys, after.values), before.by_head(n_head_kv=2), strict=True
+        ):
+            np.testing.assert_array_equal(got, blobs.take_rows(all_rows, keep))
+        before, present = after, positions
+        assert cache.check_cells(present)
+    llm.close()
 
 
 def test_one_row_may_take_the_place_of_all(random_model: Maker, load: Loader, place: str) -> None:
