@@ -61,8 +61,8 @@ def row(name: str, model: str, args: argparse.Namespace) -> str:
     low, high = np.quantile(drawn, (0.025, 0.975))
     with_ms, without_ms = np.median(times, axis=0)
     return (
-        f"| {name} | {where} | {len(rounds)} | {without_ms:.3f} | {with_ms:.3f} | {np.median(ratios):.4f} "
-        f"| {low:.4f} to {high:.4f} |"
+        f"| {name} | {where} | {len(rounds)} | {without_ms:.3f} | {with_ms:.3f} "
+        f"| {np.median(ratios):.4f} | {low:.4f} to {high:.4f} |"
     )
 
 
