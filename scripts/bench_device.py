@@ -41,6 +41,7 @@ from llama_cpp import llama_cpp as bindings
 from tqdm import tqdm
 
 import kvp_edge
+from kvp_edge.limits import CELL_UNIT
 from kvp_edge.native import NativeCache
 from kvp_edge.policy_file import PolicyInfo, write_policy
 from support.devices import RpcServer, placed, rpc_device
@@ -257,6 +258,10 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.cells % CELL_UNIT:
+        parser.error(f"--cells must be a multiple of {CELL_UNIT}, not {args.cells}")
+    if not 0 < args.new <= args.cells:
+        parser.error(f"--new must be 1 to {args.cells} tokens (--cells), not {args.new}")
 
     device = Device(args.cpu, args.rpc)
     shape = ModelShape(
