@@ -79,22 +79,22 @@ def read(blob: bytes, seq_id: int = 0) -> list[Cache]:
 
 
 def write(caches: list[Cache], seq_id: int = 0) -> bytes:
-    out = struct.pack("<Ii", MAGIC, seq_id)
+    parts: list[Any] = [struct.pack("<Ii", MAGIC, seq_id)]
     for c in caches:
         n_layer, n_cells, row = c.keys.shape
-        out += struct.pack("<II", 1, n_cells)
-        for position in c.positions.tolist():
-            out += struct.pack("<iIi", position, 1, seq_id)
-        out += struct.pack("<II", int(c.value_size > 0), n_layer)
+        parts.append(struct.pack("<II", 1, n_cells))
+        parts += [struct.pack("<iIi", position, 1, seq_id) for position in c.positions.tolist()]
+        parts.append(struct.pack("<II", int(c.value_size > 0), n_layer))
         for k in c.keys:
-            out += struct.pack("<iQ", c.type_k, row) + k.tobytes()
+            parts += [struct.pack("<iQ", c.type_k, row), np.ascontiguousarray(k)]
         for v in c.values:
             if c.value_size:
                 columns = v.reshape(n_cells, -1, c.value_size).swapaxes(0, 1)
-                out += struct.pack("<iII", c.type_v, c.value_size, len(columns)) + columns.tobytes()
+                parts.append(struct.pack("<iII", c.type_v, c.value_size, len(columns)))
+                parts.append(np.ascontiguousarray(columns))
             else:
-                out += struct.pack("<iQ", c.type_v, v.shape[1]) + v.tobytes()
-    return out
+                parts += [struct.pack("<iQ", c.type_v, v.shape[1]), np.ascontiguousarray(v)]
+    return b"".join(parts)
 
 
 def take_rows(x: Bytes, keep: NDArray[np.int32]) -> Bytes:
