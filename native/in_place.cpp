@@ -21,6 +21,10 @@ std::vector<uint8_t> bytes_of(const ggml_tensor * t, size_t size) {
 } // namespace
 
 in_place::in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape) : shape(shape) {
+    const size_t value = ggml_type_size(ggml_type(shape.type_v));
+    if (shape.v_transposed && value != sizeof(uint16_t) && value != sizeof(uint32_t)) {
+        fail(KVP_ERR_UNSUPPORTED, "transposed values of type %s cannot be packed where they lie", ggml_type_name(ggml_type(shape.type_v)));
+    }
     auto                  seen = watch.follow(-1);
     std::vector<uint32_t> order(trial.pos.size());
     for (uint32_t i = 0; i < order.size(); ++i) {

@@ -66,35 +66,55 @@ void move_slices(const moves & m, order way, uint32_t il, uint8_t * rows, size_t
     }
 }
 
-// The same for transposed V: columns of values, those of one head side by side.
-void move_columns(const moves & m, order way, uint32_t il, uint8_t * columns, size_t column, size_t value, size_t n_column) {
+// The same for transposed V: columns of values of `T`'s size, those of one head side by side.
+template <typename T> void move_columns_of(const moves & m, order way, uint32_t il, T * columns, size_t n_cells, size_t n_column) {
     struct run {
-        size_t to, from, bytes; // consecutive cells
+        size_t to, from, length; // consecutive cells
     };
     const size_t     n_head = m.plan.n_head_kv, per_head = n_column / n_head;
     std::vector<run> runs;
     for (size_t h = 0; h < n_head; ++h) {
         runs.clear();
         for (uint32_t i = m.range.first; i < m.range.last; ++i) {
-            const size_t to = m.target(i) * value, from = m.source(il, h, i) * value;
+            const size_t to = m.target(i), from = m.source(il, h, i);
             if (from == to) {
                 continue;
             }
-            if (!runs.empty() && runs.back().to + runs.back().bytes == to && runs.back().from + runs.back().bytes == from) {
-                runs.back().bytes += value;
+            if (!runs.empty() && runs.back().to + runs.back().length == to && runs.back().from + runs.back().length == from) {
+                ++runs.back().length;
             } else {
-                runs.push_back({ to, from, value });
+                runs.push_back({ to, from, 1 });
             }
         }
         if (way == order::newest_first) {
             std::reverse(runs.begin(), runs.end());
         }
         for (size_t j = h * per_head; j < (h + 1) * per_head; ++j) {
-            uint8_t * at = columns + j * column;
+            T * at = columns + j * n_cells;
             for (const run & r : runs) {
-                std::memmove(at + r.to, at + r.from, r.bytes);
+                if (r.length > 32) {
+                    std::memmove(at + r.to, at + r.from, r.length * sizeof(T));
+                } else if (r.to < r.from) { // runs are short; calling for each costs more than they do
+                    for (size_t i = 0; i < r.length; ++i) {
+                        at[r.to + i] = at[r.from + i];
+                    }
+                } else {
+                    for (size_t i = r.length; i-- > 0;) {
+                        at[r.to + i] = at[r.from + i];
+                    }
+                }
             }
         }
+    }
+}
+
+void move_columns(const moves & m, order way, uint32_t il, const layer_rows & layer) {
+    const size_t value = ggml_type_size(layer.type_v), n_cells = layer.v_column / value, n_column = layer.v_row / value;
+    auto *       v     = const_cast<uint8_t *>(layer.v); // aligned, as ggml's tensors are
+    if (value == sizeof(uint16_t)) {
+        move_columns_of(m, way, il, reinterpret_cast<uint16_t *>(v), n_cells, n_column);
+    } else {
+        move_columns_of(m, way, il, reinterpret_cast<uint32_t *>(v), n_cells, n_column);
     }
 }
 
@@ -201,8 +221,7 @@ void in_place::pack(const pack_plan & plan, const std::vector<uint32_t> & surviv
         if (!shape.v_transposed) {
             move_slices(m, way, il, const_cast<uint8_t *>(layer.v), layer.v_row);
         } else {
-            const size_t value = ggml_type_size(layer.type_v);
-            move_columns(m, way, il, const_cast<uint8_t *>(layer.v), layer.v_column, value, layer.v_row / value);
+            move_columns(m, way, il, layer);
         }
     }
 }

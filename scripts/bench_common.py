@@ -119,8 +119,8 @@ def rows_to_keep(llm: kvp_edge.Llama) -> tuple[np.ndarray, np.ndarray, np.ndarra
     chosen = np.random.default_rng(0).permuted(older, axis=-1)[..., : limits.budget - limits.recent]
     recent = np.broadcast_to(present[-limits.recent :], (*chosen.shape[:2], limits.recent))
     keep = np.concatenate((np.sort(chosen, axis=-1), recent), axis=-1)
-    # in place they go to the cells of the newest rows, and only there
-    return present, keep, present[-limits.budget :]
+    oldest = present[: limits.budget - limits.recent]  # as EvictionManager names them
+    return present, keep, np.concatenate((oldest, present[-limits.recent :]))
 
 
 def write_ms(llm: llama_cpp.Llama, n: int) -> float:
