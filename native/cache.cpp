@@ -383,7 +383,7 @@ void kvp_cache::find_place(const blob_cache & trial) {
         return;
     }
     try {
-        place.emplace(*watch, trial, shape);
+        place.emplace(*watch, trial, shape, llama_n_ctx(ctx));
     } catch (const error & e) {
         if (e.code != KVP_ERR_UNSUPPORTED) {
             throw;

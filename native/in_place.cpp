@@ -20,7 +20,8 @@ std::vector<uint8_t> bytes_of(const ggml_tensor * t, size_t size) {
 
 } // namespace
 
-in_place::in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape) : shape(shape) {
+in_place::in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells)
+    : shape(shape), n_cells(n_cells) {
     const size_t value = ggml_type_size(ggml_type(shape.type_v));
     if (shape.v_transposed && value != sizeof(uint16_t) && value != sizeof(uint32_t)) {
         fail(KVP_ERR_UNSUPPORTED, "transposed values of type %s cannot be packed where they lie", ggml_type_name(ggml_type(shape.type_v)));
@@ -62,10 +63,10 @@ bool in_place::holds(const tensors & t, const layer_rows & want, const std::vect
                      const std::vector<uint32_t> & cells) const {
     if (!t.k || !t.v || !t.k->buffer || !t.v->buffer || t.k->type != want.type_k || t.v->type != want.type_v ||
         t.k->nb[1] != want.k_row || t.k->ne[2] != 1 || t.k->ne[3] != 1 || t.v->nb[1] != want.v_row || t.v->ne[2] != 1 ||
-        t.v->ne[3] != 1 || t.k->ne[1] != t.v->ne[1]) {
+        t.v->ne[3] != 1 || t.k->ne[1] != n_cells || t.v->ne[1] != n_cells) {
         return false;
     }
-    const size_t n = order.size(), n_cells = size_t(t.k->ne[1]);
+    const size_t n = order.size();
     const size_t end = n ? *std::max_element(cells.begin(), cells.end()) + size_t(1) : 0;
     if (end > n_cells) {
         return false;
@@ -86,10 +87,10 @@ bool in_place::holds(const tensors & t, const layer_rows & want, const std::vect
         return same_rows(t.v, want.v, want.v_row);
     }
     const size_t               value = ggml_type_size(want.type_v), n_column = want.v_row / value;
-    const std::vector<uint8_t> here = bytes_of(t.v, n_column * n_cells * value);
+    const std::vector<uint8_t> here = bytes_of(t.v, n_column * size_t(n_cells) * value);
     for (size_t j = 0; j < n_column; ++j) {
         for (size_t i = 0; i < n; ++i) {
-            if (std::memcmp(here.data() + (j * n_cells + cells[i]) * value, want.v + j * want.v_column + order[i] * value, value) != 0) {
+            if (std::memcmp(here.data() + (j * size_t(n_cells) + cells[i]) * value, want.v + j * want.v_column + order[i] * value, value) != 0) {
                 return false;
             }
         }

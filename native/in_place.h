@@ -36,9 +36,9 @@ struct device_part {
 
 class in_place {
 public:
-    // Finds the base cache's layers among all that `watch` saw by what `trial` says of the tokens decoded
-    // since. Throws KVP_ERR_UNSUPPORTED where they are not found, or a device cannot pack them.
-    in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape);
+    // Finds the base cache's layers, of n_cells each, among all that `watch` saw by what `trial` says of the
+    // tokens decoded since. Throws KVP_ERR_UNSUPPORTED where they are not found, or a device cannot pack them.
+    in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells);
 
     cell_map cells;
 
@@ -83,6 +83,7 @@ private:
     void try_packing();
 
     kvp_cache_shape          shape;
+    uint32_t                 n_cells;
     std::vector<tensors>     layers;
     std::vector<layer_rows>  host;
     std::vector<device_part> parts;

@@ -34,7 +34,7 @@ from support.devices import CountingProxy, placed
 from support.gguf_models import ModelShape
 from support.policies import random_weights
 from support.watch import Watch
-from test_packing import EXACT, CacheNoise, Noise, difference
+from test_packing import EXACT, HALF, CacheNoise, Noise, difference
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]
@@ -162,9 +162,8 @@ def test_in_place_and_state_leave_the_same_bytes(
 def test_an_evicted_cache_has_no_holes_so_logits_are_those_of_the_state_to_the_last_bit(
     random_model: Maker, load: Loader, place: str, shape: ModelShape, flash_attn: bool
 ) -> None:
-    """The order of sums over cells is the same only if every token is in the same cell."""
-    if place != "cpu" and not flash_attn:
-        pytest.skip("transposed values on a device are left with holes")
+    """The order of sums over cells is the same only if every token is in the same cell. But where
+    transposed values lie on a device holes are left."""
     logits = []
     for pack in ("device", "state"):
         llm = load(
@@ -185,7 +184,10 @@ def test_an_evicted_cache_has_no_holes_so_logits_are_those_of_the_state_to_the_l
         assert llm.kv_stats.evictions > 3
         logits.append(np.array(llm.scores[: llm.n_tokens]))
         llm.close()
-    np.testing.assert_array_equal(*logits)
+    if place == "cpu" or flash_attn:
+        np.testing.assert_array_equal(*logits)
+    else:
+        assert difference(*logits) < HALF
 
 
 def test_with_nothing_to_move_nothing_is_moved(
@@ -330,11 +332,10 @@ def assert_close(got: NDArray[np.float32], want: NDArray[np.float32]) -> None:
     assert np.abs(got - want).max() < 2e-5 * max(1.0, float(np.abs(want).max()))
 
 
+@pytest.mark.parametrize("place", ["cpu", "rpc"], indirect=True)
 def test_a_chat_keeps_the_same_tokens_in_place_and_through_states(
     load: Loader, bundled_model: str, place: str
 ) -> None:
-    if place == "rpc2":
-        pytest.skip("the bundled model over two devices shows nothing more, slowly")
     bound = {"n_ctx": 4096, "kv_budget": 192, "recent": 32, "reserve": 64, "granularity": "head"}
     kept = []
     for pack in ("device", "state"):
