@@ -270,9 +270,14 @@ typedef struct kvp_key_turn {
  *   positions  int32 [n_keep], ascending: the new cells' positions; the last must be present[n - 1],
  *              from which llama.cpp continues, unless keys are turned
  *   turn       NULL, or how keys are turned on the way
- * It is packed where it lies if that is known, the rows of every head ascend, and the positions are those of
- * the newest n_keep rows, whose cells then survive; else as a state that goes out and back in. Turned keys
- * and heads that are no whole 32-bit words on a device go that way, too. The window cache of a model with sliding-window layers stays as it is; keys cannot be turned then.
+ * It is packed where it lies if that is known, the rows of every head ascend, and the positions are all present
+ * ones: their cells survive. (In host memory every row must also go to an older row's cell, or every row to a
+ * newer one's.) Else it is packed as a state that goes out and back in, as it is where keys are turned, and on
+ * a device where heads are no whole 32-bit words. If the positions are the oldest ones present, and then the
+ * newest ones, row i lies in cell i either way; but for transposed V on a device and beside a window cache,
+ * where the newest tokens stay in the cells they are in.
+ * A window cache of a model with sliding-window layers is not packed; in place it loses positions that are out
+ * of sight. Its model's keys cannot be turned.
  * On KVP_ERR_ARGUMENT, _UNSUPPORTED, _LAYOUT and _MEMORY the cache is what it was. On KVP_ERR_RUNTIME a device
  * or llama.cpp failed in the middle and the cache is EMPTY: the conversation must be read again. */
 KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep,

@@ -110,6 +110,14 @@ def test_replies_are_the_only_thing_on_stdout(kvp: Type) -> None:
     assert "Taken back: What is my dog called?" in got.err
 
 
+def test_stats_tell_whether_the_cache_is_packed_where_it_lies(kvp: Type) -> None:
+    assert "in place: CPU)" in kvp("chat", *FEW_CELLS, typed="/stats\n").err
+    assert "through states)" in kvp("chat", *FEW_CELLS, "--pack", "state", typed="/stats\n").err
+    wrong = kvp("chat", "--pack", "gpu")
+    assert wrong.status == 2
+    assert "auto" in wrong.err
+
+
 def test_a_last_line_without_a_newline_is_a_message(kvp: Type) -> None:
     assert len(kvp("chat", *GREEDY, typed="My dog is called Ralph.").replies) == 1
 
