@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 
 import kvp_edge
-from support.devices import CountingProxy, RpcServer, placed, rpc_device, rpc_supported
+from support.devices import (
+    CountingProxy,
+    RpcServer,
+    gpu_device,
+    placed,
+    rpc_device,
+    rpc_supported,
+)
 from support.gguf_models import ModelShape, write_model
 from support.reference import Reference
 
@@ -128,12 +135,21 @@ def rpc_wire(rpc: None) -> CountingProxy:
     return CountingProxy(RpcServer().endpoint)
 
 
-@pytest.fixture(params=["cpu", "rpc", "rpc2"])
+#: There is no "gpu" without a GPU, so that nothing is skipped for the want of one.
+AWAY = ["rpc", "rpc2", *(["gpu"] if gpu_device() else [])]
+
+
+@pytest.fixture(params=["cpu", *AWAY])
 def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the models that the test loads lie: on the CPU, on another device, or with their layers
-    split over two. Some of these: parametrize("place", ["cpu", "rpc"], indirect=True)."""
-    n_devices = {"cpu": 0, "rpc": 1, "rpc2": 2}[request.param]
-    devices = request.getfixturevalue("rpc_devices")[:n_devices] if n_devices else []
+    """Where the models that the test loads lie: on the CPU, on another device, with their layers
+    split over two, or on the GPU. Some of these: parametrize("place", AWAY, indirect=True)."""
+    gpu = gpu_device()
+    if request.param == "gpu":
+        assert gpu is not None
+        devices = [gpu]
+    else:
+        n_devices = {"cpu": 0, "rpc": 1, "rpc2": 2}[request.param]
+        devices = request.getfixturevalue("rpc_devices")[:n_devices] if n_devices else []
     with placed(devices):
         yield request.param
 
