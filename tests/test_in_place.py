@@ -38,7 +38,7 @@ BOUND: dict[str, Any] = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve
 SAME = 2e-5
 """Of the largest score: sums in another order."""
 HALF_PRODUCTS = 2e-3
-"""Where a GPU rounds the factors of matrix products to f16; 4e-4 in the case measured on llvmpipe."""
+"""Where a GPU rounds the factors of matrix products to f16; measured once on llvmpipe: 4e-4."""
 TYPES = {
     name: int(gguf.GGMLQuantizationType[name])
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
