@@ -31,6 +31,12 @@ void device::get(const ggml_tensor * tensor, void * data, size_t size) {
     crossed += size;
 }
 
+ggml_tensor * mul_mat_f32(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+    ggml_tensor * product = ggml_mul_mat(ctx, a, b);
+    ggml_prec_set_acc(product, GGML_PREC_F32);
+    return product;
+}
+
 device_graph::device_graph(device & on, size_t most_nodes)
     : on(on), context(ggml_init({ ggml_tensor_overhead() * most_nodes + ggml_graph_overhead_custom(most_nodes, false), nullptr, true })) {
     if (!context) {

@@ -37,6 +37,10 @@ private:
     owned<ggml_gallocr, ggml_gallocr_free> allocator; // its memory is kept from graph to graph
 };
 
+// ggml_mul_mat that sums in f32: unless told, Vulkan sums in f16, up to 65504, where a GPU has the second
+// kind of cooperative matrices. Operands may still be rounded to f16.
+ggml_tensor * mul_mat_f32(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b);
+
 // One graph: make it with `context`, name its inputs and what must be computed, run it, read results.
 class device_graph {
 public:

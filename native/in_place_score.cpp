@@ -37,7 +37,7 @@ ggml_tensor * keydiff(ggml_context * ctx, ggml_tensor * keys) {
     ggml_tensor * by_value  = ggml_cont(ctx, ggml_transpose(ctx, direction)); // [n, head_size, n_head_kv]
     ggml_tensor * sum       = ggml_reshape_3d(ctx, ggml_sum_rows(ctx, by_value), keys->ne[0], 1, keys->ne[2]);
     ggml_tensor * anchor    = ggml_l2_norm(ctx, sum, TINY);
-    return ggml_scale(ctx, ggml_mul_mat(ctx, direction, anchor), -1.0f);
+    return ggml_scale(ctx, mul_mat_f32(ctx, direction, anchor), -1.0f);
 }
 
 // Scores [layers of the part, n_head_kv, n] to their layers of [n_layer, n_head_kv, n_all], from token `first` on.
@@ -142,11 +142,11 @@ void in_place::score(policy_network & network, const std::vector<slot> & slots, 
                 if (shape.v_transposed) {
                     v = as_rows(ctx, v, end);
                 }
-                ggml_tensor * u = ggml_add(ctx, ggml_mul_mat(ctx, p.of_layer(ctx, p.key, l), gather(ctx, k, from, shape.head_size_k, int64_t(H))),
-                                           ggml_mul_mat(ctx, p.of_layer(ctx, p.value, l), gather(ctx, v, from, shape.head_size_v, int64_t(H))));
+                ggml_tensor * u = ggml_add(ctx, mul_mat_f32(ctx, p.of_layer(ctx, p.key, l), gather(ctx, k, from, shape.head_size_k, int64_t(H))),
+                                           mul_mat_f32(ctx, p.of_layer(ctx, p.value, l), gather(ctx, v, from, shape.head_size_v, int64_t(H))));
                 graph.compute(ggml_cpy(ctx, u, ggml_view_3d(ctx, seen, int64_t(h), int64_t(n_in), int64_t(H), seen->nb[1], seen->nb[2], l * H * seen->nb[2])));
             }
-            ggml_tensor * place = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, p.position, position), int64_t(h), int64_t(H * L), int64_t(n_in));
+            ggml_tensor * place = ggml_reshape_3d(ctx, mul_mat_f32(ctx, p.position, position), int64_t(h), int64_t(H * L), int64_t(n_in));
             ggml_tensor * u     = ggml_add(ctx, ggml_mul(ctx, seen, exists), ggml_permute(ctx, place, 0, 2, 1, 3));
             ggml_tensor * score = score_graph(ctx, u, p, int64_t(n_out)); // [1, n_out, H * L]
             ggml_set_output(score);

@@ -134,8 +134,8 @@ ggml_tensor * score_graph(ggml_context * ctx, ggml_tensor * u, const upper_layer
         x                     = x ? ggml_add_inplace(ctx, x, term) : term;
     }
     x = ggml_silu_inplace(ctx, x);
-    x = ggml_add_inplace(ctx, ggml_mul_mat(ctx, w.fc2, x), w.fc2_bias);
-    return ggml_mul_mat(ctx, w.out, ggml_silu_inplace(ctx, x));
+    x = ggml_add_inplace(ctx, mul_mat_f32(ctx, w.fc2, x), w.fc2_bias);
+    return mul_mat_f32(ctx, w.out, ggml_silu_inplace(ctx, x));
 }
 
 // Scores n_out tokens from n_in = n_out + context - 1: fill(input) writes the features, f32

@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 
 import kvp_edge
-from support.devices import CountingProxy, RpcServer, placed, rpc_device, rpc_supported
+from support.devices import (
+    CountingProxy,
+    RpcServer,
+    gpu_device,
+    placed,
+    rpc_device,
+    rpc_supported,
+)
 from support.gguf_models import ModelShape, write_model
 from support.reference import Reference
 
@@ -129,25 +136,35 @@ def rpc_wire(rpc: None) -> CountingProxy:
     return CountingProxy(RpcServer().endpoint)
 
 
+#: There is no "gpu" without a GPU, so that nothing is skipped for the want of one.
+AWAY = ["rpc", "rpc2", *(["gpu"] if gpu_device() else [])]
+
+
 @contextlib.contextmanager
 def _at(request: pytest.FixtureRequest, place: str) -> Iterator[str]:
-    n_devices = {"cpu": 0, "rpc": 1, "rpc2": 2}[place]
-    devices = request.getfixturevalue("rpc_devices")[:n_devices] if n_devices else []
+    gpu = gpu_device()
+    if place == "gpu":
+        assert gpu is not None
+        devices = [gpu]
+    else:
+        n_devices = {"cpu": 0, "rpc": 1, "rpc2": 2}[place]
+        devices = request.getfixturevalue("rpc_devices")[:n_devices] if n_devices else []
     with placed(devices):
         yield place
 
 
-@pytest.fixture(params=["cpu", "rpc", "rpc2"])
+@pytest.fixture(params=["cpu", *AWAY])
 def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the models that the test loads lie: on the CPU, on another device, or with their layers
-    split over two. Some of these: parametrize("place", ["cpu", "rpc"], indirect=True)."""
+    """Where the models that the test loads lie: on the CPU, on another device, with their layers
+    split over two, or on the GPU. Some of these: parametrize("place", AWAY, indirect=True)."""
     with _at(request, request.param) as place:
         yield place
 
 
 @pytest.fixture(params=["cpu", "rpc", "rpc2", "state"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """How caches are packed where the test does not say: in one of the places, or as states."""
+    """How caches are packed where the test does not say: in one of the places, or as states. Not on
+    a GPU, whose logits are other ones."""
     defaults: Any = kvp_edge.Llama.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "pack", "state" if request.param == "state" else "auto")
     with _at(request, "cpu" if request.param == "state" else request.param):

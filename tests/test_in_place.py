@@ -34,7 +34,7 @@ from support.devices import CountingProxy, placed
 from support.gguf_models import ModelShape
 from support.policies import random_weights
 from support.watch import Watch
-from test_packing import EXACT, HALF, CacheNoise, Noise, difference
+from test_packing import EXACT, GPU, HALF, CacheNoise, Noise, difference
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]
@@ -43,6 +43,10 @@ LLAMA = ModelShape("llama", n_layer=3, n_head_kv=2, head_dim=64)
 SMALL_HEADS = ModelShape("llama", n_layer=2, n_head_kv=2, head_dim=32)
 WINDOW = ModelShape("gemma3", head_dim=64, n_head_kv=2, n_layer=4, sliding_window=24)
 BOUND: dict[str, Any] = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60}
+SAME = 2e-5
+"""Of the largest score: sums in another order."""
+HALF_PRODUCTS = 2e-3
+"""Where a GPU rounds the factors of matrix products to f16; measured once on llvmpipe: 4e-4."""
 TYPES = {
     name: int(gguf.GGMLQuantizationType[name])
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
@@ -151,10 +155,10 @@ def test_in_place_and_state_leave_the_same_bytes(
     assert cache_of(state).place.packed == 0
     assert in_place.kv_stats.pack == "device"
     assert state.kv_stats.pack == "state"
-    away = {"cpu": 0, "rpc": 1, "rpc2": 2}[place]
     where = in_place.kv_stats.where or ""
-    assert where.count("RPC") == away, where
-    assert cache_of(in_place).place.on_device == (away > 0)
+    assert where.count("CPU") == (place == "cpu"), where
+    assert where.count(", ") == (place == "rpc2"), where
+    assert cache_of(in_place).place.on_device == (place != "cpu")
 
 
 @pytest.mark.parametrize("shape", [LLAMA, SMALL_HEADS], ids=lambda s: str(s.head_dim))
@@ -323,13 +327,14 @@ def test_scores_in_place_are_those_of_the_state_and_of_numpy(
     for name, policy in heuristics.items():
         assert_close(in_place[name], cache.score(name, p0, p1, tokens))
         assert_close(in_place[name], policy.score(keys, values, tokens))
-    assert_close(in_place["network"], cache.score(network, p0, p1, tokens))
-    assert_close(in_place["network"], network.score(keys, values, tokens))
+    limit = HALF_PRODUCTS if place == "gpu" else SAME
+    assert_close(in_place["network"], cache.score(network, p0, p1, tokens), limit)
+    assert_close(in_place["network"], network.score(keys, values, tokens), limit)
 
 
-def assert_close(got: NDArray[np.float32], want: NDArray[np.float32]) -> None:
+def assert_close(got: NDArray[np.float32], want: NDArray[np.float32], limit: float = SAME) -> None:
     assert np.isfinite(got).all()
-    assert np.abs(got - want).max() < 2e-5 * max(1.0, float(np.abs(want).max()))
+    assert np.abs(got - want).max() < limit * max(1.0, float(np.abs(want).max()))
 
 
 @pytest.mark.parametrize("place", ["cpu", "rpc"], indirect=True)
@@ -498,7 +503,8 @@ def test_logits_are_the_references_whichever_way_is_chosen(
         llm = load(model.path, **BOUND, **f32, granularity="head", policy=Noise(), pack=pack)
         watch = Watch(llm, LLAMA)
         llm.eval(random_tokens(400))
-        assert difference(llm.scores[:400], watch.expected(model.reference)) < EXACT
+        limit = GPU if place == "gpu" else EXACT
+        assert difference(llm.scores[:400], watch.expected(model.reference)) < limit
         assert llm.kv_stats.pack == ("state" if pack == "state" else "device")
         llm.close()
 

@@ -1,4 +1,4 @@
-"""Devices whose memory the host cannot touch, without a GPU: llama.cpp's RPC backend.
+"""Devices whose memory the host cannot touch: a GPU, or without one llama.cpp's RPC backend.
 
 A server in another process on this machine lends its CPU (ggml/src/ggml-rpc/ggml-rpc.cpp); here it
 is a device like any other, and what lies on it is reached by copies and by graphs that run there.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import socket
 import subprocess
@@ -34,6 +35,30 @@ _PATIENCE = 60.0
 """Seconds that a server may take to answer; a slow machine needs one."""
 
 _load = bindings.llama_model_load_from_file
+
+_GPUS = (1, 2)
+"""GGML_BACKEND_DEVICE_TYPE_GPU and ..._IGPU of ggml-backend.h."""
+
+
+@functools.cache
+def gpu_device() -> int | None:
+    """The ggml_backend_dev_t of the first GPU in llama.cpp's list, None without one.
+
+    RPC devices are not in it (`rpc_device`). A Vulkan device that is a CPU, as Mesa's llvmpipe is,
+    is in it only where GGML_VK_VISIBLE_DEVICES names it by its number (ggml_vk_instance_init in
+    ggml/src/ggml-vulkan/ggml-vulkan.cpp).
+    """
+    lib = bindings._lib
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.restype = ctypes.c_void_p
+    lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    lib.ggml_backend_dev_type.restype = ctypes.c_int
+    lib.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    for i in range(lib.ggml_backend_dev_count()):
+        device: int = lib.ggml_backend_dev_get(i)
+        if lib.ggml_backend_dev_type(device) in _GPUS:
+            return device
+    return None
 
 
 def rpc_supported() -> bool:
