@@ -6,9 +6,6 @@ The state path is the reference: it hands the cache out and back in, whatever ho
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llama_cpp import llama_cpp as bindings
 from numpy.typing import NDArray
 
 from conftest import RandomModel, random_tokens
@@ -29,7 +25,7 @@ from kvp_edge.policies import Policy
 from kvp_edge.policies.keydiff import KeyDiff
 from kvp_edge.policies.knorm import KNorm
 from kvp_edge.policy_file import PolicyInfo
-from support import blobs
+from support import blobs, failing_call
 from support.devices import CountingProxy, placed
 from support.gguf_models import ModelShape
 from support.policies import random_weights
@@ -572,33 +568,12 @@ print("survived")
 """
 
 
+@failing_call.possible
 @pytest.mark.usefixtures("rpc")
-@pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
-@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the sanitizer's library is loaded already")
 @pytest.mark.parametrize("fail_at", [1, 2, 3])  # either device, and in the second eviction
 def test_a_device_that_fails_in_the_middle_leaves_an_empty_cache_and_is_read_again(
     random_model: Maker, tmp_path: Path, fail_at: int
 ) -> None:
-    (tmp_path / "failing.c").write_text(_FAILING)
-    library = tmp_path / "failing.so"
-    command = ["cc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-o", library, tmp_path / "failing.c"]
-    subprocess.run([*command, "-ldl"], check=True)
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", _SURVIVOR, random_model(LLAMA).path],
-        env={
-            **os.environ,
-            "LD_PRELOAD": str(library),
-            "LLAMA_LIBRARY": bindings._lib._name,
-            "FAIL_AT": str(fail_at),
-            "PYTHONPATH": os.pathsep.join(paths),
-        },
-        cwd=tmp_path,  # "-c" puts the current folder first on the path: not the checkout's package
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.stdout == "survived\n", done.stderr
+    path = random_model(LLAMA).path
+    out, err = failing_call.run(tmp_path, _FAILING, _SURVIVOR, path, FAIL_AT=str(fail_at))
+    assert out == "survived\n", err

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import KVCacheError, Llama, UnsupportedModelError
+from support import failing_call
 from support.gguf_models import ModelShape, write_mpt
 from support.watch import Watch
 from test_packing import HALF, CacheNoise, Noise, difference
@@ -361,42 +358,13 @@ print("survived")
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
-@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the sanitizer's library is loaded already")
+@failing_call.possible
 @pytest.mark.parametrize("half", [False, True])
 def test_a_state_that_llama_cpp_does_not_take_leaves_an_empty_cache_and_is_read_again(
     random_model: Maker, tmp_path: Path, half: bool
 ) -> None:
-    (tmp_path / "failing.c").write_text(_FAILING)
-    library = tmp_path / "failing.so"
-    command = [
-        "cc",
-        "-D_GNU_SOURCE",
-        "-shared",
-        "-fPIC",
-        "-o",
-        library,
-        tmp_path / "failing.c",
-        "-ldl",
-    ]
-    subprocess.run(command, check=True)
     # two packs while the two models are loaded, then the first eviction
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": str(library),
-        "LLAMA_LIBRARY": str(Path(llama_cpp.__file__).parent / "lib" / "libllama.so"),
-        "FAIL_AT": "3",
-        "FAIL_HALF": str(int(half)),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", _SURVIVOR, random_model(LLAMA).path],
-        env=environment,
-        cwd=tmp_path,  # "-c" puts the current folder first on the path: not the checkout's package
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.stdout == "survived\n", done.stderr
+    how = {"FAIL_AT": "3", "FAIL_HALF": str(int(half))}
+    path = random_model(LLAMA).path
+    out, err = failing_call.run(tmp_path, _FAILING, _SURVIVOR, path, **how)
+    assert out == "survived\n", err
