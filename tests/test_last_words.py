@@ -79,6 +79,8 @@ class Ended:
             text=True,
             timeout=100,
             check=False,
+            # "-c" puts the current folder first on the path: not the checkout's package
+            cwd=Path(__file__).parent,
             env={**os.environ, "GGML_NO_BACKTRACE": "1", **environment},
         )
         self.status, self.said, self.err = done.returncode, done.stdout.splitlines(), done.stderr
