@@ -124,7 +124,8 @@ bool kvp_cache::thins_window(const pack_plan & plan, const std::vector<uint32_t>
 // Attention runs over all cells up to the highest one in use. So the newest tokens, whose positions bind them to
 // the cells they were written to, go to the lowest free ones: as a state that stays on its device. But
 // llama.cpp's copies on a device (llama_io_write_device in src/llama-context.cpp) take the number of a quantised
-// tensor's blocks for that of its values, so these few rows go through the host.
+// tensor's blocks for that of its values, and end the process where memory for them is lacking: then these few
+// rows go through the host.
 void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
     std::vector<uint32_t> cells = place->cells.find(positions, n);
     const auto   high   = std::find_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cell >= n; });
@@ -143,11 +144,24 @@ void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
             to.push_back(cell);
         }
     }
-    const std::vector<float>    before = place->look(from);
-    const bool                  quantised = ggml_is_quantized(ggml_type(shape.type_k)) || ggml_is_quantized(ggml_type(shape.type_v));
-    const llama_state_seq_flags flags =
-        place->on_host() || quantised ? LLAMA_STATE_SEQ_FLAGS_NONE : LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
-    const size_t                room   = blob_bound(flags ? 0 : uint32_t(from.size())) + 12 * from.size();
+    const auto looked = [&](const std::vector<uint32_t> & at) -> std::optional<std::vector<float>> {
+        try {
+            return place->look(at);
+        } catch (const error & e) {
+            if (e.code != KVP_ERR_UNSUPPORTED && e.code != KVP_ERR_MEMORY) {
+                throw;
+            }
+            return std::nullopt;
+        }
+    };
+    const auto before = looked(from);
+    if (!before) {
+        return; // no use moving what cannot be found again
+    }
+    const bool quantised = ggml_is_quantized(ggml_type(shape.type_k)) || ggml_is_quantized(ggml_type(shape.type_v));
+    const bool stays     = !place->on_host() && !quantised && place->has_room(from.size());
+    const llama_state_seq_flags flags = stays ? LLAMA_STATE_SEQ_FLAGS_ON_DEVICE : LLAMA_STATE_SEQ_FLAGS_NONE;
+    const size_t                room  = blob_bound(stays ? 0 : uint32_t(from.size())) + 12 * from.size();
     llama_memory_seq_cp(mem, SEQ_CHAT, SEQ_READ, positions[first], -1);
     const size_t size = llama_state_seq_get_data_ext(ctx, blob.room_for(room), room, SEQ_READ, flags);
     llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
@@ -158,13 +172,13 @@ void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
     if (llama_state_seq_set_data_ext(ctx, blob.data(), size, SEQ_READ, flags) != size) {
         fail(KVP_ERR_RUNTIME, "llama.cpp did not take its newest %zu tokens back", from.size());
     }
-    if (!place->on_host() && quantised) {
+    if (!place->on_host() && !stays) {
         crossed += 2 * size;
     }
     llama_memory_seq_cp(mem, SEQ_READ, SEQ_CHAT, -1, -1);
     llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
     // llama.cpp tells nobody which cells it took; if not the lowest free ones, they are not known
-    if (place->look(to) == before) {
+    if (looked(to) == before) {
         std::copy(to.begin(), to.end(), cells.begin() + first);
         place->cells.assign(positions, cells);
     } else {

@@ -21,6 +21,12 @@ owned<ggml_backend_buffer, ggml_backend_buffer_free> device::allocate(ggml_conte
     return buffer;
 }
 
+size_t device::free_memory() const {
+    size_t free = 0, total = 0;
+    ggml_backend_dev_memory(dev, &free, &total);
+    return free;
+}
+
 void device::set(ggml_tensor * tensor, const void * data, size_t size) {
     ggml_backend_tensor_set(tensor, data, 0, size);
     crossed += size;

@@ -157,6 +157,16 @@ uint64_t in_place::crossed() const {
     return sum;
 }
 
+bool in_place::has_room(size_t n) const {
+    for (const device_part & part : parts) {
+        const size_t row = host[part.layers.front().il].k_row + host[part.layers.front().il].v_row;
+        if (part.on->free_memory() < 2 * n * row * part.layers.size()) {
+            return false;
+        }
+    }
+    return true;
+}
+
 void in_place::compare(const blob_cache & blob, const std::vector<uint32_t> & order, const std::vector<uint32_t> & cells) const {
     for (size_t il = 0; il < layers.size(); ++il) {
         if (!holds(layers[il], blob.layers[il], order, cells)) {

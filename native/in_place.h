@@ -61,6 +61,9 @@ public:
     // those of all rows. Throws KVP_ERR_UNSUPPORTED and _MEMORY before anything is changed.
     void pack(const pack_plan & plan, const std::vector<uint32_t> & survivors, const std::vector<uint32_t> & cells);
 
+    // Whether every device has memory to spare for n more rows.
+    bool has_room(size_t n) const;
+
     // What the first layer's keys in these cells look like: equal where they are equal. Few bytes cross.
     std::vector<float> look(const std::vector<uint32_t> & cells);
 
