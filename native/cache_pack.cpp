@@ -135,7 +135,8 @@ void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
     }
     const auto            first = uint32_t(high - cells.begin());
     std::vector<uint32_t> from(high, cells.end()), to;
-    std::vector<bool>     used(n);
+    std::sort(from.begin(), from.end()); // a state holds its tokens in the order of their cells
+    std::vector<bool> used(n);
     for (uint32_t i = 0; i < first; ++i) {
         used[cells[i]] = true; // below n, as it is before the first that is not
     }
@@ -179,7 +180,9 @@ void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
     llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
     // llama.cpp tells nobody which cells it took; if not the lowest free ones, they are not known
     if (looked(to) == before) {
-        std::copy(to.begin(), to.end(), cells.begin() + first);
+        for (auto cell = cells.begin() + first; cell != cells.end(); ++cell) {
+            *cell = to[size_t(std::lower_bound(from.begin(), from.end(), *cell) - from.begin())];
+        }
         place->cells.assign(positions, cells);
     } else {
         place->cells.clear();
