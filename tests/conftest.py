@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import kvp_edge
+from support import properties
 from support.devices import (
     CountingProxy,
     RpcServer,
@@ -33,8 +34,7 @@ from support.reference import Reference
 # Ctrl-C does is tested on them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A slow machine is no failure.
-hypothesis.settings.register_profile("kvp_edge", deadline=None)
+hypothesis.settings.register_profile("kvp_edge", properties.PROFILE)
 hypothesis.settings.load_profile("kvp_edge")
 
 DATA = Path(__file__).parent / "data"
@@ -142,8 +142,8 @@ AWAY = ["rpc", "rpc2", *(["gpu"] if gpu_device() else [])]
 
 @contextlib.contextmanager
 def _at(request: pytest.FixtureRequest, place: str) -> Iterator[str]:
-    gpu = gpu_device()
     if place == "gpu":
+        gpu = gpu_device()
         assert gpu is not None
         devices = [gpu]
     else:

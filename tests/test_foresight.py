@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
@@ -19,6 +19,7 @@ from kvp_edge.training import checkpoint  # noqa: E402
 from kvp_edge.training.data import Protected, Sampler  # noqa: E402
 from kvp_edge.training.foresight import GoldenEvictions, hinge_loss  # noqa: E402
 from kvp_edge.training.train import Settings, train  # noqa: E402
+from support.properties import examples  # noqa: E402
 from support.synthetic_traces import SyntheticTrace, SyntheticTraces  # noqa: E402
 
 
@@ -123,7 +124,7 @@ def tales(draw: st.DrawFn) -> tuple[SyntheticTrace, int, int, int, int]:
     return trace, budget, every, sinks, recent
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(tales())
 def test_budgets_are_kept_and_what_is_dropped_is_never_wanted_more(
     tale: tuple[SyntheticTrace, int, int, int, int],

@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import kvp_edge
@@ -19,6 +19,7 @@ from conftest import RandomModel, beside, random_tokens
 from kvp_edge import BudgetError, ContextLengthError, KVCacheError, UnsupportedModelError
 from kvp_edge.policies import POLICIES, KeyDiff, KNorm, Policy
 from support.gguf_models import ModelShape, write_bert, write_mamba
+from support.properties import examples
 
 Loader = Callable[..., kvp_edge.Llama]
 Maker = Callable[[ModelShape], RandomModel]
@@ -315,7 +316,7 @@ def test_a_policy_that_returns_the_wrong_shape_is_refused_and_nothing_is_lost(
 # -- it never overflows, and says what it did --------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(25)
 @given(data=st.data())
 def test_any_reading_rewinding_and_clearing_keeps_table_and_cells_equal(
     random_model: Maker, data: st.DataObject

@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvp_edge.native import NativePolicy, read_model_shape
@@ -18,6 +18,7 @@ from kvp_edge.policies.learned import Learned, forward, with_gaps
 from kvp_edge.policy_file import PolicyInfo, write_policy
 from support.gguf_models import ModelShape
 from support.policies import random_weights
+from support.properties import examples
 
 INFO = PolicyInfo("llama", 2, 3, 32, 64, 16, 5)
 
@@ -47,7 +48,7 @@ def test_scores_are_those_of_the_definition_across_chunks(context: int, n: int) 
     assert_as_defined(replace(INFO, context=context), n, threads=2)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     n_layer=st.integers(1, 3),
     n_head_kv=st.integers(1, 5),

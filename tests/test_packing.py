@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -22,6 +22,7 @@ from kvp_edge import KVCacheError, Llama, Policy, UnsupportedModelError
 from kvp_edge.native import NativeCache, choose_rows, pack_state
 from support import blobs
 from support.gguf_models import ModelShape, write_model
+from support.properties import examples
 from support.reference import Reference
 from support.watch import Watch
 
@@ -174,7 +175,7 @@ def test_packing_moves_every_heads_bytes_and_no_others(
     assert pack_state(state, 0, np.arange(n), keep, positions).tobytes() == packed
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.data())
 def test_packing_any_blob_equals_numpy(data: st.DataObject) -> None:
     """Shapes that no model at hand has: K and V heads that differ, mixed types, any order."""
@@ -259,7 +260,7 @@ def test_heads_that_are_not_whole_blocks_are_refused() -> None:
         pack_state(state, 0, np.arange(6), keep, np.array([0, 1, 2, 5]))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.binary(max_size=40), st.integers(0, 300), st.integers(0, 2**32 - 1))
 def test_a_blob_cut_or_changed_anywhere_is_refused_or_packed_but_never_breaks(
     junk: bytes, cut: int, seed: int
@@ -386,7 +387,7 @@ def whole_units(scores: Any, unit: Any, protected: Any, n_keep: int) -> NDArray[
     return stays
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(rankings())
 def test_a_head_keeps_whole_units_best_first_and_cuts_at_most_one(case: Any) -> None:
     scores, unit, protected, n_keep = case

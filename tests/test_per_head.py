@@ -10,13 +10,14 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import KVCacheError, Llama, UnsupportedModelError
 from support import failing_call
 from support.gguf_models import ModelShape, write_mpt
+from support.properties import examples
 from support.watch import Watch
 from test_packing import HALF, CacheNoise, Noise, difference
 
@@ -115,10 +116,7 @@ def any_history(random_model: Maker, data: st.DataObject, way: str) -> None:
             llm.close()
 
 
-CHECKS = list(HealthCheck)
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=CHECKS)
+@examples(25)
 @given(data=st.data())
 def test_any_history_equals_the_reference(
     random_model: Maker, data: st.DataObject, way: str
@@ -127,7 +125,7 @@ def test_any_history_equals_the_reference(
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None, suppress_health_check=CHECKS)
+@examples(600)
 @given(data=st.data())
 def test_any_of_many_histories_equals_the_reference(
     random_model: Maker, data: st.DataObject, way: str
@@ -333,27 +331,14 @@ size_t llama_state_seq_set_data(void * ctx, const uint8_t * src, size_t size, in
 }
 """
 
-_SURVIVOR = """
+_SURVIVOR = f"""
 import sys
-from kvp_edge import KVCacheError, Llama
-bound = {"n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60, "verbose": False}
+from kvp_edge import Llama
+bound = dict(n_ctx=3000, kv_budget=100, recent=20, reserve=60, verbose=False)
 bound["pack"] = "state"
 llm, fresh = Llama(sys.argv[1], **bound), Llama(sys.argv[1], **bound)
-tokens = [0, *(6 + i * 7 % 200 for i in range(600))]
-try:
-    llm.eval(tokens)
-except KVCacheError as error:
-    assert "The cache is empty now" in str(error), error
-else:
-    raise SystemExit("it did not fail")
-assert int(llm._kv.cache.newest_position()) == -1
-try:
-    llm.eval([5])
-except KVCacheError as error:
-    assert "reset" in str(error), error
-answer = next(iter(llm.generate(tokens, temp=0.0)))
-assert answer == next(iter(fresh.generate(tokens, temp=0.0)))
-assert (llm.kv_positions == fresh.kv_positions).all()
+failed = ""
+{failing_call.READ_AGAIN}
 print("survived")
 """
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvp_edge.eviction import Table
@@ -23,6 +23,7 @@ from kvp_edge.whole_spans import (
     sentences,
     words,
 )
+from support.properties import examples
 
 MARKERS = [b"<a>", b"</a>\n<b>", b"<c>"]
 
@@ -173,7 +174,7 @@ def look(table: Table, pieces: list[bytes], keep_whole: str, seen: int) -> Table
     return table.with_spans([(first + a, first + b, kind) for a, b, kind in found])
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     pieces=cut_texts(), keep_whole=st.sampled_from(KEEP_WHOLE), data=st.data(), cut=st.booleans()
 )

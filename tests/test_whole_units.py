@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import random_tokens
@@ -22,6 +22,7 @@ from kvp_edge.eviction import Table, clipped, units
 from kvp_edge.policies import Policy
 from kvp_edge.turns import settled_share
 from kvp_edge.whole_spans import KEEP_WHOLE, TEXT, TURN, Span, find_spans
+from support.properties import examples
 
 Loader = Callable[..., Llama]
 
@@ -177,7 +178,7 @@ def conversation(llm: Llama, picks: list[int]) -> list[int]:
     return prompt_tokens(llm, messages)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(40)
 @given(
     keep_whole=st.sampled_from(KEEP_WHOLE),
     isolate_turns=st.booleans(),

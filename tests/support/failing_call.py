@@ -17,6 +17,27 @@ possible = pytest.mark.skipif(
     reason="needs Linux, a C compiler, and no sanitizer's library that is loaded already",
 )
 
+#: Of a script: `llm`, in which the call will fail, is read to, with the words `failed` in its
+#: error, and then again from the start, as `fresh`, in which none fails, reads the same.
+READ_AGAIN = """
+from kvp_edge import KVCacheError
+tokens = [0, *(6 + i * 7 % 200 for i in range(600))]
+try:
+    llm.eval(tokens)
+except KVCacheError as error:
+    assert failed in str(error) and "The cache is empty now" in str(error), error
+else:
+    raise SystemExit("it did not fail")
+assert int(llm._kv.cache.newest_position()) == -1
+try:
+    llm.eval([5])
+except KVCacheError as error:
+    assert "reset" in str(error), error
+answer = next(iter(llm.generate(tokens, temp=0.0)))
+assert answer == next(iter(fresh.generate(tokens, temp=0.0)))
+assert (llm.kv_positions == fresh.kv_positions).all()
+"""
+
 
 def run(folder: Path, stand_in: str, script: str, *argv: str, **variables: str) -> tuple[str, str]:
     """Run a Python script with a C function in place of llama.cpp's own of that name.
