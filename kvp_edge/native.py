@@ -626,7 +626,8 @@ class NativeCache:
 
     def appended(self, first: int, n: int) -> None:
         """The ``n`` tokens decoded last are at llama.cpp's positions first, first + 1, ..."""
-        _call("kvp_cache_appended", self._handle, first, n)
+        if self._watch is not None:  # else nobody asks for cells; called for every token
+            _call("kvp_cache_appended", self._handle, first, n)
 
     def forget_cells(self) -> None:
         """Tokens were put into the cache in another way than by decoding them."""

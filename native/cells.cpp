@@ -1,7 +1,6 @@
 #include "cells.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace kvp {
 

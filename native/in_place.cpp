@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 namespace kvp {
 
@@ -26,11 +27,9 @@ in_place::in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_
     if (shape.v_transposed && value != sizeof(uint16_t) && value != sizeof(uint32_t)) {
         fail(KVP_ERR_UNSUPPORTED, "transposed values of type %s cannot be packed where they lie", ggml_type_name(ggml_type(shape.type_v)));
     }
-    auto                  seen = watch.follow(-1);
+    auto                  seen = watch.follow(kvp_watch::NONE);
     std::vector<uint32_t> order(trial.pos.size());
-    for (uint32_t i = 0; i < order.size(); ++i) {
-        order[i] = i; // the trial's positions ascend
-    }
+    std::iota(order.begin(), order.end(), 0u); // the trial's positions ascend
     // Both caches of a model with sliding-window layers give their tensors names of the same kind, each with
     // layers of its own; the base cache's are those that hold what the base cache's state says.
     auto at = seen.begin();

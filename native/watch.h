@@ -36,9 +36,12 @@ struct kvp_watch {
     kvp_eval_callback next      = nullptr; // sees every node, too
     void *            next_data = nullptr;
 
+    static constexpr int32_t NONE = -1, ALL = -2; // in place of a layer
+
     // Looks at all layers from now on.
     void look();
-    // What was seen, by layer number in the model. From now on only the cells of layer `il` are followed.
+    // What was seen, by layer number in the model. From now on only the cells of layer `il` are followed, or
+    // of NONE.
     std::map<int32_t, kvp::seen_cache> follow(int32_t il);
     // The cells of the newest n tokens, or nothing if they were not all seen; forgets what came before.
     std::vector<int64_t> take(size_t n);
@@ -48,6 +51,4 @@ struct kvp_watch {
 private:
     int32_t                            followed = NONE;
     std::map<int32_t, kvp::seen_cache> seen;
-
-    static constexpr int32_t NONE = -1, ALL = -2;
 };
