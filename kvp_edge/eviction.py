@@ -17,7 +17,14 @@ import numpy.typing as npt
 
 from kvp_edge.errors import BudgetError, KVCacheError
 from kvp_edge.limits import CacheLimits
-from kvp_edge.native import BoolArray, FloatArray, IntArray, KeyTurn, NativeCache
+from kvp_edge.native import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    KeyTurn,
+    NativeCache,
+    NotInPlace,
+)
 from kvp_edge.policies import Policy
 from kvp_edge.rope import KeyFrequencies
 from kvp_edge.stats import Eviction
@@ -604,13 +611,14 @@ class EvictionManager:
         if self.policy.inputs == "positions":
             nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
             new = self.policy.score(nothing, nothing, positions)
-        elif self.policy.native_scorer is not None:
-            # the tokens of the tail, or at token granularity all of them, are the same in all heads
-            new = self.cache.score(self.policy.native_scorer, p0, p1, tokens[0, 0])
         else:
-            want_values = self.policy.inputs == "keys+values"
-            _, keys, values = self.cache.read(p0, p1, n, values=want_values)
-            new = self.policy.score(keys, keys[..., :0] if values is None else values, positions)
+            try:
+                new = self.policy.score_in_place(self.cache, p0, p1, positions)
+            except NotInPlace:
+                want_values = self.policy.inputs == "keys+values"
+                _, keys, values = self.cache.read(p0, p1, n, values=want_values)
+                no_values = keys[..., :0]
+                new = self.policy.score(keys, no_values if values is None else values, positions)
         expected = (shape.n_layer, shape.n_head_kv, n)
         if new.shape != expected:
             raise ValueError(

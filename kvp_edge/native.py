@@ -8,7 +8,7 @@ import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import llama_cpp
 import numpy as np
@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _MAX_LAYERS = 512
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
@@ -169,6 +169,25 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [_PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, _PTR, _PTR, _ERR],
     ),
+    "kvp_cache_score_range": (
+        ctypes.c_int32,
+        [_PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, _PTR, _ERR],
+    ),
+    "kvp_cache_score_lag": (
+        ctypes.c_int32,
+        [
+            *(_PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32),
+            *(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _PTR, _ERR),
+        ],
+    ),
+    "kvp_cache_score_attention": (
+        ctypes.c_int32,
+        [_PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, _PTR, _PTR, _PTR, _ERR],
+    ),
+    "kvp_cache_score_expected": (
+        ctypes.c_int32,
+        [_PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, _PTR, _PTR, _ERR],
+    ),
     "kvp_policy_create": (ctypes.c_int32, [_PTR, _PTR, _ERR]),
     "kvp_policy_free": (None, [_PTR]),
     "kvp_policy_score": (
@@ -279,6 +298,46 @@ _lib = _load()
 #: llama-cpp-python version the library was compiled for, and llama.cpp's name for itself.
 BUILT_FOR: str = _lib.kvp_built_for().decode()
 LLAMA_VERSION: str = _lib.kvp_loaded_llama_version().decode()
+
+
+class NotInPlace(Exception):
+    """Scores cannot be computed where keys and values lie: it is not known where, or their device
+    lacks an operation or memory. Whoever asked reads the rows instead."""
+
+
+class Asked(Protocol):
+    """Queries of tokens (kvp_edge.queries.Queries)."""
+
+    @property
+    def queries(self) -> FloatArray: ...
+    @property
+    def positions(self) -> IntArray: ...
+    @property
+    def scale(self) -> FloatArray: ...
+
+
+class _Asked(ctypes.Structure):
+    """struct kvp_asked"""
+
+    _fields_ = [
+        ("queries", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("n_head", ctypes.c_uint32),
+        ("n", ctypes.c_uint32),
+    ]
+
+
+class _Expected(ctypes.Structure):
+    """struct kvp_expected"""
+
+    _fields_ = [
+        ("means", ctypes.c_void_p),
+        ("covariances", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("left_out", ctypes.c_void_p),
+        ("n_head", ctypes.c_uint32),
+    ]
 
 
 def _call(name: str, *args: Any) -> None:
@@ -704,6 +763,95 @@ class NativeCache:
             where = positions.ctypes.data
             _call("kvp_cache_score", self._handle, SCORERS[scorer], p0, p1, n, where, out)
         return scores
+
+    def score_range(self, p0: int, p1: int, n: int) -> FloatArray:
+        """The largest number of each value minus the smallest.
+
+        Args:
+            n: tokens at positions [p0, p1), here and below.
+
+        Returns:
+            f32 [n_layer, n_head_kv, n].
+
+        Raises:
+            NotInPlace: here and below.
+        """
+        scores = self._scores(n)
+        self._where_it_lies("kvp_cache_score_range", p0, p1, n, scores.ctypes.data)
+        return scores
+
+    def score_lag(self, p0: int, p1: int, n: int, first: int, lag: int, n_parts: int) -> FloatArray:
+        """How far keys and values stand out of the ranges of those that follow (LagKV, section
+        2.2), in ``n_parts`` partitions of ``lag`` tokens from number ``first`` on.
+
+        Returns:
+            f32 [n_layer, n_head_kv, n_parts - 1, lag], the mean of the keys' and the values'.
+        """
+        scores = self._scores(n_parts - 1, lag)
+        out = scores.ctypes.data
+        self._where_it_lies("kvp_cache_score_lag", p0, p1, n, first, lag, n_parts, out)
+        return scores
+
+    def score_attention(self, p0: int, p1: int, asked: Asked, held: IntArray) -> FloatArray:
+        """The attention that queries pay, summed over them, averaged over a KV head's query heads.
+
+        Args:
+            asked: at most 2^24 tokens into the conversation.
+            held: int32 [n_layer, n_head_kv, n], the tokens' indices in the conversation.
+
+        Returns:
+            f32 [n_layer, n_head_kv, n].
+        """
+        n = held.shape[-1]
+        paid = self._scores(n)
+        held = np.ascontiguousarray(held, np.int32)
+        queries = np.ascontiguousarray(asked.queries, np.float32)
+        positions = np.ascontiguousarray(asked.positions, np.int32)
+        scale = np.ascontiguousarray(asked.scale, np.float32)
+        c = _Asked(
+            *(x.ctypes.data for x in (queries, positions, scale)), queries.shape[1], len(positions)
+        )
+        where = held.ctypes.data, paid.ctypes.data
+        self._where_it_lies("kvp_cache_score_attention", p0, p1, n, ctypes.byref(c), *where)
+        return paid
+
+    def score_expected(
+        self,
+        p0: int,
+        p1: int,
+        means: FloatArray,
+        covariances: FloatArray,
+        scale: FloatArray,
+        left_out: BoolArray,
+    ) -> FloatArray:
+        """The attention expected of queries that are normal, times the values' norms.
+
+        Args:
+            means: f32 [n_layer, n_head, head_size_k].
+            covariances: f32 [n_layer, n_head, head_size_k, head_size_k].
+            scale: f32 [n_layer], what q.k is multiplied by.
+            left_out: bool [n_layer, n_head_kv, n], tokens that the softmax leaves out.
+
+        Returns:
+            f32 [n_layer, n_head_kv, n], 0 for what is left out.
+        """
+        n = left_out.shape[-1]
+        scores = self._scores(n)
+        floats = [np.ascontiguousarray(x, np.float32) for x in (means, covariances, scale)]
+        hidden = np.ascontiguousarray(left_out, np.bool_)
+        c = _Expected(*(x.ctypes.data for x in floats), hidden.ctypes.data, means.shape[1])
+        out = scores.ctypes.data
+        self._where_it_lies("kvp_cache_score_expected", p0, p1, n, ctypes.byref(c), out)
+        return scores
+
+    def _scores(self, *per_head: int) -> FloatArray:
+        return np.empty((self.shape.n_layer, self.shape.n_head_kv, *per_head), np.float32)
+
+    def _where_it_lies(self, name: str, *args: Any) -> None:
+        try:
+            _call(name, self._handle, *args)
+        except (UnsupportedModelError, MemoryError) as error:
+            raise NotInPlace(str(error)) from error
 
     def remove(self, present: IntArray, keep: BoolArray) -> int:
         """Remove the tokens at ``present[~keep]`` from every layer and head.

@@ -43,6 +43,12 @@ void score_rows(kvp_cache & cache, int32_t p0, int32_t p1, uint32_t n, int32_t *
     }
 }
 
+void check_heads(const kvp_cache & cache, uint32_t n_head) {
+    if (n_head == 0 || n_head % cache.shape.n_head_kv != 0) {
+        fail(KVP_ERR_ARGUMENT, "%u query heads do not divide among %u KV heads", n_head, cache.shape.n_head_kv);
+    }
+}
+
 } // namespace
 
 extern "C" {
@@ -122,6 +128,58 @@ int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p
                     score(keys, n, n_head, cache->shape.head_size_k, scores + il * n_head * n);
                 });
             });
+    });
+}
+
+int32_t kvp_cache_score_range(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, float * scores, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !scores) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_range: cache and scores must not be NULL");
+        }
+        cache->place_of(p0, p1, n, [&](in_place & place, const std::vector<uint32_t> & cells) {
+            place.score_range(cells, llama_n_threads(cache->ctx), scores);
+        });
+    });
+}
+
+int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, uint32_t first, uint32_t lag, uint32_t n_parts,
+                            float * scores, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !scores) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_lag: cache and scores must not be NULL");
+        }
+        if (lag == 0 || n_parts < 2 || first > n || uint64_t(lag) * n_parts > n - first) {
+            fail(KVP_ERR_ARGUMENT, "%u partitions of %u tokens from token %u on do not lie in %u tokens, or are not two", n_parts, lag, first, n);
+        }
+        cache->place_of(p0, p1, n, [&](in_place & place, const std::vector<uint32_t> & cells) {
+            place.score_lag({ cells.begin() + first, cells.begin() + first + lag * n_parts }, lag, llama_n_threads(cache->ctx), scores);
+        });
+    });
+}
+
+int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_asked * asked, const int32_t * held,
+                                  float * paid, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !asked || !held || !paid || (asked->n > 0 && (!asked->queries || !asked->positions || !asked->scale))) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_attention: cache, asked, held and paid must not be NULL");
+        }
+        check_heads(*cache, asked->n_head);
+        cache->place_of(p0, p1, n, [&](in_place & place, const std::vector<uint32_t> & cells) {
+            place.score_attention(cells, *asked, held, llama_n_threads(cache->ctx), paid);
+        });
+    });
+}
+
+int32_t kvp_cache_score_expected(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_expected * expected, float * scores,
+                                 kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !expected || !scores || !expected->means || !expected->covariances || !expected->scale || !expected->left_out) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_expected: cache, expected and scores must not be NULL");
+        }
+        check_heads(*cache, expected->n_head);
+        cache->place_of(p0, p1, n, [&](in_place & place, const std::vector<uint32_t> & cells) {
+            place.score_expected(cells, *expected, llama_n_threads(cache->ctx), scores);
+        });
     });
 }
 

@@ -2,6 +2,7 @@
 // (cache_rows.cpp) and how it is packed (cache_pack.cpp).
 #pragma once
 
+#include "error.h"
 #include "in_place.h"
 #include "kvp_edge.h"
 #include "pack.h"
@@ -18,8 +19,6 @@
 #include <vector>
 
 namespace kvp {
-
-struct error;
 
 constexpr llama_seq_id SEQ_CHAT = 0;
 constexpr llama_seq_id SEQ_READ = 1; // tags the cells being read; empty between calls
@@ -84,6 +83,19 @@ struct kvp_cache {
     // The rows of the tokens at [p0, p1), checked against what the caller expects there; fills positions.
     kvp::token_rows find_rows(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, from where);
 
+    // Calls score(place, cells of the n tokens at [p0, p1)), or throws KVP_ERR_UNSUPPORTED if they are not known.
+    template <typename Score> void place_of(int32_t p0, int32_t p1, uint32_t n, Score score) {
+        std::vector<int32_t>        positions(n);
+        const std::vector<uint32_t> cells = known_cells(p0, p1, n, positions.data());
+        if (cells.empty() && n > 0) {
+            kvp::fail(KVP_ERR_UNSUPPORTED, "it is not known where the tokens at positions [%d, %d) lie", p0, p1);
+        }
+        if (n > 0) {
+            llama_synchronize(ctx);
+            score(*place, cells);
+        }
+    }
+
     // Calls each(il, keys or values as f32 [n, n_head_kv * head_size] in ascending position order) for the
     // layers that are not on a device.
     template <typename Each> void each_layer(const kvp::token_rows & tokens, bool want_v, Each each) {
@@ -114,6 +126,9 @@ struct kvp_cache {
     void restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n);
 
 private:
+    // The cells of the n tokens at [p0, p1), and their positions; none if they are not known.
+    std::vector<uint32_t> known_cells(int32_t p0, int32_t p1, uint32_t n, int32_t * positions) const;
+
     void             refuse_if_not_empty() const;
     void             decode(llama_token * tokens, int32_t n, int32_t start = 0);
     void             learn_shape(const kvp::state_blob & state, const llama_model * model, const std::string & arch);

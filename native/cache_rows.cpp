@@ -49,20 +49,27 @@ size_t kvp_cache::blob_bound(uint32_t n) const {
     return shape.has_window ? 0 : 64 + n * 12 + shape.n_layer * per_layer + n * shape.bytes_per_cell;
 }
 
+std::vector<uint32_t> kvp_cache::known_cells(int32_t p0, int32_t p1, uint32_t n, int32_t * positions) const {
+    if (!place || n == 0) {
+        return {};
+    }
+    const auto held = place->cells.positions(p0, std::min(p1, llama_memory_seq_pos_max(mem, SEQ_CHAT) + 1));
+    if (held.size() != n) {
+        return {};
+    }
+    std::copy(held.begin(), held.end(), positions);
+    return place->cells.find(positions, n);
+}
+
 token_rows kvp_cache::find_rows(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, from where) {
     if (p0 < 0 || p1 < p0 || !positions) {
         fail(KVP_ERR_ARGUMENT, "a position range must be 0 <= p0 <= p1 with room for its positions, not [%d, %d)", p0, p1);
     }
-    if (place && n > 0 && (where == from::anywhere || (where == from::host && place->on_host()))) {
-        const int32_t newest = llama_memory_seq_pos_max(mem, SEQ_CHAT);
-        const auto    held   = place->cells.positions(p0, std::min(p1, newest + 1));
-        if (held.size() == n) {
-            std::copy(held.begin(), held.end(), positions);
-            token_rows found{ shape.v_transposed != 0, place->rows(), place->cells.find(positions, n), true };
-            if (!found.order.empty()) {
-                llama_synchronize(ctx);
-                return found;
-            }
+    if (place && (where == from::anywhere || (where == from::host && place->on_host()))) {
+        std::vector<uint32_t> cells = known_cells(p0, p1, n, positions);
+        if (!cells.empty()) {
+            llama_synchronize(ctx);
+            return { shape.v_transposed != 0, place->rows(), std::move(cells), true };
         }
     }
     state_blob state = read_blob(p0, p1, blob_bound(n));

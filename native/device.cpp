@@ -27,6 +27,14 @@ size_t device::free_memory() const {
     return free;
 }
 
+void device::use_threads(int32_t n) {
+    const auto use = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads"));
+    if (use) {
+        use(running.get(), n);
+    }
+}
+
 void device::set(ggml_tensor * tensor, const void * data, size_t size) {
     ggml_backend_tensor_set(tensor, data, 0, size);
     crossed += size;

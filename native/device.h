@@ -22,6 +22,7 @@ public:
     const char *   name() const { return ggml_backend_dev_name(dev); }
     ggml_backend_t backend() const { return running.get(); }
     size_t         free_memory() const; // bytes
+    void           use_threads(int32_t n); // where it has any to choose
 
     // Tensors of `context` get memory on the device.
     owned<ggml_backend_buffer, ggml_backend_buffer_free> allocate(ggml_context * context);

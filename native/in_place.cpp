@@ -137,6 +137,28 @@ void in_place::place(const tensors & t, const layer_rows & like) {
     part->layers.push_back({ il, t.k, t.v, as_words(t.k, like.k_row), shape.v_transposed ? nullptr : as_words(t.v, like.v_row) });
 }
 
+std::vector<device_part *> in_place::with_host(int32_t n_threads) {
+    std::vector<device_part *> all;
+    for (device_part & part : parts) {
+        all.push_back(&part);
+    }
+    if (cpu.layers.empty()) {
+        for (uint32_t il = 0; il < host.size(); ++il) {
+            if (on_host(il)) {
+                cpu.layers.push_back({ il, layers[il].k, layers[il].v, nullptr, nullptr });
+            }
+        }
+    }
+    if (!cpu.layers.empty()) {
+        if (!cpu.on) {
+            cpu.on = std::make_unique<device>(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
+        }
+        cpu.on->use_threads(n_threads);
+        all.push_back(&cpu);
+    }
+    return all;
+}
+
 std::string in_place::devices() const {
     std::string names;
     if (std::any_of(host.begin(), host.end(), [](const layer_rows & layer) { return layer.k != nullptr; })) {

@@ -1,7 +1,6 @@
 // Scores of tokens whose keys and values stay on their device: cells go there, scores come back.
-#include "in_place.h"
-
-#include "error.h"
+#include "graph_rows.h"
+#include "graph_scorers.h"
 #include "rows.h"
 #include "scorers.h"
 
@@ -11,68 +10,136 @@ namespace kvp {
 
 namespace {
 
-// f32 [head_size, n, n_head_kv] of the n rows in `cells`, as they are stored: still in the Hadamard rotation.
-ggml_tensor * gather(ggml_context * ctx, ggml_tensor * table, ggml_tensor * cells, int64_t head_size, int64_t n_head_kv) {
-    ggml_tensor * rows = ggml_get_rows(ctx, table, cells); // [n_head_kv * head_size, n]
-    rows               = ggml_reshape_3d(ctx, rows, head_size, n_head_kv, cells->ne[0]);
-    return ggml_cont(ctx, ggml_permute(ctx, rows, 0, 2, 1, 3));
-}
+constexpr size_t MOST_LOGITS = size_t(1) << 24; // of one layer at a time: 64 MiB
 
-// [n_column, cells before `end`] of values that are stored column by column.
-ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * v, int64_t end) {
-    ggml_tensor * columns = ggml_view_2d(ctx, v, end, v->ne[0], size_t(v->ne[1]) * v->nb[0], 0);
-    return ggml_cont(ctx, ggml_transpose(ctx, columns));
-}
-
-constexpr float TINY = 1e-12f; // as in scorers.cpp
-
-// [n, n_head_kv] from keys [head_size, n, n_head_kv]. Neither norms nor angles change under the rotation.
-ggml_tensor * knorm(ggml_context * ctx, ggml_tensor * keys) {
-    ggml_tensor * norm = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, keys)));
-    return ggml_scale(ctx, norm, -1.0f);
-}
-
-ggml_tensor * keydiff(ggml_context * ctx, ggml_tensor * keys) {
-    ggml_tensor * direction = ggml_l2_norm(ctx, keys, TINY);
-    ggml_tensor * by_value  = ggml_cont(ctx, ggml_transpose(ctx, direction)); // [n, head_size, n_head_kv]
-    ggml_tensor * sum       = ggml_reshape_3d(ctx, ggml_sum_rows(ctx, by_value), keys->ne[0], 1, keys->ne[2]);
-    ggml_tensor * anchor    = ggml_l2_norm(ctx, sum, TINY);
-    return ggml_scale(ctx, mul_mat_f32(ctx, direction, anchor), -1.0f);
-}
-
-// Scores [layers of the part, n_head_kv, n] to their layers of [n_layer, n_head_kv, n_all], from token `first` on.
-void spread(const device_part & part, const std::vector<float> & found, size_t n, size_t n_head_kv, size_t first, size_t n_all,
-            float * scores) {
-    for (size_t l = 0; l < part.layers.size(); ++l) {
-        for (size_t h = 0; h < n_head_kv; ++h) {
-            std::copy_n(found.data() + (l * n_head_kv + h) * n, n, scores + (part.layers[l].il * n_head_kv + h) * n_all + first);
-        }
+// scores f32 [n_layer, n_head_kv, width] of the part's layers: score(graph, rows, l) makes the nodes of its layer
+// number l, [width, n_head_kv].
+template <typename Score>
+void score_part(device_part & part, const kvp_cache_shape & shape, const std::vector<int32_t> & cells, size_t width,
+                size_t most_nodes, Score score, float * scores) {
+    const size_t  L = part.layers.size(), H = shape.n_head_kv;
+    device_graph  graph(*part.on, 16 + (32 + most_nodes) * L);
+    graph_rows    rows(graph, part, shape, cells);
+    ggml_tensor * out = graph.output(GGML_TYPE_F32, int64_t(width), int64_t(H), int64_t(L));
+    for (size_t l = 0; l < L; ++l) {
+        ggml_tensor * layer = ggml_view_2d(graph.ctx(), out, int64_t(width), int64_t(H), out->nb[1], l * out->nb[2]);
+        graph.compute(ggml_cpy(graph.ctx(), score(graph, rows, l), layer));
     }
+    graph.prepare();
+    graph.run();
+    std::vector<float> found(width * H * L);
+    part.on->get(out, found.data(), found.size() * sizeof(float));
+    for (size_t l = 0; l < L; ++l) {
+        std::copy_n(found.data() + l * H * width, H * width, scores + part.layers[l].il * H * width);
+    }
+}
+
+// What is given by layer, gathered for one part's layers; its inputs to a graph are made one by one.
+template <typename T, typename From> std::vector<T> of_layers(const device_part & part, const From * all, size_t per_layer) {
+    std::vector<T> some;
+    some.reserve(part.layers.size() * per_layer);
+    for (const device_layer & layer : part.layers) {
+        some.insert(some.end(), all + layer.il * per_layer, all + (layer.il + 1) * per_layer);
+    }
+    return some;
 }
 
 } // namespace
 
 void in_place::score(int32_t scorer, const std::vector<uint32_t> & at, float * scores) {
-    const size_t               n = at.size(), H = shape.n_head_kv;
     const std::vector<int32_t> cells(at.begin(), at.end());
     for (device_part & part : parts) {
-        const size_t   L = part.layers.size();
-        device_graph   graph(*part.on, 16 + 16 * L);
-        ggml_context * ctx  = graph.ctx();
-        ggml_tensor *  from = graph.input(GGML_TYPE_I32, int64_t(n), 1, 1, cells.data());
-        ggml_tensor *  out  = graph.output(GGML_TYPE_F32, int64_t(n), int64_t(H), int64_t(L));
-        for (size_t l = 0; l < L; ++l) {
-            auto *        table = const_cast<ggml_tensor *>(part.layers[l].k);
-            ggml_tensor * keys  = gather(ctx, table, from, shape.head_size_k, int64_t(H));
-            ggml_tensor * found = scorer == KVP_SCORER_KNORM ? knorm(ctx, keys) : keydiff(ctx, keys);
-            graph.compute(ggml_cpy(ctx, ggml_reshape_2d(ctx, found, int64_t(n), int64_t(H)),
-                                   ggml_view_2d(ctx, out, int64_t(n), int64_t(H), out->nb[1], l * out->nb[2])));
+        score_part(part, shape, cells, at.size(), 16, [&](device_graph & graph, graph_rows & rows, size_t l) {
+            ggml_tensor * keys = rows.stored_keys(l);
+            return scorer == KVP_SCORER_KNORM ? graph_knorm(graph.ctx(), keys) : graph_keydiff(graph.ctx(), keys);
+        }, scores);
+    }
+}
+
+void in_place::score_range(const std::vector<uint32_t> & at, int32_t n_threads, float * scores) {
+    const std::vector<int32_t> cells(at.begin(), at.end());
+    for (device_part * part : with_host(n_threads)) {
+        score_part(*part, shape, cells, at.size(), 16, [](device_graph & graph, graph_rows & rows, size_t l) {
+            return graph_range(graph.ctx(), rows.values(l));
+        }, scores);
+    }
+}
+
+void in_place::score_lag(const std::vector<uint32_t> & at, uint32_t lag, int32_t n_threads, float * scores) {
+    const std::vector<int32_t> cells(at.begin(), at.end());
+    for (device_part * part : with_host(n_threads)) {
+        score_part(*part, shape, cells, at.size() - lag, 64, [&](device_graph & graph, graph_rows & rows, size_t l) {
+            ggml_context * ctx = graph.ctx();
+            return ggml_scale(ctx, ggml_add(ctx, graph_lag(ctx, rows.keys(l), lag), graph_lag(ctx, rows.values(l), lag)), 0.5f);
+        }, scores);
+    }
+}
+
+void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_asked & asked, const int32_t * held, int32_t n_threads,
+                               float * paid) {
+    const std::vector<int32_t> cells(at.begin(), at.end());
+    const size_t               n = at.size(), H = shape.n_head_kv, group = asked.n_head / H, size = shape.head_size_k;
+    const size_t               step = std::max<size_t>(1, MOST_LOGITS / (n * asked.n_head)); // queries per graph
+    std::fill_n(paid, shape.n_layer * H * n, 0.0f);
+    std::vector<float> some(shape.n_layer * H * n);
+    for (device_part * part : with_host(n_threads)) {
+        const auto holds = of_layers<float>(*part, held, H * n);
+        for (size_t first = 0; first < asked.n; first += step) {
+            const size_t       m = std::min<size_t>(step, asked.n - first), rows_of_head = m * size;
+            std::vector<float> queries, positions;
+            for (const device_layer & layer : part->layers) {
+                for (size_t h = 0; h < asked.n_head; ++h) {
+                    const float * from = asked.queries + ((layer.il * asked.n_head + h) * asked.n + first) * size;
+                    queries.insert(queries.end(), from, from + rows_of_head);
+                }
+            }
+            for (size_t g = 0; g < group; ++g) {
+                positions.insert(positions.end(), asked.positions + first, asked.positions + first + m);
+            }
+            ggml_tensor *q = nullptr, *at_query = nullptr, *at_key = nullptr;
+            score_part(*part, shape, cells, n, 16, [&](device_graph & graph, graph_rows & rows, size_t l) {
+                ggml_context * ctx = graph.ctx();
+                if (!q) {
+                    q        = graph.input(GGML_TYPE_F32, int64_t(size), int64_t(m * group), int64_t(H * part->layers.size()), queries.data());
+                    at_query = graph.input(GGML_TYPE_F32, 1, int64_t(m * group), 1, positions.data());
+                    at_key   = graph.input(GGML_TYPE_F32, int64_t(n), 1, int64_t(H * part->layers.size()), holds.data());
+                }
+                const auto of_layer = [&](ggml_tensor * x) {
+                    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], int64_t(H), x->nb[1], x->nb[2], l * H * x->nb[2]);
+                };
+                return graph_attention(ctx, rows.keys(l), of_layer(q), at_query, of_layer(at_key), asked.scale[part->layers[l].il]);
+            }, some.data());
+            for (const device_layer & layer : part->layers) {
+                for (size_t i = layer.il * H * n; i < (layer.il + 1) * H * n; ++i) {
+                    paid[i] += some[i] * float(m);
+                }
+            }
         }
-        graph.prepare();
-        graph.run();
-        std::vector<float> found(n * H * L);
-        part.on->get(out, found.data(), found.size() * sizeof(float));
-        spread(part, found, n, H, 0, n, scores);
+    }
+}
+
+void in_place::score_expected(const std::vector<uint32_t> & at, const kvp_expected & expected, int32_t n_threads, float * paid) {
+    const std::vector<int32_t> cells(at.begin(), at.end());
+    const size_t               n = at.size(), H = shape.n_head_kv, group = expected.n_head / H, size = shape.head_size_k;
+    for (device_part * part : with_host(n_threads)) {
+        const auto   means       = of_layers<float>(*part, expected.means, expected.n_head * size);
+        const auto   covariances = of_layers<float>(*part, expected.covariances, expected.n_head * size * size);
+        const auto   out         = of_layers<float>(*part, expected.left_out, H * n);
+        const auto   heads       = int64_t(H * part->layers.size());
+        ggml_tensor *mean = nullptr, *covariance = nullptr, *hidden = nullptr;
+        score_part(*part, shape, cells, n, 16 + 20 * group, [&](device_graph & graph, graph_rows & rows, size_t l) {
+            ggml_context * ctx = graph.ctx();
+            if (!mean) {
+                mean       = graph.input(GGML_TYPE_F32, int64_t(size), int64_t(group), heads, means.data());
+                covariance = graph.input(GGML_TYPE_F32, int64_t(size * size), int64_t(group), heads, covariances.data());
+                hidden     = graph.input(GGML_TYPE_F32, int64_t(n), 1, heads, out.data());
+            }
+            const auto of_layer = [&](ggml_tensor * x) {
+                return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], int64_t(H), x->nb[1], x->nb[2], l * H * x->nb[2]);
+            };
+            return graph_expected_attention(ctx, rows.keys(l), rows.values(l), of_layer(mean), of_layer(covariance), of_layer(hidden),
+                                            expected.scale[part->layers[l].il]);
+        }, paid);
     }
 }
 
@@ -88,82 +155,14 @@ std::vector<float> in_place::look(const std::vector<uint32_t> & at) {
     const std::vector<int32_t> cells(at.begin(), at.end());
     device_part &              part = parts.front(); // the first layer that is not on the host is its first
     device_graph               graph(*part.on, 32);
-    ggml_tensor *              from = graph.input(GGML_TYPE_I32, int64_t(n), 1, 1, cells.data());
-    auto *                     table = const_cast<ggml_tensor *>(part.layers.front().k);
-    ggml_tensor *              found = knorm(graph.ctx(), gather(graph.ctx(), table, from, shape.head_size_k, int64_t(H)));
+    graph_rows                 rows(graph, part, shape, cells);
+    ggml_tensor *              found = graph_knorm(graph.ctx(), rows.stored_keys(0));
     ggml_set_output(found);
     graph.compute(found);
     graph.prepare();
     graph.run();
     part.on->get(found, norms.data(), norms.size() * sizeof(float));
     return norms;
-}
-
-void in_place::score(policy_network & network, const std::vector<slot> & slots, const std::vector<uint32_t> & at, float * scores) {
-    constexpr size_t CHUNK = 2048; // tokens per graph, so that its memory does not grow with the cache
-    const size_t     H = shape.n_head_kv, half = network.shape().context / 2, h = network.shape().hidden;
-    for (device_part & part : parts) {
-        const size_t L = part.layers.size();
-        if (!part.policy || part.policy->network != network.id()) {
-            std::vector<uint32_t> layers;
-            for (const device_layer & layer : part.layers) {
-                layers.push_back(layer.il);
-            }
-            part.policy.reset();
-            part.policy = std::make_unique<device_policy>(network, *part.on, layers, shape.k_rotation, shape.v_rotation);
-        }
-        const device_policy & p = *part.policy;
-        for (size_t first = 0; first < slots.size(); first += CHUNK) {
-            const size_t n_out = std::min(CHUNK, slots.size() - first), n_in = n_out + 2 * half;
-            // A slot without a token reads a token's cell and multiplies it by nothing, its 1 included.
-            std::vector<int32_t> cells(n_in, int32_t(at.front()));
-            std::vector<float>   there(n_in, 0.0f), features(n_in * POSITION_ROW, 0.0f);
-            for (size_t i = 0; i < n_in; ++i) {
-                const size_t here = first + i; // counted with the empty slots before the first token
-                if (here < half || here - half >= slots.size() || slots[here - half].index < 0) {
-                    continue;
-                }
-                const slot & token = slots[here - half];
-                cells[i]           = int32_t(at[size_t(token.index)]);
-                there[i]           = 1.0f;
-                std::copy_n(token.position, N_POSITION, features.begin() + std::ptrdiff_t(i * POSITION_ROW));
-                features[i * POSITION_ROW + N_POSITION] = 1.0f;
-            }
-            const int64_t  end = *std::max_element(cells.begin(), cells.end()) + int64_t(1);
-            device_graph   graph(*part.on, 64 + 24 * L + 4 * network.shape().context);
-            ggml_context * ctx      = graph.ctx();
-            ggml_tensor *  from     = graph.input(GGML_TYPE_I32, int64_t(n_in), 1, 1, cells.data());
-            ggml_tensor *  exists   = graph.input(GGML_TYPE_F32, 1, int64_t(n_in), 1, there.data());
-            ggml_tensor *  position = graph.input(GGML_TYPE_F32, POSITION_ROW, int64_t(n_in), 1, features.data());
-            ggml_tensor *  seen     = graph.output(GGML_TYPE_F32, int64_t(h), int64_t(n_in), int64_t(H * L));
-            for (size_t l = 0; l < L; ++l) {
-                auto * k = const_cast<ggml_tensor *>(part.layers[l].k);
-                auto * v = const_cast<ggml_tensor *>(part.layers[l].v);
-                if (shape.v_transposed) {
-                    v = as_rows(ctx, v, end);
-                }
-                ggml_tensor * u = ggml_add(ctx, mul_mat_f32(ctx, p.of_layer(ctx, p.key, l), gather(ctx, k, from, shape.head_size_k, int64_t(H))),
-                                           mul_mat_f32(ctx, p.of_layer(ctx, p.value, l), gather(ctx, v, from, shape.head_size_v, int64_t(H))));
-                graph.compute(ggml_cpy(ctx, u, ggml_view_3d(ctx, seen, int64_t(h), int64_t(n_in), int64_t(H), seen->nb[1], seen->nb[2], l * H * seen->nb[2])));
-            }
-            ggml_tensor * place = ggml_reshape_3d(ctx, mul_mat_f32(ctx, p.position, position), int64_t(h), int64_t(H * L), int64_t(n_in));
-            ggml_tensor * u     = ggml_add(ctx, ggml_mul(ctx, seen, exists), ggml_permute(ctx, place, 0, 2, 1, 3));
-            ggml_tensor * score = score_graph(ctx, u, p, int64_t(n_out)); // [1, n_out, H * L]
-            ggml_set_output(score);
-            graph.compute(score);
-            graph.prepare();
-            graph.run();
-
-            std::vector<float> found(n_out * H * L);
-            part.on->get(score, found.data(), found.size() * sizeof(float));
-            for (size_t i = 0; i < n_out; ++i) {
-                const int32_t token = slots[first + i].index;
-                for (size_t g = 0; token >= 0 && g < H * L; ++g) {
-                    scores[(part.layers[g / H].il * H + g % H) * at.size() + size_t(token)] = found[g * n_out + i];
-                }
-            }
-        }
-    }
 }
 
 } // namespace kvp

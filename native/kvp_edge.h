@@ -36,7 +36,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 5
+#define KVP_ABI_VERSION 6
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -173,6 +173,50 @@ enum kvp_scorer {
 /* Scores the tokens of sequence 0 at positions [p0, p1): scores f32 [n_layer, n_head_kv, n]. */
 KVP_API int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p1, uint32_t n,
                                 int32_t * positions, float * scores, kvp_error * err);
+
+/* What rules are made of that look at more than a key: computed by ggml graphs where the rows lie, on the CPU
+ * or on a device, so that no key or value is copied out. n is the number of tokens of sequence 0 at positions
+ * [p0, p1). KVP_ERR_UNSUPPORTED where it is not known in which cells they lie, or a device lacks an operation:
+ * then kvp_cache_read gives the rows. */
+
+/* The largest number of each value minus the smallest (arXiv:2606.03928): scores f32 [n_layer, n_head_kv, n]. */
+KVP_API int32_t kvp_cache_score_range(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, float * scores, kvp_error * err);
+
+/* How far keys and values stand out of the ranges of those that follow (arXiv:2504.04704, section 2.2), in the
+ * n_parts * lag tokens from number `first` on, in partitions of `lag`:
+ *   scores  f32 [n_layer, n_head_kv, n_parts - 1, lag], mean of the keys' and the values' share         */
+KVP_API int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, uint32_t first, uint32_t lag,
+                                    uint32_t n_parts, float * scores, kvp_error * err);
+
+/* Queries of n tokens, as kvp_queries_read gives them. */
+typedef struct kvp_asked {
+    const float *   queries;   /* [n_layer, n_head, n, head_size_k] */
+    const int32_t * positions; /* [n], indices in the conversation, below 2^24 */
+    const float *   scale;     /* [n_layer], what q.k is multiplied by */
+    uint32_t        n_head;
+    uint32_t        n;
+} kvp_asked;
+
+/* The attention softmax(scale q.k) that queries pay to the tokens held, of which each sees its own and those
+ * before: summed over queries, averaged over a KV head's query heads.
+ *   held  int32 [n_layer, n_head_kv, n], the tokens' indices in the conversation
+ *   paid  f32 [n_layer, n_head_kv, n]                                           */
+KVP_API int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_asked * asked,
+                                          const int32_t * held, float * paid, kvp_error * err);
+
+/* What is known of queries to come. */
+typedef struct kvp_expected {
+    const float *   means;       /* [n_layer, n_head, head_size_k] */
+    const float *   covariances; /* [n_layer, n_head, head_size_k, head_size_k] */
+    const float *   scale;       /* [n_layer], as above */
+    const uint8_t * left_out;    /* [n_layer, n_head_kv, n]: tokens that the softmax leaves out; they score 0 */
+    uint32_t        n_head;
+} kvp_expected;
+
+/* softmax of scale k.mean + scale^2 k.(covariance)k / 2, averaged over a KV head's query heads, times the norm of the
+ * value (arXiv:2510.00636, section 3): scores f32 [n_layer, n_head_kv, n]. */
+KVP_API int32_t kvp_cache_score_expected(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_expected * expected,
+                                         float * scores, kvp_error * err);
 
 /* A learned policy: a small network for every (layer, KV head), whose score docs/policy-format.md defines.
  * It runs as ggml graphs: on the CPU for rows in host memory, else on the device that holds them. */

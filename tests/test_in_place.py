@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import Eviction, Llama, UnsupportedModelError
-from kvp_edge.native import NativeCache, NativePolicy
-from kvp_edge.policies import Policy
-from kvp_edge.policies.keydiff import KeyDiff
-from kvp_edge.policies.knorm import KNorm
+from kvp_edge.native import NativeCache, NativePolicy, NotInPlace
+from kvp_edge.policies import POLICIES, KeyDiff, KNorm, Policy, ValueRange
+from kvp_edge.policies.attention import total_attention
+from kvp_edge.policies.lagkv import standing_out
 from kvp_edge.policy_file import PolicyInfo
+from kvp_edge.queries import Queries
 from support import blobs, failing_call
 from support.devices import CountingProxy, placed
 from support.gguf_models import ModelShape
@@ -353,14 +354,145 @@ def assert_close(got: NDArray[np.float32], want: NDArray[np.float32], limit: flo
     assert np.abs(got - want).max() < limit * max(1.0, float(np.abs(want).max()))
 
 
+def queries_at(cache: NativeCache, positions: list[int], seed: int = 0) -> Queries:
+    """Queries of LLAMA's four heads that nobody asked."""
+    s = cache.shape
+    rng = np.random.default_rng(seed)
+    asked = rng.normal(size=(s.n_layer, 4, len(positions), s.head_size_k)).astype(np.float32)
+    scale = rng.uniform(0.05, 0.2, s.n_layer).astype(np.float32)
+    return Queries(asked, np.array(positions, np.int32), scale)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, WINDOW], ids=lambda s: s.arch)
+@pytest.mark.parametrize(
+    ("type_k", "type_v", "flash_attn"),
+    [("F16", "F16", False), ("F32", "F32", True), ("Q8_0", "Q8_0", True), ("Q4_0", "F16", False)],
+)
+def test_what_rules_look_at_is_the_same_in_place_and_in_numpy(
+    random_model: Maker,
+    load: Loader,
+    place: str,
+    shape: ModelShape,
+    type_k: str,
+    type_v: str,
+    flash_attn: bool,
+) -> None:
+    options = {"type_k": TYPES[type_k], "type_v": TYPES[type_v], "flash_attn": flash_attn}
+    llm = load(random_model(shape).path, **BOUND, **options, granularity="token", pack="device")
+    llm.eval(random_tokens(300))
+    assert llm._kv is not None
+    cache, present = cache_of(llm), llm._kv.snapshot().present()
+    s, n = cache.shape, len(present)
+    p0, p1 = int(present[0]), int(present[-1]) + 1
+    rng = np.random.default_rng(1)
+    # as at head granularity: other tokens in every head
+    held = rng.permuted(np.broadcast_to(np.arange(2, 300), (s.n_layer, 2, 298)), axis=-1)
+    held = np.sort(held[..., :n]).astype(np.int32)
+    asked = queries_at(cache, [1, 2, 40, 150, 299])  # the first sees nothing, the last all
+    square = rng.normal(size=(s.n_layer, 4, s.head_size_k, s.head_size_k)) / s.head_size_k
+    expected = (
+        rng.normal(size=(s.n_layer, 4, s.head_size_k)).astype(np.float32),
+        (square @ square.swapaxes(-1, -2)).astype(np.float32),
+        asked.scale,
+    )
+    left_out = held < 30
+    crossed = cache.place.crossed
+    in_place = [
+        cache.score_range(p0, p1, n),
+        cache.score_lag(p0, p1, n, first=4, lag=20, n_parts=4),
+        cache.score_attention(p0, p1, asked, held),
+        cache.score_expected(p0, p1, *expected, left_out),
+    ]
+    assert (cache.place.crossed == crossed) == (place == "cpu")
+
+    cache.forget_cells()
+    for again in (
+        lambda: cache.score_range(p0, p1, n),
+        lambda: cache.score_attention(p0, p1, asked, held),
+    ):
+        with pytest.raises(NotInPlace, match="not known where the tokens"):
+            again()
+    _, keys, values = cache.read(p0, p1, n)
+    assert values is not None
+    parts = [x[:, :, 4:84].reshape(s.n_layer, 2, 4, 20, -1) for x in (keys, values)]
+    numpy = [
+        ValueRange().score(keys, values, present),
+        sum(standing_out(x) for x in parts) / 2,
+        total_attention(asked, keys, held),
+        expected_attention(keys, values, *expected, left_out),
+    ]
+    limit = HALF_PRODUCTS if place == "gpu" else SAME
+    for got, want in zip(in_place, numpy, strict=True):
+        assert_close(got, want, limit)
+    assert (in_place[2].sum(axis=-1) < 5 - 0.999).all()  # nothing of the query that sees nothing
+    assert (in_place[3][left_out] == 0).all()
+
+
+def expected_attention(
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    means: NDArray[np.float32],
+    covariances: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    left_out: NDArray[np.bool_],
+) -> NDArray[np.float32]:
+    score = np.zeros(left_out.shape)
+    for layer, head in np.ndindex(means.shape[:2]):
+        kv, s = head // 2, float(scale[layer])
+        k = keys[layer, kv].astype(float)
+        logits = s * k @ means[layer, head]
+        logits += s * s / 2 * np.einsum("nd,de,ne->n", k, covariances[layer, head].astype(float), k)
+        e = np.where(left_out[layer, kv], 0, np.exp(logits))
+        score[layer, kv] += e / e.sum() / 2
+    score *= np.linalg.norm(values.astype(float), axis=-1)
+    return score.astype(np.float32)
+
+
+def test_more_queries_than_one_graph_holds_pay_the_same(random_model: Maker, load: Loader) -> None:
+    bound = {"n_ctx": 4000, "kv_budget": 3000, "recent": 20, "reserve": 60}
+    llm = load(random_model(LLAMA).path, **bound, granularity="token", pack="device")
+    n = 2800  # 2^24 logits are 1498 queries of four heads
+    llm.eval(random_tokens(n))
+    cache = cache_of(llm)
+    held = np.broadcast_to(np.arange(n, dtype=np.int32), (3, 2, n))
+    asked = queries_at(cache, list(range(n - 1600, n)))
+    _, keys, _ = cache.read(0, n, n, values=False)
+    got = cache.score_attention(0, n, asked, held)
+    assert_close(got, total_attention(asked, keys, held))
+    assert got.sum(axis=-1) == pytest.approx(np.full((3, 2), 1600), rel=1e-4)
+
+
+@pytest.mark.parametrize("first", [(40, 1, 5), (1, 0, 5), (1, 10, 1), (101, 1, 2)])
+def test_partitions_that_do_not_fit_are_refused(
+    random_model: Maker, load: Loader, first: tuple[int, int, int]
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, pack="device")
+    llm.eval(random_tokens(44))
+    with pytest.raises(ValueError, match="partitions of"):
+        cache_of(llm).score_lag(0, 44, 44, *first)
+
+
+def test_query_heads_that_do_not_divide_among_kv_heads_are_refused(
+    random_model: Maker, load: Loader
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, pack="device")
+    llm.eval(random_tokens(10))
+    asked = Queries(
+        np.zeros((3, 3, 1, 64), np.float32), np.zeros(1, np.int32), np.ones(3, np.float32)
+    )
+    with pytest.raises(ValueError, match="3 query heads do not divide among 2 KV heads"):
+        cache_of(llm).score_attention(0, 10, asked, np.zeros((3, 2, 10), np.int32))
+
+
 @pytest.mark.parametrize("place", ["cpu", "rpc"], indirect=True)
+@pytest.mark.parametrize("policy", ["auto", *POLICIES])
 def test_a_chat_keeps_the_same_tokens_in_place_and_through_states(
-    load: Loader, bundled_model: str, place: str
+    load: Loader, bundled_model: str, place: str, policy: str
 ) -> None:
     bound = {"n_ctx": 4096, "kv_budget": 192, "recent": 32, "reserve": 64, "granularity": "head"}
     kept = []
     for pack in ("device", "state"):
-        llm = load(bundled_model, **bound, pack=pack)
+        llm = load(bundled_model, **bound, policy=policy, pack=pack)
         text = b"My dog is called Ralph. " * 60 + b"What is my dog called?"
         llm.eval(llm.tokenize(text))
         assert llm.kv_stats.evictions > 1
@@ -463,10 +595,13 @@ def test_compacted_positions_are_followed(
 @pytest.mark.skipif(
     "LD_PRELOAD" in os.environ, reason="this build checks all cells at each eviction"
 )
+@pytest.mark.parametrize("policy", ["keydiff", "knorm", "value-range", "lagkv", "snapkv", "tova"])
 def test_only_cell_numbers_and_scores_cross(
-    random_model: Maker, load: Loader, rpc_wire: CountingProxy
+    random_model: Maker, load: Loader, rpc_wire: CountingProxy, policy: str
 ) -> None:
-    """Two models that differ in the size of their heads put the same bytes on the wire."""
+    """Two models that differ in the size of their heads put the same bytes on the wire; but where a
+    policy looks at queries, these cross too, as they are logged on the host."""
+    n_queries = POLICIES[policy].queries
     crossed = []
     for head_dim in (64, 256):
         shape = ModelShape("llama", n_layer=3, n_embd=64, n_head=2, n_head_kv=2, head_dim=head_dim)
@@ -474,7 +609,7 @@ def test_only_cell_numbers_and_scores_cross(
             llm = load(
                 random_model(shape).path,
                 **{**BOUND, "kv_budget": 400, "reserve": 200},
-                policy="keydiff",
+                policy=policy,
                 granularity="head",
                 flash_attn=True,
                 pack="device",
@@ -488,9 +623,15 @@ def test_only_cell_numbers_and_scores_cross(
         own = llm.kv_stats.crossed_bytes - stats_before
         n, n_keep, heads = 590, 400, 3 * 2
         numbers = 4 * n + 4 * heads * n_keep + 8 * n_keep  # cells to score, to take and to fill
-        assert 4 * heads * n <= own <= numbers + 4 * heads * n
+        if n_queries:
+            asked = n_queries * 4 * heads * head_dim
+            own -= asked
+            wire -= asked
+            numbers += 4 * heads * n + 4 * n_queries  # the tokens held and those that ask
+        assert 4 * heads * (n if policy != "lagkv" else 3 * 128) <= own <= numbers + 4 * heads * n
         cache_bytes = cache_of(llm).shape.bytes_per_cell * n_keep
-        assert own <= wire < own + 60_000  # the graphs themselves: as many whatever the cache holds
+        graphs = 120_000 if policy == "lagkv" else 60_000  # as many bytes whatever the cache holds
+        assert own <= wire < own + graphs
         crossed.append((own, wire, cache_bytes))
         llm.close()
     (own, wire, small), (own_large, wire_large, large) = crossed

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.policies.base import FloatArray, IntArray
+from kvp_edge.policies.base import FloatArray, IntArray, Policy
 
 if TYPE_CHECKING:
+    from kvp_edge.native import NativeCache
     from kvp_edge.queries import Queries
+
+_CHUNK = 128  # queries whose attention is held at once
 
 
 def attention(queries: Queries, keys: FloatArray, positions: IntArray) -> Iterator[FloatArray]:
@@ -38,6 +42,44 @@ def attention(queries: Queries, keys: FloatArray, positions: IntArray) -> Iterat
         logits *= queries.scale[layer]
         seen = held[layer, :, None, None, :] <= queries.positions[:, None]
         yield softmax(logits, seen)
+
+
+def total_attention(queries: Queries, keys: FloatArray, positions: IntArray) -> FloatArray:
+    """f32 [n_layer, n_head_kv, n]: attention summed over queries, averaged over a KV head's query
+    heads."""
+    total = np.zeros(keys.shape[:3], np.float32)
+    for start in range(0, len(queries), _CHUNK):
+        for layer, paid in enumerate(attention(queries[start : start + _CHUNK], keys, positions)):
+            total[layer] += paid.sum(axis=2).mean(axis=1)
+    return total
+
+
+#: total_attention of some queries to the tokens held.
+Pays = Callable[["Queries"], FloatArray]
+
+
+class ByAttention(Policy):
+    """A policy that looks at nothing but total_attention, which is computed where the keys lie."""
+
+    inputs = "keys"
+    scope = "cache"
+
+    @abstractmethod
+    def score_paid(self, pays: Pays, positions: IntArray) -> FloatArray:
+        """``score``, from positions int32 [n_layer, n_head_kv, n]."""
+
+    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+        def pays(queries: Queries) -> FloatArray:
+            return total_attention(queries, keys, positions)
+
+        return self.score_paid(pays, np.broadcast_to(positions, keys.shape[:3]))
+
+    def score_in_place(
+        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
+    ) -> FloatArray:
+        s = cache.shape
+        held = np.broadcast_to(positions, (s.n_layer, s.n_head_kv, positions.shape[-1]))
+        return self.score_paid(lambda q: cache.score_attention(p0, p1, q, held), held)
 
 
 def softmax(logits: FloatArray, seen: npt.NDArray[np.bool_] | None = None) -> FloatArray:

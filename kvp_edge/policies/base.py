@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.native import NotInPlace
+
 if TYPE_CHECKING:
-    from kvp_edge.native import NativePolicy
+    from kvp_edge.native import NativeCache, NativePolicy
     from kvp_edge.policy_file import PolicyInfo
     from kvp_edge.queries import Queries, QueryLog
 
@@ -101,6 +103,23 @@ class Policy(ABC):
             return None
         total: FloatArray = np.einsum("lhn,lh->n", worth, self.head_weights)
         return total
+
+    def score_in_place(
+        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
+    ) -> FloatArray:
+        """What ``score`` returns, computed where the tokens at positions [p0, p1) lie.
+
+        Args:
+            positions: as in ``score``.
+
+        Raises:
+            NotInPlace: that is not possible; then ``score`` is called. Nothing has changed.
+        """
+        if self.native_scorer is None:
+            raise NotInPlace(f"the policy {self.name} computes on rows that it is given")
+        # tokens that are scored once are the same in all heads, and others' indices do not matter
+        tokens = positions if positions.ndim == 1 else positions[0, 0]
+        return cache.score(self.native_scorer, p0, p1, tokens)
 
     @abstractmethod
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 
 from kvp_edge.policies.attention import softmax
 from kvp_edge.policies.base import EVERY_QUERY, FloatArray, IntArray, Policy
 from kvp_edge.rope import KeyFrequencies
+
+if TYPE_CHECKING:
+    from kvp_edge.native import NativeCache
 
 
 class ExpectedAttention(Policy):
@@ -39,10 +45,38 @@ class ExpectedAttention(Policy):
 
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         score = np.zeros(keys.shape[:3], np.float32)
+        expected = self._queries_to_come()
+        if expected is None:
+            return score
+        n_layer, n_head_kv, _, size = keys.shape
+        sink = np.broadcast_to(positions < self.sinks, score.shape)
+        for layer in range(n_layer):
+            k, s = keys[layer, :, None], float(expected.scale[layer])
+            m = expected.means[layer].reshape(n_head_kv, -1, 1, size)
+            c = expected.covariances[layer].reshape(n_head_kv, -1, size, size)
+            logits = s * (k * m).sum(-1) + s * s / 2 * ((k @ c) * k).sum(-1)
+            score[layer] = softmax(logits, ~sink[layer][:, None]).mean(axis=1)
+        score *= np.linalg.norm(values, axis=-1)
+        return _sinks_first(score, sink)
+
+    def score_in_place(
+        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
+    ) -> FloatArray:
+        s = cache.shape
+        sink = np.broadcast_to(
+            positions < self.sinks, (s.n_layer, s.n_head_kv, positions.shape[-1])
+        )
+        expected = self._queries_to_come()
+        if expected is None:
+            return np.zeros(sink.shape, np.float32)
+        return _sinks_first(cache.score_expected(p0, p1, *expected, sink), sink)
+
+    def _queries_to_come(self) -> _Expected | None:
+        """None without a query that was not a sink's."""
         logged = self.logged()
         logged = logged[int(np.searchsorted(logged.positions, self.sinks)) :]
         if len(logged) == 0:
-            return score
+            return None
         assert self.query_log is not None
         frequencies = self.query_log.frequencies
         assert frequencies is not None
@@ -56,18 +90,18 @@ class ExpectedAttention(Policy):
         mean = mean_turned(frequencies, mean, ahead)
         for _ in range(2):  # R C, then R (R C)^T = R C^T R^T, and C is symmetric
             covariance = mean_turned(frequencies, covariance.swapaxes(-1, -2), ahead)
+        return _Expected(mean, covariance, logged.scale)
 
-        n_layer, n_head_kv, _, size = keys.shape
-        sink = np.broadcast_to(positions < self.sinks, score.shape)
-        for layer in range(n_layer):
-            k, s = keys[layer, :, None], float(logged.scale[layer])
-            m = mean[layer].reshape(n_head_kv, -1, 1, size)
-            c = covariance[layer].reshape(n_head_kv, -1, size, size)
-            logits = s * (k * m).sum(-1) + s * s / 2 * ((k @ c) * k).sum(-1)
-            score[layer] = softmax(logits, ~sink[layer][:, None]).mean(axis=1)
-        score *= np.linalg.norm(values, axis=-1)
-        score[sink] = score.max(initial=0) + 1
-        return score
+
+class _Expected(NamedTuple):
+    means: FloatArray  # [n_layer, n_head, head_size]
+    covariances: FloatArray  # [n_layer, n_head, head_size, head_size]
+    scale: FloatArray  # [n_layer]
+
+
+def _sinks_first(score: FloatArray, sink: npt.NDArray[np.bool_]) -> FloatArray:
+    score[sink] = score.max(initial=0) + 1
+    return score
 
 
 def mean_turned(frequencies: KeyFrequencies, x: FloatArray, positions: IntArray) -> FloatArray:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from kvp_edge.policies.attention import attention
-from kvp_edge.policies.base import EVERY_QUERY, FloatArray, IntArray, Policy
-
-_CHUNK = 128  # queries whose attention is held at once
+from kvp_edge.policies.attention import ByAttention, Pays
+from kvp_edge.policies.base import EVERY_QUERY, FloatArray, IntArray
 
 
-class H2O(Policy):
+class H2O(ByAttention):
     """score = sum over all queries so far of the attention they paid to the token (section 4),
     mean over the group's query heads.
 
@@ -26,31 +25,24 @@ class H2O(Policy):
     """
 
     name = "h2o"
-    inputs = "keys"
-    scope = "cache"
     queries = EVERY_QUERY
 
     def __init__(self) -> None:
         #: f32 [n_layer, n_head_kv, tokens of the conversation]
         self._paid: FloatArray = np.zeros((0, 0, 0), np.float32)
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
-        held = np.broadcast_to(positions, keys.shape[:3])
+    def score_paid(self, pays: Pays, positions: IntArray) -> FloatArray:
         logged = self.logged()
+        new = pays(logged) if len(logged) else np.zeros(positions.shape, np.float32)
+        held = positions.astype(np.int64)
         self._make_room(held, first_new=int(logged.positions[0]) if len(logged) else None)
-        n = keys.shape[2]
-        for start in range(0, len(logged), _CHUNK):
-            chunk = logged[start : start + _CHUNK]
-            for layer, paid in enumerate(attention(chunk, keys, positions)):
-                sums = paid.sum(axis=2).mean(axis=1)
-                head = np.arange(len(sums))[:, None]
-                self._paid[layer, head, held[layer]] += sums.reshape(-1, n)
+        score = np.take_along_axis(self._paid, held, axis=2) + new
+        np.put_along_axis(self._paid, held, score, axis=2)
         if self.query_log is not None:
             self.query_log.clear()  # they have been counted
-        score: FloatArray = np.take_along_axis(self._paid, held.astype(np.int64), axis=2)
         return score
 
-    def _make_room(self, held: IntArray, first_new: int | None) -> None:
+    def _make_room(self, held: npt.NDArray[np.int64], first_new: int | None) -> None:
         """Room for the tokens held; those from the first new query's on were not there before."""
         known = self._paid
         if known.shape[:2] != held.shape[:2]:

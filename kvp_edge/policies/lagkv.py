@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from kvp_edge.policies.base import FloatArray, IntArray, Policy
+
+if TYPE_CHECKING:
+    from kvp_edge.native import NativeCache
 
 _TINY = 1e-12  # a channel in which all reference tokens agree has no range
 
@@ -39,25 +44,47 @@ class LagKV(Policy):
 
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         n_layer, n_head_kv, n = keys.shape[:3]
-        n_parts = (n - self.sinks) // self.lag
-        score = np.ones((n_layer, n_head_kv, n), np.float32)
+        n_parts = self._parts(n)
         if n_parts < 2:
-            score[:, :, self.sinks :] = np.arange(max(0, n - self.sinks)) / max(1, n)
-            return score
+            return self._newest(n_layer, n_head_kv, n)
         end = self.sinks + n_parts * self.lag
         size = (n_parts, self.lag)
-        mean = sum(
-            _standing_out(x[:, :, self.sinks : end].reshape(n_layer, n_head_kv, *size, -1)) / 2
+        of_keys, of_values = (
+            standing_out(x[:, :, self.sinks : end].reshape(n_layer, n_head_kv, *size, -1))
             for x in (keys, values)
         )
+        mean: FloatArray = (of_keys + of_values) / np.float32(2)
+        return self._ranked(mean, n)
+
+    def score_in_place(
+        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
+    ) -> FloatArray:
+        n = positions.shape[-1]
+        n_parts = self._parts(n)
+        if n_parts < 2:
+            return self._newest(cache.shape.n_layer, cache.shape.n_head_kv, n)
+        return self._ranked(cache.score_lag(p0, p1, n, self.sinks, self.lag, n_parts), n)
+
+    def _parts(self, n: int) -> int:
+        return (n - self.sinks) // self.lag
+
+    def _newest(self, n_layer: int, n_head_kv: int, n: int) -> FloatArray:
+        score = np.ones((n_layer, n_head_kv, n), np.float32)
+        score[:, :, self.sinks :] = np.arange(max(0, n - self.sinks)) / max(1, n)
+        return score
+
+    def _ranked(self, mean: FloatArray, n: int) -> FloatArray:
+        """The score of all n tokens from s of those in partitions that have a reference."""
+        n_layer, n_head_kv = mean.shape[:2]
+        score = np.ones((n_layer, n_head_kv, n), np.float32)
         # of equal tokens the newer one ranks higher
         rank = np.argsort(np.argsort(mean, axis=-1, kind="stable"), axis=-1)
-        last = end - self.lag
-        score[:, :, self.sinks : last] = rank.reshape(n_layer, n_head_kv, -1) / self.lag
+        ranked = rank.reshape(n_layer, n_head_kv, -1) / self.lag
+        score[:, :, self.sinks : self.sinks + ranked.shape[-1]] = ranked
         return score
 
 
-def _standing_out(x: FloatArray) -> FloatArray:
+def standing_out(x: FloatArray) -> FloatArray:
     """f32 [..., parts - 1, lag] from [..., parts, lag, channels]: s of every part but the last."""
     reference = x[..., 1:, :, :]
     low = reference.min(axis=-2, keepdims=True)

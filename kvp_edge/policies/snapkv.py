@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.policies.attention import attention
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.policies.attention import ByAttention, Pays
+from kvp_edge.policies.base import FloatArray, IntArray
 
 
-class SnapKV(Policy):
+class SnapKV(ByAttention):
     """The attention of the newest ``window`` queries, pooled over neighbours (section 4):
 
         score = mean over the group's query heads of avg_pool(mean over the window of attention)
@@ -23,8 +23,6 @@ class SnapKV(Policy):
     """
 
     name = "snapkv"
-    inputs = "keys"
-    scope = "cache"
     queries = 32
 
     def __init__(self, window: int = queries, kernel: int = 5) -> None:
@@ -36,15 +34,13 @@ class SnapKV(Policy):
     def identity(self) -> str:
         return f"{self.name}(window={self.queries}, kernel={self.kernel})"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
-        score = np.zeros(keys.shape[:3], np.float32)
+    def score_paid(self, pays: Pays, positions: IntArray) -> FloatArray:
         logged = self.logged()
         if len(logged) == 0:
-            return score
-        for layer, paid in enumerate(attention(logged, keys, positions)):
-            score[layer] = paid.mean(axis=(1, 2))
+            return np.zeros(positions.shape, np.float32)
+        score = pays(logged) / np.float32(len(logged))
         # the window's tokens are none of the pooled ones' neighbours
-        inside = np.broadcast_to(positions >= logged.positions[0], score.shape)
+        inside = positions >= logged.positions[0]
         pooled = _avg_pool(np.where(inside, 0, score), self.kernel)
         pooled[inside] = pooled.max(initial=0) + 1
         return pooled

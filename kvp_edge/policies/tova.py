@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.policies.attention import attention
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.policies.attention import ByAttention, Pays
+from kvp_edge.policies.base import FloatArray, IntArray
 
 
-class TOVA(Policy):
+class TOVA(ByAttention):
     """score = mean over ALL query heads of the layer of the newest query's attention (section 3.2).
 
     All KV heads of a layer get the same scores, so they keep the same tokens, also at head
@@ -16,14 +16,11 @@ class TOVA(Policy):
     """
 
     name = "tova"
-    inputs = "keys"
-    scope = "cache"
     queries = 1
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
-        score = np.zeros(keys.shape[:3], np.float32)
-        logged = self.logged()
-        if len(logged):
-            for layer, paid in enumerate(attention(logged, keys, positions)):
-                score[layer] = paid[:, :, -1].mean(axis=(0, 1))
+    def score_paid(self, pays: Pays, positions: IntArray) -> FloatArray:
+        score = np.zeros(positions.shape, np.float32)
+        newest = self.logged()[-1:]
+        if len(newest):
+            score[:] = pays(newest).mean(axis=1, keepdims=True)
         return score

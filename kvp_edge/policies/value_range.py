@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvp_edge.policies.base import FloatArray, IntArray, Policy
+
+if TYPE_CHECKING:
+    from kvp_edge.native import NativeCache
 
 
 class ValueRange(Policy):
@@ -19,3 +24,8 @@ class ValueRange(Policy):
     def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
         score: FloatArray = values.max(axis=-1) - values.min(axis=-1)
         return score
+
+    def score_in_place(
+        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
+    ) -> FloatArray:
+        return cache.score_range(p0, p1, positions.shape[-1])
