@@ -124,13 +124,19 @@ bool kvp_cache::thins_window(const pack_plan & plan, const std::vector<uint32_t>
 // Attention runs over all cells up to the highest one in use. So the newest tokens, whose positions bind them to
 // the cells they were written to, go to the lowest free ones: as a state that stays on its device. But
 // llama.cpp's copies on a device (llama_io_write_device in src/llama-context.cpp) take the number of a quantised
-// tensor's blocks for that of its values, and end the process where memory for them is lacking: then these few
-// rows go through the host.
+// tensor's blocks for that of its values, and end the process where memory for them is lacking. Then these few
+// rows would go through the host, which is worth it only where more than half of the cells in use are holes:
+// the next tokens fill holes first, and at the next eviction these rows are old and move like others.
 void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
     std::vector<uint32_t> cells = place->cells.find(positions, n);
     const auto   high   = std::find_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cell >= n; });
     const bool   pieces = shape.v_transposed && !place->on_host(); // one for every column: slower than the holes
     if (cells.empty() || high == cells.end() || shape.has_window || pieces) {
+        return;
+    }
+    const bool quantised = ggml_is_quantized(ggml_type(shape.type_k)) || ggml_is_quantized(ggml_type(shape.type_v));
+    const bool stays     = !place->on_host() && !quantised && place->has_room(size_t(cells.end() - high));
+    if (!stays && !place->on_host() && *std::max_element(high, cells.end()) < 2 * n) {
         return;
     }
     const auto            first = uint32_t(high - cells.begin());
@@ -159,8 +165,6 @@ void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
     if (!before) {
         return; // no use moving what cannot be found again
     }
-    const bool quantised = ggml_is_quantized(ggml_type(shape.type_k)) || ggml_is_quantized(ggml_type(shape.type_v));
-    const bool stays     = !place->on_host() && !quantised && place->has_room(from.size());
     const llama_state_seq_flags flags = stays ? LLAMA_STATE_SEQ_FLAGS_ON_DEVICE : LLAMA_STATE_SEQ_FLAGS_NONE;
     const size_t                room  = blob_bound(stays ? 0 : uint32_t(from.size())) + 12 * from.size();
     llama_memory_seq_cp(mem, SEQ_CHAT, SEQ_READ, positions[first], -1);

@@ -18,9 +18,21 @@ ggml_tensor * largest(ggml_context * ctx, ggml_tensor * x, int64_t k0, int64_t k
 ggml_tensor * smallest(ggml_context * ctx, ggml_tensor * x, int64_t k0, int64_t k1) {
     return ggml_neg(ctx, largest(ctx, ggml_neg(ctx, x), k0, k1));
 }
-// [n, 1, heads] from [n, rows, heads]
-ggml_tensor * mean_over_rows(ggml_context * ctx, ggml_tensor * x) {
-    return ggml_pool_2d(ctx, x, GGML_OP_POOL_AVG, 1, int(x->ne[1]), 1, int(x->ne[1]), 0, 0);
+// [n, 1, heads] from [n, rows, heads]: halves are added until one row is left, which every device does side by side.
+ggml_tensor * sum_over_rows(ggml_context * ctx, ggml_tensor * x) {
+    const auto rows = [&](int64_t first, int64_t last) {
+        return ggml_view_3d(ctx, x, x->ne[0], last - first, x->ne[2], x->nb[1], x->nb[2], size_t(first) * x->nb[1]);
+    };
+    ggml_tensor * odd = nullptr;
+    while (x->ne[1] > 1) {
+        const int64_t half = x->ne[1] / 2;
+        if (x->ne[1] % 2 != 0) {
+            ggml_tensor * last = rows(2 * half, 2 * half + 1);
+            odd                = odd ? ggml_add(ctx, odd, last) : ggml_cont(ctx, last);
+        }
+        x = ggml_add(ctx, rows(0, half), rows(half, 2 * half));
+    }
+    return odd ? ggml_add(ctx, x, odd) : x;
 }
 
 // [n, n_head_kv] from rows [head_size, n, n_head_kv]
@@ -65,13 +77,14 @@ ggml_tensor * graph_lag(ggml_context * ctx, ggml_tensor * rows, int64_t lag) {
 
 ggml_tensor * graph_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * queries, ggml_tensor * asked,
                               ggml_tensor * held, float scale) {
-    ggml_tensor * logits = ggml_scale(ctx, mul_mat_f32(ctx, keys, queries), scale); // [n, m * group, n_head_kv]
-    // whole numbers: 1 where asked >= held, else 0
-    ggml_tensor * ahead = ggml_sub(ctx, ggml_repeat(ctx, asked, logits), held);
-    ggml_tensor * seen  = ggml_step(ctx, ggml_scale_bias(ctx, ahead, 1.0f, 0.5f));
-    ggml_tensor * paid  = ggml_soft_max(ctx, ggml_add(ctx, logits, ggml_scale_bias(ctx, seen, -UNSEEN, UNSEEN)));
-    ggml_tensor * mean  = mean_over_rows(ctx, ggml_mul(ctx, paid, seen));
-    return ggml_reshape_2d(ctx, mean, keys->ne[1], keys->ne[2]);
+    const int64_t n = keys->ne[1], m = asked->ne[1], heads = keys->ne[2], group = queries->ne[1] / m;
+    // whole numbers: the step is 1 where asked >= held, else 0
+    ggml_tensor * all   = ggml_repeat_4d(ctx, asked, n, m, heads, 1);
+    ggml_tensor * seen  = ggml_step(ctx, ggml_scale_bias(ctx, ggml_sub(ctx, all, held), 1.0f, 0.5f));
+    ggml_tensor * mask  = ggml_reshape_4d(ctx, ggml_scale_bias(ctx, seen, -UNSEEN, UNSEEN), n, m, 1, heads);
+    ggml_tensor * logit = ggml_reshape_4d(ctx, mul_mat_f32(ctx, keys, queries), n, m, group, heads);
+    ggml_tensor * paid  = ggml_reshape_3d(ctx, ggml_soft_max_ext(ctx, logit, mask, scale, 0.0f), n, m * group, heads);
+    return ggml_scale(ctx, ggml_reshape_2d(ctx, sum_over_rows(ctx, paid), n, heads), 1.0f / float(group));
 }
 
 ggml_tensor * graph_expected_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * values, ggml_tensor * means,

@@ -19,10 +19,10 @@ ggml_tensor * graph_range(ggml_context * ctx, ggml_tensor * rows);
 // partition's tokens. [lag * (partitions - 1), n_head_kv]. LagKV, arXiv:2504.04704, section 2.2.
 ggml_tensor * graph_lag(ggml_context * ctx, ggml_tensor * rows, int64_t lag);
 
-// Attention that m queries of every query head pay to keys, averaged over queries and over a KV head's group:
-// [n, n_head_kv]. `queries` [head_size, m * group, n_head_kv] are of tokens `asked` [1, m * group], the keys of
-// tokens `held` [n, 1, n_head_kv], both f32; a query sees its own token and those before. A query that
-// sees none pays nothing.
+// Attention that m queries of every query head pay to keys, summed over queries and averaged over a KV head's
+// group: [n, n_head_kv]. `queries` [head_size, m * group, n_head_kv], those of one query head side by side, are
+// of tokens `asked` [1, m], the keys of tokens `held` [n, 1, n_head_kv], both f32; a query sees its own token and
+// those before. One that sees none pays every key the same.
 ggml_tensor * graph_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * queries, ggml_tensor * asked,
                               ggml_tensor * held, float scale);
 

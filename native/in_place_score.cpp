@@ -85,23 +85,21 @@ void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_asked
     for (device_part * part : with_host(n_threads)) {
         const auto holds = of_layers<float>(*part, held, H * n);
         for (size_t first = 0; first < asked.n; first += step) {
-            const size_t       m = std::min<size_t>(step, asked.n - first), rows_of_head = m * size;
-            std::vector<float> queries, positions;
+            const size_t             m = std::min<size_t>(step, asked.n - first);
+            const std::vector<float> positions(asked.positions + first, asked.positions + first + m);
+            std::vector<float>       queries;
             for (const device_layer & layer : part->layers) {
                 for (size_t h = 0; h < asked.n_head; ++h) {
                     const float * from = asked.queries + ((layer.il * asked.n_head + h) * asked.n + first) * size;
-                    queries.insert(queries.end(), from, from + rows_of_head);
+                    queries.insert(queries.end(), from, from + m * size);
                 }
             }
-            for (size_t g = 0; g < group; ++g) {
-                positions.insert(positions.end(), asked.positions + first, asked.positions + first + m);
-            }
             ggml_tensor *q = nullptr, *at_query = nullptr, *at_key = nullptr;
-            score_part(*part, shape, cells, n, 16, [&](device_graph & graph, graph_rows & rows, size_t l) {
+            score_part(*part, shape, cells, n, 96, [&](device_graph & graph, graph_rows & rows, size_t l) {
                 ggml_context * ctx = graph.ctx();
                 if (!q) {
                     q        = graph.input(GGML_TYPE_F32, int64_t(size), int64_t(m * group), int64_t(H * part->layers.size()), queries.data());
-                    at_query = graph.input(GGML_TYPE_F32, 1, int64_t(m * group), 1, positions.data());
+                    at_query = graph.input(GGML_TYPE_F32, 1, int64_t(m), 1, positions.data());
                     at_key   = graph.input(GGML_TYPE_F32, int64_t(n), 1, int64_t(H * part->layers.size()), holds.data());
                 }
                 const auto of_layer = [&](ggml_tensor * x) {
@@ -110,8 +108,13 @@ void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_asked
                 return graph_attention(ctx, rows.keys(l), of_layer(q), at_query, of_layer(at_key), asked.scale[part->layers[l].il]);
             }, some.data());
             for (const device_layer & layer : part->layers) {
-                for (size_t i = layer.il * H * n; i < (layer.il + 1) * H * n; ++i) {
-                    paid[i] += some[i] * float(m);
+                for (size_t g = layer.il * H; g < (layer.il + 1) * H; ++g) {
+                    const int32_t oldest  = *std::min_element(held + g * n, held + (g + 1) * n);
+                    const auto    blind   = std::count_if(positions.begin(), positions.end(), [&](float p) { return p < float(oldest); });
+                    const float   of_none = float(blind) / float(n); // what those that see nothing are said to pay
+                    for (size_t i = g * n; i < (g + 1) * n; ++i) {
+                        paid[i] += some[i] - of_none;
+                    }
                 }
             }
         }

@@ -243,14 +243,17 @@ def test_any_plan_gives_every_head_the_rows_that_numpy_does(
     llm.close()
 
 
+@pytest.mark.parametrize("cache_type", ["F16", "Q8_0"])
 def test_newest_rows_whose_cells_are_not_in_their_order_close_up_and_are_followed(
-    random_model: Maker, load: Loader, place: str
+    random_model: Maker, load: Loader, place: str, cache_type: str
 ) -> None:
     options = {**BOUND, "granularity": "head", "flash_attn": True}
+    options |= {"type_k": TYPES[cache_type], "type_v": TYPES[cache_type]}
     llm = load(random_model(LLAMA).path, **options, pack="device")
     llm.eval(random_tokens(40))
     present = np.arange(40, dtype=np.int32)
-    # first the newest closes up to cell 0; then row 5 in cell 5 is behind it
+    # First the newest closes up to cell 0 or, quantised on a device, leaves one hole; then row 5 in
+    # cell 5 is behind it, and there are so many holes that both close up everywhere.
     for kept in (present[1:], present[[5, 39]]):
         before = held(llm)[0]
         keep = np.searchsorted(present, kept).astype(np.int32)
@@ -595,9 +598,15 @@ def test_compacted_positions_are_followed(
 @pytest.mark.skipif(
     "LD_PRELOAD" in os.environ, reason="this build checks all cells at each eviction"
 )
-@pytest.mark.parametrize("policy", ["keydiff", "knorm", "value-range", "lagkv", "snapkv", "tova"])
+@pytest.mark.parametrize(
+    ("policy", "cache_type"),
+    [
+        *((name, "F16") for name in ("keydiff", "knorm", "value-range", "lagkv", "snapkv", "tova")),
+        ("keydiff", "Q8_0"),
+    ],
+)
 def test_only_cell_numbers_and_scores_cross(
-    random_model: Maker, load: Loader, rpc_wire: CountingProxy, policy: str
+    random_model: Maker, load: Loader, rpc_wire: CountingProxy, policy: str, cache_type: str
 ) -> None:
     """Two models that differ in the size of their heads put the same bytes on the wire; but where a
     policy looks at queries, these cross too, as they are logged on the host."""
@@ -610,6 +619,8 @@ def test_only_cell_numbers_and_scores_cross(
                 random_model(shape).path,
                 **{**BOUND, "kv_budget": 400, "reserve": 200},
                 policy=policy,
+                type_k=TYPES[cache_type],
+                type_v=TYPES[cache_type],
                 granularity="head",
                 flash_attn=True,
                 pack="device",
@@ -630,14 +641,14 @@ def test_only_cell_numbers_and_scores_cross(
             numbers += 4 * heads * n + 4 * n_queries  # the tokens held and those that ask
         assert 4 * heads * (n if policy != "lagkv" else 3 * 128) <= own <= numbers + 4 * heads * n
         cache_bytes = cache_of(llm).shape.bytes_per_cell * n_keep
-        graphs = 120_000 if policy == "lagkv" else 60_000  # as many bytes whatever the cache holds
+        graphs = 120_000 if policy == "lagkv" else 75_000  # as many bytes whatever the cache holds
         assert own <= wire < own + graphs
         crossed.append((own, wire, cache_bytes))
         llm.close()
     (own, wire, small), (own_large, wire_large, large) = crossed
     assert large == 4 * small
     assert abs(own_large - own) <= 5 * (4 * heads + 8)  # a few rows more may be where they shall be
-    assert abs(wire_large - wire) < 5_000 < small / 100
+    assert abs(wire_large - wire) < 5_000 < small / 60
 
 
 def test_nothing_crosses_in_host_memory(random_model: Maker, load: Loader) -> None:
