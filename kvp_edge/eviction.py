@@ -312,8 +312,7 @@ class EvictionManager:
     @property
     def packs_in_place(self) -> bool:
         """Whether the cache is scored and packed where it lies, as long as cells are known."""
-        place = self.cache.place
-        return place.known and (self.granularity == "token" or place.can_pack)
+        return self.cache.place.packs(self.granularity)
 
     @property
     def shift(self) -> int:

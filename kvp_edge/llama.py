@@ -309,14 +309,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         return "head"
 
     def _check_place(self, place: CachePlace, granularity: Granularity) -> None:
-        if self._bound.pack != "device":
+        if self._bound.pack != "device" or place.packs(granularity):
             return
-        if not place.known:
-            reason = place.where
-        elif granularity == "head" and not place.can_pack:
+        reason = place.where
+        if place.known:
             reason = f"heads of this cache's types are no whole 32-bit words on {place.where}"
-        else:
-            return
         raise UnsupportedModelError(
             f"pack='device' is not possible here: {reason}. Use pack='auto' or pack='state'"
         )

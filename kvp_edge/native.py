@@ -132,6 +132,10 @@ class CachePlace(ctypes.Structure):
         """Whether heads can be packed there, too: on a device they must be whole 32-bit words."""
         return bool(self._can_pack)
 
+    def packs(self, granularity: str) -> bool:
+        """Whether evictions of this granularity stay where it lies, as long as cells are known."""
+        return self.known and (granularity == "token" or self.can_pack)
+
     @property
     def where(self) -> str:
         """The devices, with commas; or why it is not known."""

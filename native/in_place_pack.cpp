@@ -42,28 +42,20 @@ order safe_order(const moves & m) {
     return down ? order::oldest_first : up ? order::newest_first : order::none;
 }
 
-template <size_t S> void move_slices_of(const moves & m, order way, uint32_t il, uint8_t * rows, size_t row) {
-    const size_t n_head = m.plan.n_head_kv, slice = S ? S : row / n_head;
-    for (uint32_t step = 0; step < m.size(); ++step) {
-        const uint32_t i = way == order::oldest_first ? m.range.first + step : m.range.last - 1 - step;
-        uint8_t *      to = rows + m.target(i) * row;
-        for (size_t h = 0; h < n_head; ++h) {
-            const uint8_t * from = rows + m.source(il, h, i) * row;
-            if (from != to) {
-                std::memcpy(to + h * slice, from + h * slice, slice);
+void move_slices(const moves & m, order way, uint32_t il, uint8_t * rows, size_t row) {
+    const size_t n_head = m.plan.n_head_kv;
+    with_slice_size(row / n_head, [&](auto slice) {
+        for (uint32_t step = 0; step < m.size(); ++step) {
+            const uint32_t i = way == order::oldest_first ? m.range.first + step : m.range.last - 1 - step;
+            uint8_t *      to = rows + m.target(i) * row;
+            for (size_t h = 0; h < n_head; ++h) {
+                const uint8_t * from = rows + m.source(il, h, i) * row;
+                if (from != to) {
+                    std::memcpy(to + h * slice, from + h * slice, slice);
+                }
             }
         }
-    }
-}
-
-void move_slices(const moves & m, order way, uint32_t il, uint8_t * rows, size_t row) {
-    switch (row / m.plan.n_head_kv) { // the usual head sizes in f16 and f32, where a copy of known length is a few moves
-        case 64:  return move_slices_of<64>(m, way, il, rows, row);
-        case 128: return move_slices_of<128>(m, way, il, rows, row);
-        case 192: return move_slices_of<192>(m, way, il, rows, row);
-        case 256: return move_slices_of<256>(m, way, il, rows, row);
-        default:  return move_slices_of<0>(m, way, il, rows, row);
-    }
+    });
 }
 
 // The same for transposed V: columns of values of `T`'s size, those of one head side by side.

@@ -30,28 +30,14 @@ public:
 };
 
 // [n_head_kv, n_keep] cells of one layer -> n_keep rows in which every head has its own slice.
-template <size_t S> void gather_rows_of(const uint8_t * src, size_t row, const uint32_t * cells, size_t n_head, size_t n_keep, uint8_t * dst) {
-    for (size_t i = 0; i < n_keep; ++i) {
-        for (size_t h = 0; h < n_head; ++h) {
-            std::memcpy(dst + i * row + h * S, src + cells[h * n_keep + i] * row + h * S, S);
-        }
-    }
-}
-
 void gather_rows(const uint8_t * src, size_t row, const uint32_t * cells, size_t n_head, size_t n_keep, uint8_t * dst) {
-    const size_t slice = row / n_head;
-    switch (slice) { // the usual head sizes in f16 and f32, where a copy of known length is a few moves
-        case 64:  return gather_rows_of<64>(src, row, cells, n_head, n_keep, dst);
-        case 128: return gather_rows_of<128>(src, row, cells, n_head, n_keep, dst);
-        case 192: return gather_rows_of<192>(src, row, cells, n_head, n_keep, dst);
-        case 256: return gather_rows_of<256>(src, row, cells, n_head, n_keep, dst);
-        default: break;
-    }
-    for (size_t i = 0; i < n_keep; ++i) {
-        for (size_t h = 0; h < n_head; ++h) {
-            std::memcpy(dst + i * row + h * slice, src + cells[h * n_keep + i] * row + h * slice, slice);
+    with_slice_size(row / n_head, [=](auto slice) {
+        for (size_t i = 0; i < n_keep; ++i) {
+            for (size_t h = 0; h < n_head; ++h) {
+                std::memcpy(dst + i * row + h * slice, src + cells[h * n_keep + i] * row + h * slice, slice);
+            }
         }
-    }
+    });
 }
 
 // The same for transposed V: n_column columns of n values of `T`'s size, those of one head side by side.
