@@ -736,3 +736,52 @@ def test_a_device_that_fails_in_the_middle_leaves_an_empty_cache_and_is_read_aga
     path = random_model(LLAMA).path
     out, err = failing_call.run(tmp_path, _FAILING, _SURVIVOR, path, FAIL_AT=str(fail_at))
     assert out == "survived\n", err
+
+
+_LACKING = """
+#include <dlfcn.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+/* Stands in for ggml's own function, and denies one operation. */
+typedef bool supports(void * backend, const void * node);
+typedef const char * describe(const void * node);
+bool ggml_backend_supports_op(void * backend, const void * node) {
+    void *     ggml = dlopen(getenv("LLAMA_LIBRARY"), RTLD_NOW | RTLD_NOLOAD);
+    supports * real = (supports *) dlsym(ggml, "ggml_backend_supports_op");
+    describe * name = (describe *) dlsym(ggml, "ggml_op_desc");
+    return strcmp(name(node), getenv("LACKS")) != 0 && real(backend, node);
+}
+"""
+
+_ROWS_READ = """
+import os, sys
+import numpy as np
+from kvp_edge import Llama
+from kvp_edge.native import NativeCache, NotInPlace
+del os.environ["LD_PRELOAD"]
+read, kept = [], []
+was = NativeCache.read
+NativeCache.read = lambda self, *a, **k: read.append(a) or was(self, *a, **k)
+bound = dict(n_ctx=3000, kv_budget=400, recent=20, reserve=60, verbose=False)
+for pack in ("device", "state"):
+    llm = Llama(sys.argv[1], **bound, policy=sys.argv[2], pack=pack)
+    read.clear()
+    llm.eval([0, *(6 + i * 7 % 200 for i in range(600))])
+    assert len(read) == llm.kv_stats.evictions > 1, (pack, len(read))
+    kept.append(llm.kv_positions)
+assert (kept[0] == kept[1]).all()
+print("read")
+"""
+
+
+@failing_call.possible
+@pytest.mark.parametrize(
+    ("policy", "lacks"), [("lagkv", "POOL_2D"), ("value-range", "POOL_2D"), ("snapkv", "STEP")]
+)
+def test_where_an_operation_is_lacking_rows_are_read(
+    random_model: Maker, tmp_path: Path, policy: str, lacks: str
+) -> None:
+    path = random_model(LLAMA).path
+    out, err = failing_call.run(tmp_path, _LACKING, _ROWS_READ, path, policy, LACKS=lacks)
+    assert out == "read\n", err
