@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
+    "tests/test_baselines.py",
     "tests/test_devices.py",
     "tests/test_in_place.py",
     "tests/test_native.py",
