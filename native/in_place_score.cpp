@@ -10,7 +10,7 @@ namespace kvp {
 
 namespace {
 
-constexpr size_t MOST_LOGITS = size_t(1) << 24; // of one layer at a time: 64 MiB
+constexpr size_t MOST_LOGITS = size_t(1) << 24; // of one layer at a time: 64 MiB, and as much for what is made of them
 
 // scores f32 [n_layer, n_head_kv, width] of the part's layers: score(graph, rows, l) makes the nodes of its layer
 // number l, [width, n_head_kv].
@@ -34,9 +34,9 @@ void score_part(device_part & part, const kvp_cache_shape & shape, const std::ve
     }
 }
 
-// What is given by layer, gathered for one part's layers; its inputs to a graph are made one by one.
-template <typename T, typename From> std::vector<T> of_layers(const device_part & part, const From * all, size_t per_layer) {
-    std::vector<T> some;
+// Of numbers [n_layer, per_layer] those of the part's layers, as floats.
+template <typename T> std::vector<float> of_layers(const device_part & part, const T * all, size_t per_layer) {
+    std::vector<float> some;
     some.reserve(part.layers.size() * per_layer);
     for (const device_layer & layer : part.layers) {
         some.insert(some.end(), all + layer.il * per_layer, all + (layer.il + 1) * per_layer);
@@ -83,7 +83,7 @@ void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_asked
     std::fill_n(paid, shape.n_layer * H * n, 0.0f);
     std::vector<float> some(shape.n_layer * H * n);
     for (device_part * part : with_host(n_threads)) {
-        const auto holds = of_layers<float>(*part, held, H * n);
+        const auto holds = of_layers(*part, held, H * n);
         for (size_t first = 0; first < asked.n; first += step) {
             const size_t             m = std::min<size_t>(step, asked.n - first);
             const std::vector<float> positions(asked.positions + first, asked.positions + first + m);
@@ -95,7 +95,8 @@ void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_asked
                 }
             }
             ggml_tensor *q = nullptr, *at_query = nullptr, *at_key = nullptr;
-            score_part(*part, shape, cells, n, 96, [&](device_graph & graph, graph_rows & rows, size_t l) {
+            // most nodes: 24 halvings of as many rows as there may be logits, five nodes each, and thirty others
+            score_part(*part, shape, cells, n, 160, [&](device_graph & graph, graph_rows & rows, size_t l) {
                 ggml_context * ctx = graph.ctx();
                 if (!q) {
                     q        = graph.input(GGML_TYPE_F32, int64_t(size), int64_t(m * group), int64_t(H * part->layers.size()), queries.data());
@@ -125,9 +126,9 @@ void in_place::score_expected(const std::vector<uint32_t> & at, const kvp_expect
     const std::vector<int32_t> cells(at.begin(), at.end());
     const size_t               n = at.size(), H = shape.n_head_kv, group = expected.n_head / H, size = shape.head_size_k;
     for (device_part * part : with_host(n_threads)) {
-        const auto   means       = of_layers<float>(*part, expected.means, expected.n_head * size);
-        const auto   covariances = of_layers<float>(*part, expected.covariances, expected.n_head * size * size);
-        const auto   out         = of_layers<float>(*part, expected.left_out, H * n);
+        const auto   means       = of_layers(*part, expected.means, expected.n_head * size);
+        const auto   covariances = of_layers(*part, expected.covariances, expected.n_head * size * size);
+        const auto   out         = of_layers(*part, expected.left_out, H * n);
         const auto   heads       = int64_t(H * part->layers.size());
         ggml_tensor *mean = nullptr, *covariance = nullptr, *hidden = nullptr;
         score_part(*part, shape, cells, n, 16 + 20 * group, [&](device_graph & graph, graph_rows & rows, size_t l) {
