@@ -123,15 +123,15 @@ def rows_to_keep(llm: kvp_edge.Llama) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return present, keep, np.concatenate((oldest, present[-limits.recent :]))
 
 
-def write_ms(llm: llama_cpp.Llama, n: int) -> float:
+def write_ms(llm: llama_cpp.Llama, n: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Milliseconds per token, one by one; the tokens are taken back."""
     before = llm.n_tokens
     llm.eval([7])  # warm up
-    started = time.perf_counter()
+    started = clock()
     for _ in range(n):
         llm.eval([7])
         llama_cpp.llama_synchronize(llm.ctx)  # as who looks at the logits waits for them
-    spent = time.perf_counter() - started
+    spent = clock() - started
     llm.n_tokens = before
     return 1e3 * spent / n
 
