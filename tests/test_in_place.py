@@ -301,27 +301,35 @@ def test_heads_that_are_no_whole_words_on_a_device_go_through_the_state(
 # -- scores ----------------------------------------------------------------------------------
 
 
+SCORED = pytest.mark.parametrize(
+    "types",
+    [("F16", "F16", False), ("F32", "F32", True), ("Q8_0", "Q8_0", True), ("Q4_0", "F16", False)],
+    ids=lambda types: "-".join(map(str, types)),
+)
+
+
+def evicted(load: Loader, path: str, type_k: str, type_v: str, flash_attn: bool) -> Llama:
+    """Tokens with gaps between them, in cells all over."""
+    options = {"type_k": TYPES[type_k], "type_v": TYPES[type_v], "flash_attn": flash_attn}
+    llm = load(path, **BOUND, **options, granularity="token", pack="device")
+    llm.eval(random_tokens(300))
+    assert llm.kv_stats.evictions > 0
+    return llm
+
+
 @pytest.mark.parametrize(
     "shape", [LLAMA, SMALL_HEADS, WINDOW], ids=lambda s: f"{s.arch}{s.head_dim}"
 )
-@pytest.mark.parametrize(
-    ("type_k", "type_v", "flash_attn"),
-    [("F16", "F16", False), ("F32", "F32", True), ("Q8_0", "Q8_0", True), ("Q4_0", "F16", False)],
-)
+@SCORED
 def test_scores_in_place_are_those_of_the_state_and_of_numpy(
     random_model: Maker,
     load: Loader,
     place: str,
     shape: ModelShape,
-    type_k: str,
-    type_v: str,
-    flash_attn: bool,
+    types: tuple[str, str, bool],
 ) -> None:
-    options = {"type_k": TYPES[type_k], "type_v": TYPES[type_v], "flash_attn": flash_attn}
-    llm = load(random_model(shape).path, **BOUND, **options, granularity="token", pack="device")
-    llm.eval(random_tokens(300))  # evicted: tokens with gaps between them, in cells all over
+    llm = evicted(load, random_model(shape).path, *types)
     assert llm._kv is not None
-    assert llm.kv_stats.evictions > 0
     cache, present = cache_of(llm), llm._kv.snapshot().present()
     tokens = llm.kv_positions
     s = cache.shape
@@ -367,22 +375,15 @@ def queries_at(cache: NativeCache, positions: list[int], seed: int = 0) -> Queri
 
 
 @pytest.mark.parametrize("shape", [LLAMA, WINDOW], ids=lambda s: s.arch)
-@pytest.mark.parametrize(
-    ("type_k", "type_v", "flash_attn"),
-    [("F16", "F16", False), ("F32", "F32", True), ("Q8_0", "Q8_0", True), ("Q4_0", "F16", False)],
-)
+@SCORED
 def test_what_rules_look_at_is_the_same_in_place_and_in_numpy(
     random_model: Maker,
     load: Loader,
     place: str,
     shape: ModelShape,
-    type_k: str,
-    type_v: str,
-    flash_attn: bool,
+    types: tuple[str, str, bool],
 ) -> None:
-    options = {"type_k": TYPES[type_k], "type_v": TYPES[type_v], "flash_attn": flash_attn}
-    llm = load(random_model(shape).path, **BOUND, **options, granularity="token", pack="device")
-    llm.eval(random_tokens(300))
+    llm = evicted(load, random_model(shape).path, *types)
     assert llm._kv is not None
     cache, present = cache_of(llm), llm._kv.snapshot().present()
     s, n = cache.shape, len(present)
