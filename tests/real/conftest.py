@@ -1,0 +1,31 @@
+"""Models that people use (scripts/real_models.py). A test whose model is not here is skipped, or
+fails if the model's name is in KVP_EDGE_REQUIRE_REAL, a list with commas between."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kvp_edge  # noqa: F401  # before the path is changed: the installed one is tested
+
+sys.path.append(str(Path(__file__).parents[2]))
+from scripts import real_models
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], str]:
+    """real_model("smollm2" | "qwen" | "gemma") -> path of the file that was fetched before."""
+
+    def path(name: str) -> str:
+        found = real_models.found(name)
+        if found is None:
+            required = os.environ.get("KVP_EDGE_REQUIRE_REAL", "").split(",")
+            sentence = f"needs a real model: python3 scripts/real_models.py {name}"
+            (pytest.fail if name in required else pytest.skip)(sentence)
+        return str(found)
+
+    return path
