@@ -21,6 +21,7 @@ from kvp_edge.chat_prompt import Message, next_turn, prompt_tokens
 from kvp_edge.cli import main
 from kvp_edge.evaluation import run
 from kvp_edge.evaluation.item import Continuation, Item, in_order, words_of
+from kvp_edge.evaluation.readers import OWN
 from kvp_edge.evaluation.records import (
     FULL,
     GOLDEN,
@@ -32,7 +33,8 @@ from kvp_edge.evaluation.records import (
     parse_record,
     read_records,
 )
-from kvp_edge.evaluation.run import OWN, Prompt, Run, Setting
+from kvp_edge.evaluation.run import Run
+from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.evaluation.subject import Subject
 from kvp_edge.evaluation.tasks import GENERATION, TASKS
 from kvp_edge.llama import Llama

@@ -18,6 +18,7 @@ from kvp_edge.evaluation import plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
+from kvp_edge.evaluation.setting import Prompt, Setting, budget_of
 from kvp_edge.evaluation.tasks import GENERATION, RULER, TASKS, data_tasks
 from kvp_edge.llama import Llama
 from kvp_edge.whole_spans import KEEP_WHOLE
@@ -211,7 +212,7 @@ def _plot(found: Sequence[records.Record], out: Path) -> None:
 
 
 def _draw(
-    the_run: run.Run, setting: run.Setting, todo: Sequence[run.Prompt], count: int, folder: Path
+    the_run: run.Run, setting: Setting, todo: Sequence[Prompt], count: int, folder: Path
 ) -> None:
     """A page and a picture for each of the first ``count`` conversations of every task."""
     drawn = [prompt for prompt in todo if prompt.number < count]
@@ -231,7 +232,7 @@ def _draw(
 
 def _jobs(
     args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]
-) -> list[tuple[run.Setting, Sequence[run.Prompt]]]:
+) -> list[tuple[Setting, Sequence[Prompt]]]:
     """Every setting with the conversations it reads, the full cache first."""
     names = _task_names(args.tasks, tasks)
     policies = _names(args.policies) if args.policies else run.known_policies(the_run.model)
@@ -241,18 +242,18 @@ def _jobs(
         run.check_policy(policy, the_run.model)
     lengths = [_length(text) for text in _names(args.lengths)]
     how = {"mode": args.mode, "question": args.question, "granularity": args.granularity}
-    jobs: list[tuple[run.Setting, Sequence[run.Prompt]]] = []
+    jobs: list[tuple[Setting, Sequence[Prompt]]] = []
     with closing(Llama(the_run.model, n_ctx=256, verbose=False)) as llm:
         for length in lengths:
             made = run.prompts(llm, tasks, names, length, args.items, args.seed, the_run.engine)
             groups = [made]
             if args.workers > 1:
                 groups = [[p for p in made if p.task == name] for name in names]
-            budgets = [run.budget_of(text, length) for text in _names(args.budgets)]
+            budgets = [budget_of(text, length) for text in _names(args.budgets)]
             options_: list[tuple[str, int | None]] = [(records.FULL, None)]
             options_ += [(p, b) for p, b in product(policies, budgets) if p != records.FULL]
             for policy, budget in options_:
-                setting = run.Setting(
+                setting = Setting(
                     **how,
                     length=length,
                     longest=max(p.longest for p in made),

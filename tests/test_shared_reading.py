@@ -1,0 +1,167 @@
+"""One-shot mode reads a conversation once for all settings; records are those of reading it anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import random_tokens
+from kvp_edge.cli import main
+from kvp_edge.context_shift import ContextShift
+from kvp_edge.evaluation import run
+from kvp_edge.evaluation.readers import OWN
+from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT, Record, read_records
+from kvp_edge.evaluation.run import Run
+from kvp_edge.evaluation.setting import Prompt, Setting
+from kvp_edge.evaluation.subject import Subject
+from kvp_edge.evaluation.tasks import TASKS
+from kvp_edge.llama import Llama
+from kvp_edge.own_policy import own_policy
+from kvp_edge.policies import H2O, POLICIES, SnapKV
+
+ENGINE: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def asked(bundled_model: str) -> list[Prompt]:
+    """A question, a text with an ending, and several questions one after the other."""
+    llm = Llama(bundled_model, n_ctx=256, **ENGINE)
+    made = run.prompts(llm, TASKS, ["fact", "books", "quiz"], LENGTH, 1, seed=0)
+    llm.close()
+    return made
+
+
+@pytest.fixture(scope="module")
+def the_run(bundled_model: str) -> Run:
+    return Run(bundled_model, 0, "f16", "f16", ENGINE)
+
+
+def jobs(asked: list[Prompt], options: Sequence[tuple[str, int | None]], **how: Any) -> list[Any]:
+    longest = max(prompt.longest for prompt in asked)
+    base = Setting("one-shot", "unseen", "head", LENGTH, longest, None, FULL, True)
+    return [
+        (replace(base, policy=policy, budget=budget, **how), asked) for policy, budget in options
+    ]
+
+
+def read_anew(model: str, setting: Setting, prompt: Prompt) -> dict[str, Any]:
+    """What is compared of a record, from a model that was loaded for it and for nothing else."""
+    n, budget = setting.longest, setting.budget
+    policy = own_policy(model) if setting.policy == OWN else setting.policy
+    how: dict[str, Any] = {
+        "granularity": setting.granularity,
+        "keep_whole": setting.keep_whole,
+        "isolate_turns": setting.isolate_turns,
+        **({} if setting.protected else {"sinks": 0, "recent": 1}),
+    }
+    whole = budget is None or setting.policy == SHIFT
+    with closing(
+        Subject.whole(model, n, **ENGINE)
+        if whole
+        else Subject(model, n, n, budget or n, policy=policy, **how, **ENGINE)
+    ) as subject:
+        shift = ContextShift(subject, cells=budget) if setting.policy == SHIFT else None
+        if shift is not None:
+            subject.read = shift.read  # type: ignore[method-assign]
+        seen = setting.question == "seen" and prompt.item is not None
+        tokens: list[int] = prompt.tokens.tolist()
+        cut = len(tokens) if seen else prompt.border
+        subject.read(tokens[:cut])
+        if not whole:
+            subject.evict()
+        kept, reply = subject.held, ""
+        if prompt.item is None:
+            score = round(float(subject.losses(tokens[cut:]).mean()), 6)
+        else:
+            if tokens[cut:]:
+                subject.read(tokens[cut:])
+            replies = [subject.text(r) for r in subject.converse(prompt.turns, prompt.reply_tokens)]
+            score, reply = prompt.item.score(*replies), "\n".join(replies)
+        stats = subject.kv_stats
+        return {
+            "kept": kept,
+            "dropped": cut - kept,
+            "evictions": stats.evictions if shift is None else shift.shifts,
+            "reply": reply,
+            "score": score,
+            "kv_bytes": stats.kv_bytes * subject.n_tokens // stats.cells,
+        }
+
+
+def assert_as_anew(model: str, records: list[Record], all_jobs: list[Any]) -> None:
+    found = {record.key(): record for record in records}
+    a_run = Run(model, 0, "f16", "f16", ENGINE)
+    wanted = [(setting, prompt) for setting, todo in all_jobs for prompt in todo]
+    assert len(records) == len(found) == len(wanted)
+    for setting, prompt in wanted:
+        record, anew = found[a_run.key(setting, prompt)], read_anew(model, setting, prompt)
+        assert {name: getattr(record, name) for name in anew} == anew, (setting, prompt.task)
+
+
+# Queries are looked at in four ways here, one of which clears what it has counted.
+COMPARED = [
+    (FULL, None),
+    ("h2o", 64),
+    ("h2o", 128),
+    ("snapkv", 64),
+    ("tova", 64),
+    ("expected-attention", 64),
+    (OWN, 64),
+    (OWN, 128),
+    ("keydiff", 64),
+    ("random", 64),
+    (SHIFT, 64),
+]
+
+
+@pytest.mark.parametrize("question", ["unseen", "seen"])
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_records_are_those_of_reading_every_conversation_anew(
+    the_run: Run, asked: list[Prompt], question: str, granularity: str
+) -> None:
+    todo = jobs(asked, COMPARED, question=question, granularity=granularity)
+    assert_as_anew(the_run.model, list(run.run_all(the_run, todo, 1)), todo)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"keep_whole": "sentences"}, {"isolate_turns": True}, {"protected": False}],
+    ids=lambda how: next(iter(how)),
+)
+def test_so_are_those_of_other_rules(
+    the_run: Run, asked: list[Prompt], how: dict[str, Any]
+) -> None:
+    todo = jobs(asked[:2], [("snapkv", 64), ("random", 64), ("keydiff", 128)], **how)
+    assert_as_anew(the_run.model, list(run.run_all(the_run, todo, 1)), todo)
+
+
+def test_both_oracles_and_all_budgets_share_a_trace_and_differ_from_each_other_as_alone(
+    the_run: Run, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvp_edge.capture import Tracer
+
+    traced: list[int] = []
+    capture = Tracer.capture
+
+    def counted(self: Tracer, tokens: Sequence[int], *args: Any) -> Any:
+        traced.append(len(tokens))
+        return capture(self, tokens, *args)
+
+    monkeypatch.setattr(Tracer, "capture", counted)
+    todo = jobs(asked, [(ORACLE, 48), (GOLDEN, 48), (ORACLE, 96), (GOLDEN, 96)])
+    together = list(run.run_all(the_run, todo, 1))
+    assert len(traced) == len(asked)
+    alone = [record for job in todo for record in run.run_all(the_run, [job], 1)]
+    assert len({r.score for r in alone if r.measure == "loss"}) == 4
+    in_order = sorted(together, key=lambda r: (r.budget, r.policy, r.task))
+    for one, other in zip(
+        in_order, sorted(alone, key=lambda r: (r.budget, r.policy, r.task)), strict=True
+    ):
+        assert replace(one, seconds=0.0) == replace(other, seconds=0.0)
