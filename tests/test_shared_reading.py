@@ -1,4 +1,4 @@
-"""One-shot mode reads a conversation once for all settings; records are those of reading it anew."""
+"""One-shot mode reads a conversation once for all settings; records are those of reading anew."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from conftest import random_tokens
+from kvp_edge.capture import Tracer
 from kvp_edge.cli import main
 from kvp_edge.context_shift import ContextShift
+from kvp_edge.errors import PolicyFileError
 from kvp_edge.evaluation import run
 from kvp_edge.evaluation.readers import OWN
 from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT, Record, read_records
@@ -23,7 +25,8 @@ from kvp_edge.evaluation.subject import Subject
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
-from kvp_edge.policies import H2O, POLICIES, SnapKV
+from kvp_edge.policies import H2O, SnapKV
+from kvp_edge.policy_file import read_policy, write_policy
 
 ENGINE: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 LENGTH = 512
@@ -145,8 +148,6 @@ def test_so_are_those_of_other_rules(
 def test_both_oracles_and_all_budgets_share_a_trace_and_differ_from_each_other_as_alone(
     the_run: Run, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvp_edge.capture import Tracer
-
     traced: list[int] = []
     capture = Tracer.capture
 
@@ -165,3 +166,103 @@ def test_both_oracles_and_all_budgets_share_a_trace_and_differ_from_each_other_a
         in_order, sorted(alone, key=lambda r: (r.budget, r.policy, r.task)), strict=True
     ):
         assert replace(one, seconds=0.0) == replace(other, seconds=0.0)
+
+
+def test_a_conversation_is_read_once_and_only_if_a_record_of_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read: list[int] = []
+    evaluate = Subject.eval
+
+    def counted(self: Subject, tokens: Sequence[int]) -> None:
+        read.append(len(tokens))
+        evaluate(self, tokens)
+
+    monkeypatch.setattr(Subject, "eval", counted)
+    command = ["eval", "--threads", "1", "--mode", "one-shot", "--tasks", "fact", "--items", "2"]
+    command += ["--lengths", "400", "--budgets", "1/4,1/8", "--out", str(tmp_path)]
+
+    def contexts(policies: str) -> int:
+        read.clear()
+        assert main([*command, "--policies", policies]) == 0
+        capsys.readouterr()
+        return sum(n > 200 for n in read)
+
+    assert contexts("keydiff,random,snapkv") == 2
+    assert contexts("keydiff,random,snapkv") == 0
+    lines = (tmp_path / "records.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 14
+    (tmp_path / "records.jsonl").write_text("".join(lines[:3] + lines[4:]))
+    assert contexts("keydiff,random,snapkv") == 1
+    assert contexts("keydiff,knorm") == 2
+    found = read_records(tmp_path / "records.jsonl")
+    assert len({record.key() for record in found}) == len(found) == 18
+
+
+def test_two_workers_find_the_same(the_run: Run, asked: list[Prompt]) -> None:
+    # a job for each task, as the command makes them for workers
+    todo = [
+        (setting, [prompt])
+        for prompt in asked[:2]
+        for setting, _ in jobs(asked, [(FULL, None), ("h2o", 64), (SHIFT, 64)])
+    ]
+    one, two = (
+        sorted((replace(r, seconds=0.0) for r in run.run_all(the_run, todo, n)), key=Record.key)
+        for n in (1, 2)
+    )
+    assert one == two
+    assert len(one) == len(todo)
+
+
+@pytest.fixture
+def subject(bundled_model: str) -> Iterator[Subject]:
+    with closing(
+        Subject(bundled_model, 700, 700, 700, policy="expected-attention", **ENGINE)
+    ) as made:
+        yield made
+
+
+def test_after_going_back_logits_queries_and_cells_are_those_of_reading(subject: Subject) -> None:
+    tokens = random_tokens(600)
+    subject.read(tokens)
+    assert subject._query_log is not None
+    mark, read = subject.bookmark(), subject._newest_logits().copy()
+    queries = subject._query_log.read(600)
+    kept = []
+    for policy in (SnapKV(), H2O(), H2O()):
+        subject.go_back(mark)
+        subject.policy = policy
+        subject.limit(100)
+        np.testing.assert_array_equal(subject._newest_logits(), read)
+        subject.evict()
+        assert (subject.held, subject.evictions) == (100, 1)
+        kept.append(subject.kv_positions)
+        subject.read(random_tokens(40, seed=1))
+    assert (kept[1] == kept[2]).all()  # the first one's clearing the log was its own affair
+    assert (kept[0] != kept[1]).any()
+    subject.go_back(mark)
+    subject.limit(700)
+    assert (subject.held, subject.evictions, subject.n_tokens) == (600, 0, 600)
+    again = subject._query_log.read(600)
+    np.testing.assert_array_equal(again.queries, queries.queries)
+    np.testing.assert_array_equal(again.positions, queries.positions)
+    assert subject._kv is not None
+    assert subject._kv.cache.check_cells(np.arange(600, dtype=np.int32))  # scored where they lie
+    subject.read(tokens[:64])
+    went_on = subject._newest_logits().copy()
+    subject.forget()
+    subject.read(tokens)
+    subject.read(tokens[:64])
+    np.testing.assert_array_equal(subject._newest_logits(), went_on)
+
+
+def test_a_policy_of_another_model_is_refused_before_anything_is_read(
+    the_run: Run, asked: list[Prompt], tmp_path: Path
+) -> None:
+    info, weights = read_policy(str(own_policy(the_run.model)))
+    path = tmp_path / "other.gguf"
+    write_policy(path, replace(info, architecture="other"), weights)
+    todo = jobs(asked[:1], [(FULL, None), ("keydiff", 64), (str(path), 64)])
+    records = run.run_all(the_run, todo, 1)
+    with pytest.raises(PolicyFileError, match="'other'"):
+        next(records)

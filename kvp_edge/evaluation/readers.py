@@ -20,7 +20,7 @@ from kvp_edge.evaluation.records import GOLDEN, ORACLE, PARTS, SHIFT
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.evaluation.subject import Bookmark, Shifted, Subject
 from kvp_edge.own_policy import own_policy
-from kvp_edge.policies import Learned, Policy, get_policy
+from kvp_edge.policies import Learned, get_policy
 from kvp_edge.traces import Trace
 
 #: The policy trained for the model.

@@ -159,25 +159,35 @@ class Run:
     def records_of(self, jobs: Sequence[Job]) -> Iterator[Record]:
         """The records of one setting, or of several that share their reading: all settings of a
         conversation, then those of the next."""
-        settings = [setting for setting, _ in jobs]
-        wanted = {id(prompt): prompt for _, todo in jobs for prompt in todo}
-        asked_in = [(setting, {id(prompt) for prompt in todo}) for setting, todo in jobs]
-        with reader_of(self.model, settings, self.engine) as reader:
-            for number, prompt in wanted.items():
-                for setting, asked in asked_in:
-                    if number not in asked:
-                        continue
-                    reader.prepare(setting, prompt)
-                    started = time.perf_counter()
-                    outcome = reader.ask(setting, prompt)
-                    seconds = round(time.perf_counter() - started, 3)
-                    yield self._record(setting, prompt, seconds=seconds, **outcome)
+        with reader_of(self.model, [setting for setting, _ in jobs], self.engine) as reader:
+            for setting, prompt in _by_conversation(jobs):
+                reader.prepare(setting, prompt)
+                started = time.perf_counter()
+                outcome = reader.ask(setting, prompt)
+                seconds = round(time.perf_counter() - started, 3)
+                yield self._record(setting, prompt, seconds=seconds, **outcome)
 
     def kept_tokens(self, setting: Setting, shown: Sequence[Prompt]) -> Iterator[KeptTokens]:
         """Which tokens of each conversation each head holds when the question comes."""
-        with reader_of(self.model, [setting], self.engine) as reader:
-            for prompt in shown:
-                yield reader.kept_tokens(setting, prompt)
+        for _, _, kept in self.all_kept_tokens([(setting, shown)]):
+            yield kept
+
+    def all_kept_tokens(self, jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt, KeptTokens]]:
+        """The same in all settings of all jobs."""
+        for group in _groups(jobs):
+            with reader_of(self.model, [setting for setting, _ in group], self.engine) as reader:
+                for setting, prompt in _by_conversation(group):
+                    yield setting, prompt, reader.kept_tokens(setting, prompt)
+
+
+def _by_conversation(jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt]]:
+    """Every setting of the first conversation, then of the second..."""
+    read_in: dict[int, list[tuple[Setting, Prompt]]] = {}
+    for setting, todo in jobs:
+        for prompt in todo:
+            read_in.setdefault(id(prompt), []).append((setting, prompt))
+    for settings in read_in.values():
+        yield from settings
 
 
 def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
