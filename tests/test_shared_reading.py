@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import random_tokens
+from conftest import RandomModel, random_tokens
 from kvp_edge.capture import Tracer
 from kvp_edge.cli import main
 from kvp_edge.context_shift import ContextShift
@@ -27,6 +27,7 @@ from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import H2O, SnapKV
 from kvp_edge.policy_file import read_policy, write_policy
+from support.gguf_models import ModelShape
 
 ENGINE: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 LENGTH = 512
@@ -254,6 +255,56 @@ def test_after_going_back_logits_queries_and_cells_are_those_of_reading(subject:
     subject.read(tokens)
     subject.read(tokens[:64])
     np.testing.assert_array_equal(subject._newest_logits(), went_on)
+
+
+@pytest.mark.parametrize("granularity", ["head", "token"])
+@pytest.mark.parametrize(
+    ("shape", "cache"),
+    [
+        (
+            ModelShape("gemma3", head_dim=64, n_layer=4, sliding_window=24),
+            {"type_k": 0, "type_v": 0},
+        ),
+        (ModelShape("qwen2", head_dim=64, n_head=2), {"type_k": 8, "type_v": 8}),
+        (ModelShape("llama"), {"pack": "state", "flash_attn": True}),
+    ],
+    ids=["window", "quantised", "state"],
+)
+def test_so_are_they_in_other_caches(
+    random_model: Callable[[ModelShape], RandomModel],
+    shape: ModelShape,
+    cache: dict[str, Any],
+    granularity: str,
+) -> None:
+    if cache.get("type_v") == 8:
+        cache = {**cache, "flash_attn": True}  # llama.cpp has quantised values only with it
+    n, path, how = 300, random_model(shape).path, {"granularity": granularity, **cache, **ENGINE}
+    for seed in (0, 1):
+        tokens, more = random_tokens(n, seed), random_tokens(20, seed + 9)
+        with closing(Subject(path, 400, 400, 80, policy="snapkv", **how)) as anew:
+            anew.read(tokens)
+            anew.evict()
+            kept = anew.kv_positions
+            anew.read(more)
+            wanted = anew._newest_logits().copy()
+        with closing(Subject(path, 400, 400, 400, policy="h2o", **how)) as shared:
+            shared.read(random_tokens(n, seed=5))
+            shared.forget()
+            shared.read(tokens)
+            mark = shared.bookmark()
+            for policy, budget in ((H2O(), 100), (SnapKV(), 80), (SnapKV(), 80)):
+                shared.go_back(mark)
+                shared.policy = policy
+                shared.limit(budget)
+                shared.evict()
+                held = shared.kv_positions
+                shared.read(more)
+            np.testing.assert_array_equal(held, kept)
+            got = shared._newest_logits()
+            if shape.sliding_window:  # cells in another order: other rounding
+                np.testing.assert_allclose(got, wanted, atol=5e-3)
+            else:
+                np.testing.assert_array_equal(got, wanted)
 
 
 def test_a_policy_of_another_model_is_refused_before_anything_is_read(

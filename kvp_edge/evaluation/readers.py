@@ -157,8 +157,10 @@ class SharedReader(Reader):
     differ in policy and budget alone. The full cache may be one of them.
 
     Each setting gets the state that reading left: llama.cpp's cells, the logits of the last token,
-    and, for policies that look at queries, the log of all of them. Reading is the same for all, to
-    the last bit: no policy has a part in it before tokens are dropped.
+    and, for policies that look at queries, the log of all of them. Reading is the same for all: no
+    policy has a part in it before tokens are dropped. What follows is the same as after reading the
+    conversation anew, to the last bit, but for models with sliding windows: llama.cpp puts the
+    cells of a window back in another order, and so rounds sums otherwise.
 
     Args:
         model: GGUF file.
