@@ -26,6 +26,7 @@ from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import H2O, SnapKV
+from kvp_edge.policies.attention import ByAttention
 from kvp_edge.policy_file import read_policy, write_policy
 from support.gguf_models import ModelShape
 
@@ -213,6 +214,23 @@ def test_two_workers_find_the_same(the_run: Run, asked: list[Prompt]) -> None:
     )
     assert one == two
     assert len(one) == len(todo)
+
+
+def test_a_context_is_scored_once_for_all_budgets_of_a_policy(
+    the_run: Run, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[str] = []
+    score = ByAttention.score_in_place
+
+    def counted(self: ByAttention, *args: Any) -> Any:
+        scored.append(self.name)
+        return score(self, *args)
+
+    monkeypatch.setattr(ByAttention, "score_in_place", counted)
+    budgets = (48, 64, 96)
+    todo = jobs(asked[:2], [(policy, b) for policy in ("h2o", "tova") for b in budgets])
+    assert len(list(run.run_all(the_run, todo, 1))) == 12
+    assert scored == ["h2o", "tova"] * 2
 
 
 @pytest.fixture

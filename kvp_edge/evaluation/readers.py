@@ -20,7 +20,7 @@ from kvp_edge.evaluation.records import GOLDEN, ORACLE, PARTS, SHIFT
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.evaluation.subject import Bookmark, Shifted, Subject
 from kvp_edge.own_policy import own_policy
-from kvp_edge.policies import Learned, get_policy
+from kvp_edge.policies import Learned, Policy, get_policy
 from kvp_edge.traces import Trace
 
 #: The policy trained for the model.
@@ -157,7 +157,8 @@ class SharedReader(Reader):
     differ in policy and budget alone. The full cache may be one of them.
 
     Each setting gets the state that reading left: llama.cpp's cells, the logits of the last token,
-    and, for policies that look at queries, the log of all of them. Reading is the same for all: no
+    and, for policies that look at queries, the log of all of them. A policy scores it once for all
+    budgets that follow each other. Reading is the same for all: no
     policy has a part in it before tokens are dropped. What follows is the same as after reading the
     conversation anew, to the last bit, but for models with sliding windows: llama.cpp puts the
     cells of a window back in another order, and so rounds sums otherwise.
@@ -175,8 +176,8 @@ class SharedReader(Reader):
             name: get_policy(_named(name, model)) for name in chosen if name not in (ORACLE, GOLDEN)
         }
         self._oracles = _Oracles(model, n_ctx, engine)
-        self._read: Prompt | None = None  # whose state there is
-        self._state: Bookmark | None = None
+        self._read: tuple[Prompt, Bookmark] | None = None  # the newest conversation
+        self._scored: tuple[str, Bookmark] | None = None  # the same by the newest policy
         if not chosen:
             self._subject = Subject.whole(model, n_ctx, **engine)
             return
@@ -197,27 +198,36 @@ class SharedReader(Reader):
         self._oracles.close()
 
     def prepare(self, setting: Setting, prompt: Prompt) -> None:
-        if self._read is not prompt:
-            self._read = None
-            self._subject.forget()
-            self._subject.read(prompt.tokens[: _cut(setting, prompt)].tolist())
-            self._state, self._read = self._subject.bookmark(), prompt
-        if setting.policy in (ORACLE, GOLDEN):
-            self._oracles.of(prompt, setting.policy)
+        self._start_of(setting, prompt)
 
     def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
-        self.prepare(setting, prompt)
         subject = self._subject
-        assert self._state is not None
-        subject.go_back(self._state)
+        subject.go_back(self._start_of(setting, prompt))
         if setting.budget is not None:
-            if setting.policy in (ORACLE, GOLDEN):
-                subject.policy = self._oracles.of(prompt, setting.policy)
-            else:
-                subject.policy = self._policies[setting.policy]
             subject.limit(min(setting.budget, setting.longest))
             subject.evict()
         return subject, _cut(setting, prompt)
+
+    def _start_of(self, setting: Setting, prompt: Prompt) -> Bookmark:
+        """The context read and, but for the full cache, scored by the setting's policy."""
+        subject = self._subject
+        if self._read is None or self._read[0] is not prompt:
+            self._read = self._scored = None
+            subject.forget()
+            subject.read(prompt.tokens[: _cut(setting, prompt)].tolist())
+            self._read = prompt, subject.bookmark()
+        state = self._read[1]
+        if setting.budget is None:
+            return state
+        if self._scored is None or self._scored[0] != setting.policy:
+            if setting.policy in (ORACLE, GOLDEN):
+                policy: Policy = self._oracles.of(prompt, setting.policy)
+            else:
+                policy = self._policies[setting.policy]
+            subject.go_back(state)
+            subject.policy = policy
+            self._scored = setting.policy, subject.scored(state)
+        return self._scored[1]
 
 
 class _Oracles:

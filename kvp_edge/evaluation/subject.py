@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import llama_cpp
@@ -119,6 +119,13 @@ class Subject(Llama):
             n_batch=limits.n_batch,
             bytes_per_cell=0,  # the budget is in tokens
         )
+
+    def scored(self, at: Bookmark) -> Bookmark:
+        """``at``, where the subject is now, with all tokens scored by its policy: evictions to one
+        budget after the other then score nothing again."""
+        assert self._kv is not None
+        self._kv.score()
+        return replace(at, table=self._kv.snapshot())
 
     def bookmark(self) -> Bookmark:
         """What was read so far, to ``go_back`` to."""
