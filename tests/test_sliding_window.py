@@ -80,10 +80,12 @@ def test_every_kind_of_cache_goes_on_beyond_its_window_in_place_as_through_the_s
     model = random_model(windowed(LARGE))
     got = []
     for pack in ("device", "state"):
+        ways: list[str] = []
         llm = load(
             model.path,
             **BOUND,
             kv_budget=budget,
+            on_evict=lambda e, ways=ways: ways.append(e.pack),
             granularity="head",
             policy=Noise(),
             logits_all=True,
@@ -95,13 +97,16 @@ def test_every_kind_of_cache_goes_on_beyond_its_window_in_place_as_through_the_s
         )
         watch = Watch(llm, model.shape)
         read_in_pieces(llm)
-        assert llm.kv_stats.evictions >= 2
+        assert len(ways) >= 2
+        assert set(ways) == {pack if budget > LARGE else "state"}
         got.append((llm.kv_positions, np.array(llm.scores[: llm.n_tokens])))
     (in_place, logits), (as_state, others) = got
     np.testing.assert_array_equal(in_place, as_state)
-    coarse = "q8_0" in types  # measured: below 0.02 and 0.1
-    assert difference(logits, others) < (0.2 if coarse else 0.04)
-    assert difference(logits, watch.expected(model.reference)) < (0.4 if coarse else 0.08)
+    # Sums go over cells in another order; measured: below 0.03. Of an exact attention, which the
+    # reference's is, f16 and flash attention are as far away as 0.04, and 8 bits as 0.24.
+    assert difference(logits, others) < 0.06
+    want = watch.expected(model.reference)
+    assert difference(logits, want) < (0.4 if "q8_0" in types else 0.08)
 
 
 def test_at_token_granularity_a_window_needs_no_cells(random_model: Maker, load: Loader) -> None:
