@@ -88,8 +88,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "auto": the policy trained for this model if it lies beside it (kvp-*.gguf) or comes
             with the package, else "keydiff".
         granularity: "head": every (layer, KV head) keeps its own tokens. "token": a token is
-            dropped from every layer and head at once. "auto": "head" where the model and the
-            cache's types allow it, else "token".
+            dropped from every layer and head at once. "auto": "head" where the model, the cache's
+            types and a budget in memory allow it, else "token".
         positions: "keep": every token keeps its position for life. "compact": when positions would
             pass what the model was trained for, the tokens held are moved to the front, so that a
             conversation can go on for ever.
@@ -101,13 +101,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
-            n_batch.
+            n_batch. More where a model's sliding window needs cells (kvp_edge.limits).
         protect_system: never drop the system prompt of create_chat_completion.
         pack: "device": the cache is scored and packed where it lies, in host memory or on a device
             (CUDA, Metal, ...), where only cell numbers and scores cross to the host. "state": it
             goes through llama.cpp's state, out and back in. "auto": "device" where possible.
         on_evict: called with an Eviction after each eviction.
-        n_batch: most tokens decoded at once; None: 512, or the reserve if smaller.
+        n_batch: most tokens decoded at once; None: 512, or what fits into the reserve and beside a
+            sliding window.
 
     Raises:
         UnsupportedModelError: missing, truncated or foreign file, or a model whose cache cannot be
