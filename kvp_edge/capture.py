@@ -22,8 +22,7 @@ import numpy.typing as npt
 from kvp_edge.attention_from_queries import AttentionFromQueries
 from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
-from kvp_edge.llama_log import listen
-from kvp_edge.native import CacheShape, NativeCache, _call, _lib, read_model_shape
+from kvp_edge.native import CacheShape, NativeCache, _call, _lib
 
 FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
@@ -38,6 +37,10 @@ _BYTES_PER_TOKEN = 8
 _PLAIN_TYPES = (None, 0, 1, 30)
 #: llama.cpp pads caches to this many cells.
 _CELL_UNIT = 256
+
+
+def _round_up(n_tokens: int) -> int:
+    return -(-n_tokens // _CELL_UNIT) * _CELL_UNIT
 
 
 class _Plan(ctypes.Structure):
@@ -192,14 +195,12 @@ class Tracer(Llama):
             # llama.cpp aborts when its micro-batch is smaller than the number of sequences
             engine["n_ubatch"] = n_ubatch = max(2, engine.get("n_ubatch") or 512)
             engine["n_batch"] = max(n_ubatch, engine.get("n_batch") or 0)
-            # A window cache must be smaller than the base cache, to be told from it by its size
-            # (2 sequences' windows and a micro-batch: llama_kv_cache_iswa).
-            with listen(pass_on=False):
-                window = read_model_shape(model_path).sliding_window
-            windows = 2 * window + n_ubatch + 2 * _CELL_UNIT if window else 0
-            cells = -(-max(length, windows, _CELL_UNIT) // _CELL_UNIT) * _CELL_UNIT
             super().__init__(
-                model_path, n_ctx=cells, swa_full=False, flash_attn=self.flash_attn, **engine
+                model_path,
+                n_ctx=_round_up(max(1, length)),
+                swa_full=False,
+                flash_attn=self.flash_attn,
+                **engine,
             )
             self._native = NativeCache(self._ctx.ctx)
             self._attention.start(self._ctx.ctx, self._native, self.n_batch)
@@ -219,6 +220,14 @@ class Tracer(Llama):
         params.n_seq_max, params.kv_unified = 2, True  # see native/kvp_edge.h
         self._attention.set_callback(params)
         self._context_params = params
+
+    def _size_context(self, window: int) -> None:
+        # A window cache must be smaller than the base cache, to be told from it by its size (2
+        # sequences' windows and a micro-batch: llama_kv_cache_iswa).
+        if window:
+            params = self.context_params
+            windows = 2 * window + params.n_ubatch + 2 * _CELL_UNIT
+            params.n_ctx = max(params.n_ctx, _round_up(windows))
 
     def close(self) -> None:
         if self._native is not None:

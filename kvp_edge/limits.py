@@ -13,6 +13,9 @@ CELL_UNIT = 256
 DEFAULT_SINKS = 4
 MIN_DEFAULT_RESERVE = 256
 DEFAULT_BATCH = 512
+#: Beside a sliding window a batch is not made smaller than this to save cells or memory: a batch of
+#: a few tokens would read a prompt as slowly as a reply is written.
+MIN_WINDOW_BATCH = 32
 
 _MEMORY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(KiB|MiB|GiB|KB|MB|GB)\s*", re.IGNORECASE)
 _UNIT = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -50,7 +53,9 @@ class CacheLimits:
         n_batch: the most tokens read at once.
 
     Invariant: an eviction leaves at least ``n_batch`` free cells, so a batch always fits; or the
-    logical context fits into the cells and nothing is ever evicted.
+    logical context fits into the cells and nothing is ever evicted. The same holds in the window
+    cache of a model with sliding-window layers, of which an eviction frees nothing: it has the
+    cells for all that the next token sees of the window, and a batch.
     """
 
     n_ctx: int
@@ -66,7 +71,11 @@ class CacheLimits:
         return self.cells - self.budget
 
     def with_cells(self, cells: int) -> CacheLimits:
-        """The same budget in other cells, budget < cells <= n_ctx; llama.cpp may have more."""
+        """The same budget, evicted to as soon as ``cells`` are full, budget < cells <= n_ctx.
+
+        llama.cpp has as many cells as were planned: a window cache keeps its room, since no batch
+        becomes larger.
+        """
         return replace(self, cells=cells, n_batch=min(self.n_batch, cells - self.budget))
 
     @classmethod
@@ -80,6 +89,7 @@ class CacheLimits:
         reserve: int | None = None,
         n_batch: int | None = None,
         bytes_per_cell: int,
+        window: int = 0,
     ) -> CacheLimits:
         """Turn what a user asks for into numbers that fit together.
 
@@ -91,9 +101,14 @@ class CacheLimits:
             recent: newest tokens to protect; a quarter of the budget, at most 256, when None.
             reserve: free cells after an eviction; when None a quarter of the budget, but at least
                 256 and ``n_batch``: an eviction looks at every cell, so a larger cache should see
-                fewer of them. Rounding the cells up to a multiple of 256 adds to it.
-            n_batch: largest batch; when None, 512 or the reserve, whichever is smaller.
+                fewer of them. What a window needs, and rounding the cells up to a multiple of 256,
+                adds to it.
+            n_batch: largest batch; when None, at most 512, and no more than fits into the reserve
+                and beside the window.
             bytes_per_cell: K and V of one token over all layers, for budgets in bytes.
+            window: tokens that a layer with a sliding window sees, the newest included; 0: no layer
+                has one whose tokens must stay. llama.cpp keeps these layers in a cache of
+                min(cells, 2 window + batch) cells (llama_kv_cache_iswa; ``cells`` with swa_full).
 
         Raises:
             BudgetError: the numbers contradict each other.
@@ -112,6 +127,7 @@ class CacheLimits:
         if n_batch is not None and n_batch < 1:
             raise BudgetError(f"n_batch must be at least 1 token, not {n_batch}")
 
+        in_sight = max(0, window - 1)  # tokens read that the next one sees through the window
         if isinstance(kv_budget, str):
             cells = cls._cells_in(kv_budget, bytes_per_cell)
             if reserve is None:
@@ -128,7 +144,8 @@ class CacheLimits:
             budget = kv_budget
             if reserve is None:
                 reserve = max(MIN_DEFAULT_RESERVE, budget // 4, n_batch or 0)
-            cells = _round_up(budget + reserve)
+            beside = n_batch or MIN_DEFAULT_RESERVE
+            cells = _round_up(max(budget + reserve, in_sight + beside))
         # cells beyond the logical context could never be used
         cells = min(cells, _round_up(n_ctx))
         never_full = cells >= n_ctx
@@ -151,7 +168,17 @@ class CacheLimits:
                     f"({cells} cells, kv_budget={budget}): raise reserve to {n_batch}, lower "
                     "n_batch, or leave n_batch out"
                 )
-            batch = n_batch or min(DEFAULT_BATCH, room)
+            beside = cells - in_sight
+            if beside < (n_batch or MIN_WINDOW_BATCH):
+                needed = _round_up(in_sight + (n_batch or MIN_WINDOW_BATCH))
+                lower = f"lower n_batch to {beside}, " if beside >= MIN_WINDOW_BATCH else ""
+                raise BudgetError(
+                    f"kv_budget={kv_budget} gives {cells} cells, but the model's sliding window of "
+                    f"{window} tokens and a batch of {n_batch or MIN_WINDOW_BATCH} need {needed}: "
+                    f"give {needed * bytes_per_cell / 2**20:.2f} MiB, {lower}or use "
+                    "granularity='token', which takes tokens out of the window, too"
+                )
+            batch = n_batch or min(DEFAULT_BATCH, room, beside)
         return cls(n_ctx, cells, budget, sinks, recent, batch)
 
     @staticmethod

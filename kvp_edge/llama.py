@@ -88,8 +88,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "auto": the policy trained for this model if it lies beside it (kvp-*.gguf) or comes
             with the package, else "keydiff".
         granularity: "head": every (layer, KV head) keeps its own tokens. "token": a token is
-            dropped from every layer and head at once. "auto": "head" where the model and the
-            cache's types allow it, else "token".
+            dropped from every layer and head at once. "auto": "head" where the model, the cache's
+            types and a budget in memory allow it, else "token".
         positions: "keep": every token keeps its position for life. "compact": when positions would
             pass what the model was trained for, the tokens held are moved to the front, so that a
             conversation can go on for ever.
@@ -101,13 +101,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
-            n_batch.
+            n_batch. More where a model's sliding window needs cells (kvp_edge.limits).
         protect_system: never drop the system prompt of create_chat_completion.
         pack: "device": the cache is scored and packed where it lies, in host memory or on a device
             (CUDA, Metal, ...), where only cell numbers and scores cross to the host. "state": it
             goes through llama.cpp's state, out and back in. "auto": "device" where possible.
         on_evict: called with an Eviction after each eviction.
-        n_batch: most tokens decoded at once; None: 512, or the reserve if smaller.
+        n_batch: most tokens decoded at once; None: 512, or what fits into the reserve and beside a
+            sliding window.
 
     Raises:
         UnsupportedModelError: missing, truncated or foreign file, or a model whose cache cannot be
@@ -119,12 +120,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     _kv: EvictionManager | None = None
     _query_log: QueryLog | None = None  # for a policy that looks at queries
     _watch: Watch | None = None  # of where the cache lies
+    _plan: Callable[..., CacheLimits] | None = None  # what was asked for; takes the window
+    _limits: CacheLimits | None = None  # what came of it
     _query_shift = 0  # the table's when the logged queries were computed
     _rescue: tuple[str, Callable[[], Any] | None] | None = None  # where to, and what besides
     _stop_rescue: Callable[[], None] | None = None
 
     # set by the base class
     n_tokens: int
+    n_batch: int
     _requires_eval: bool
     _logits_all: bool
 
@@ -174,6 +178,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             )
         if pack not in ("auto", "device", "state"):
             raise ValueError(f"pack must be 'auto', 'device' or 'state', not '{pack}'")
+        self._granularity = granularity  # "auto" until it is settled
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
@@ -184,7 +189,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._query_log = QueryLog()
         if kv_budget is not None and pack != "state":
             self._watch = Watch()
-        limits: CacheLimits | None = None
+        self._n_ubatch = kwargs.get("n_ubatch", 512)
         cells, batch = 512 if n_ctx is None else n_ctx, 512 if n_batch is None else n_batch
         if kv_budget is not None:
             if kwargs.get("embedding"):
@@ -194,7 +199,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 )
             with listen(pass_on=verbose):
                 shape = read_model_shape(model_path)
-            limits = CacheLimits.plan(
+            self._plan = partial(
+                CacheLimits.plan,
                 n_ctx=n_ctx or shape.n_ctx_train,
                 kv_budget=kv_budget,
                 sinks=sinks,
@@ -205,15 +211,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     _or_f16(kwargs.get("type_k")), _or_f16(kwargs.get("type_v"))
                 ),
             )
-            # llama.cpp aborts when its micro-batch is smaller than the number of sequences, here 2
-            # (see context_params); eval() still reads no more than limits.n_batch at once.
-            cells, batch = limits.cells, max(2, limits.n_batch)
-            kwargs["n_ubatch"] = max(2, kwargs.get("n_ubatch", 512))
-            if positions == "compact" and limits.cells > shape.n_ctx_train:
+            # What contradicts itself is refused before the model is loaded, which may take long.
+            cells = self._plan().cells  # more for a window: _size_context
+            if positions == "compact" and cells > shape.n_ctx_train:
                 raise BudgetError(
                     f"positions='compact' keeps positions below the {shape.n_ctx_train} tokens "
-                    f"that the model was trained for, and {limits.cells} cells are more: lower "
-                    "kv_budget or reserve"
+                    f"that the model was trained for, and {cells} cells are more: lower kv_budget "
+                    "or reserve"
                 )
 
         # Quiet, llama_cpp would still print llama.cpp's warning that the cells are fewer than the
@@ -221,14 +225,56 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         with listen(pass_on=verbose) as log:
             try:
                 super().__init__(model_path, n_ctx=cells, n_batch=batch, verbose=verbose, **kwargs)
+            except BudgetError:
+                self.close()
+                raise
             except ValueError as error:
                 reason = log.first_error()
                 if reason is None:
                     raise
                 raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
             self._kv_bytes = _kv_bytes(log)
-        if limits is not None:
-            self._bind(limits, chosen, shape.architecture)
+        if self._limits is not None:
+            self._bind(self._limits, chosen, shape.architecture)
+
+    # The base class makes the context from what it says in context_params and n_batch right after
+    # it has stored the model, and only then it is known what llama.cpp makes of sliding windows: it
+    # ignores some that a file names (phi3), and knows some that no file does (llama4).
+    @property
+    def _model(self) -> Any:
+        return self._loaded
+
+    @_model.setter
+    def _model(self, model: Any) -> None:
+        self._loaded = model
+        self._size_context(int(llama_cpp.llama_model_n_swa(model.model)))
+
+    def _size_context(self, window: int) -> None:
+        """Decide how many cells the context gets, now that the model is loaded.
+
+        Args:
+            window: tokens that its layers with a sliding window see; 0: it has none.
+
+        Raises:
+            BudgetError: what was asked for has no room for the window.
+        """
+        if self._plan is None:
+            return
+        if self._granularity == "token":
+            window = 0  # whose tokens go, too
+        try:
+            limits = self._plan(window=window)
+        except BudgetError:
+            if self._granularity != "auto":
+                raise
+            limits, self._granularity = self._plan(), "token"
+        self._limits = limits
+        # llama.cpp aborts when its micro-batch is smaller than the number of sequences, here 2 (see
+        # context_params); eval() still reads no more than limits.n_batch at once.
+        self.n_batch = max(2, limits.n_batch)
+        params = self.context_params
+        params.n_ctx, params.n_batch = limits.cells, self.n_batch
+        params.n_ubatch = max(2, min(self.n_batch, self._n_ubatch))
 
     # The base class makes its context parameters from llama.cpp's defaults and offers no way to
     # change these two, so they are set the moment it stores them. They let a second sequence tag
@@ -303,12 +349,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             )
 
     def _settle_granularity(self, cache: NativeCache) -> Granularity:
-        if self._bound.granularity == "token":
+        if self._granularity == "token":
             return "token"
         try:
             cache.check_packing()
         except UnsupportedModelError:
-            if self._bound.granularity == "auto":
+            if self._granularity == "auto":
                 return "token"
             raise
         return "head"

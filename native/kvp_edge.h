@@ -71,7 +71,8 @@ typedef struct kvp_model_shape {
     uint32_t n_layer;
     uint32_t head_size_k;               /* {arch}.attention.key_length or n_embd / n_head         */
     uint32_t head_size_v;
-    uint32_t sliding_window;            /* tokens; 0 when no layer has a sliding window           */
+    uint32_t sliding_window;            /* tokens, 0 when the file names none: llama.cpp may ignore
+                                           it or know another (llama_model_n_swa of the model)    */
     uint32_t n_head_kv[KVP_MAX_LAYERS]; /* first n_layer entries                                  */
 } kvp_model_shape;
 

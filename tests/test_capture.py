@@ -294,8 +294,12 @@ def with_sinks(weights: gguf_models.Weights, shape: ModelShape) -> None:
             weights[f"{b}ffn_{part}_exps.bias"] = np.zeros((2, len(one)), np.float32)
 
 
-def write_more_than_a_softmax(path: Path, arch: str) -> None:
-    """A random model with soft caps (gemma2), attention sinks (gpt-oss) or ALiBi (mpt)."""
+def write_more_than_a_softmax(path: Path, arch: str, window: int | None = 24) -> None:
+    """A random model with soft caps (gemma2), attention sinks (gpt-oss) or ALiBi (mpt).
+
+    Args:
+        window: what the file says of the sliding window of gemma2 and gpt-oss; None: nothing.
+    """
     if arch == "mpt":
         write_mpt(path)
         return
@@ -307,7 +311,8 @@ def write_more_than_a_softmax(path: Path, arch: str) -> None:
         return weights
 
     def extra(writer: GGUFWriter) -> None:
-        writer.add_sliding_window(24)
+        if window is not None:
+            writer.add_sliding_window(window)
         if arch == "gemma2":
             writer.add_attn_logit_softcapping(50.0)
         else:
@@ -319,6 +324,18 @@ def write_more_than_a_softmax(path: Path, arch: str) -> None:
         patch.setattr(gguf_models, "GGUFWriter", lambda path, _: GGUFWriter(path, arch))
         patch.setattr(gguf_models, "_draw_weights", draw)
         write_model(path, ModelShape("llama"), extra)
+
+
+def test_a_window_that_the_file_does_not_name_is_traced_as_well(
+    tmp_path: Path, tracer: Trace
+) -> None:
+    """llama.cpp takes 4,096 tokens for gemma2 then; the window cache must be smaller than the
+    other one, to be told from it."""
+    write_more_than_a_softmax(tmp_path / "model.gguf", "gemma2", window=None)
+    got = tracer(str(tmp_path / "model.gguf")).capture(random_tokens(50), 20)
+    assert len(got.keys) == 1  # of two layers one is global
+    for _, _, sums in block_sums(got):
+        assert np.isfinite(np.asarray(sums, np.float32)).all()
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gpt-oss", "mpt"])

@@ -63,6 +63,43 @@ def test_a_batch_may_be_large_when_nothing_is_ever_evicted() -> None:
     assert plan(kv_budget=512, n_ctx=512, reserve=1, n_batch=512).n_batch == 512
 
 
+def test_beside_a_sliding_window_there_are_cells_for_it_and_a_batch() -> None:
+    # 511 tokens in sight of the next one, and a batch of 256 or 257
+    assert plan(kv_budget=128, window=512).cells == 768
+    assert plan(kv_budget=512, window=512) == plan(kv_budget=512)
+    assert plan(kv_budget=400, window=512).n_batch == 257
+    assert plan(kv_budget=128, window=1024).cells == 1280
+    assert plan(kv_budget=128, window=1024).budget == 128
+    # exactly at the limit, and one token more
+    assert plan(kv_budget=100, reserve=100, n_batch=100, window=157).cells == 256
+    assert plan(kv_budget=100, reserve=100, n_batch=100, window=158).cells == 512
+    assert plan(kv_budget=100, reserve=100, n_batch=101, window=157).cells == 512
+
+
+def test_no_window_or_one_of_a_single_token_needs_no_cells() -> None:
+    assert plan(kv_budget=512, window=0) == plan(kv_budget=512, window=1) == plan(kv_budget=512)
+
+
+def test_a_text_that_fits_into_the_cells_needs_none_for_a_window() -> None:
+    assert plan(kv_budget=128, n_ctx=600, window=4096).cells == 768
+    assert plan(kv_budget="1MiB", n_ctx=512, window=4096).cells == 512
+
+
+def test_memory_without_room_for_the_window_is_refused_and_the_memory_named_is_enough() -> None:
+    asked = {"n_ctx": 100_000, "bytes_per_cell": 2**20, "window": 1024}
+    with pytest.raises(BudgetError, match=r"window of 1024 tokens .* batch of 32 need 1280: .*"):
+        plan(**{**asked, "kv_budget": "1024MiB"})
+    limits = plan(**{**asked, "kv_budget": "1280MiB"})
+    assert (limits.cells, limits.n_batch) == (1280, 256)
+
+
+def test_a_batch_without_room_beside_the_window_is_refused_and_the_largest_named() -> None:
+    asked = {"kv_budget": "768MiB", "bytes_per_cell": 2**20, "window": 512, "reserve": 300}
+    with pytest.raises(BudgetError, match=r"need 1024: give 1024.00 MiB, lower n_batch to 257,"):
+        plan(**asked, n_batch=258)
+    assert plan(**asked, n_batch=257).n_batch == 257
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -90,6 +127,7 @@ def test_impossible_numbers_are_refused_with_the_value(wrong: dict[str, object])
     recent=st.none() | st.integers(1, 600),
     reserve=st.none() | st.integers(1, 3000),
     n_batch=st.none() | st.integers(1, 3000),
+    window=st.just(0) | st.integers(1, 6000),
 )
 def test_whatever_is_accepted_keeps_the_invariants(
     n_ctx: int,
@@ -98,22 +136,28 @@ def test_whatever_is_accepted_keeps_the_invariants(
     recent: int | None,
     reserve: int | None,
     n_batch: int | None,
+    window: int,
 ) -> None:
+    asked = {
+        "n_ctx": n_ctx,
+        "kv_budget": kv_budget,
+        "sinks": sinks,
+        "recent": recent,
+        "reserve": reserve,
+        "window": window,
+    }
     try:
-        limits = plan(
-            n_ctx=n_ctx,
-            kv_budget=kv_budget,
-            sinks=sinks,
-            recent=recent,
-            reserve=reserve,
-            n_batch=n_batch,
-        )
+        limits = plan(**asked, n_batch=n_batch)
     except BudgetError:
         return
     assert limits.cells % CELL_UNIT == 0
     assert limits.budget > limits.sinks + limits.recent
     assert limits.n_batch >= 1
     assert limits.cells >= n_ctx or limits.budget + limits.n_batch <= limits.cells
+    assert limits.cells >= n_ctx or max(0, window - 1) + limits.n_batch <= limits.cells
+    if isinstance(kv_budget, int):
+        assert limits.budget == kv_budget  # a window takes nothing from what is kept
+        assert plan(**asked, n_batch=limits.n_batch) == limits  # as a copy of the model is made
 
 
 def test_a_budget_on_the_command_line_is_tokens_or_memory() -> None:

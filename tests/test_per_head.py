@@ -50,11 +50,24 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     )
 
 
-def any_history(random_model: Maker, data: st.DataObject, way: str) -> None:
+def any_history(
+    random_model: Maker,
+    data: st.DataObject,
+    way: str,
+    shape: ModelShape | None = None,
+    most: int = 700,
+    **more: Any,
+) -> None:
     """Reads, rewinds, saves and loads in any order; then every logit must be what the reference
-    gives when each query sees what its head held at the time."""
+    gives when each query sees what its head held at the time.
+
+    Args:
+        shape: of the model; None: any.
+        most: tokens that are read at most, or a few more.
+        more: arguments of Llama.
+    """
     draw = data.draw
-    model = random_model(draw(shapes()))
+    model = random_model(shape or draw(shapes()))
     budget = draw(st.integers(30, 120))
     options: dict[str, Any] = {
         "n_ctx": 2000,
@@ -68,6 +81,7 @@ def any_history(random_model: Maker, data: st.DataObject, way: str) -> None:
         "n_threads": 1,
         "n_threads_batch": 1,
         **F32,
+        **more,
     }
     llm = Llama(model.path, **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +91,7 @@ def any_history(random_model: Maker, data: st.DataObject, way: str) -> None:
         try:
             for step in range(draw(st.integers(2, 7))):
                 action = draw(st.sampled_from(["read", "read", "write", "rewind", "save", "load"]))
-                room = 700 - llm.n_tokens
+                room = most - llm.n_tokens
                 if action == "read":
                     n = max(0, min(room, draw(st.integers(1, 250))))
                     llm.eval(random_tokens(n + 1, seed=step)[1:])
