@@ -249,7 +249,7 @@ def _try(ggml: _Ggml, left_out: Sequence[str]) -> Iterator[Sequence[str]]:
     yield ["end"]
 
 
-def _no_traces() -> None:
+def leave_no_traces() -> None:
     """A crash here is an answer: it shall leave no core file, no report and no window."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nor is a crash handler started
@@ -262,7 +262,7 @@ def _no_traces() -> None:
 
 
 def _main(library: str, *left_out: str) -> None:
-    _no_traces()
+    leave_no_traces()
     for line in _try(_Ggml(library), left_out):
         print(*line, sep="\t", flush=True)
 

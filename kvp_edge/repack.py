@@ -13,7 +13,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvp_edge import buffer_types
+from kvp_edge import buffer_types, machine
 from kvp_edge.buffer_types import PLAIN
 from kvp_edge.trial import Trial, attempt, interpreter
 from kvp_edge.user_cache import recall, remember
@@ -153,36 +152,6 @@ def llama_library() -> Path:
     raise FileNotFoundError(f"there is no llama.cpp library {where}")
 
 
-#: Lines of /proc/cpuinfo that stay as they are; x86's, then others'.
-_OF_A_PROCESSOR = {
-    *("vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "flags"),
-    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision"),
-    *("Features", "isa", "uarch", "cpu", "machine"),
-}
-
-
-def _machine() -> dict[str, str]:
-    """What tells one machine from another, as far as products go: the processor, and who runs the
-    virtual machine, for that is who may trap what the processor lists."""
-    found = {"system": f"{platform.system()} {platform.release()} {platform.machine()}"}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, colon, value = line.partition(":")
-                if not colon:
-                    break  # the next processor, the same once more
-                if name.strip() in _OF_A_PROCESSOR:
-                    found[name.strip()] = value.strip()
-    except OSError:
-        found["processor"] = platform.processor()
-    for name in ("sys_vendor", "product_name"):
-        try:
-            found[name] = Path("/sys/class/dmi/id", name).read_text(errors="replace").strip()
-        except OSError:
-            continue
-    return found
-
-
 def _build(library: Path) -> list[str]:
     """Which files compute: their names, sizes and times."""
     files = {library, *library.parent.glob("*ggml*")}
@@ -191,7 +160,7 @@ def _build(library: Path) -> list[str]:
 
 
 def _key(library: Path) -> str:
-    about = f"{sorted(_machine().items())} {_build(library)}"
+    about = f"{sorted(machine.identity().items())} {_build(library)}"
     return f"repack-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
 
 

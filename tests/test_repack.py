@@ -18,17 +18,15 @@ from typing import Any
 import pytest
 
 import kvp_edge
-from kvp_edge import buffer_types, repack, trial
+from kvp_edge import buffer_types, machine, repack, trial
 from kvp_edge.capture import Tracer
 from kvp_edge.cli import options
 from kvp_edge.evaluation.subject import Subject
 from kvp_edge.repack import NotTried, Tried, fault_of, llama_library, try_buffer_types
+from support.buffer_type_child import SIGILL, Child
 from support.gguf_models import ModelShape
 
 Load = Callable[..., kvp_edge.Llama]
-
-SIGILL = "os.kill(os.getpid(), signal.SIGILL)"
-WORKS = [("CPU", ""), ("CPU_REPACK", "")]
 
 
 @pytest.fixture(autouse=True)
@@ -44,33 +42,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def child(tmp_path: Path) -> Callable[..., Child]:
     """child(AMX="...") computes with CPU and CPU_REPACK, and between them runs that code."""
     return lambda **types: Child(tmp_path, types)
-
-
-class Child:
-    """A program that answers as kvp_edge.buffer_types does, and counts how often it is started."""
-
-    def __init__(self, folder: Path, types: dict[str, str], before: str = "") -> None:
-        self._starts = folder / "starts"
-        self._script = folder / "child.py"
-        self._script.write_text(
-            "import os, signal, sys, time\n"
-            f"open({str(self._starts)!r}, 'a').write('x')\n"
-            f"{before}\n"
-            "def say(*words): print(*words, sep='\\t', flush=True)\n"
-            f"types = { {'CPU': 'pass', **types, 'CPU_REPACK': 'pass'}!r}\n"
-            "say('types', *types)\n"
-            "for name, code in types.items():\n"
-            "    if name in sys.argv[1:]: continue\n"
-            "    say('try', name, 'q4_0')\n"
-            "    exec(code)\n"
-            "    say('done', name, 'q4_0')\n"
-            "say('end')\n"
-        )
-        self.command = [sys.executable, str(self._script)]
-
-    @property
-    def starts(self) -> int:
-        return len(self._starts.read_text()) if self._starts.exists() else 0
 
 
 Made = Callable[..., Child]
@@ -188,7 +159,7 @@ def test_a_crash_that_was_looked_for_leaves_no_core_file() -> None:
         "import ctypes, runpy\n"
         f"script = runpy.run_path({buffer_types.__file__!r})\n"
         "dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"
-        "print(dumpable()); script['_no_traces'](); print(dumpable())\n"
+        "print(dumpable()); script['leave_no_traces'](); print(dumpable())\n"
     )
     assert trial.attempt([sys.executable, "-c", code], 60).lines == ["1", "0"]
 
@@ -249,7 +220,7 @@ def test_another_build_or_machine_is_asked_anew(
     (libraries[0].parent / "libggml-cpu.so").write_bytes(b"compiled again")
     fault_of(libraries[0], lambda: one.command)
     assert one.starts == 3
-    monkeypatch.setattr(repack, "_machine", lambda: {"flags": "of another processor"})
+    monkeypatch.setattr(machine, "identity", lambda: {"flags": "of another processor"})
     fault_of(libraries[0], lambda: one.command)
     assert one.starts == 4
 
@@ -377,10 +348,8 @@ def test_a_llama_cpp_without_extra_buffer_types_starts_no_child(
 
 
 def test_every_kind_of_model_takes_the_option(bundled_model: str) -> None:
-    made = [
-        Tracer(bundled_model, 64, repack="off", verbose=False),
-        Subject.whole(bundled_model, 256, repack="off", verbose=False),
-    ]
+    how = {"repack": "off", "verbose": False, "n_threads": 1, "n_threads_batch": 1}
+    made = [Tracer(bundled_model, 64, **how), Subject.whole(bundled_model, 256, **how)]
     assert [uses_extra(llm) for llm in made] == [False, False]
     for llm in made:
         llm.close()
