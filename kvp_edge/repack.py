@@ -4,7 +4,8 @@ By default llama.cpp keeps quantised weights in the buffer types that the proces
 compute with. Where it cannot (AMX on some virtual machines), the process ends by SIGILL when the
 first batch is read. So these buffer types are tried in a child process first
 (kvp_edge.buffer_types), once for each machine and build of llama.cpp; the answer is kept in the
-user's cache folder. Without them a model reads prompts more slowly, and computes the same.
+user's cache folder. Without them a model reads prompts more slowly, and computes the same but for
+rounding.
 """
 
 from __future__ import annotations
@@ -196,19 +197,24 @@ def use_extra_buffers(
     """
     if repack != "auto":
         return repack == "on"
-    if vocab_only or _has_nothing_to_repack(model_path, n_gpu_layers):
+    # imported here because doctor looks at this module where it cannot be
+    from llama_cpp import llama_cpp  # noqa: PLC0415
+
+    library = Path(llama_cpp._lib._name)
+    known = kept(library)
+    if vocab_only or (known is not None and not _told(known)):
         return True
-    fault = _fault(llama_library())
+    if _has_nothing_to_repack(model_path, n_gpu_layers, llama_cpp._lib):
+        return True
+    fault = _fault(library)
     if fault:
         _say_once(fault)
     return not fault
 
 
-def _has_nothing_to_repack(model_path: str, n_gpu_layers: int) -> bool:
+def _has_nothing_to_repack(model_path: str, n_gpu_layers: int, lib: Any) -> bool:
     """Whether it is simple to see that no weight would lie in an extra buffer type."""
-    # imported here because they need the native library, which doctor may find broken
-    from llama_cpp import llama_cpp  # noqa: PLC0415
-
+    # these need the native library
     from kvp_edge.errors import UnsupportedModelError  # noqa: PLC0415
     from kvp_edge.fingerprint import tensor_types  # noqa: PLC0415
     from kvp_edge.native import read_model_shape  # noqa: PLC0415
@@ -219,10 +225,12 @@ def _has_nothing_to_repack(model_path: str, n_gpu_layers: int) -> bool:
             types = tensor_types(model_path)
             if types and types <= _NEVER_REPACKED:
                 return True
-        everything = n_gpu_layers < 0 or n_gpu_layers > read_model_shape(model_path).n_layer
+        if n_gpu_layers == 0 or not _has_gpu(lib):
+            return False
+        # one more than the layers: the output layer, too
+        return n_gpu_layers < 0 or n_gpu_layers > read_model_shape(model_path).n_layer
     except UnsupportedModelError:
         return False  # loading it will say what is wrong
-    return everything and _has_gpu(llama_cpp._lib)
 
 
 def _has_gpu(lib: Any) -> bool:
@@ -258,6 +266,11 @@ def fault_of(library: Path, command: Callable[[], Sequence[str]], limit_s: float
             # instructions as the plain one, which no model can do without.
             return f"llama.cpp's AMX could not be tried: {reason}" if "AMX" in names else ""
         keep(library, tried)
+    return _told(tried)
+
+
+def _told(tried: Sequence[Tried]) -> str:
+    """The faults in a sentence; "" without any."""
     return "; ".join(f"llama.cpp's {one.name} {one.fault}" for one in tried if one.fault)
 
 
