@@ -181,6 +181,7 @@ def _model(path: str | None) -> Found:
                 kv_budget=int(DEFAULT_BUDGET),
                 granularity=granularity,
                 policy="recency",
+                repack="off",  # weights stay in the file, so that a large one is opened quickly
                 **_QUIET,
             ).close()
         except (UnsupportedModelError, BudgetError) as error:

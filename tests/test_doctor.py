@@ -203,6 +203,22 @@ def test_without_llama_cpp_doctor_says_so(tmp_path: Path) -> None:
     assert one["advice"] == f"Unset LLAMA_CPP_LIB_PATH, which is '{tmp_path}'"
 
 
+def test_the_package_gives_its_names_when_they_are_asked_for() -> None:
+    code = (
+        f"import sys; sys.path[0] = {str(Path(kvp_edge.__file__).parents[1])!r}\n"
+        "import kvp_edge\n"
+        "assert 'llama_cpp' not in sys.modules\n"
+        "assert set(kvp_edge.__all__) <= set(dir(kvp_edge))\n"
+        "assert not hasattr(kvp_edge, 'Lama')\n"
+        "from kvp_edge import *\n"
+        "print(Llama is kvp_edge.Llama, POLICIES is kvp_edge.POLICIES, __version__)\n"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert got.stdout == f"True True {kvp_edge.__version__}\n"
+    for name in kvp_edge.__all__:
+        assert getattr(kvp_edge, name) is not None
+
+
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
 def test_a_library_that_ends_the_process_is_told_of(tmp_path: Path) -> None:
     source, library = tmp_path / "trap.c", tmp_path / "trap.so"

@@ -20,7 +20,7 @@ import pytest
 import kvp_edge
 from kvp_edge import buffer_types, machine, repack, trial
 from kvp_edge.capture import Tracer
-from kvp_edge.cli import options
+from kvp_edge.cli import main, options
 from kvp_edge.evaluation.subject import Subject
 from kvp_edge.repack import NotTried, Tried, fault_of, llama_library, try_buffer_types
 from support.buffer_type_child import SIGILL, Child
@@ -365,3 +365,12 @@ def test_the_command_line_passes_it_on(how: str, bundled_model: str) -> None:
     llm = options.load(bundled_model, None, args)
     assert uses_extra(llm) == (how == "on")
     llm.close()
+
+
+@pytest.mark.parametrize("name", ["chat", "run", "demo", "learn", "trace", "train", "eval"])
+def test_every_command_that_loads_a_model_has_the_option(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert "--repack {auto,on,off}" in capsys.readouterr().out
