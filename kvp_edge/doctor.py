@@ -261,12 +261,12 @@ def _advice_for(buffer_type: str) -> str:
         flags = " ".join(f"-DCMAKE_{x}_FLAGS='{_WITHOUT_AMX}'" for x in ("C", "CXX"))
         return (
             "The processor, or who runs this virtual machine, promises AMX and does not keep it. "
-            "Models are loaded without repacked weights, which works but reads prompts more "
-            f'slowly. Compile llama.cpp without AMX to have them back: CMAKE_ARGS="{flags}" {build}'
+            "Models are loaded without repacked weights, which works but may be slower. "
+            f'Compile llama.cpp without AMX to have them back: CMAKE_ARGS="{flags}" {build}'
         )
     return (
-        "Models are loaded without repacked weights, which works but reads prompts more slowly. A "
-        "newer llama.cpp or compiler may mend it"
+        "Models are loaded without repacked weights, which works but may be slower. A newer "
+        "llama.cpp or compiler may mend it"
     )
 
 

@@ -4,8 +4,8 @@ By default llama.cpp keeps quantised weights in the buffer types that the proces
 compute with. Where it cannot (AMX on some virtual machines), the process ends by SIGILL when the
 first batch is read. So these buffer types are tried in a child process first
 (kvp_edge.buffer_types), once for each machine and build of llama.cpp; the answer is kept in the
-user's cache folder. Without them a model reads prompts more slowly, and computes the same but for
-rounding.
+user's cache folder. Without them a model computes the same but for rounding, with most types of
+weights more slowly.
 """
 
 from __future__ import annotations
@@ -282,8 +282,8 @@ def _say_once(fault: str) -> None:
     if not _said:
         _said = True
         print(
-            f"kvp-edge: weights are not repacked for this processor, so prompts are read more "
-            f"slowly: {fault}. What to do: kvp-edge doctor",
+            "kvp-edge: weights are not repacked for this processor, which may make the model slower: "
+            f"{fault}. What to do: kvp-edge doctor",
             file=sys.stderr,
             flush=True,
         )
