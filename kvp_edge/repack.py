@@ -282,7 +282,7 @@ def _say_once(fault: str) -> None:
     if not _said:
         _said = True
         print(
-            "kvp-edge: weights are not repacked for this processor, which may make the model slower: "
+            "kvp-edge: weights are not repacked for this processor, which may be slower: "
             f"{fault}. What to do: kvp-edge doctor",
             file=sys.stderr,
             flush=True,

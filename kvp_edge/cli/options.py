@@ -77,7 +77,7 @@ def add_repack_option(group: Any) -> None:
         "--repack",
         choices=REPACK,
         default="auto",
-        help="lay out weights on the CPU anew for this processor, for more speed with most types; "
+        help="lay out weights on the CPU anew for this processor, mostly for more speed; "
         "auto: if that works here, which is tried once in a process of its own (default: auto; see "
         "kvp-edge doctor)",
     )
