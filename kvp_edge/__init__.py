@@ -4,16 +4,20 @@ from kvp_edge import Llama
 llm = Llama("model.gguf", n_ctx=32768, kv_budget=2048)
 """
 
-from kvp_edge.errors import (
-    BudgetError,
-    ContextLengthError,
-    KVCacheError,
-    SessionError,
-    UnsupportedModelError,
-)
-from kvp_edge.llama import Llama
-from kvp_edge.policies import POLICIES, Policy
-from kvp_edge.stats import Eviction, KVStats
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvp_edge.errors import (
+        BudgetError,
+        ContextLengthError,
+        KVCacheError,
+        SessionError,
+        UnsupportedModelError,
+    )
+    from kvp_edge.llama import Llama
+    from kvp_edge.policies import POLICIES, Policy
+    from kvp_edge.stats import Eviction, KVStats
 
 __version__ = "0.1.0"
 
@@ -30,3 +34,29 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
 ]
+
+#: Where each public name comes from. They are imported when they are asked for, so that
+#: kvp-edge doctor can look at an installation whose native part cannot be imported.
+_FROM = {
+    "BudgetError": "errors",
+    "ContextLengthError": "errors",
+    "KVCacheError": "errors",
+    "SessionError": "errors",
+    "UnsupportedModelError": "errors",
+    "Llama": "llama",
+    "POLICIES": "policies",
+    "Policy": "policies",
+    "Eviction": "stats",
+    "KVStats": "stats",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module 'kvp_edge' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(f"kvp_edge.{_FROM[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FROM})

@@ -46,6 +46,15 @@ def model_fingerprint(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def tensor_types(path: str | os.PathLike[str]) -> set[str]:
+    """The types that the tensors of a GGUF file are stored in, as ggml names them ("q4_K").
+
+    Raises:
+        UnsupportedModelError: missing, truncated or foreign file.
+    """
+    return {line.rsplit(" ", 7)[1] for line in _tensors(path).splitlines()}
+
+
 def _tensors(path: str | os.PathLike[str]) -> str:
     needed = ctypes.c_uint64()
     _call("kvp_model_tensors", os.fsencode(path), None, 0, ctypes.byref(needed))

@@ -43,6 +43,7 @@ from kvp_edge.native import (
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
 from kvp_edge.queries import QueryLog
+from kvp_edge.repack import REPACK, use_extra_buffers
 from kvp_edge.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
@@ -68,6 +69,7 @@ class _Bound:
     protect_system: bool
     on_evict: Callable[[Eviction], None] | None
     pack: str
+    repack: str
 
 
 class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
@@ -107,6 +109,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             (CUDA, Metal, ...), where only cell numbers and scores cross to the host. "state": it
             goes through llama.cpp's state, out and back in. "auto": "device" where possible.
         on_evict: called with an Eviction after each eviction.
+        repack: "on": weights on the CPU are laid out anew for this processor, as llama.cpp does by
+            default; "off": they are not. "auto": "on" if that has been tried on this machine, in a
+            child process, and works (kvp_edge.repack).
         n_batch: most tokens decoded at once; None: 512, or what fits into the reserve and beside a
             sliding window.
 
@@ -149,6 +154,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         protect_system: bool = False,
         on_evict: Callable[[Eviction], None] | None = None,
         pack: str = "auto",
+        repack: str = "auto",
         n_batch: int | None = None,
         verbose: bool = True,
         **kwargs: Any,
@@ -167,6 +173,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             protect_system,
             on_evict,
             pack,
+            repack,
         )
         if granularity not in ("head", "token", "auto"):
             raise ValueError(f"granularity must be 'head', 'token' or 'auto', not '{granularity}'")
@@ -178,6 +185,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             )
         if pack not in ("auto", "device", "state"):
             raise ValueError(f"pack must be 'auto', 'device' or 'state', not '{pack}'")
+        if repack not in REPACK:
+            raise ValueError(f"repack must be 'auto', 'on' or 'off', not '{repack}'")
         self._granularity = granularity  # "auto" until it is settled
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
@@ -220,6 +229,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     "or reserve"
                 )
 
+        with listen(pass_on=verbose):
+            self._repacks = use_extra_buffers(
+                repack,
+                model_path,
+                n_gpu_layers=kwargs.get("n_gpu_layers", 0),
+                vocab_only=kwargs.get("vocab_only", False),
+            )
         # Quiet, llama_cpp would still print llama.cpp's warning that the cells are fewer than the
         # trained context, which is the point here; errors become the exception's message.
         with listen(pass_on=verbose) as log:
@@ -276,9 +292,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         params.n_ctx, params.n_batch = limits.cells, self.n_batch
         params.n_ubatch = max(2, min(self.n_batch, self._n_ubatch))
 
-    # The base class makes its context parameters from llama.cpp's defaults and offers no way to
-    # change these two, so they are set the moment it stores them. They let a second sequence tag
-    # cells of the one cache (native/kvp_edge.h), and change nothing for the first.
+    # The base class makes its parameters from llama.cpp's defaults and offers no way to change
+    # these, so they are set the moment it stores them.
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.use_extra_bufts = self._repacks
+        self._model_params = params
+
+    # The two that are set here let a second sequence tag cells of the one cache
+    # (native/kvp_edge.h), and change nothing for the first.
     @property
     def context_params(self) -> Any:
         return self._context_params

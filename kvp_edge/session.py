@@ -14,20 +14,18 @@ The checksum finds damage, it proves no origin: load only sessions that you save
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import struct
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.errors import SessionError
+from kvp_edge.whole_file import replacing
 
 MAGIC = b"kvpsess\n"
 VERSION = 2
@@ -60,22 +58,6 @@ def file_identity(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when all of it is on the disk, and not before."""
-    handle, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
 def write(path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Array]) -> None:
     """Write a session file; one of that name is replaced at once or stays as it was.
 
@@ -92,7 +74,7 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str
     except (TypeError, ValueError) as error:
         raise SessionError(f"the session's header cannot be written as JSON: {error}") from error
     try:
-        with _replacing(Path(path)) as file:
+        with replacing(Path(path)) as file:
             digest = hashlib.sha256()
             parts: list[Any] = [_HEAD.pack(MAGIC, VERSION, len(text)), text]
             parts += [array.reshape(-1).view(np.uint8) for array in arrays.values()]

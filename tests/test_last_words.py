@@ -403,7 +403,7 @@ def test_rescuing_keeps_no_model_alive(random_model: Maker, tmp_path: Path) -> N
 # -- the command line ----------------------------------------------------------------------------
 
 CHAT = """
-from kvp_edge.cli import main
+from kvp_edge.cli import main, options
 from kvp_edge.cli.watch import WatchedLlama
 
 class FailsLater(WatchedLlama):
@@ -414,7 +414,7 @@ class FailsLater(WatchedLlama):
             thread.start()
             thread.join()
 
-kvp_edge.cli.options.WatchedLlama = FailsLater
+options.WatchedLlama = FailsLater
 sys.exit(main(sys.argv[1:]))
 """
 GREEDY = ["--temperature", "0", "--threads", "1"]

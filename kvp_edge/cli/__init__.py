@@ -7,22 +7,18 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-
-from jinja2 import TemplateError  # a chat template's; llama_cpp brings jinja2
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
 
 import kvp_edge
-from kvp_edge.cli.chat import add_chat
-from kvp_edge.cli.demo import add_demo
-from kvp_edge.cli.device_failure import ends_with_a_sentence
-from kvp_edge.cli.eval import add_eval
-from kvp_edge.cli.export import add_export
-from kvp_edge.cli.inspect import add_inspect
-from kvp_edge.cli.learn import add_learn
-from kvp_edge.cli.policies import add_policies
-from kvp_edge.cli.run import add_run
-from kvp_edge.cli.trace import add_trace
-from kvp_edge.cli.train import add_train
-from kvp_edge.native import BUILT_FOR, LLAMA_VERSION
+
+#: The commands, in the order of --help: "chat" is kvp_edge.cli.chat, with add_chat. A module is
+#: imported when it is needed, so that doctor can be run where llama.cpp cannot be loaded.
+_COMMANDS = (
+    *("chat", "run", "demo", "policies", "learn", "trace", "train", "export", "inspect", "eval"),
+    "doctor",
+)
 
 _DESCRIPTION = """\
 Long conversations in a small KV cache, with stock llama.cpp.
@@ -38,11 +34,25 @@ examples:
   kvp-edge chat model.gguf --kv-budget 1024  chat with yours
   kvp-edge learn model.gguf                  train a policy for your model
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
+  kvp-edge doctor                            does all of it work on this machine?
 
 kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted."""
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Version(argparse.Action):
+    """--version, which llama.cpp must be loaded for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        native = import_module("kvp_edge.native")
+        print(
+            f"kvp-edge {kvp_edge.__version__} "
+            f"(llama-cpp-python {native.BUILT_FOR}, llama.cpp {native.LLAMA_VERSION})"
+        )
+        parser.exit()
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Knows the command that ``argv`` begins with; all of them if it begins with none."""
     parser = argparse.ArgumentParser(
         prog="kvp-edge",
         description=_DESCRIPTION,
@@ -50,17 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--version",
-        action="version",
-        version=(
-            f"kvp-edge {kvp_edge.__version__} "
-            f"(llama-cpp-python {BUILT_FOR}, llama.cpp {LLAMA_VERSION})"
-        ),
+        "--version", action=_Version, nargs=0, help="show program's version number and exit"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    adders = (add_chat, add_run, add_demo, add_policies, add_learn)
-    for add in (*adders, add_trace, add_train, add_export, add_inspect, add_eval):
-        add(commands)
+    for name in argv[:1] if argv and argv[0] in _COMMANDS else _COMMANDS:
+        getattr(import_module(f"kvp_edge.cli.{name}"), f"add_{name}")(commands)
     return parser
 
 
@@ -79,7 +83,7 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
         # The reader of our output left (`| head`). Python would complain again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, TemplateError) as error:
+    except _bad_input() as error:
         if args.verbose:
             raise
         status = 2
@@ -93,9 +97,31 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
     return status
 
 
+def _bad_input() -> tuple[type[Exception], ...]:
+    """What the user gave is wrong: an argument, a file, or a model's chat template, of which jinja2
+    complains (llama_cpp brings it, if that could be imported)."""
+    jinja2 = sys.modules.get("jinja2")
+    return (ValueError, OSError, jinja2.TemplateError) if jinja2 else (ValueError, OSError)
+
+
+def _guard() -> AbstractContextManager[None]:
+    """Against failures in ggml, where it is in this process."""
+    if "llama_cpp" not in sys.modules:
+        return nullcontext()
+    guard: AbstractContextManager[None] = import_module(
+        "kvp_edge.cli.device_failure"
+    ).ends_with_a_sentence()
+    return guard
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad usage and --help raise SystemExit."""
-    args = _parser().parse_args(argv)
-    with warnings.catch_warnings(), ends_with_a_sentence():
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parser(argv).parse_args(argv)
+    except (ImportError, OSError, RuntimeError) as error:  # of llama.cpp or the native part
+        print(f"kvp-edge: {error}\nkvp-edge doctor finds out more", file=sys.stderr)
+        return 1
+    with warnings.catch_warnings(), _guard():
         warnings.showwarning = _warn
         return _run(args.command, args)

@@ -241,7 +241,7 @@ def _jobs(args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]) ->
     lengths = [_length(text) for text in _names(args.lengths)]
     how = {"mode": args.mode, "question": args.question, "granularity": args.granularity}
     jobs: list[run.Job] = []
-    with closing(Llama(the_run.model, n_ctx=256, verbose=False)) as llm:
+    with closing(Llama(the_run.model, n_ctx=256, repack=args.repack, verbose=False)) as llm:
         for length in lengths:
             made = run.prompts(llm, tasks, names, length, args.items, args.seed, the_run.engine)
             groups = [made]

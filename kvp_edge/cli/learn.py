@@ -88,9 +88,13 @@ def _main(args: argparse.Namespace) -> int:
     run = out / args.objective
     if not (run / "report.json").exists():
         settings = Settings(objective=args.objective, steps=args.steps, seed=args.seed)
-        threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+        engine = {
+            "n_threads": args.threads,
+            "n_threads_batch": args.threads,
+            "repack": args.repack,
+        }
         note(
-            comparison(train(traces, run, settings, device=args.device, model=path, engine=threads))
+            comparison(train(traces, run, settings, device=args.device, model=path, engine=engine))
         )
     note("step 3 of 3: writing the policy file and checking it")
     made = importlib.import_module("kvp_edge.export").export(run, traces=traces)

@@ -15,6 +15,7 @@ from kvp_edge.limits import DEFAULT_SINKS, parse_budget
 from kvp_edge.llama_log import listen
 from kvp_edge.native import read_model_shape
 from kvp_edge.policies import FALLBACK, POLICIES
+from kvp_edge.repack import REPACK
 
 DEFAULT_BUDGET = "512"
 
@@ -65,8 +66,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="values in the cache (default: f16); quantised types need --flash-attn, "
         "which traces turn on by themselves",
     )
+    add_repack_option(group)
     group.add_argument(
         "--verbose", action="store_true", help="show llama.cpp's log, and tracebacks of errors"
+    )
+
+
+def add_repack_option(group: Any) -> None:
+    group.add_argument(
+        "--repack",
+        choices=REPACK,
+        default="auto",
+        help="lay out weights on the CPU anew for this processor, mostly for more speed; "
+        "auto: if that works here, which is tried once in a process of its own (default: auto; see "
+        "kvp-edge doctor)",
     )
 
 
@@ -252,6 +265,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "flash_attn": args.flash_attn,
         "type_k": _CACHE_TYPES[args.type_k],
         "type_v": _CACHE_TYPES[args.type_v],
+        "repack": args.repack,
         "verbose": args.verbose,
     }
 

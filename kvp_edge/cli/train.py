@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from kvp_edge.cli import options
 from kvp_edge.traces import TraceSet
 from kvp_edge.training.settings import Settings
 
@@ -107,6 +108,7 @@ def add_train(commands: Any) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    options.add_repack_option(parser)
     parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(command=_main)
 
@@ -134,7 +136,9 @@ def _main(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    engine = {"n_threads": args.threads, "n_threads_batch": args.threads} if args.threads else {}
+    engine: dict[str, Any] = {"repack": args.repack}
+    if args.threads:
+        engine |= {"n_threads": args.threads, "n_threads_batch": args.threads}
     result: Result = train(
         open_traces(args.traces),
         args.out,

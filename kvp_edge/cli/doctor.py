@@ -1,0 +1,72 @@
+"""``kvp-edge doctor``: does all of it work on this machine, and what to do if not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from kvp_edge.doctor import Finding, examine
+
+_EPILOG = """\
+Exit status: 0 everything needed works; 1 a fault was found; 2 there is no such file.
+
+examples:
+  kvp-edge doctor
+  kvp-edge doctor model.gguf        what the model is, too, and whether its cache can be bounded
+  kvp-edge doctor --json"""
+
+
+def add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="find out what works on this machine, and what to do about what does not",
+        description="Look at the installation and the machine. Whatever might end a process is "
+        "tried in one of its own; a second or ten, and nothing is changed but the answers kept "
+        "about this processor.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="look at this file, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=_main, verbose=False)
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.model is not None and not os.path.isfile(args.model):
+        raise FileNotFoundError(f"there is no model file '{args.model}'")
+    findings = []
+    section = ""
+    for finding in examine(args.model):
+        findings.append(finding)
+        if args.json:
+            continue
+        if finding.section != section:
+            section = finding.section
+            print(section)
+        print(f"  {finding.name:17}{finding.text}", flush=True)
+    faults = [finding for finding in findings if finding.fault]
+    print(_json(findings) if args.json else _told(faults))
+    return 1 if faults else 0
+
+
+def _told(faults: list[Finding]) -> str:
+    if not faults:
+        return "\nNo fault was found."
+    lines = [f"\n{len(faults)} fault{'s' if len(faults) > 1 else ''} found:"]
+    lines += [f"- {one.fault.rstrip('.')}.\n  {one.advice.rstrip('.')}." for one in faults]
+    return "\n".join(lines)
+
+
+def _json(findings: list[Finding]) -> str:
+    found: dict[str, dict[str, Any]] = {}
+    for one in findings:
+        found.setdefault(one.section, {})[one.name] = one.value
+    faults = [
+        {"section": one.section, "name": one.name, "fault": one.fault, "advice": one.advice}
+        for one in findings
+        if one.fault
+    ]
+    result = {"ok": not faults, "found": found, "faults": faults}
+    return json.dumps(result, ensure_ascii=False, indent=2)
