@@ -194,8 +194,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 )
             with listen(pass_on=verbose):
                 shape = read_model_shape(model_path)
+            told = kwargs.get("kv_overrides") or {}
+            n_ctx_train = int(told.get(f"{shape.architecture}.context_length", shape.n_ctx_train))
             limits = CacheLimits.plan(
-                n_ctx=n_ctx or shape.n_ctx_train,
+                n_ctx=n_ctx or n_ctx_train,
                 kv_budget=kv_budget,
                 sinks=sinks,
                 recent=recent,
@@ -209,9 +211,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             # (see context_params); eval() still reads no more than limits.n_batch at once.
             cells, batch = limits.cells, max(2, limits.n_batch)
             kwargs["n_ubatch"] = max(2, kwargs.get("n_ubatch", 512))
-            if positions == "compact" and limits.cells > shape.n_ctx_train:
+            if positions == "compact" and limits.cells > n_ctx_train:
                 raise BudgetError(
-                    f"positions='compact' keeps positions below the {shape.n_ctx_train} tokens "
+                    f"positions='compact' keeps positions below the {n_ctx_train} tokens "
                     f"that the model was trained for, and {limits.cells} cells are more: lower "
                     "kv_budget or reserve"
                 )

@@ -17,8 +17,8 @@ def own_policy(model_path: str | os.PathLike[str]) -> str | None:
     """The policy file that was trained on this very model file, or None.
 
     Looked for among the files kvp-*.gguf beside the model, the newest first, then beside the file
-    that it is a link to, and among those that come with the package. A file that cannot be read is passed over with a warning: the chat can go
-    on without.
+    that it is a link to, and among those that come with the package. A file that cannot be read is
+    passed over with a warning: the chat can go on without.
     """
     fingerprint: str | None = None
     for path in _candidates(Path(model_path)):
