@@ -25,7 +25,7 @@ def opened(real_model: Callable[[str], str]) -> Iterator[Opened]:
 
     def make(name: str, types: str = "f16", **kwargs: Any) -> Llama:
         type_k, type_v, flash_attn = CACHE_TYPES[types]
-        bound = {"kv_budget": 100, "recent": 20, "reserve": 60}
+        bound = {"kv_budget": 192, "recent": 20, "reserve": 64}
         if name == GEMMA:  # the window of its other layers is 512 tokens
             bound = {"kv_budget": 512, "recent": 64, "reserve": 256}
         given: dict[str, Any] = {
@@ -79,30 +79,37 @@ def test_in_place_and_through_the_state_the_same_stays(
 # -- quantised caches ------------------------------------------------------------------------
 
 
-def losses(llm: Llama, tokens: list[int]) -> Any:
-    """f32 [n - 1]: minus the log-likelihood of each token but the first."""
-    logits = np.array(llm.scores[: len(tokens) - 1], np.float64)
-    logits -= logits.max(axis=-1, keepdims=True)
-    of = logits[np.arange(len(logits)), tokens[1:]]
-    return np.log(np.exp(logits).sum(axis=-1)) - of
+def mean_loss(llm: Llama, tokens: list[int], first: int) -> float:
+    """Minus the log-likelihood of tokens[first:], in nats per token."""
+    losses = []
+    for at in range(first, len(tokens)):
+        logits = llm.scores[at - 1].astype(np.float64)
+        top = logits.max()
+        losses.append(np.log(np.exp(logits - top).sum()) + top - logits[tokens[at]])
+    assert np.isfinite(losses).all()
+    return float(np.mean(losses))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_quantised_caches_lose_little_more_than_the_eviction_does(
     name: str, opened: Opened, book: str
 ) -> None:
-    """In nats per token over the tokens after the first eviction."""
-    mean: dict[str, float] = {}
+    """In nats per token, over the tokens after the first eviction."""
+    bounded: dict[str, float] = {}
     for types in ("f16-fa", "q8_0-fa", "q4_0-fa"):
-        llm = opened(name, types, logits_all=True, n_ctx=2000)
+        llm = opened(name, types, logits_all=True, n_ctx=1200)
         tokens = read_past_evictions(llm, book)
-        loss = losses(llm, tokens)
-        assert np.isfinite(loss).all()
-        mean[types] = float(loss[llm.kv_stats.cells :].mean())
+        first = llm.kv_stats.cells
+        bounded[types] = mean_loss(llm, tokens, first)
         llm.close()
-    print("X", name, mean)
-    assert mean["q8_0-fa"] < mean["f16-fa"] + 0.1
-    assert mean["q4_0-fa"] < mean["f16-fa"] + 0.8
+    llm = opened(name, "f16-fa", logits_all=True, n_ctx=1200, kv_budget=1100)
+    llm.eval(tokens)
+    assert llm.kv_stats.evictions == 0
+    full = mean_loss(llm, tokens, first)
+    print("X", name, full, bounded)
+    assert bounded["f16-fa"] < full + 0.5
+    assert bounded["q8_0-fa"] < bounded["f16-fa"] + 0.05
+    assert bounded["q4_0-fa"] < bounded["f16-fa"] + 0.5
 
 
 # -- policies --------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from support.real_models import ALL, PLAIN
+from support.real_models import ALL, GEMMA
 from test_cli import COMMAND, STATUS
 
 pytestmark = pytest.mark.real
 
-FEW_CELLS = ["--kv-budget", "512", "--recent", "64", "--threads", "2"]
+FEW_CELLS = ["--kv-budget", "512", "--recent", "64", "--threads", "1"]
 
 
 def kvp_edge(*argv: str, typed: str = "", folder: Path) -> tuple[str, str]:
@@ -31,11 +31,11 @@ def kvp_edge(*argv: str, typed: str = "", folder: Path) -> tuple[str, str]:
 def test_demo_compares_policies(
     name: str, real_model: Callable[[str], str], tmp_path: Path
 ) -> None:
-    options = ["--items", "2", "--length", "700", "--threads", "2", "--json"]
+    options = ["--items", "1", "--length", "700", "--threads", "1", "--json"]
     out, _ = kvp_edge("demo", real_model(name), *options, folder=tmp_path)
     rows = {row["cache"]: row for row in json.loads(out)}
     assert {"full context", "drop oldest half", "keydiff", "knorm", "recency"} <= set(rows)
-    assert all(row["items"] == 2 for row in rows.values())
+    assert all(row["items"] == 1 for row in rows.values())
     full = rows["full context"]
     assert full["dropped"] == 0
     assert rows["keydiff"]["dropped"] > 0
@@ -50,17 +50,9 @@ def test_a_piped_chat_answers_each_line(
     options = [*FEW_CELLS, "--temperature", "0", "--max-tokens", "20"]
     out, err = kvp_edge("chat", real_model(name), *options, typed=typed, folder=tmp_path)
     assert out.strip()
-    assert len(STATUS.findall(err)) == 2
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_piped_chat_remembers(
-    name: str, real_model: Callable[[str], str], tmp_path: Path
-) -> None:
-    typed = "My dog is called Rex.\nWhat is my dog called?\n"
-    options = [*FEW_CELLS, "--temperature", "0", "--max-tokens", "20"]
-    out, _ = kvp_edge("chat", real_model(name), *options, typed=typed, folder=tmp_path)
-    assert "Rex" in out.splitlines()[-1]
+    if name != GEMMA:  # a base model without a chat template
+        assert len(STATUS.findall(err)) == 2
+        assert "Rex" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -80,7 +72,7 @@ def test_run_reads_a_file_longer_than_its_cache(
 @pytest.mark.parametrize("name", ALL)
 def test_eval_writes_a_report(name: str, real_model: Callable[[str], str], tmp_path: Path) -> None:
     what = ["--items", "1", "--lengths", "512", "--tasks", "fact", "--policies", "keydiff"]
-    options = ["--out", "report", "--threads", "2"]
+    options = ["--out", "report", "--threads", "1"]
     kvp_edge("eval", real_model(name), *what, *options, folder=tmp_path)
     (report,) = (tmp_path / "report").glob("*.md")
     assert "keydiff" in report.read_text(encoding="utf-8")

@@ -43,7 +43,7 @@ TOLERANCE = {
 }
 TRAINED = 300
 """The trained length that the compacting models believe in."""
-BOUND: dict[str, Any] = {"n_ctx": 4000, "kv_budget": 100, "recent": 20, "reserve": 60}
+BOUND: dict[str, Any] = {"n_ctx": 4000, "kv_budget": 160, "recent": 20, "reserve": 96}
 #: The window of gemma-3's other layers is 512 tokens.
 WIDE: dict[str, Any] = {"n_ctx": 4000, "kv_budget": 512, "recent": 64, "reserve": 256}
 
