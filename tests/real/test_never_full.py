@@ -32,8 +32,9 @@ def kind(types: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("types", ["f16", "f16-fa", "q8_0-fa"])
-@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize(
+    ("types", "sampling"), [("f16", "greedy"), ("f16-fa", "seeded"), ("q8_0-fa", "greedy")]
+)
 def test_a_chat_in_a_cache_that_is_never_full_is_llama_cpps(
     name: str, types: str, sampling: str, real_model: Callable[[str], str]
 ) -> None:
@@ -57,10 +58,15 @@ def test_a_chat_in_a_cache_that_is_never_full_is_llama_cpps(
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
-    ("granularity", "types"),
-    [("head", "f16"), ("head", "f16-fa"), ("head", "q8_0-f16"), ("token", "f16")],
+    ("granularity", "types", "sampling"),
+    [
+        ("head", "f16", "seeded"),
+        ("head", "f16-fa", "greedy"),
+        ("head", "q8_0-f16", "greedy"),
+        ("head", "q8_0-fa", "seeded"),
+        ("token", "f16", "greedy"),
+    ],
 )
-@pytest.mark.parametrize("sampling", SAMPLING)
 def test_a_text_is_continued_as_by_llama_cpp(
     name: str,
     types: str,

