@@ -11,7 +11,7 @@ import pytest
 from kvp_edge import Llama
 from kvp_edge.policies import POLICIES, KeyDiff, KNorm
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of
-from test_packing import CACHE_TYPES, difference
+from test_packing import CACHE_TYPES
 
 pytestmark = pytest.mark.real
 
@@ -68,7 +68,6 @@ def test_in_place_and_through_the_state_the_same_stays(
     assert [llm.kv_stats.pack for llm in both] == ["device", "state"]
     a, b = (llm.kv_positions for llm in both)
     np.testing.assert_array_equal(a, b)
-    print("X", name, types, difference(*(newest_logits(llm) for llm in both)))
     np.testing.assert_array_equal(*(newest_logits(llm) for llm in both))
     for llm in both:  # the table is right about where the rows lie
         assert llm._kv is not None
@@ -106,7 +105,6 @@ def test_quantised_caches_lose_little_more_than_the_eviction_does(
     llm.eval(tokens)
     assert llm.kv_stats.evictions == 0
     full = mean_loss(llm, tokens, first)
-    print("X", name, full, bounded)
     assert bounded["f16-fa"] < full + 0.5
     assert bounded["q8_0-fa"] < bounded["f16-fa"] + 0.05
     assert bounded["q4_0-fa"] < bounded["f16-fa"] + 0.5
@@ -145,5 +143,4 @@ def test_native_scores_are_those_of_numpy_on_the_keys_read(
     for policy in (KeyDiff(), KNorm()):
         got = cache.score(policy.name, 0, p1, np.arange(n, dtype=np.int32))
         want = policy.score(keys.astype(np.float64), values, llm.kv_positions)  # type: ignore[arg-type]
-        print("X", name, types, pack, policy.name, np.abs(got - want).max() / np.abs(want).max())
         np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())

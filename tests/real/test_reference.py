@@ -189,7 +189,6 @@ def test_logits_are_those_of_exactly_the_tokens_that_each_head_holds(
     assert len(np.unique(held, axis=0)) == len(held)  # every head holds others
     limit = tolerance(name, "f32")
     for got, want, wrong in zip(done.logits, done.want, done.wrong, strict=True):
-        print("X", name, policy.name, difference(got, want), difference(got, wrong))
         assert difference(got, want) < limit
         assert difference(got, wrong) > 10 * limit
 
@@ -205,7 +204,6 @@ def test_other_caches_differ_by_their_rounding_alone(
     assert exact.wrong is not None
     np.testing.assert_array_equal(done.held, exact.held)
     for got, want, wrong in zip(done.logits, exact.want, exact.wrong, strict=True):
-        print("X", name, types, difference(got, want), leaning(got, want, wrong))
         assert difference(got, want) < tolerance(name, types)
         assert abs(leaning(got, want, wrong)) < 0.3
 
@@ -227,7 +225,6 @@ def test_compacted_logits_are_those_of_the_keys_at_their_new_positions(
     assert done.newest < TRAINED < done.stops[-1]
     np.testing.assert_array_equal(done.held, exact.held)
     for got, want in zip(done.logits, exact.want, strict=True):
-        print("X", name, types, granularity, difference(got, want))
         assert difference(got, want) < tolerance(name, types)
     if granularity == "head":  # other logits than with the same tokens where they were read
         unmoved = reader(name).reference_for(Drawn(), **BOUND).want
