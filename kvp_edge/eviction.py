@@ -449,6 +449,13 @@ class EvictionManager:
 
     # -- eviction ----------------------------------------------------------------------------
 
+    def score(self) -> None:
+        """Do now what the next eviction does first, and is spared if nothing is read until then:
+        a snapshot of this moment can be evicted to several budgets."""
+        t = self._table
+        self._table = t.with_spans(self._find_spans(t.unsure_from, t.seen))
+        self._score()
+
     def evict(self) -> None:
         """Evict now, down to the budget, if more is held."""
         if self.kept > self.limits.budget:
@@ -456,9 +463,7 @@ class EvictionManager:
 
     def _evict(self) -> None:
         started, place = time.perf_counter(), self.cache.place
-        t = self._table
-        self._table = t.with_spans(self._find_spans(t.unsure_from, t.seen))
-        self._score()
+        self.score()
         before = self._table
         tokens = before.tokens()
         first, newest = self._protected_borders()
@@ -594,12 +599,14 @@ class EvictionManager:
 
     def _score(self) -> None:
         """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
-        the whole cache."""
+        the whole cache. Then all scores are of one moment, and end with it."""
         t = self._table
         shape = self.cache.shape
-        first = 0 if self.policy.scope == "cache" else t.scores.shape[2]
+        first = t.scores.shape[2]
         if first == t.kept:
             return
+        if self.policy.scope == "cache":
+            first = 0
         # Rows that are scored for the first time lie in the tail, where all heads hold the same
         # tokens. Their left neighbours are read with them, as far as the tail goes.
         start = max(min(first, t.n_packed), first - self.policy.context)

@@ -260,17 +260,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if not cache.shape.has_window:
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
         try:
-            c = cache.shape
-            if policy.info is not None:
-                check_model(
-                    policy.info,
-                    architecture=architecture,
-                    n_layer=c.n_layer,
-                    n_head_kv=c.n_head_kv,
-                    head_size_k=c.head_size_k,
-                    head_size_v=c.head_size_v,
-                    fingerprint=model_fingerprint(self.model_path),
-                )
+            self._architecture = architecture
+            self._check_policy(policy, cache)
             granularity = self._settle_granularity(cache)
             self._check_place(cache.place, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
@@ -298,6 +289,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._pieces: dict[int, bytes] = {}
         self._system_prompt: bytes | None = None
         self._file_identity: str | None = None
+
+    def _check_policy(self, policy: Policy, cache: NativeCache) -> None:
+        """That it was made for this model, if for any."""
+        if policy.info is not None:
+            c = cache.shape
+            check_model(
+                policy.info,
+                architecture=self._architecture,
+                n_layer=c.n_layer,
+                n_head_kv=c.n_head_kv,
+                head_size_k=c.head_size_k,
+                head_size_v=c.head_size_v,
+                fingerprint=model_fingerprint(self.model_path),
+            )
 
     def _settle_granularity(self, cache: NativeCache) -> Granularity:
         if self._bound.granularity == "token":
@@ -361,8 +366,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     f"policy '{policy.name}' takes RoPE off queries, which is not possible with "
                     f"this model. Choose another policy (the reason: {error})"
                 ) from error
-        log.start(self._ctx.ctx, cache, min(policy.queries, limits.cells))
+        log.start(self._ctx.ctx, cache, self._queries_to_log(policy, limits))
         policy.query_log = log
+
+    def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
+        """Of how many of the newest tokens."""
+        return min(policy.queries, limits.cells)
 
     # -- what it tells -----------------------------------------------------------------------
 

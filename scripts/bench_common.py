@@ -145,3 +145,10 @@ def read_ms(llm: llama_cpp.Llama, n: int) -> float:
     spent = time.perf_counter() - started
     llm.n_tokens = before
     return 1e3 * spent / n
+
+
+def peak_mib() -> float:
+    """Largest memory of this process since it began, or since clear_refs, the model's
+    file included (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024

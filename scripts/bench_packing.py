@@ -37,6 +37,7 @@ from bench_common import (
     fill,
     models,
     ms,
+    peak_mib,
     read_ms,
     rows_to_keep,
     synthetic_state,
@@ -97,12 +98,6 @@ def packing_row(name: str, model: str, cells: int, flash: bool, repeat: int, thr
         f"| {writing['device']:.2%} / {writing['state']:.2%} "
         f"| {reading['device']:.1%} / {reading['state']:.1%} |"
     )
-
-
-def peak_mib() -> float:
-    """Largest memory of this process since clear_refs, the model's file included (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def one_of_three(which: str, model: str, long: int, threads: int, n: int) -> dict[str, float]:

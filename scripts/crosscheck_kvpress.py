@@ -42,7 +42,8 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.evaluation.markdown import table
 from kvp_edge.evaluation.records import FULL
-from kvp_edge.evaluation.run import Prompt, Run, Setting, budget_of, prompts
+from kvp_edge.evaluation.run import Run, prompts
+from kvp_edge.evaluation.setting import Prompt, Setting, budget_of
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
 from kvp_edge.policies import SnapKV

@@ -16,7 +16,8 @@ pytest.importorskip("kvpress", reason="needs kvpress: pip install 'kvp_edge[kvpr
 # scripts/ lies in the checkout, beside the package or not
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from kvp_edge.evaluation.run import Prompt, prompts  # noqa: E402
+from kvp_edge.evaluation.run import prompts  # noqa: E402
+from kvp_edge.evaluation.setting import Prompt  # noqa: E402
 from kvp_edge.evaluation.tasks import TASKS  # noqa: E402
 from kvp_edge.llama import Llama  # noqa: E402
 from scripts.crosscheck_kvpress import (  # noqa: E402

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from kvp_edge.chat_prompt import Message, next_turn, prompt_tokens
 from kvp_edge.cli import main
-from kvp_edge.evaluation import run
+from kvp_edge.evaluation import readers, run
 from kvp_edge.evaluation.item import Continuation, Item, in_order, words_of
+from kvp_edge.evaluation.readers import OWN
 from kvp_edge.evaluation.records import (
     FULL,
     GOLDEN,
@@ -32,7 +33,8 @@ from kvp_edge.evaluation.records import (
     parse_record,
     read_records,
 )
-from kvp_edge.evaluation.run import OWN, Prompt, Run, Setting
+from kvp_edge.evaluation.run import Run
+from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.evaluation.subject import Subject
 from kvp_edge.evaluation.tasks import GENERATION, TASKS
 from kvp_edge.llama import Llama
@@ -305,7 +307,7 @@ def test_a_model_that_says_nothing_has_no_ending_to_measure(bundled_model: str, 
 
 @given(st.lists(st.floats(0, 20), min_size=1, max_size=60))
 def test_the_parts_of_an_ending_average_to_its_mean(losses: list[float]) -> None:
-    parts = run._by_part(np.array(losses))
+    parts = readers._by_part(np.array(losses))
     if len(losses) < PARTS:
         assert parts == []
     else:

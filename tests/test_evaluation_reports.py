@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import math
+import os
 import re
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -98,8 +99,17 @@ def test_a_damaged_line_elsewhere_is_named(tmp_path: Path) -> None:
         append_record(path, record(item=item))
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[1][:50] + "\n" + lines[2])
-    with pytest.raises(RecordError, match=r"records\.jsonl, line 2: this is not JSON"):
+    with pytest.raises(RecordError, match=r"records\.jsonl, line 2: this is not JSON") as raised:
         read_records(path)
+    assert "--" not in str(raised.value)  # no option is needed to go on
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_a_file_of_records_has_the_permissions_of_any_other_file(tmp_path: Path) -> None:
+    append_record(tmp_path / "records.jsonl", record())
+    (tmp_path / "other").write_text("")
+    modes = [(tmp_path / name).stat().st_mode for name in ("records.jsonl", "other")]
+    assert modes[0] == modes[1]
 
 
 @pytest.mark.parametrize(

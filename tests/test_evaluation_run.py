@@ -17,8 +17,10 @@ from conftest import random_tokens
 from kvp_edge.chat_prompt import prompt_tokens
 from kvp_edge.cli import main
 from kvp_edge.evaluation import run
+from kvp_edge.evaluation.readers import OWN
 from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT, Record, read_records
-from kvp_edge.evaluation.run import OWN, Prompt, Run, Setting, budget_of
+from kvp_edge.evaluation.run import Run
+from kvp_edge.evaluation.setting import Prompt, Setting, budget_of
 from kvp_edge.evaluation.subject import Shifted, Subject
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama

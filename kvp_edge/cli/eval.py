@@ -18,6 +18,7 @@ from kvp_edge.evaluation import plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
+from kvp_edge.evaluation.setting import Setting, budget_of
 from kvp_edge.evaluation.tasks import GENERATION, RULER, TASKS, data_tasks
 from kvp_edge.llama import Llama
 from kvp_edge.whole_spans import KEEP_WHOLE
@@ -186,9 +187,7 @@ def _main(args: argparse.Namespace) -> int:
             bar.set_description(f"{record.policy}, {record.task}")
             bar.update()
     found = [known[key] for key in wanted]
-    for setting, todo in jobs:
-        if setting.policy not in (records.FULL, records.SHIFT):
-            _draw(the_run, setting, todo, args.draw, out / "kept")
+    _draw(the_run, jobs, args.draw, out / "kept")
     text = report.report(found, title=f"{Path(path).stem}: what a bounded cache costs")
     (out / "report.md").write_text(text, encoding="utf-8")
     _plot(found, out)
@@ -210,16 +209,18 @@ def _plot(found: Sequence[records.Record], out: Path) -> None:
             note(f"no plot: {error}")
 
 
-def _draw(
-    the_run: run.Run, setting: run.Setting, todo: Sequence[run.Prompt], count: int, folder: Path
-) -> None:
+def _draw(the_run: run.Run, jobs: Sequence[run.Job], count: int, folder: Path) -> None:
     """A page and a picture for each of the first ``count`` conversations of every task."""
-    drawn = [prompt for prompt in todo if prompt.number < count]
-    if not drawn:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    policy = Path(setting.policy).stem
-    for prompt, shown in zip(drawn, the_run.kept_tokens(setting, drawn), strict=True):
+    drawn = [
+        (setting, some)
+        for setting, todo in jobs
+        if setting.policy not in (records.FULL, records.SHIFT)
+        and (some := [prompt for prompt in todo if prompt.number < count])
+    ]
+    if drawn:
+        folder.mkdir(parents=True, exist_ok=True)
+    for setting, prompt, shown in the_run.all_kept_tokens(drawn):
+        policy = Path(setting.policy).stem
         name = f"{policy}-{setting.budget}-of-{setting.length}-{prompt.task}-{prompt.number}"
         write_html(shown, folder / f"{name}.html")
         try:
@@ -229,9 +230,7 @@ def _draw(
         note(f"drawn: {folder / name}.html")
 
 
-def _jobs(
-    args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]
-) -> list[tuple[run.Setting, Sequence[run.Prompt]]]:
+def _jobs(args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]) -> list[run.Job]:
     """Every setting with the conversations it reads, the full cache first."""
     names = _task_names(args.tasks, tasks)
     policies = _names(args.policies) if args.policies else run.known_policies(the_run.model)
@@ -241,18 +240,18 @@ def _jobs(
         run.check_policy(policy, the_run.model)
     lengths = [_length(text) for text in _names(args.lengths)]
     how = {"mode": args.mode, "question": args.question, "granularity": args.granularity}
-    jobs: list[tuple[run.Setting, Sequence[run.Prompt]]] = []
+    jobs: list[run.Job] = []
     with closing(Llama(the_run.model, n_ctx=256, verbose=False)) as llm:
         for length in lengths:
             made = run.prompts(llm, tasks, names, length, args.items, args.seed, the_run.engine)
             groups = [made]
             if args.workers > 1:
                 groups = [[p for p in made if p.task == name] for name in names]
-            budgets = [run.budget_of(text, length) for text in _names(args.budgets)]
+            budgets = [budget_of(text, length) for text in _names(args.budgets)]
             options_: list[tuple[str, int | None]] = [(records.FULL, None)]
             options_ += [(p, b) for p, b in product(policies, budgets) if p != records.FULL]
             for policy, budget in options_:
-                setting = run.Setting(
+                setting = Setting(
                     **how,
                     length=length,
                     longest=max(p.longest for p in made),

@@ -60,7 +60,12 @@ class Record:
         measure: what ``score`` is. "accuracy": from 0 to 1; "loss" (of readings): mean in nats per
             token.
         score: see ``measure``.
-        seconds: to read and reply.
+        seconds: of this setting alone, on a machine that may have done other things, too. In
+            bounded mode, and with "context-shift": to read and reply. In one-shot mode, and with
+            the full cache there: only what settings do not share: dropping tokens when they
+            have been scored, then reading and writing what follows. Reading the context, tracing it
+            for the oracles, and scoring it do not count; in files from before they were shared they
+            do.
         kv_bytes: keys and values of the most tokens held at once.
         keep_whole, isolate_turns: see kvp_edge.Llama.
         losses: of a reading, the mean loss of each of PARTS parts in a row, as equal as can be,
@@ -204,8 +209,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             if number == len(lines):  # no line end follows: it was being written
                 break
             raise RecordError(
-                f"{os.fspath(path)}, line {number}: {error}. Delete the line, and --resume makes "
-                "its record again"
+                f"{os.fspath(path)}, line {number}: {error}. Delete the line, and the same "
+                "command makes its record again"
             ) from None
     return records
 
@@ -220,7 +225,8 @@ def append_record(path: str | os.PathLike[str], record: Record) -> None:
     # a lone surrogate in a reply has no UTF-8
     data = line.encode("utf-8", "replace")
     _finish_last_line(path)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0))
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o666)  # less the umask, as open() does
     try:
         written = os.write(handle, data)
     finally:

@@ -415,9 +415,10 @@ def _effort_section(found: Group, how: _How) -> list[str]:
     return [
         "### Time and memory per item",
         "",
-        "Means over all tasks. Seconds count reading and replying, and whatever else ran on the "
-        "machine; MiB are the keys and values of the most tokens held at once; kept and dropped "
-        "are tokens before the question or ending.",
+        "Means over all tasks. Seconds count reading and replying (in one-shot mode only what "
+        "comes after the context, whose reading and scoring are shared), and whatever else ran on "
+        "the machine; MiB are the keys and values of the most tokens held at once; kept and "
+        "dropped are tokens before the question or ending.",
         "",
         *table(["budget", "policy", "seconds", "MiB", "kept", "dropped", "evictions"], rows),
         "",

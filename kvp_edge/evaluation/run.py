@@ -11,131 +11,26 @@ questions are asked, it is the first of them, and the model's own replies stay i
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from kvp_edge.capture import Tracer
 from kvp_edge.chat_prompt import last_begin, next_turn, prompt_tokens
 from kvp_edge.evaluation.continuations import write_all
 from kvp_edge.evaluation.item import Continuation, Item, Reading, Task
 from kvp_edge.evaluation.kept_tokens import KeptTokens
-from kvp_edge.evaluation.oracle import Oracle
-from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, PARTS, SHIFT, Key, Record
-from kvp_edge.evaluation.subject import Shifted, Subject
+from kvp_edge.evaluation.readers import OWN, reader_of, shares_reading
+from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT, Key, Record
+from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
-from kvp_edge.policies import POLICIES, Learned, get_policy
-from kvp_edge.traces import Trace
-
-IntArray = npt.NDArray[np.int32]
-
-#: The policy trained for the model; besides it FULL, SHIFT, ORACLE, GOLDEN,
-#: kvp_edge.policies.POLICIES and policy files can be compared.
-OWN = Learned.name
-
-#: The smallest budget: sinks, newest tokens, and a few to choose.
-SMALLEST = 16
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """An item or reading in tokens of the model.
-
-    Attributes:
-        task, number: which.
-        tokens: int32 [n], the conversation without its reply; of a reading the ending, too.
-        border: where the question begins, or the ending.
-        item: None for a reading.
-        reply_tokens: the most tokens of a reply.
-        turns: of an item with several questions, what is read after every reply but the last.
-        measured: of a reading, bool [n - border]: which tokens of the ending count. None: all.
-    """
-
-    task: str
-    number: int
-    tokens: IntArray
-    border: int
-    item: Item | None
-    reply_tokens: int
-    turns: tuple[tuple[int, ...], ...] = ()
-    measured: npt.NDArray[np.bool_] | None = None
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the conversation with the longest replies, and one to spare."""
-        turns = sum(len(turn) + self.reply_tokens for turn in self.turns)
-        return len(self.tokens) + self.reply_tokens + turns + 1
-
-    @cached_property
-    def digest(self) -> str:
-        read = np.concatenate((self.tokens, *self.turns), dtype=np.int32)
-        return hashlib.sha256(read.tobytes()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a conversation is read.
-
-    Attributes:
-        length: tokens of a conversation, about.
-        longest: tokens of the longest one, with its reply.
-        budget: most tokens that are held (bounded), or that stay (one-shot). None: all of them.
-        protected: whether the first and the newest tokens stay, whatever their score.
-        keep_whole, isolate_turns: see kvp_edge.Llama.
-    """
-
-    mode: Literal["bounded", "one-shot"]
-    question: Literal["unseen", "seen"]
-    granularity: str
-    length: int
-    longest: int
-    budget: int | None
-    policy: str
-    protected: bool
-    keep_whole: str = "tokens"
-    isolate_turns: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode == "bounded" and self.question == "seen":
-            raise ValueError(
-                "in bounded mode tokens are dropped while the conversation is read, before its "
-                "question is: --question seen is for --mode one-shot"
-            )
-
-
-def budget_of(share: str, length: int) -> int:
-    """Tokens for "1/8" or "0.125" of ``length``, or for a whole number like "512".
-
-    Raises:
-        ValueError: neither of them, or too few tokens.
-    """
-    try:
-        number = Fraction(share)
-    except (ValueError, ZeroDivisionError):
-        number = Fraction(0)
-    if number <= 0 or (number > 1 and number.denominator != 1):
-        raise ValueError(
-            f"a budget is a share of the length like 1/8, or a number of tokens like 512, not "
-            f"'{share}'"
-        )
-    budget = int(number) if number.denominator == 1 and number > 1 else int(number * length)
-    if budget < SMALLEST:
-        raise ValueError(
-            f"a budget of {share} is {budget} of {length} tokens, and less than {SMALLEST} leave a "
-            "policy nothing to choose: raise --budgets or --lengths"
-        )
-    return budget
+from kvp_edge.policies import POLICIES, get_policy
 
 
 def prompts(
@@ -203,6 +98,13 @@ def _context(llm: Llama, reading: Reading | Continuation) -> list[int]:
     return prompt_tokens(llm, reading.context)
 
 
+#: A setting, and the conversations that it reads.
+Job: TypeAlias = tuple[Setting, Sequence[Prompt]]
+
+#: Conversations for which a process loads the model, where settings share their reading.
+_AT_ONCE = 4
+
+
 @dataclass(frozen=True)
 class Run:
     """What all settings share. ``engine`` are llama_cpp.Llama's arguments."""
@@ -252,178 +154,52 @@ class Run:
 
     def records(self, setting: Setting, todo: Sequence[Prompt]) -> Iterator[Record]:
         """One record after the other."""
-        with _Reader(self, setting) as reader:
-            for prompt in todo:
+        return self.records_of([(setting, todo)])
+
+    def records_of(self, jobs: Sequence[Job]) -> Iterator[Record]:
+        """The records of one setting, or of several that share their reading: all settings of a
+        conversation, then those of the next."""
+        with reader_of(self.model, [setting for setting, _ in jobs], self.engine) as reader:
+            for setting, prompt in _by_conversation(jobs):
+                reader.prepare(setting, prompt)
                 started = time.perf_counter()
-                outcome = reader.ask(prompt)
+                outcome = reader.ask(setting, prompt)
                 seconds = round(time.perf_counter() - started, 3)
                 yield self._record(setting, prompt, seconds=seconds, **outcome)
 
     def kept_tokens(self, setting: Setting, shown: Sequence[Prompt]) -> Iterator[KeptTokens]:
         """Which tokens of each conversation each head holds when the question comes."""
-        with _Reader(self, setting) as reader:
-            for prompt in shown:
-                yield reader.kept_tokens(prompt)
+        for _, _, kept in self.all_kept_tokens([(setting, shown)]):
+            yield kept
+
+    def all_kept_tokens(self, jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt, KeptTokens]]:
+        """The same in all settings of all jobs."""
+        for group in _groups(jobs):
+            with reader_of(self.model, [setting for setting, _ in group], self.engine) as reader:
+                for setting, prompt in _by_conversation(group):
+                    yield setting, prompt, reader.kept_tokens(setting, prompt)
 
 
-class _Reader:
-    """A subject in one setting."""
-
-    def __init__(self, run: Run, setting: Setting) -> None:
-        self._setting = setting
-        self._run = run
-        self._tracer: Tracer | None = None
-        self._full: Subject | None = None  # what an oracle reads replies from
-        self._one_shot = setting.mode == "one-shot" and setting.budget is not None
-        n_ctx, budget, engine = setting.longest, setting.budget, run.engine
-        if budget is None:
-            self._subject = Subject.whole(run.model, n_ctx, **engine)
-            return
-        if setting.policy == SHIFT:
-            self._subject = Shifted(run.model, n_ctx, min(budget, n_ctx), **engine)
-            return
-        protection = {} if setting.protected else {"sinks": 0, "recent": 1}
-        policy = setting.policy
-        if policy == OWN:
-            policy = own_policy(run.model) or ""
-        if policy in (ORACLE, GOLDEN):
-            # without flash attention the attention itself is captured, in models of every kind
-            plain = {k: v for k, v in engine.items() if k != "flash_attn"}
-            self._tracer = Tracer(run.model, n_ctx, **plain)
-            policy = "recency"  # until the first conversation is traced
-        budget = min(budget, n_ctx)
-        unbounded = self._one_shot or budget == n_ctx
-        kept = budget if unbounded else budget - max(1, budget // 4)
-        self._subject = Subject(
-            run.model,
-            n_ctx,
-            n_ctx if unbounded else budget,
-            kept,
-            policy=policy,
-            granularity=setting.granularity,
-            keep_whole=setting.keep_whole,
-            isolate_turns=setting.isolate_turns,
-            **protection,
-            **engine,
-        )
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for one in (self._subject, self._tracer, self._full):
-            if one is not None:
-                one.close()
-
-    def ask(self, prompt: Prompt) -> dict[str, Any]:
-        subject, tokens = self._subject, prompt.tokens.tolist()
-        cut = self._read_context(prompt)
-        seen = cut == len(tokens)
-        held = {"kept": subject.held, "dropped": cut - subject.held}
-        if prompt.item is None:
-            losses = subject.losses(tokens[cut:])
-            if prompt.measured is not None:
-                losses = losses[prompt.measured]
-            outcome: dict[str, Any] = {
-                "score": round(float(losses.mean()), 6),
-                "losses": _by_part(losses),
-            }
-        else:
-            if not seen:
-                subject.read(tokens[cut:])
-            written = subject.converse(prompt.turns, prompt.reply_tokens)
-            replies = [subject.text(reply) for reply in written]
-            outcome = {"reply": "\n".join(replies), "score": prompt.item.score(*replies)}
-        return {**held, **outcome, "evictions": subject.evictions, "kv_bytes": self._kv_bytes()}
-
-    def _kv_bytes(self) -> int:
-        """Of the most tokens held at once. Cells that no token was in do not count."""
-        stats, held = self._subject.kv_stats, self._subject.n_tokens
-        budget = self._setting.budget
-        if self._setting.mode == "bounded" and budget is not None and self._subject.evictions:
-            held = budget  # it was full; after a context shift n_tokens is what is left
-        return stats.kv_bytes * held // stats.cells
-
-    def _read_context(self, prompt: Prompt) -> int:
-        """Read all that comes before the question, or the question too where it is to be seen, and
-        drop what is to be dropped. How many tokens were read."""
-        subject, tokens = self._subject, prompt.tokens.tolist()
-        if self._tracer is not None:
-            trace = _traced(self._tracer, self._whole(prompt), prompt)
-            subject.policy = Oracle(trace, peak=self._setting.policy == GOLDEN)
-        subject.forget()
-        seen = self._setting.question == "seen" and prompt.item is not None
-        cut = len(tokens) if seen else prompt.border
-        subject.read(tokens[:cut])
-        if self._one_shot:
-            subject.evict()
-        return cut
-
-    def _whole(self, prompt: Prompt) -> list[int]:
-        """The conversation up to its last question, with the replies of the full cache before."""
-        tokens: list[int] = prompt.tokens.tolist()
-        if not prompt.turns:
-            return tokens
-        if self._full is None:
-            run = self._run
-            self._full = Subject.whole(run.model, self._setting.longest, **run.engine)
-        self._full.forget()
-        self._full.read(tokens)
-        replies = self._full.converse(prompt.turns, prompt.reply_tokens)
-        for reply, turn in zip(replies, prompt.turns, strict=False):  # the last one is traced
-            tokens += [*reply, *turn]
-        return tokens
-
-    def kept_tokens(self, prompt: Prompt) -> KeptTokens:
-        subject, setting = self._subject, self._setting
-        n = self._read_context(prompt)
-        positions = np.asarray(subject.kv_positions)
-        if positions.ndim == 1:
-            positions = positions[None, None]
-        kept = np.zeros((*positions.shape[:2], n), np.bool_)
-        np.put_along_axis(kept, positions, True, axis=2)
-        return KeptTokens(
-            texts=[subject.text_of(t) for t in prompt.tokens[:n].tolist()],
-            kept=kept,
-            protected=subject.protected(n),
-            title=f"{setting.policy}, {setting.budget} tokens, {prompt.task} {prompt.number}",
-        )
+def _by_conversation(jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt]]:
+    """Every setting of the first conversation, then of the second..."""
+    read_in: dict[int, list[tuple[Setting, Prompt]]] = {}
+    for setting, todo in jobs:
+        for prompt in todo:
+            read_in.setdefault(id(prompt), []).append((setting, prompt))
+    for settings in read_in.values():
+        yield from settings
 
 
-def _by_part(losses: npt.NDArray[np.float64]) -> list[float]:
-    """The mean of each of PARTS parts in a row; none if there are fewer tokens than that."""
-    if len(losses) < PARTS:
-        return []
-    return [round(float(part.mean()), 6) for part in np.array_split(losses, PARTS)]
-
-
-def _traced(tracer: Tracer, tokens: list[int], prompt: Prompt) -> Trace:
-    """The conversation with its last reply, read with a full cache."""
-    n_reply = prompt.reply_tokens if prompt.item is not None else 0
-    got = tracer.capture(tokens, prompt.border, n_reply)
-    return Trace(
-        keys=got.keys,
-        values=got.values,
-        positions=got.positions,
-        tokens=got.tokens,
-        attention=got.sums,
-        n_prompt=prompt.border,
-        blocks=got.blocks,
-        scale=got.blocks.scale,
-        source=prompt.task,
-    )
-
-
-def run_all(
-    run: Run, jobs: Sequence[tuple[Setting, Sequence[Prompt]]], workers: int
-) -> Iterator[Record]:
+def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
     """The records of all jobs as they come in; with several workers in any order."""
+    groups = _groups(jobs)
     if workers == 1:
-        for setting, todo in jobs:
-            yield from run.records(setting, todo)
+        for group in groups:
+            yield from run.records_of(group)
         return
+    pieces = [piece for group in groups for piece in _pieces(group)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(_job, run, setting, todo) for setting, todo in jobs]
+        waiting = [pool.submit(_records_of, run, piece) for piece in pieces]
         try:
             for done in as_completed(waiting):
                 yield from done.result()
@@ -431,8 +207,30 @@ def run_all(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _job(run: Run, setting: Setting, todo: Sequence[Prompt]) -> list[Record]:
-    return list(run.records(setting, todo))
+def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs whose settings share their reading are one group, every other job one of its own."""
+    groups: dict[object, list[Job]] = {}
+    for number, (setting, todo) in enumerate(jobs):
+        same = replace(setting, policy="", budget=None)
+        groups.setdefault(same if shares_reading(setting) else number, []).append((setting, todo))
+    return list(groups.values())
+
+
+def _pieces(group: list[Job]) -> Iterator[list[Job]]:
+    """The group's work for one process after the other: jobs of one setting as they are, those that
+    share their reading a few conversations at a time."""
+    if len(group) == 1:
+        yield group
+        return
+    prompts = list({id(prompt): prompt for _, todo in group for prompt in todo}.values())
+    for at in range(0, len(prompts), _AT_ONCE):
+        some = {id(prompt) for prompt in prompts[at : at + _AT_ONCE]}
+        piece = [(setting, [p for p in todo if id(p) in some]) for setting, todo in group]
+        yield [(setting, todo) for setting, todo in piece if todo]
+
+
+def _records_of(run: Run, jobs: Sequence[Job]) -> list[Record]:
+    return list(run.records_of(jobs))
 
 
 def check_policy(policy: str, model: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import llama_cpp
@@ -10,12 +11,32 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.context_shift import ContextShift
+from kvp_edge.eviction import Table
+from kvp_edge.limits import CacheLimits
 from kvp_edge.llama import Llama
 from kvp_edge.policies import Policy
+from kvp_edge.queries import SharedLog
 
 FloatArray = npt.NDArray[np.float32]
 
 _BATCH = 512
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """A conversation that was read, and nothing of it dropped. n tokens.
+
+    Attributes:
+        tokens: int32 [n].
+        logits: f32 [n_vocab], after the last of them.
+        table: of the cache.
+        state: uint8, llama.cpp's.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    logits: FloatArray
+    table: Table
+    state: npt.NDArray[np.uint8]
 
 
 class Subject(Llama):
@@ -35,6 +56,7 @@ class Subject(Llama):
 
     def __init__(self, model_path: str, n_ctx: int, cells: int, budget: int, **engine: Any) -> None:
         self._rows: list[FloatArray] | None = None  # logits, while they are collected
+        self._logits_then: FloatArray | None = None  # at the bookmark, until more is read
         bounded = cells < n_ctx
         super().__init__(
             model_path,
@@ -62,8 +84,73 @@ class Subject(Llama):
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
+        """From now on another one decides. One that looks at queries finds those that were logged:
+        all of them, if the subject was made with such a policy and drops nothing by itself."""
         assert self._kv is not None
+        if policy.queries:
+            assert self._query_log is not None
+            policy.query_log = SharedLog(self._query_log)
         self._kv.policy = policy
+
+    def check(self, policy: Policy) -> None:
+        """That this policy can decide here.
+
+        Raises:
+            PolicyFileError: it was trained for another model.
+        """
+        assert self._kv is not None
+        self._check_policy(policy, self._kv.cache)
+
+    def limit(self, budget: int) -> None:
+        """Let ``budget`` tokens stay after an eviction from now on, of a subject that drops nothing
+        by itself.
+
+        Raises:
+            BudgetError: the budget leaves nothing to choose.
+        """
+        assert self._kv is not None
+        limits = self._kv.limits
+        self._kv.limits = CacheLimits.plan(
+            n_ctx=limits.n_ctx,
+            kv_budget=budget,
+            sinks=self._bound.sinks,
+            recent=self._bound.recent,
+            reserve=max(1, limits.n_ctx - budget),
+            n_batch=limits.n_batch,
+            bytes_per_cell=0,  # the budget is in tokens
+        )
+
+    def scored(self, at: Bookmark) -> Bookmark:
+        """``at``, where the subject is now, with all tokens scored by its policy: evictions to one
+        budget after the other then score nothing again."""
+        assert self._kv is not None
+        self._kv.score()
+        return replace(at, table=self._kv.snapshot())
+
+    def bookmark(self) -> Bookmark:
+        """What was read so far, to ``go_back`` to."""
+        assert self._kv is not None
+        n = int(self.n_tokens)
+        return Bookmark(
+            self.input_ids[:n].copy(),
+            self._newest_logits().copy(),
+            self._kv.snapshot(),
+            self._kv.cache.state(),
+        )
+
+    def go_back(self, to: Bookmark) -> None:
+        """Be what this subject was at the bookmark, before anything was dropped. Since then it must
+        have read no other conversation: the log of queries is taken back by forgetting what was
+        logged after it."""
+        assert self._kv is not None
+        n = len(to.tokens)
+        self._kv.restore_with(to.table, to.state)
+        self._kv.evictions = 0
+        self.n_tokens = n
+        self.input_ids[:n] = to.tokens
+        self._logits_then = to.logits
+        if self._query_log is not None:
+            self._query_log.rewind(n)
 
     @property
     def held(self) -> int:
@@ -87,6 +174,20 @@ class Subject(Llama):
 
     def read(self, tokens: Sequence[int]) -> None:
         self.eval(tokens)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        super().eval(tokens)
+        if len(tokens):
+            self._logits_then = None
+
+    def _newest_logits(self) -> FloatArray:
+        return super()._newest_logits() if self._logits_then is None else self._logits_then
+
+    def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
+        """Those of all tokens where nothing is dropped but by ``evict``: ``go_back`` needs them."""
+        if limits.cells >= limits.n_ctx:
+            return limits.cells
+        return super()._queries_to_log(policy, limits)
 
     def forget(self) -> None:
         """Start a new conversation."""

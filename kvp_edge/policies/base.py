@@ -13,7 +13,7 @@ from kvp_edge.native import NotInPlace
 if TYPE_CHECKING:
     from kvp_edge.native import NativeCache, NativePolicy
     from kvp_edge.policy_file import PolicyInfo
-    from kvp_edge.queries import Queries, QueryLog
+    from kvp_edge.queries import Queries, QueryLog, SharedLog
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
@@ -64,7 +64,7 @@ class Policy(ABC):
     needs_frequencies: ClassVar[bool] = False
 
     #: Where they are; set by Llama at load if ``queries`` > 0.
-    query_log: QueryLog | None = None
+    query_log: QueryLog | SharedLog | None = None
 
     def logged(self) -> Queries:
         """The newest ``queries`` queries of the log, fewer if there are not so many.

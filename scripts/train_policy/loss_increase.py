@@ -20,8 +20,8 @@ from kvp_edge.cli.options import bundled_model
 from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.markdown import estimate
 from kvp_edge.evaluation.oracle import Oracle
+from kvp_edge.evaluation.readers import OWN
 from kvp_edge.evaluation.records import GOLDEN, ORACLE
-from kvp_edge.evaluation.run import OWN
 from kvp_edge.evaluation.statistics import Scores
 from kvp_edge.own_policy import own_policy
 from kvp_edge.traces import TraceSet

@@ -1,0 +1,322 @@
+"""The model that reads conversations, is asked, and drops what a setting says.
+
+Settings of one-shot mode that differ in policy and budget alone have read the same when tokens are
+dropped. ``SharedReader`` reads that once and gives it back to each of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.capture import Tracer
+from kvp_edge.evaluation.kept_tokens import KeptTokens
+from kvp_edge.evaluation.oracle import Oracle
+from kvp_edge.evaluation.records import GOLDEN, ORACLE, PARTS, SHIFT
+from kvp_edge.evaluation.setting import Prompt, Setting
+from kvp_edge.evaluation.subject import Bookmark, Shifted, Subject
+from kvp_edge.own_policy import own_policy
+from kvp_edge.policies import Learned, Policy, get_policy
+from kvp_edge.traces import Trace
+
+#: The policy trained for the model.
+OWN = Learned.name
+
+
+def shares_reading(setting: Setting) -> bool:
+    """Whether others may drop their tokens from the same reading. Context shift drops while it
+    reads, in both modes."""
+    return setting.mode == "one-shot" and setting.policy != SHIFT
+
+
+def reader_of(model: str, settings: Sequence[Setting], engine: Mapping[str, Any]) -> Reader:
+    """One for settings that differ in policy and budget alone, or for a single one."""
+    if all(shares_reading(setting) for setting in settings):
+        return SharedReader(model, settings, engine)
+    [setting] = settings
+    return BoundedReader(model, setting, engine)
+
+
+class Reader(ABC):
+    """A model that reads conversations in one or several settings; close it after use."""
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model."""
+
+    @abstractmethod
+    def prepare(self, setting: Setting, prompt: Prompt) -> None:
+        """Do what several settings share and none has done yet, so that the time of
+        ``read_context`` is that of its own setting."""
+
+    @abstractmethod
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
+        """All that comes before the question, or the question too where it is to be seen, is read
+        and what is to be dropped is dropped: the subject, and how many tokens it was given."""
+
+    def ask(self, setting: Setting, prompt: Prompt) -> dict[str, Any]:
+        """What came of it, by the names of a Record."""
+        tokens = prompt.tokens.tolist()
+        subject, cut = self.read_context(setting, prompt)
+        held = {"kept": subject.held, "dropped": cut - subject.held}
+        if prompt.item is None:
+            losses = subject.losses(tokens[cut:])
+            if prompt.measured is not None:
+                losses = losses[prompt.measured]
+            outcome: dict[str, Any] = {
+                "score": round(float(losses.mean()), 6),
+                "losses": _by_part(losses),
+            }
+        else:
+            if cut < len(tokens):
+                subject.read(tokens[cut:])
+            written = subject.converse(prompt.turns, prompt.reply_tokens)
+            replies = [subject.text(reply) for reply in written]
+            outcome = {"reply": "\n".join(replies), "score": prompt.item.score(*replies)}
+        kv_bytes = _kv_bytes(subject, setting)
+        return {**held, **outcome, "evictions": subject.evictions, "kv_bytes": kv_bytes}
+
+    def kept_tokens(self, setting: Setting, prompt: Prompt) -> KeptTokens:
+        """Which tokens each head holds when the question comes."""
+        subject, n = self.read_context(setting, prompt)
+        positions = np.asarray(subject.kv_positions)
+        if positions.ndim == 1:
+            positions = positions[None, None]
+        kept = np.zeros((*positions.shape[:2], n), np.bool_)
+        np.put_along_axis(kept, positions, True, axis=2)
+        return KeptTokens(
+            texts=[subject.text_of(t) for t in prompt.tokens[:n].tolist()],
+            kept=kept,
+            protected=subject.protected(n),
+            title=f"{setting.policy}, {setting.budget} tokens, {prompt.task} {prompt.number}",
+        )
+
+
+class BoundedReader(Reader):
+    """Drops tokens while it reads, or none: it reads every conversation in one setting.
+
+    Args:
+        model: GGUF file.
+        setting: the only one.
+        engine: the other arguments of kvp_edge.Llama.
+    """
+
+    def __init__(self, model: str, setting: Setting, engine: Mapping[str, Any]) -> None:
+        self._oracles: _Oracles | None = None
+        n_ctx = setting.longest
+        if setting.budget is None:
+            self._subject = Subject.whole(model, n_ctx, **engine)
+            return
+        budget = min(setting.budget, n_ctx)
+        if setting.policy == SHIFT:
+            self._subject = Shifted(model, n_ctx, budget, **engine)
+            return
+        policy = setting.policy
+        if policy in (ORACLE, GOLDEN):
+            self._oracles = _Oracles(model, n_ctx, engine)
+            policy = "recency"  # until the first conversation is traced
+        self._subject = Subject(
+            model,
+            n_ctx,
+            budget,
+            budget if budget == n_ctx else budget - max(1, budget // 4),
+            policy=_named(policy, model),
+            **_how(setting),
+            **engine,
+        )
+
+    def close(self) -> None:
+        self._subject.close()
+        if self._oracles is not None:
+            self._oracles.close()
+
+    def prepare(self, setting: Setting, prompt: Prompt) -> None:
+        pass  # its setting shares nothing
+
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
+        subject, cut = self._subject, _cut(setting, prompt)
+        if self._oracles is not None:
+            subject.policy = self._oracles.of(prompt, setting.policy)
+        subject.forget()
+        subject.read(prompt.tokens[:cut].tolist())
+        return subject, cut
+
+
+class SharedReader(Reader):
+    """Reads every conversation once, into a full cache, for all settings of one-shot mode that
+    differ in policy and budget alone. The full cache may be one of them.
+
+    Each setting gets the state that reading left: llama.cpp's cells, the logits of the last token,
+    and, for policies that look at queries, the log of all of them. A policy scores it once for all
+    budgets that follow each other. Reading is the same for all: no
+    policy has a part in it before tokens are dropped. What follows is the same as after reading the
+    conversation anew, to the last bit, but for models with sliding windows: llama.cpp puts the
+    cells of a window back in another order, and so rounds sums otherwise.
+
+    Args:
+        model: GGUF file.
+        settings: at least one.
+        engine: the other arguments of kvp_edge.Llama.
+    """
+
+    def __init__(self, model: str, settings: Sequence[Setting], engine: Mapping[str, Any]) -> None:
+        n_ctx = settings[0].longest
+        chosen = {s.policy: s for s in settings if s.budget is not None}
+        self._policies = {
+            name: get_policy(_named(name, model)) for name in chosen if name not in (ORACLE, GOLDEN)
+        }
+        self._oracles = _Oracles(model, n_ctx, engine)
+        self._read: tuple[Prompt, Bookmark] | None = None  # the newest conversation
+        self._scored: tuple[str, Bookmark] | None = None  # the same by the newest policy
+        if not chosen:
+            self._subject = Subject.whole(model, n_ctx, **engine)
+            return
+        # the policy that needs the most of what is prepared at load
+        most = max(
+            self._policies.values(),
+            key=lambda policy: (policy.needs_frequencies, policy.queries),
+            default=get_policy("recency"),
+        )
+        self._subject = Subject(
+            model, n_ctx, n_ctx, n_ctx, policy=most, **_how(settings[0]), **engine
+        )
+        for policy in self._policies.values():
+            self._subject.check(policy)
+
+    def close(self) -> None:
+        self._subject.close()
+        self._oracles.close()
+
+    def prepare(self, setting: Setting, prompt: Prompt) -> None:
+        self._start_of(setting, prompt)
+
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
+        subject = self._subject
+        subject.go_back(self._start_of(setting, prompt))
+        if setting.budget is not None:
+            subject.limit(min(setting.budget, setting.longest))
+            subject.evict()
+        return subject, _cut(setting, prompt)
+
+    def _start_of(self, setting: Setting, prompt: Prompt) -> Bookmark:
+        """The context read and, but for the full cache, scored by the setting's policy."""
+        subject = self._subject
+        if self._read is None or self._read[0] is not prompt:
+            self._read = self._scored = None
+            subject.forget()
+            subject.read(prompt.tokens[: _cut(setting, prompt)].tolist())
+            self._read = prompt, subject.bookmark()
+        state = self._read[1]
+        if setting.budget is None:
+            return state
+        if self._scored is None or self._scored[0] != setting.policy:
+            if setting.policy in (ORACLE, GOLDEN):
+                policy: Policy = self._oracles.of(prompt, setting.policy)
+            else:
+                policy = self._policies[setting.policy]
+            subject.go_back(state)
+            subject.policy = policy
+            self._scored = setting.policy, subject.scored(state)
+        return self._scored[1]
+
+
+class _Oracles:
+    """Policies that have read a conversation to its end. It is traced once for both of them."""
+
+    def __init__(self, model: str, n_ctx: int, engine: Mapping[str, Any]) -> None:
+        self._model, self._n_ctx, self._engine = model, n_ctx, engine
+        self._tracer: Tracer | None = None
+        self._full: Subject | None = None  # reads the replies before the last question
+        self._traced: tuple[Prompt, Trace] | None = None
+
+    def close(self) -> None:
+        for one in (self._tracer, self._full):
+            if one is not None:
+                one.close()
+
+    def of(self, prompt: Prompt, name: str) -> Oracle:
+        """ORACLE or GOLDEN for a conversation."""
+        if self._traced is None or self._traced[0] is not prompt:
+            self._traced = prompt, self._trace(prompt)
+        return Oracle(self._traced[1], peak=name == GOLDEN)
+
+    def _trace(self, prompt: Prompt) -> Trace:
+        """The conversation with its last reply, read with a full cache."""
+        tokens = self._whole(prompt)
+        if self._tracer is None:
+            # without flash attention the attention itself is captured, in models of every kind
+            plain = {k: v for k, v in self._engine.items() if k != "flash_attn"}
+            self._tracer = Tracer(self._model, self._n_ctx, **plain)
+        n_reply = prompt.reply_tokens if prompt.item is not None else 0
+        got = self._tracer.capture(tokens, prompt.border, n_reply)
+        return Trace(
+            keys=got.keys,
+            values=got.values,
+            positions=got.positions,
+            tokens=got.tokens,
+            attention=got.sums,
+            n_prompt=prompt.border,
+            blocks=got.blocks,
+            scale=got.blocks.scale,
+            source=prompt.task,
+        )
+
+    def _whole(self, prompt: Prompt) -> list[int]:
+        """The conversation up to its last question, with the replies of the full cache before."""
+        tokens: list[int] = prompt.tokens.tolist()
+        if not prompt.turns:
+            return tokens
+        if self._full is None:
+            self._full = Subject.whole(self._model, self._n_ctx, **self._engine)
+        self._full.forget()
+        self._full.read(tokens)
+        replies = self._full.converse(prompt.turns, prompt.reply_tokens)
+        for reply, turn in zip(replies, prompt.turns, strict=False):  # the last one is traced
+            tokens += [*reply, *turn]
+        return tokens
+
+
+def _cut(setting: Setting, prompt: Prompt) -> int:
+    """How many tokens are read before the question, or with it where it is to be seen."""
+    seen = setting.question == "seen" and prompt.item is not None
+    return len(prompt.tokens) if seen else prompt.border
+
+
+def _named(policy: str, model: str) -> str:
+    """The policy file in place of OWN."""
+    return (own_policy(model) or "") if policy == OWN else policy
+
+
+def _how(setting: Setting) -> dict[str, Any]:
+    """Arguments of kvp_edge.Llama that settings which share their reading have in common."""
+    return {
+        "granularity": setting.granularity,
+        "keep_whole": setting.keep_whole,
+        "isolate_turns": setting.isolate_turns,
+        **({} if setting.protected else {"sinks": 0, "recent": 1}),
+    }
+
+
+def _kv_bytes(subject: Subject, setting: Setting) -> int:
+    """Of the most tokens held at once. Cells that no token was in do not count."""
+    stats, held = subject.kv_stats, subject.n_tokens
+    if setting.mode == "bounded" and setting.budget is not None and subject.evictions:
+        held = setting.budget  # it was full; after a context shift n_tokens is what is left
+    return stats.kv_bytes * held // stats.cells
+
+
+def _by_part(losses: npt.NDArray[np.float64]) -> list[float]:
+    """The mean of each of PARTS parts in a row; none if there are fewer tokens than that."""
+    if len(losses) < PARTS:
+        return []
+    return [round(float(part.mean()), 6) for part in np.array_split(losses, PARTS)]

@@ -1,0 +1,109 @@
+"""What is read, and how: a conversation in tokens, and the setting that it is read in."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.evaluation.item import Item
+
+IntArray = npt.NDArray[np.int32]
+
+#: The smallest budget: sinks, newest tokens, and a few to choose.
+SMALLEST = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An item or reading in tokens of the model.
+
+    Attributes:
+        task, number: which.
+        tokens: int32 [n], the conversation without its reply; of a reading the ending, too.
+        border: where the question begins, or the ending.
+        item: None for a reading.
+        reply_tokens: the most tokens of a reply.
+        turns: of an item with several questions, what is read after every reply but the last.
+        measured: of a reading, bool [n - border]: which tokens of the ending count. None: all.
+    """
+
+    task: str
+    number: int
+    tokens: IntArray
+    border: int
+    item: Item | None
+    reply_tokens: int
+    turns: tuple[tuple[int, ...], ...] = ()
+    measured: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the conversation with the longest replies, and one to spare."""
+        turns = sum(len(turn) + self.reply_tokens for turn in self.turns)
+        return len(self.tokens) + self.reply_tokens + turns + 1
+
+    @cached_property
+    def digest(self) -> str:
+        read = np.concatenate((self.tokens, *self.turns), dtype=np.int32)
+        return hashlib.sha256(read.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a conversation is read.
+
+    Attributes:
+        length: tokens of a conversation, about.
+        longest: tokens of the longest one, with its reply.
+        budget: most tokens that are held (bounded), or that stay (one-shot). None: all of them.
+        protected: whether the first and the newest tokens stay, whatever their score.
+        keep_whole, isolate_turns: see kvp_edge.Llama.
+    """
+
+    mode: Literal["bounded", "one-shot"]
+    question: Literal["unseen", "seen"]
+    granularity: str
+    length: int
+    longest: int
+    budget: int | None
+    policy: str
+    protected: bool
+    keep_whole: str = "tokens"
+    isolate_turns: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode == "bounded" and self.question == "seen":
+            raise ValueError(
+                "in bounded mode tokens are dropped while the conversation is read, before its "
+                "question is: --question seen is for --mode one-shot"
+            )
+
+
+def budget_of(share: str, length: int) -> int:
+    """Tokens for "1/8" or "0.125" of ``length``, or for a whole number like "512".
+
+    Raises:
+        ValueError: neither of them, or too few tokens.
+    """
+    try:
+        number = Fraction(share)
+    except (ValueError, ZeroDivisionError):
+        number = Fraction(0)
+    if number <= 0 or (number > 1 and number.denominator != 1):
+        raise ValueError(
+            f"a budget is a share of the length like 1/8, or a number of tokens like 512, not "
+            f"'{share}'"
+        )
+    budget = int(number) if number.denominator == 1 and number > 1 else int(number * length)
+    if budget < SMALLEST:
+        raise ValueError(
+            f"a budget of {share} is {budget} of {length} tokens, and less than {SMALLEST} leave a "
+            "policy nothing to choose: raise --budgets or --lengths"
+        )
+    return budget
