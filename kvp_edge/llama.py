@@ -208,9 +208,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 )
             with listen(pass_on=verbose):
                 shape = read_model_shape(model_path)
+            told = kwargs.get("kv_overrides") or {}
+            n_ctx_train = int(told.get(f"{shape.architecture}.context_length", shape.n_ctx_train))
             self._plan = partial(
                 CacheLimits.plan,
-                n_ctx=n_ctx or shape.n_ctx_train,
+                n_ctx=n_ctx or n_ctx_train,
                 kv_budget=kv_budget,
                 sinks=sinks,
                 recent=recent,
@@ -222,9 +224,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             )
             # What contradicts itself is refused before the model is loaded, which may take long.
             cells = self._plan().cells  # more for a window: _size_context
-            if positions == "compact" and cells > shape.n_ctx_train:
+            if positions == "compact" and cells > n_ctx_train:
                 raise BudgetError(
-                    f"positions='compact' keeps positions below the {shape.n_ctx_train} tokens "
+                    f"positions='compact' keeps positions below the {n_ctx_train} tokens "
                     f"that the model was trained for, and {cells} cells are more: lower kv_budget "
                     "or reserve"
                 )

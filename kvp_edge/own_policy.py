@@ -16,9 +16,9 @@ from kvp_edge.policy_file import read_info
 def own_policy(model_path: str | os.PathLike[str]) -> str | None:
     """The policy file that was trained on this very model file, or None.
 
-    Looked for among the files kvp-*.gguf beside the model, the newest first, and among those that
-    come with the package. A file that cannot be read is passed over with a warning: the chat can go
-    on without.
+    Looked for among the files kvp-*.gguf beside the model, the newest first, then beside the file
+    that it is a link to, and among those that come with the package. A file that cannot be read is
+    passed over with a warning: the chat can go on without.
     """
     fingerprint: str | None = None
     for path in _candidates(Path(model_path)):
@@ -38,7 +38,8 @@ def _shipped() -> Path:
 
 
 def _candidates(model: Path) -> Iterator[Path]:
-    for folder in dict.fromkeys((model.resolve().parent, _shipped().resolve())):
+    folders = (model.parent, model.resolve().parent, _shipped())
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
         found = sorted(folder.glob("kvp-*.gguf"))
         for path in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
             if path.resolve() != model.resolve():

@@ -62,6 +62,22 @@ def test_the_policy_beside_a_model_is_used_unless_another_is_named(
     assert named.kv_stats.policy == "recency"
 
 
+def test_a_policy_may_lie_beside_a_link_to_the_model_or_beside_the_file_linked_to(
+    model: Path, tmp_path: Path
+) -> None:
+    """Models that were downloaded from a hub are links to files in another folder."""
+    link = tmp_path / "links" / "linked.gguf"
+    link.parent.mkdir()
+    link.symlink_to(model)
+    assert own_policy(link) is None
+    far = write(model.parent / "kvp-far.gguf", info_of(model))
+    assert own_policy(link) == str(far)
+    near = write(link.parent / "kvp-near.gguf", info_of(model))
+    os.utime(near, (0, 0))  # though it is older
+    assert own_policy(link) == str(near)
+    assert own_policy(model) == str(far)
+
+
 def test_a_policy_of_another_model_or_under_another_name_is_left_alone(model: Path) -> None:
     write(model.parent / "kvp-other.gguf", replace(info_of(model), fingerprint="f00d"))
     write(model.parent / "kvp-any.gguf", replace(info_of(model), fingerprint=""))

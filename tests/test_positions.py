@@ -270,9 +270,21 @@ def test_what_cannot_be_compacted_is_refused(
         Llama(path, **BOUND, **options, verbose=False)
 
 
+def test_a_trained_length_that_is_told_counts_in_place_of_the_file_s(
+    random_model: Maker, load: Loader
+) -> None:
+    told = {"kv_overrides": {"llama.context_length": TRAINED}}
+    llm = load(random_model(ModelShape("llama")).path, **{**BOUND, **told, "n_ctx": None})
+    assert llm.n_ctx() == TRAINED
+
+
 def test_more_cells_than_the_trained_length_leave_no_room_to_compact(random_model: Maker) -> None:
     path = random_model(SHAPES["llama"]).path
     with pytest.raises(BudgetError, match="300 tokens .* 512 cells are more"):
         Llama(path, **{**BOUND, "kv_budget": 300}, verbose=False)
+    other = random_model(ModelShape("llama")).path
+    told = {"kv_overrides": {"llama.context_length": TRAINED}}
+    with pytest.raises(BudgetError, match="300 tokens .* 512 cells are more"):
+        Llama(other, **{**BOUND, **told, "kv_budget": 300}, verbose=False)
     with pytest.raises(ValueError, match="'keep' or 'compact', not 'move'"):
         Llama(path, **{**BOUND, "positions": "move"}, verbose=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import kvp_edge  # noqa: F401  # before the path is changed: the installed one is tested
+from support.real_models import write_exact
 
 sys.path.append(str(Path(__file__).parents[2]))
 from scripts import real_models
@@ -29,3 +30,21 @@ def real_model() -> Callable[[str], str]:
         return str(found)
 
     return path
+
+
+@pytest.fixture(scope="session")
+def exact_model(
+    real_model: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], str]]:
+    """exact_model("smollm2") -> path of a copy with f32 weights (support.real_models)."""
+    folder = tmp_path_factory.mktemp("exact")
+    made: dict[str, str] = {}
+
+    def path(name: str) -> str:
+        if name not in made:
+            made[name] = str(write_exact(real_model(name), folder / f"{name}.gguf"))
+        return made[name]
+
+    yield path
+    for file in made.values():  # gigabytes, and pytest would keep the folders of three runs
+        os.unlink(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +82,12 @@ class Reference:
         positions: NDArray[np.integer] | None = None,
         key_positions: NDArray[np.integer] | None = None,
         paid: list[Array] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Forward:
         """Run all layers; positions default to 0, 1, 2, ...; `paid` takes each layer's attention.
+
+        rows: the tokens whose logits are wanted, in place of all: a large vocabulary costs more
+        than the layers.
 
         key_positions [n_layer, n_head_kv, n_tokens, n_tokens]: the RoPE position that each key
         (column) has when a query (row) looks at it, for caches whose keys were turned meanwhile;
@@ -108,7 +113,8 @@ class Reference:
                 out = _attention(q, k, v, mask, paid=paid)
             else:
                 by = key_positions[il] - pos  # [n_head_kv, query, key]: how far a key was turned
-                out = _attention(q, k, v, seen[il], lambda h, k, by=by: self._turn(k, by[h]))
+                turn = partial(self._turned_scores, by=by, seen=seen[il])
+                out = _attention(q, k, v, seen[il], turn)
             out = out @ w[f"blk.{il}.attn_output.weight"].T
             if shape.arch == "gemma3":
                 out = self._norm(out, f"blk.{il}.post_attention_norm")
@@ -119,7 +125,8 @@ class Reference:
             x = x + out
             keys.append(k)
             values.append(v)
-        logits = self._norm(x, "output_norm") @ w["output.weight"].T
+        wanted = x if rows is None else x[list(rows)]
+        logits = self._norm(wanted, "output_norm") @ w["output.weight"].T
         return Forward(
             logits.astype(np.float32),
             np.stack(keys).astype(np.float32),
@@ -146,9 +153,20 @@ class Reference:
         base = shape.rope_base_swa if shape.is_local(il) else shape.rope_base
         return _rope(q, pos, base, shape.arch), _rope(k, pos, base, shape.arch), v
 
-    def _turn(self, k: Array, by: NDArray[np.integer]) -> Array:
-        """Keys of one head, [n_tokens, dim], turned anew for every query: [query, key, dim]."""
-        return _rope(k, by, self.shape.rope_base, self.shape.arch)
+    def _turned_scores(
+        self, h: int, q: Array, k: Array, by: NDArray[np.integer], seen: Visible
+    ) -> Array:
+        """q.k of one head, [query, key], with the keys that a query sees turned for it."""
+        scores = np.empty((len(q), len(k)))
+        end = len(q)
+        while end > 0:
+            # the newest query left, and those before it that see their keys turned as it does
+            same = ((by[h, :end] == by[h, end - 1]) | ~seen[h, :end]).all(axis=-1)
+            start = int(np.max(np.flatnonzero(~same), initial=-1)) + 1
+            keys = _rope(k, by[h, end - 1], self.shape.rope_base, self.shape.arch)
+            scores[start:end] = q[start:end] @ keys.T
+            end = start
+        return scores
 
     def _mask(self, il: int, pos: NDArray[np.integer]) -> Visible:
         """Causal mask by position, and the window on local layers, [n_tokens, n_tokens].
@@ -185,7 +203,7 @@ def _attention(
     k: Array,
     v: Array,
     mask: Visible,
-    turn: Callable[[int, Array], Array] | None = None,
+    turn: Callable[[int, Array, Array], Array] | None = None,
     paid: list[Array] | None = None,
 ) -> Array:
     """softmax(q.k / sqrt(head_dim)) v over the visible tokens, [n_tokens, n_head * head_dim].
@@ -199,15 +217,13 @@ def _attention(
     out = np.empty_like(q)
     weights = np.empty((len(q), q.shape[1], q.shape[1]))
     for h in range(len(q)):
-        if turn is None:
-            scores = q[h] @ k[h // group].T
-        else:
-            scores = np.einsum("qd,qkd->qk", q[h], turn(h // group, k[h // group]))
+        kv = h // group
+        scores = q[h] @ k[kv].T if turn is None else turn(kv, q[h], k[kv])
         scores /= np.sqrt(q.shape[-1])
-        scores[~mask[h // group]] = -np.inf
+        scores[~mask[kv]] = -np.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights[h] = p / p.sum(axis=-1, keepdims=True)
-        out[h] = weights[h] @ v[h // group]
+        out[h] = weights[h] @ v[kv]
     if paid is not None:
         paid.append(weights)
     return out.swapaxes(0, 1).reshape(q.shape[1], -1)
