@@ -578,8 +578,9 @@ def test_sessions_that_do_not_fit_are_a_sentence_and_the_chat_goes_on(
     llm.eval([1, 2, 3])
     llm.save_session(file)
     got = kvp("chat", *GREEDY, "--max-tokens", "5", typed=f"Hi.\n/load {file}\nHi.\n")
-    assert "holds no messages. A new conversation begins" in got.err
+    assert "holds no messages. The conversation is as it was" in got.err
     assert len(got.stats) == 2
+    assert got.stats[1]["read"] < got.stats[1]["seen"] - got.stats[0]["seen"]  # nothing read again
 
 
 @pytest.mark.parametrize(
