@@ -283,7 +283,9 @@ class Chat:
             self._messages, stream=True, seed=self._seed, **self._sampling
         )
         for chunk in chunks:
-            text = chunk["choices"][0]["delta"].get("content")
+            text = chunk["choices"][0]["delta"].get("content") or ""
+            if not self._reply and self._llm.chat_format == transcript.NAME:
+                text = text.lstrip()  # it goes on after "Assistant:"
             if text:
                 yield text
 
