@@ -19,6 +19,7 @@ import numpy as np
 from llama_cpp import llama_chat_format
 
 from kvp_edge import session, transcript
+from kvp_edge.chat_head import Head
 from kvp_edge.chat_markers import template_markers
 from kvp_edge.errors import (
     BudgetError,
@@ -103,7 +104,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
             n_batch.
-        protect_system: never drop the system prompt of create_chat_completion.
+        protect_system: never drop the system prompt of create_chat_completion, nor the definitions
+            of tools that the chat template shows before the first message, if these fit as well.
         pack: "device": the cache is scored and packed where it lies, in host memory or on a device
             (CUDA, Metal, ...), where only cell numbers and scores cross to the host. "state": it
             goes through llama.cpp's state, out and back in. "auto": "device" where possible.
@@ -123,7 +125,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     _query_shift = 0  # the table's when the logged queries were computed
     _rescue: tuple[Callable[[], str], Callable[[], Any] | None] | None = None  # where, what besides
     _stop_rescue: Callable[[], None] | None = None
-    _system_prompt: bytes | None = None  # of what is completed just now
+    _head: Head | None = None  # of the chat that is completed just now
     _fell_back = False  # neither the model file nor the caller has a chat template
 
     # set by the base class
@@ -493,7 +495,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         where the texts part; if tokens before that point were dropped meanwhile, all is re-read."""
         if self._kv is not None:
             tokens = list(tokens)
-            self._protect_system_prompt(tokens)
+            self._protect_head(tokens)
             reset = kwargs.get("reset", args[7] if len(args) > 7 else True)
             if reset:
                 tokens = self._reuse_prefix(tokens)
@@ -575,20 +577,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 "create_completion",
                 stacklevel=2,
             )
-        system = _system_content(messages) if self._bound.protect_system else None
+        head = None
+        if self._bound.protect_system:
+            by_place = any(args[:3:2])  # (functions, function_call, tools, ...)
+            tools = by_place or kwargs.get("functions") or kwargs.get("tools")
+            head = Head.of(messages, bool(tools))
         # a handler may complete more than once (tool_choice="auto" does)
-        with self._protecting(system):
+        with self._protecting(head):
             result = super().create_chat_completion(messages, *args, **kwargs)
         if isinstance(result, dict):
             result["kv_cache"] = dict(self.kv_stats)
             return result
-        return self._with_stats(result, system)
+        return self._with_stats(result, head)
 
-    def _with_stats(
-        self, chunks: Iterator[Any], system: bytes | None
-    ) -> Generator[Any, None, None]:
+    def _with_stats(self, chunks: Iterator[Any], head: Head | None) -> Generator[Any, None, None]:
         while True:
-            with self._protecting(system):  # a stream begins to read when its first chunk is taken
+            with self._protecting(head):  # a stream begins to read when its first chunk is taken
                 chunk = next(chunks, None)
             if chunk is None:
                 return
@@ -597,13 +601,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             yield chunk
 
     @contextlib.contextmanager
-    def _protecting(self, system: bytes | None) -> Iterator[None]:
-        """Inside, what is completed has this system prompt."""
-        self._system_prompt = system
+    def _protecting(self, head: Head | None) -> Iterator[None]:
+        """Inside, what is completed begins with this head, which is protected."""
+        self._head = head
         try:
             yield
         finally:
-            self._system_prompt = None
+            self._head = None
 
     # -- chat templates ----------------------------------------------------------------------
 
@@ -648,23 +652,30 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         found = find_spans(pieces, markers, self._bound.keep_whole, start - first)
         return [(first + a, first + b, kind) for a, b, kind in found]
 
-    def _protect_system_prompt(self, tokens: list[int]) -> None:
-        kv = self._kv
+    def _protect_head(self, tokens: list[int]) -> None:
+        kv, head = self._kv, self._head
         assert kv is not None
-        system = self._system_prompt
-        length = 0
-        if system is not None:
-            ends = list(accumulate(len(self._piece(t)) for t in tokens))
-            at = b"".join(map(self._piece, tokens)).find(system)
-            if at >= 0:
-                length = bisect_left(ends, at + len(system)) + 1
-            else:
-                warnings.warn(
-                    "the chat template does not show the system prompt to the model, so there is "
-                    "nothing to protect",
-                    stacklevel=2,
-                )
-        kv.protect_prefix(length)
+        try:
+            kv.protect_prefix(self._head_tokens(tokens, head))
+        except BudgetError as error:
+            if head is None or head.first is None:
+                raise
+            warnings.warn(f"the definitions of tools are not protected: {error}", stacklevel=2)
+            kv.protect_prefix(self._head_tokens(tokens, head._replace(first=None)))
+
+    def _head_tokens(self, tokens: list[int], head: Head | None) -> int:
+        """How many of the first tokens of a chat hold its head."""
+        if head is None:
+            return 0
+        pieces = [self._piece(t) for t in tokens]
+        end = head.end(b"".join(pieces))
+        if end is None:
+            warnings.warn(
+                "the chat template does not show the system prompt to the model, so there is "
+                "nothing to protect",
+                stacklevel=2,
+            )
+        return bisect_left(list(accumulate(map(len, pieces))), end) + 1 if end else 0
 
     # -- states and copies -------------------------------------------------------------------
 
@@ -942,12 +953,3 @@ def _or_f16(ggml_type: int | None) -> int:
 
 def _kv_bytes(log: LlamaLog) -> int:
     return round(sum(mib for mib, _ in log.kv_mib()) * 2**20)
-
-
-def _system_content(messages: Any) -> bytes | None:
-    """The text of a leading system message, as a template would show it."""
-    if messages and messages[0].get("role") == "system":
-        content = messages[0].get("content")
-        if isinstance(content, str) and content.strip():
-            return content.strip().encode()
-    return None

@@ -16,6 +16,7 @@ from llama_cpp import llama_chat_format
 
 import kvp_edge
 from kvp_edge import transcript
+from kvp_edge.chat_head import Head
 from kvp_edge.chat_markers import template_markers
 from kvp_edge.chat_prompt import prompt_tokens
 from kvp_edge.errors import UnsupportedModelError
@@ -179,12 +180,10 @@ def test_a_handler_that_completes_at_once_has_markers_and_a_prompt(
     assert llm.input_ids[: len(tokens)].tolist() == tokens
 
 
-@pytest.mark.parametrize("stream", [False, True])
 def test_the_system_prompt_stays_while_a_handler_completes_a_second_time(
-    bundled_model: str, load: Loader, book: str, stream: bool
+    bundled_model: str, load: Loader, book: str
 ) -> None:
     system = "You are the harbour master of Pellworm. The secret number is 7341. " * 3
-    choice: Any = {"type": "function", "function": {"name": "write_note"}} if stream else "auto"
     llm = load(
         bundled_model,
         n_ctx=4096,
@@ -193,23 +192,65 @@ def test_the_system_prompt_stays_while_a_handler_completes_a_second_time(
         protect_system=True,
         chat_format="chatml-function-calling",
     )
-    seen_in_second = False
+    evicted = False
     for length in range(600, 1500, 60):  # at one of these the cells become full in the second
         llm.reset()
         messages = [
             {"role": "system", "content": system},
             {"role": "user", "content": book[3000 : 3000 + length]},
         ]
-        result = llm.create_chat_completion(
-            messages, tools=[TOOL], tool_choice=choice, stream=stream, temperature=0, max_tokens=90
-        )
-        if stream:
-            list(result)
+        with pytest.warns(UserWarning, match="definitions of tools are not protected.*Raise"):
+            llm.create_chat_completion(
+                messages, tools=[TOOL], tool_choice="auto", temperature=0, max_tokens=90
+            )
         if llm.kv_stats.evictions:
             held = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_positions)
             assert system.strip().encode() in held
-            seen_in_second = True
-    assert seen_in_second
+            evicted = True
+    assert evicted
+
+
+@pytest.mark.parametrize(
+    "system", ["You keep notes.", [{"type": "text", "text": "You keep notes."}]]
+)
+def test_definitions_of_tools_stay_with_the_system_prompt(
+    bundled_model: str, load: Loader, book: str, system: Any
+) -> None:
+    llm = load(bundled_model, n_ctx=4096, kv_budget=256, policy="recency", protect_system=True)
+    llm.chat_handler = llama_chat_format.Jinja2ChatFormatter(
+        "<|im_start|>system\n"
+        "{% if messages[0].content is string %}{{ messages[0].content }}"
+        "{% else %}{{ messages[0].content[0].text }}{% endif %}{{ tools | tojson }}<|im_end|>\n"
+        "<|im_start|>user\n{{ messages[-1].content }}<|im_end|>\n<|im_start|>assistant\n",
+        eos_token="",
+        bos_token="",
+    ).to_chat_handler()
+    question = book[3000:6000].strip()
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    llm.create_chat_completion(messages, tools=[TOOL], max_tokens=2)
+    assert llm.kv_stats.evictions > 0
+    held = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_positions)
+    head = f"<|im_start|>system\nYou keep notes.{json.dumps([TOOL])}<|im_end|>\n<|im_start|>user\n"
+    assert held.startswith(head.encode())
+
+
+def test_the_head_of_a_chat_ends_where_its_first_message_begins() -> None:
+    system = {"role": "system", "content": " Be kind. "}
+    text = b"<s>Be kind.<tools>Hello.<user>Hello."
+    assert Head.of([system, *HELLO], False) == Head([b"Be kind."], None)
+    assert Head.of([system, *HELLO], False).end(text) == len(b"<s>Be kind.")  # type: ignore[union-attr]
+    with_tools = Head.of([system, *HELLO], True)
+    assert with_tools == Head([b"Be kind."], b"Hello.")
+    assert with_tools.end(text) == len(b"<s>Be kind.<tools>")
+    assert with_tools.end(b"<s>Be kind.<tools>Bye.") == len(b"<s>Be kind.")
+    assert with_tools.end(b"<s>Bye.") is None
+    quoted = Head([b"Don't <b>."], None)
+    assert quoted.end(b"<s>Don't <b>.</s>") == len(b"<s>Don't <b>.")
+    assert quoted.end(b"<s>Don&#39;t &lt;b&gt;.</s>") == len(b"<s>Don&#39;t &lt;b&gt;.")
+    assert Head.of(HELLO, True) == Head([], b"Hello.")
+    assert Head.of(HELLO, False) is None
+    assert Head.of([{"role": "system", "content": " "}], True) is None
+    assert Head.of([], True) is None
 
 
 def test_what_is_completed_after_a_chat_protects_nothing(
