@@ -193,7 +193,7 @@ def test_the_system_prompt_stays_while_a_handler_completes_a_second_time(
         chat_format="chatml-function-calling",
     )
     evicted = False
-    for length in range(600, 1500, 60):  # at one of these the cells become full in the second
+    for length in range(200, 340, 20):  # at some of these the cells become full in the second
         llm.reset()
         messages = [
             {"role": "system", "content": system},
