@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import escape  # jinja2's, which llama_cpp brings
+
+#: A text of so many bytes is taken for a message wherever it is found.
+_TELLING_BYTES = 16
 
 
 class Head(NamedTuple):
@@ -32,26 +36,38 @@ class Head(NamedTuple):
         first = next(iter(_texts(rest[0])), None) if tools and rest else None
         return cls(system, first) if system or first else None
 
-    def end(self, text: bytes) -> int | None:
-        """How many bytes of the chat's text are its head; None if the template does not show it."""
+    def end(self, text: bytes, markers: Sequence[bytes]) -> int | None:
+        """How many bytes of the chat's text are its head; None if not all of it is found.
+
+        Args:
+            text: of the chat, or its beginning.
+            markers: the texts that the chat template puts between messages.
+        """
         at = 0
         for part in self.system:
             found = _find(part, text, at)
             if found is None:
                 return None
             _, at = found
-        first = _find(self.first, text, at) if self.first is not None else None
-        return at if first is None else first[0]
+        if self.first is None:
+            return at
+        # some words occur in definitions of tools as well, but not after a marker
+        ways = [(marker, _find(marker + self.first, text, at)) for marker in markers]
+        starts = [found[0] + len(marker) for marker, found in ways if found is not None]
+        if not starts and len(self.first) >= _TELLING_BYTES:
+            found = _find(self.first, text, at)
+            starts = [found[0]] if found is not None else []
+        return min(starts, default=None)
 
 
 def _find(part: bytes, text: bytes, at: int) -> tuple[int, int] | None:
     """Where ``part`` begins and ends in ``text``, from ``at`` on. llama_cpp's own template
     "chatml-function-calling" writes quotation marks as HTML does."""
-    for form in (part, str(escape(part.decode())).encode()):
-        found = text.find(form, at)
-        if found >= 0:
-            return found, found + len(form)
-    return None
+    found = text.find(part, at)
+    if found < 0:
+        part = str(escape(part.decode())).encode()
+        found = text.find(part, at)
+    return (found, found + len(part)) if found >= 0 else None
 
 
 def _texts(message: Any) -> list[bytes]:

@@ -655,27 +655,35 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def _protect_head(self, tokens: list[int]) -> None:
         kv, head = self._kv, self._head
         assert kv is not None
-        try:
-            kv.protect_prefix(self._head_tokens(tokens, head))
-        except BudgetError as error:
-            if head is None or head.first is None:
-                raise
-            warnings.warn(f"the definitions of tools are not protected: {error}", stacklevel=2)
-            kv.protect_prefix(self._head_tokens(tokens, head._replace(first=None)))
-
-    def _head_tokens(self, tokens: list[int], head: Head | None) -> int:
-        """How many of the first tokens of a chat hold its head."""
-        if head is None:
-            return 0
-        pieces = [self._piece(t) for t in tokens]
-        end = head.end(b"".join(pieces))
-        if end is None:
+        if head is not None and head.first is not None:
+            with_tools = self._head_tokens(tokens, head)
+            try:
+                if with_tools is not None:
+                    kv.protect_prefix(with_tools)
+                    return
+            except BudgetError as error:
+                warnings.warn(f"the definitions of tools are not protected: {error}", stacklevel=2)
+            head = head._replace(first=None)
+        length = 0 if head is None else self._head_tokens(tokens, head)
+        if length is None:
             warnings.warn(
                 "the chat template does not show the system prompt to the model, so there is "
                 "nothing to protect",
                 stacklevel=2,
             )
-        return bisect_left(list(accumulate(map(len, pieces))), end) + 1 if end else 0
+        kv.protect_prefix(length or 0)
+
+    def _head_tokens(self, tokens: list[int], head: Head) -> int | None:
+        """How many of the first tokens of a chat hold its head; None if it is not there."""
+        n = 128
+        while True:  # it is one of the first things in a long chat
+            pieces = [self._piece(t) for t in tokens[:n]]
+            end = head.end(b"".join(pieces), self._template_markers())
+            if end is not None:
+                return bisect_left(list(accumulate(map(len, pieces))), end) + 1 if end else 0
+            if n >= len(tokens):
+                return None
+            n *= 2
 
     # -- states and copies -------------------------------------------------------------------
 

@@ -237,16 +237,22 @@ def test_definitions_of_tools_stay_with_the_system_prompt(
 def test_the_head_of_a_chat_ends_where_its_first_message_begins() -> None:
     system = {"role": "system", "content": " Be kind. "}
     text = b"<s>Be kind.<tools>Hello.<user>Hello."
-    assert Head.of([system, *HELLO], False) == Head([b"Be kind."], None)
-    assert Head.of([system, *HELLO], False).end(text) == len(b"<s>Be kind.")  # type: ignore[union-attr]
+    marks = [b"<end><user>", b"<user>"]
+    alone = Head.of([system, *HELLO], False)
+    assert alone == Head([b"Be kind."], None)
+    assert alone.end(text, marks) == len(b"<s>Be kind.")
+    assert alone.end(b"<s>Bye.", marks) is None
     with_tools = Head.of([system, *HELLO], True)
     assert with_tools == Head([b"Be kind."], b"Hello.")
-    assert with_tools.end(text) == len(b"<s>Be kind.<tools>")
-    assert with_tools.end(b"<s>Be kind.<tools>Bye.") == len(b"<s>Be kind.")
-    assert with_tools.end(b"<s>Bye.") is None
+    assert with_tools.end(text, marks) == len(b"<s>Be kind.<tools>Hello.<user>")
+    assert with_tools.end(b"<s>Be kind.<tools>Hello.", marks) is None
+    telling = with_tools._replace(first=b"Hello, is it me you are looking for?")
+    assert telling.end(b"<s>Be kind.<tools>" + (telling.first or b""), []) == len(
+        b"<s>Be kind.<tools>"
+    )
     quoted = Head([b"Don't <b>."], None)
-    assert quoted.end(b"<s>Don't <b>.</s>") == len(b"<s>Don't <b>.")
-    assert quoted.end(b"<s>Don&#39;t &lt;b&gt;.</s>") == len(b"<s>Don&#39;t &lt;b&gt;.")
+    assert quoted.end(b"<s>Don't <b>.</s>", marks) == len(b"<s>Don't <b>.")
+    assert quoted.end(b"<s>Don&#39;t &lt;b&gt;.</s>", marks) == len(b"<s>Don&#39;t &lt;b&gt;.")
     assert Head.of(HELLO, True) == Head([], b"Hello.")
     assert Head.of(HELLO, False) is None
     assert Head.of([{"role": "system", "content": " "}], True) is None
