@@ -265,13 +265,6 @@ def test_closed_streams_do_no_harm() -> None:
     )
 
 
-def test_an_encoding_that_lacks_a_character_does_not_end_a_chat() -> None:
-    typed = "My dog is called Zo\N{LATIN SMALL LETTER E WITH DIAERESIS} \N{SNOWMAN}.\n"
-    done = shell("chat", f"{typed}What is my dog called?\n/undo\n", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == 2
-
-
 def test_bytes_that_are_no_utf8_at_a_terminal_do_not_end_a_chat(
     terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvp_edge.cli import main
 from kvp_edge.cli.shown import note, on_one_line, open_streams, say, visible
 from kvp_edge.policy_file import read_policy, write_policy
 from support.command_line import GREEDY, Type
@@ -99,3 +100,15 @@ def test_a_policy_file_cannot_forge_lines_of_inspect(
     assert got.status == 0
     assert sum(line.startswith("fingerprint") for line in got.replies) == 1
     assert "x␊fingerprint" in got.out
+
+
+def test_an_encoding_that_lacks_a_character_does_not_end_a_command(
+    tmp_path: Path, bundled_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [policy] = Path(bundled_model).parent.glob("kvp-*.gguf")
+    info, weights = read_policy(policy)
+    write_policy(tmp_path / "p.gguf", replace(info, name="Zoë ☃"), weights)
+    stream = Stream(terminal=False, encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["inspect", str(tmp_path / "p.gguf")]) == 0
+    assert stream.bytes.getvalue().splitlines()[0].endswith("Zoë ?".encode("latin-1"))
