@@ -51,7 +51,7 @@ class Reading(Llama):
 
 
 def load(path: str, **options: Any) -> Any:
-    small = {"n_ctx": 8192, "kv_budget": 256, "n_threads": 1, "verbose": False}
+    small = {"n_ctx": 8192, "kv_budget": 128, "reserve": 128, "n_threads": 1, "verbose": False}
     return closing(Reading(path, **{**small, **options}))
 
 
@@ -79,8 +79,10 @@ def complete(llm: Llama, messages: Any, *, stream: bool = False, **how: Any) -> 
 def test_tools_are_called_and_their_results_read_across_evictions(
     real_model: Real, chat_format: str | None
 ) -> None:
-    with load(real_model("qwen"), chat_format=chat_format, protect_system=True) as llm:
-        question = {"role": "user", "content": DAY * 20 + "What is the weather in Paris? (celsius)"}
+    with load(
+        real_model("qwen"), kv_budget=288, chat_format=chat_format, protect_system=True
+    ) as llm:
+        question = {"role": "user", "content": DAY * 12 + "What is the weather in Paris? (celsius)"}
         messages: list[Any] = [{"role": "system", "content": "You answer briefly."}, question]
         once = complete(llm, messages, tools=TOOLS, tool_choice=FORCED, max_tokens=60)
         assert llm.kv_stats.evictions > 0
@@ -95,7 +97,7 @@ def test_tools_are_called_and_their_results_read_across_evictions(
                 "content": "",
                 "tool_calls": [{"id": "1", "type": "function", "function": call}],
             },
-            {"role": "tool", "tool_call_id": "1", "content": json.dumps({"log": DAY * 20})},
+            {"role": "tool", "tool_call_id": "1", "content": json.dumps({"log": DAY * 10})},
         ]
         evictions = llm.kv_stats.evictions
         content, arguments, reason = complete(llm, messages, tools=TOOLS, max_tokens=8)
@@ -129,7 +131,7 @@ def test_json_schemas_and_grammars_hold_across_evictions(real_model: Real, name:
     }
     grammar = LlamaGrammar.from_string('root ::= ("yes" | "no") "."', verbose=False)
     with load(real_model(name)) as llm:
-        messages = [{"role": "user", "content": DAY * 30 + "Describe a fruit as JSON."}]
+        messages = [{"role": "user", "content": DAY * 12 + "Describe a fruit as JSON."}]
         how = {"response_format": {"type": "json_object", "schema": schema}, "max_tokens": 80}
         content, _, _ = complete(llm, messages, **how)
         assert llm.kv_stats.evictions > 0
@@ -148,7 +150,7 @@ def test_json_schemas_and_grammars_hold_across_evictions(real_model: Real, name:
 
 def test_a_system_prompt_survives_long_code_and_many_evictions(real_model: Real) -> None:
     system = "You are Captain Brask of the ferry Halcyon. You always sign with your name."
-    code = Path(__file__).parents[2].joinpath("kvp_edge", "eviction.py").read_text()[:5000]
+    code = Path(__file__).parents[2].joinpath("kvp_edge", "eviction.py").read_text()[:2600]
     with load(real_model("smollm2"), protect_system=True) as llm:
         messages = [
             {"role": "system", "content": system},
@@ -175,12 +177,12 @@ def test_a_reply_cut_inside_a_character_is_whole_text_and_is_gone_on_from(
     real_model: Real,
 ) -> None:
     question = "Repeat: 👩‍👩‍👧‍👦🏴‍☠️ 北京"
-    with load(real_model("qwen"), kv_budget=128) as llm:
-        messages = [{"role": "user", "content": f"{DAY * 24}{question}"}]
-        whole, _, _ = complete(llm, messages, max_tokens=16)
+    with load(real_model("qwen")) as llm:
+        messages = [{"role": "user", "content": f"{DAY * 12}{question}"}]
+        whole, _, _ = complete(llm, messages, max_tokens=10)
         assert llm.kv_stats.evictions > 0
         cuts = []
-        for n in range(1, 16):
+        for n in range(1, 10):
             cuts.append(complete(llm, messages, max_tokens=n, stream=n % 2 == 0)[0])
             assert whole.startswith(cuts[-1])
         assert len(set(cuts)) < len(cuts)  # a token more was no character more
