@@ -18,7 +18,8 @@ import llama_cpp
 import numpy as np
 from llama_cpp import llama_chat_format
 
-from kvp_edge import session
+from kvp_edge import session, transcript
+from kvp_edge.chat_head import Head
 from kvp_edge.chat_markers import template_markers
 from kvp_edge.errors import (
     BudgetError,
@@ -39,6 +40,7 @@ from kvp_edge.native import (
     NativeCache,
     Watch,
     read_model_shape,
+    require_model_file,
 )
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
@@ -104,7 +106,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
             n_batch. More where a model's sliding window needs cells (kvp_edge.limits).
-        protect_system: never drop the system prompt of create_chat_completion.
+        protect_system: never drop the system prompt of create_chat_completion, nor the definitions
+            of tools that the chat template shows before the first message, if these fit as well.
         pack: "device": the cache is scored and packed where it lies, in host memory or on a device
             (CUDA, Metal, ...), where only cell numbers and scores cross to the host. "state": it
             goes through llama.cpp's state, out and back in. "auto": "device" where possible.
@@ -128,8 +131,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     _plan: Callable[..., CacheLimits] | None = None  # what was asked for; takes the window
     _limits: CacheLimits | None = None  # what came of it
     _query_shift = 0  # the table's when the logged queries were computed
-    _rescue: tuple[str, Callable[[], Any] | None] | None = None  # where to, and what besides
+    _rescue: tuple[Callable[[], str], Callable[[], Any] | None] | None = None  # where, what besides
     _stop_rescue: Callable[[], None] | None = None
+    _head: Head | None = None  # of the chat that is completed just now
+    _fell_back = False  # neither the model file nor the caller has a chat template
 
     # set by the base class
     n_tokens: int
@@ -191,6 +196,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
+        require_model_file(model_path)
 
         with listen(pass_on=verbose):
             chosen = get_policy(policy, model_path if kv_budget is not None else None)
@@ -252,6 +258,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     raise
                 raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
             self._kv_bytes = _kv_bytes(log)
+        asked = kwargs.get("chat_format") or kwargs.get("chat_handler")
+        self._fell_back = not asked and "tokenizer.chat_template" not in self.metadata
         if self._limits is not None:
             self._bind(self._limits, chosen, shape.architecture)
 
@@ -359,7 +367,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
-        self._system_prompt: bytes | None = None
         self._file_identity: str | None = None
 
     def _check_policy(self, policy: Policy, cache: NativeCache) -> None:
@@ -571,7 +578,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         where the texts part; if tokens before that point were dropped meanwhile, all is re-read."""
         if self._kv is not None:
             tokens = list(tokens)
-            self._protect_system_prompt(tokens)
+            self._protect_head(tokens)
             reset = kwargs.get("reset", args[7] if len(args) > 7 else True)
             if reset:
                 tokens = self._reuse_prefix(tokens)
@@ -645,21 +652,61 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama; the result, or the last chunk of a stream, has a ``kv_cache``
         field with ``kv_stats``."""
-        if self._kv is not None:
-            self._system_prompt = _system_content(messages) if self._bound.protect_system else None
-        result = super().create_chat_completion(messages, *args, **kwargs)
+        if self.lacks_chat_template:
+            warnings.warn(
+                f"'{os.path.basename(self.model_path)}' has no chat template; llama-cpp-python "
+                "takes 'llama-2' then, which few such models know. Name another with chat_format "
+                f'(\'{transcript.NAME}\' writes "User: ..." and "Assistant: ..."), or use '
+                "create_completion",
+                stacklevel=2,
+            )
+        head = None
+        if self._bound.protect_system:
+            by_place = any(args[:3:2])  # (functions, function_call, tools, ...)
+            tools = by_place or kwargs.get("functions") or kwargs.get("tools")
+            head = Head.of(messages, bool(tools))
+        # a handler may complete more than once (tool_choice="auto" does)
+        with self._protecting(head):
+            result = super().create_chat_completion(messages, *args, **kwargs)
         if isinstance(result, dict):
             result["kv_cache"] = dict(self.kv_stats)
             return result
-        return self._with_stats(result)
+        return self._with_stats(result, head)
 
-    def _with_stats(self, chunks: Iterator[Any]) -> Generator[Any, None, None]:
-        for chunk in chunks:
+    def _with_stats(self, chunks: Iterator[Any], head: Head | None) -> Generator[Any, None, None]:
+        while True:
+            with self._protecting(head):  # a stream begins to read when its first chunk is taken
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
             if chunk["choices"] and chunk["choices"][0]["finish_reason"] is not None:
                 chunk["kv_cache"] = dict(self.kv_stats)
             yield chunk
 
+    @contextlib.contextmanager
+    def _protecting(self, head: Head | None) -> Iterator[None]:
+        """Inside, what is completed begins with this head, which is protected."""
+        self._head = head
+        try:
+            yield
+        finally:
+            self._head = None
+
     # -- chat templates ----------------------------------------------------------------------
+
+    @property
+    def lacks_chat_template(self) -> bool:
+        """The model file has no chat template, and none was asked for: it may be a base model,
+        which continues texts. llama_cpp takes "llama-2" then."""
+        return self._fell_back and self.chat_handler is None and self.chat_format == "llama-2"
+
+    def chat_completion_handler(self) -> Any:
+        """llama_cpp's chat completion handler that ``create_chat_completion`` calls."""
+        return (
+            self.chat_handler
+            or self._chat_handlers.get(self.chat_format)
+            or llama_chat_format.get_chat_completion_handler(self.chat_format)
+        )
 
     def _piece(self, token: int) -> bytes:
         """A token's text, special tokens included."""
@@ -670,12 +717,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     def _template_markers(self) -> list[bytes]:
         if self._markers is None:
-            handler = (
-                self.chat_handler
-                or self._chat_handlers.get(self.chat_format)
-                or llama_chat_format.get_chat_completion_handler(self.chat_format)
-            )
-            self._markers = template_markers(handler)
+            self._markers = template_markers(self.chat_completion_handler())
             if self._bound.isolate_turns and not self._markers:
                 warnings.warn(
                     "isolate_turns has no effect: this model's chat template has no markers "
@@ -693,23 +735,38 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         found = find_spans(pieces, markers, self._bound.keep_whole, start - first)
         return [(first + a, first + b, kind) for a, b, kind in found]
 
-    def _protect_system_prompt(self, tokens: list[int]) -> None:
-        kv = self._kv
+    def _protect_head(self, tokens: list[int]) -> None:
+        kv, head = self._kv, self._head
         assert kv is not None
-        system, self._system_prompt = self._system_prompt, None
-        length = 0
-        if system is not None:
-            ends = list(accumulate(len(self._piece(t)) for t in tokens))
-            at = b"".join(map(self._piece, tokens)).find(system)
-            if at >= 0:
-                length = bisect_left(ends, at + len(system)) + 1
-            else:
-                warnings.warn(
-                    "the chat template does not show the system prompt to the model, so there is "
-                    "nothing to protect",
-                    stacklevel=2,
-                )
-        kv.protect_prefix(length)
+        if head is not None and head.first is not None:
+            with_tools = self._head_tokens(tokens, head)
+            try:
+                if with_tools is not None:
+                    kv.protect_prefix(with_tools)
+                    return
+            except BudgetError as error:
+                warnings.warn(f"the definitions of tools are not protected: {error}", stacklevel=2)
+            head = head._replace(first=None)
+        length = 0 if head is None else self._head_tokens(tokens, head)
+        if length is None:
+            warnings.warn(
+                "the chat template does not show the system prompt to the model, so there is "
+                "nothing to protect",
+                stacklevel=2,
+            )
+        kv.protect_prefix(length or 0)
+
+    def _head_tokens(self, tokens: list[int], head: Head) -> int | None:
+        """How many of the first tokens of a chat hold its head; None if it is not there."""
+        n = 128
+        while True:  # it is one of the first things in a long chat
+            pieces = [self._piece(t) for t in tokens[:n]]
+            end = head.end(b"".join(pieces), self._template_markers())
+            if end is not None:
+                return bisect_left(list(accumulate(map(len, pieces))), end) + 1 if end else 0
+            if n >= len(tokens):
+                return None
+            n *= 2
 
     # -- states and copies -------------------------------------------------------------------
 
@@ -761,7 +818,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
         session.write(path, header, {**arrays, "state": kv.cache.state()})
 
-    def load_session(self, path: str | os.PathLike[str]) -> Any:
+    def load_session(
+        self, path: str | os.PathLike[str], *, accept: Callable[[Any], object] | None = None
+    ) -> Any:
         """Go on where ``save_session`` was called, in place of the conversation read so far.
 
         The model file, the cache's types and limits, the policy and the granularity must be those
@@ -769,6 +828,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         What ``rescue_to`` wrote is read again token by token, so only the model file must be the
         same and the conversation must fit; what is kept of it is decided anew.
+
+        Args:
+            accept: called with what will be returned, while the conversation read so far is still
+                there; raising leaves it untouched.
 
         Returns:
             The ``extra`` given to ``save_session`` or ``rescue_to``.
@@ -780,6 +843,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         self._require_bounded("load_session")
         header, arrays = session.read(path)
+        if accept is not None:
+            accept(header.get("extra"))
         if "rescue" in header:
             return self._read_again(path, header, arrays)
         kv = self._bounded("load_session")
@@ -804,7 +869,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         return header["extra"]
 
     def rescue_to(
-        self, path: str | os.PathLike[str] | None, extra: Callable[[], Any] | None = None
+        self,
+        path: str | os.PathLike[str] | Callable[[], str] | None,
+        extra: Callable[[], Any] | None = None,
     ) -> None:
         """Write the conversation down if a device that holds the model or the cache fails.
 
@@ -813,7 +880,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         again. The cache is lost with its device, so this is possible with every policy.
 
         Args:
-            path: replaces the one given before; None, or closing the model: write nothing.
+            path: replaces the one given before; None, or closing the model: write nothing. A
+                function returns it when it is needed, in the thread that failed.
             extra: returns what else to write, anything JSON can hold. It is called in the thread
                 that failed, and must not use the model.
 
@@ -826,8 +894,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if path is not None:
             self._require_bounded("rescue_to")
             self._model_identity()  # now, while the file can surely be read
-            self._rescue = os.path.abspath(path), extra
+            where = path if callable(path) else partial(str, os.path.abspath(path))
+            self._rescue = where, extra
             self._stop_rescue = before_abort(partial(_write_rescue, weakref.ref(self)))
+
+    def rescue(self, reason: str) -> None:
+        """Write now what ``rescue_to`` asks for, before the process ends for another reason.
+
+        Raises:
+            SessionError: the file cannot be written, or ``rescue_to`` was not called.
+        """
+        if self._rescue is None:
+            raise SessionError("there is nowhere to write the conversation to: see rescue_to")
+        _write_rescue(weakref.ref(self), reason)
 
     def close(self) -> None:
         """Free the model and its cache, and rescue nothing any more."""
@@ -923,6 +1002,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state.update(vars(self._bound), n_ctx=self._n_ctx)
+        if self.lacks_chat_template:
+            state["chat_format"] = None  # the copy shall know that nobody asked for it
         return state
 
 
@@ -931,7 +1012,7 @@ def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
     llm = holder()
     if llm is None or llm._rescue is None or llm._kv is None:
         return
-    path, extra = llm._rescue
+    where, extra = llm._rescue
     header = {
         "rescue": message,
         "model": llm._file_identity,
@@ -943,7 +1024,7 @@ def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
         if extra is not None:
             header["extra"] = extra()
     finally:  # the tokens shall not be lost with what the caller adds to them
-        session.write(path, header, {"tokens": tokens})
+        session.write(where(), header, {"tokens": tokens})
 
 
 def _token_text(vocab: Any, token: int) -> bytes:
@@ -963,12 +1044,3 @@ def _or_f16(ggml_type: int | None) -> int:
 
 def _kv_bytes(log: LlamaLog) -> int:
     return round(sum(mib for mib, _ in log.kv_mib()) * 2**20)
-
-
-def _system_content(messages: Any) -> bytes | None:
-    """The text of a leading system message, as a template would show it."""
-    if messages and messages[0].get("role") == "system":
-        content = messages[0].get("content")
-        if isinstance(content, str) and content.strip():
-            return content.strip().encode()
-    return None

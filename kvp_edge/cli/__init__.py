@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import kvp_edge
+from kvp_edge.cli.ending import Ended
+from kvp_edge.cli.shown import let_go_of_output, note, open_streams, visible
 
 #: The commands, in the order of --help: "chat" is kvp_edge.cli.chat, with add_chat. A module is
 #: imported when it is needed, so that doctor can be run where llama.cpp cannot be loaded.
@@ -36,7 +37,13 @@ examples:
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
   kvp-edge doctor                            does all of it work on this machine?
 
-kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted."""
+kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted;
+128 + N ended by signal N."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))  # it quotes what was typed
 
 
 class _Version(argparse.Action):
@@ -53,7 +60,7 @@ class _Version(argparse.Action):
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Knows the command that ``argv`` begins with; all of them if it begins with none."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kvp-edge",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -69,7 +76,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"kvp-edge: warning: {message}", file=sys.stderr)
+    note(f"kvp-edge: warning: {message}")
 
 
 def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -77,11 +84,12 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
     try:
         return command(args)
     except KeyboardInterrupt:
-        print("\nkvp-edge: interrupted", file=sys.stderr)
+        note("\nkvp-edge: interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader of our output left (`| head`). Python would complain again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Ended as ended:
+        note(f"kvp-edge: {ended}")
+        return ended.status
+    except BrokenPipeError:  # the reader of our output left (`| head`)
         return 1
     except _bad_input() as error:
         if args.verbose:
@@ -93,15 +101,18 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
             raise
         status = 1
         message = f"{str(error) or 'out of memory'} (--verbose tells more)"
-    print(f"kvp-edge: {message}", file=sys.stderr)
+    finally:
+        let_go_of_output()
+    note(f"kvp-edge: {message}")
     return status
 
 
 def _bad_input() -> tuple[type[Exception], ...]:
-    """What the user gave is wrong: an argument, a file, or a model's chat template, of which jinja2
-    complains (llama_cpp brings it, if that could be imported)."""
+    """What the user gave is wrong: an argument, a file, or a model's chat template, which may
+    divide by zero, or of which jinja2 complains (llama_cpp brings it, if it could be imported)."""
     jinja2 = sys.modules.get("jinja2")
-    return (ValueError, OSError, jinja2.TemplateError) if jinja2 else (ValueError, OSError)
+    template = (jinja2.TemplateError,) if jinja2 else ()
+    return (ValueError, OSError, ArithmeticError, *template)
 
 
 def _guard() -> AbstractContextManager[None]:
@@ -116,12 +127,16 @@ def _guard() -> AbstractContextManager[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad usage and --help raise SystemExit."""
+    had_output = open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parser(argv).parse_args(argv)
     except (ImportError, OSError, RuntimeError) as error:  # of llama.cpp or the native part
-        print(f"kvp-edge: {error}\nkvp-edge doctor finds out more", file=sys.stderr)
+        note(f"kvp-edge: {error}\nkvp-edge doctor finds out more")
         return 1
+    if not had_output:
+        note("kvp-edge: standard output is closed: there is nowhere to write to")
+        return 2
     with warnings.catch_warnings(), _guard():
         warnings.showwarning = _warn
         return _run(args.command, args)

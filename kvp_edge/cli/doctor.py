@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+from kvp_edge.cli.shown import say
 from kvp_edge.doctor import Finding, examine
 
 _EPILOG = """\
@@ -44,10 +45,10 @@ def _main(args: argparse.Namespace) -> int:
             continue
         if finding.section != section:
             section = finding.section
-            print(section)
-        print(f"  {finding.name:17}{finding.text}", flush=True)
+            say(section)
+        say(f"  {finding.name:17}{finding.text}")
     faults = [finding for finding in findings if finding.fault]
-    print(_json(findings) if args.json else _told(faults))
+    say(_json(findings) if args.json else _told(faults))
     return 1 if faults else 0
 
 
