@@ -41,6 +41,27 @@ def reader_of(model: str, settings: Sequence[Setting], engine: Mapping[str, Any]
     return BoundedReader(model, setting, engine)
 
 
+def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> Subject:
+    """What reads in a setting of bounded mode, or in one that drops nothing. For the oracles, which
+    must see a conversation first, its policy is another one."""
+    n_ctx = setting.longest
+    if setting.budget is None or shares_reading(setting):
+        return Subject.whole(model, n_ctx, **engine)
+    budget = min(setting.budget, n_ctx)
+    if setting.policy == SHIFT:
+        return Shifted(model, n_ctx, budget, **engine)
+    policy = "recency" if setting.policy in (ORACLE, GOLDEN) else setting.policy
+    return Subject(
+        model,
+        n_ctx,
+        budget,
+        budget if budget == n_ctx else budget - max(1, budget // 4),
+        policy=_named(policy, model),
+        **_how(setting),
+        **engine,
+    )
+
+
 class Reader(ABC):
     """A model that reads conversations in one or several settings; close it after use."""
 
@@ -112,28 +133,11 @@ class BoundedReader(Reader):
     """
 
     def __init__(self, model: str, setting: Setting, engine: Mapping[str, Any]) -> None:
+        # until the first conversation is traced, an oracle's subject has another policy
+        self._subject = subject_of(model, setting, engine)
         self._oracles: _Oracles | None = None
-        n_ctx = setting.longest
-        if setting.budget is None:
-            self._subject = Subject.whole(model, n_ctx, **engine)
-            return
-        budget = min(setting.budget, n_ctx)
-        if setting.policy == SHIFT:
-            self._subject = Shifted(model, n_ctx, budget, **engine)
-            return
-        policy = setting.policy
-        if policy in (ORACLE, GOLDEN):
-            self._oracles = _Oracles(model, n_ctx, engine)
-            policy = "recency"  # until the first conversation is traced
-        self._subject = Subject(
-            model,
-            n_ctx,
-            budget,
-            budget if budget == n_ctx else budget - max(1, budget // 4),
-            policy=_named(policy, model),
-            **_how(setting),
-            **engine,
-        )
+        if setting.policy in (ORACLE, GOLDEN):
+            self._oracles = _Oracles(model, setting.longest, engine)
 
     def close(self) -> None:
         self._subject.close()
@@ -144,7 +148,7 @@ class BoundedReader(Reader):
         pass  # its setting shares nothing
 
     def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
-        subject, cut = self._subject, _cut(setting, prompt)
+        subject, cut = self._subject, setting.cut(prompt)
         if self._oracles is not None:
             subject.policy = self._oracles.of(prompt, setting.policy)
         subject.forget()
@@ -206,7 +210,7 @@ class SharedReader(Reader):
         if setting.budget is not None:
             subject.limit(min(setting.budget, setting.longest))
             subject.evict()
-        return subject, _cut(setting, prompt)
+        return subject, setting.cut(prompt)
 
     def _start_of(self, setting: Setting, prompt: Prompt) -> Bookmark:
         """The context read and, but for the full cache, scored by the setting's policy."""
@@ -214,7 +218,7 @@ class SharedReader(Reader):
         if self._read is None or self._read[0] is not prompt:
             self._read = self._scored = None
             subject.forget()
-            subject.read(prompt.tokens[: _cut(setting, prompt)].tolist())
+            subject.read(prompt.tokens[: setting.cut(prompt)].tolist())
             self._read = prompt, subject.bookmark()
         state = self._read[1]
         if setting.budget is None:
@@ -284,12 +288,6 @@ class _Oracles:
         for reply, turn in zip(replies, prompt.turns, strict=False):  # the last one is traced
             tokens += [*reply, *turn]
         return tokens
-
-
-def _cut(setting: Setting, prompt: Prompt) -> int:
-    """How many tokens are read before the question, or with it where it is to be seen."""
-    seen = setting.question == "seen" and prompt.item is not None
-    return len(prompt.tokens) if seen else prompt.border
 
 
 def _named(policy: str, model: str) -> str:

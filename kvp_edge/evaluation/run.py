@@ -174,7 +174,7 @@ class Run:
 
     def all_kept_tokens(self, jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt, KeptTokens]]:
         """The same in all settings of all jobs."""
-        for group in _groups(jobs):
+        for group in groups(jobs):
             with reader_of(self.model, [setting for setting, _ in group], self.engine) as reader:
                 for setting, prompt in _by_conversation(group):
                     yield setting, prompt, reader.kept_tokens(setting, prompt)
@@ -192,12 +192,12 @@ def _by_conversation(jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt]]:
 
 def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
     """The records of all jobs as they come in; with several workers in any order."""
-    groups = _groups(jobs)
+    all_groups = groups(jobs)
     if workers == 1:
-        for group in groups:
+        for group in all_groups:
             yield from run.records_of(group)
         return
-    pieces = [piece for group in groups for piece in _pieces(group)]
+    pieces = [piece for group in all_groups for piece in _pieces(group)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(_records_of, run, piece) for piece in pieces]
         try:
@@ -207,13 +207,13 @@ def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
+def groups(jobs: Sequence[Job]) -> list[list[Job]]:
     """Jobs whose settings share their reading are one group, every other job one of its own."""
-    groups: dict[object, list[Job]] = {}
+    found: dict[object, list[Job]] = {}
     for number, (setting, todo) in enumerate(jobs):
         same = replace(setting, policy="", budget=None)
-        groups.setdefault(same if shares_reading(setting) else number, []).append((setting, todo))
-    return list(groups.values())
+        found.setdefault(same if shares_reading(setting) else number, []).append((setting, todo))
+    return list(found.values())
 
 
 def _pieces(group: list[Job]) -> Iterator[list[Job]]:
