@@ -27,12 +27,16 @@ class _Rendered(Exception):
 
 
 class _Renderer:
-    """Stands in for a Llama where a chat handler only needs somebody to tokenize its prompt for."""
+    """Stands in for a Llama where a chat handler only needs somebody to hand its prompt to: most
+    have it tokenized first, some (chatml-function-calling) completed at once."""
 
     verbose = False
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         raise _Rendered(text)
+
+    def create_completion(self, prompt: str, **_: Any) -> None:
+        raise _Rendered(prompt.encode())
 
 
 def template_markers(handler: Callable[..., Any]) -> list[bytes]:

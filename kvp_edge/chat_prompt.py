@@ -5,8 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-
-from llama_cpp import llama_chat_format
+from typing import Any
 
 from kvp_edge.llama import Llama, _token_text
 
@@ -22,7 +21,9 @@ class _Prompt(Exception):
 
 
 class _PromptTaker:
-    """Stands in for a Llama where a chat handler tokenizes its prompt."""
+    """Stands in for a Llama where a chat handler tokenizes its prompt, or has it completed."""
+
+    verbose = False
 
     def __init__(self, llm: Llama) -> None:
         self._llm = llm
@@ -30,16 +31,15 @@ class _PromptTaker:
     def tokenize(self, text: bytes, **how: bool) -> list[int]:
         raise _Prompt(self._llm.tokenize(text, **how))
 
+    def create_completion(self, prompt: str, **_: Any) -> None:
+        add_bos = self._llm._model.add_bos_token()
+        self.tokenize(prompt.encode(), add_bos=add_bos, special=True)
+
 
 def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
     """The tokens that create_chat_completion would read for these messages."""
-    handler = (
-        llm.chat_handler
-        or llm._chat_handlers.get(llm.chat_format)
-        or llama_chat_format.get_chat_completion_handler(llm.chat_format)
-    )
     try:
-        handler(llama=_PromptTaker(llm), messages=messages)
+        llm.chat_completion_handler()(llama=_PromptTaker(llm), messages=messages)
     except _Prompt as prompt:
         return prompt.tokens
     raise ValueError(f"chat format '{llm.chat_format}' writes no text prompt")

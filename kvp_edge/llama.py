@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import llama_chat_format
 
-from kvp_edge import session
+from kvp_edge import session, transcript
 from kvp_edge.chat_markers import template_markers
 from kvp_edge.errors import (
     BudgetError,
@@ -39,6 +39,7 @@ from kvp_edge.native import (
     NativeCache,
     Watch,
     read_model_shape,
+    require_model_file,
 )
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
@@ -120,8 +121,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     _query_log: QueryLog | None = None  # for a policy that looks at queries
     _watch: Watch | None = None  # of where the cache lies
     _query_shift = 0  # the table's when the logged queries were computed
-    _rescue: tuple[str, Callable[[], Any] | None] | None = None  # where to, and what besides
+    _rescue: tuple[Callable[[], str], Callable[[], Any] | None] | None = None  # where, what besides
     _stop_rescue: Callable[[], None] | None = None
+    _system_prompt: bytes | None = None  # of what is completed just now
+    _fell_back = False  # neither the model file nor the caller has a chat template
 
     # set by the base class
     n_tokens: int
@@ -177,6 +180,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
+        require_model_file(model_path)
 
         with listen(pass_on=verbose):
             chosen = get_policy(policy, model_path if kv_budget is not None else None)
@@ -227,6 +231,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     raise
                 raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
             self._kv_bytes = _kv_bytes(log)
+        asked = kwargs.get("chat_format") or kwargs.get("chat_handler")
+        self._fell_back = not asked and "tokenizer.chat_template" not in self.metadata
         if limits is not None:
             self._bind(limits, chosen, shape.architecture)
 
@@ -285,7 +291,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
-        self._system_prompt: bytes | None = None
         self._file_identity: str | None = None
 
     def _check_policy(self, policy: Policy, cache: NativeCache) -> None:
@@ -571,21 +576,59 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama; the result, or the last chunk of a stream, has a ``kv_cache``
         field with ``kv_stats``."""
-        if self._kv is not None:
-            self._system_prompt = _system_content(messages) if self._bound.protect_system else None
-        result = super().create_chat_completion(messages, *args, **kwargs)
+        if self.lacks_chat_template:
+            warnings.warn(
+                f"'{os.path.basename(self.model_path)}' has no chat template; llama-cpp-python "
+                "takes 'llama-2' then, which few such models know. Name another with chat_format "
+                f'(\'{transcript.NAME}\' writes "User: ..." and "Assistant: ..."), or use '
+                "create_completion",
+                stacklevel=2,
+            )
+        system = _system_content(messages) if self._bound.protect_system else None
+        # a handler may complete more than once (tool_choice="auto" does)
+        with self._protecting(system):
+            result = super().create_chat_completion(messages, *args, **kwargs)
         if isinstance(result, dict):
             result["kv_cache"] = dict(self.kv_stats)
             return result
-        return self._with_stats(result)
+        return self._with_stats(result, system)
 
-    def _with_stats(self, chunks: Iterator[Any]) -> Generator[Any, None, None]:
-        for chunk in chunks:
+    def _with_stats(
+        self, chunks: Iterator[Any], system: bytes | None
+    ) -> Generator[Any, None, None]:
+        while True:
+            with self._protecting(system):  # a stream begins to read when its first chunk is taken
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
             if chunk["choices"] and chunk["choices"][0]["finish_reason"] is not None:
                 chunk["kv_cache"] = dict(self.kv_stats)
             yield chunk
 
+    @contextlib.contextmanager
+    def _protecting(self, system: bytes | None) -> Iterator[None]:
+        """Inside, what is completed has this system prompt."""
+        self._system_prompt = system
+        try:
+            yield
+        finally:
+            self._system_prompt = None
+
     # -- chat templates ----------------------------------------------------------------------
+
+    @property
+    def lacks_chat_template(self) -> bool:
+        """The model file has no chat template, and none was asked for: it may be a base model,
+        which continues texts. llama_cpp takes "llama-2" then."""
+        return self._fell_back and self.chat_handler is None and self.chat_format == "llama-2"
+
+    def chat_completion_handler(self) -> Any:
+        """llama_cpp's chat completion handler that ``create_chat_completion`` calls."""
+        return (
+            self.chat_handler
+            or self._chat_handlers.get(self.chat_format)
+            or llama_chat_format.get_chat_completion_handler(self.chat_format)
+        )
 
     def _piece(self, token: int) -> bytes:
         """A token's text, special tokens included."""
@@ -596,12 +639,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     def _template_markers(self) -> list[bytes]:
         if self._markers is None:
-            handler = (
-                self.chat_handler
-                or self._chat_handlers.get(self.chat_format)
-                or llama_chat_format.get_chat_completion_handler(self.chat_format)
-            )
-            self._markers = template_markers(handler)
+            self._markers = template_markers(self.chat_completion_handler())
             if self._bound.isolate_turns and not self._markers:
                 warnings.warn(
                     "isolate_turns has no effect: this model's chat template has no markers "
@@ -622,7 +660,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def _protect_system_prompt(self, tokens: list[int]) -> None:
         kv = self._kv
         assert kv is not None
-        system, self._system_prompt = self._system_prompt, None
+        system = self._system_prompt
         length = 0
         if system is not None:
             ends = list(accumulate(len(self._piece(t)) for t in tokens))
@@ -687,7 +725,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
         session.write(path, header, {**arrays, "state": kv.cache.state()})
 
-    def load_session(self, path: str | os.PathLike[str]) -> Any:
+    def load_session(
+        self, path: str | os.PathLike[str], *, accept: Callable[[Any], object] | None = None
+    ) -> Any:
         """Go on where ``save_session`` was called, in place of the conversation read so far.
 
         The model file, the cache's types and limits, the policy and the granularity must be those
@@ -695,6 +735,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         What ``rescue_to`` wrote is read again token by token, so only the model file must be the
         same and the conversation must fit; what is kept of it is decided anew.
+
+        Args:
+            accept: called with what will be returned, while the conversation read so far is still
+                there; raising leaves it untouched.
 
         Returns:
             The ``extra`` given to ``save_session`` or ``rescue_to``.
@@ -706,6 +750,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         self._require_bounded("load_session")
         header, arrays = session.read(path)
+        if accept is not None:
+            accept(header.get("extra"))
         if "rescue" in header:
             return self._read_again(path, header, arrays)
         kv = self._bounded("load_session")
@@ -730,7 +776,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         return header["extra"]
 
     def rescue_to(
-        self, path: str | os.PathLike[str] | None, extra: Callable[[], Any] | None = None
+        self,
+        path: str | os.PathLike[str] | Callable[[], str] | None,
+        extra: Callable[[], Any] | None = None,
     ) -> None:
         """Write the conversation down if a device that holds the model or the cache fails.
 
@@ -739,7 +787,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         again. The cache is lost with its device, so this is possible with every policy.
 
         Args:
-            path: replaces the one given before; None, or closing the model: write nothing.
+            path: replaces the one given before; None, or closing the model: write nothing. A
+                function returns it when it is needed, in the thread that failed.
             extra: returns what else to write, anything JSON can hold. It is called in the thread
                 that failed, and must not use the model.
 
@@ -752,8 +801,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if path is not None:
             self._require_bounded("rescue_to")
             self._model_identity()  # now, while the file can surely be read
-            self._rescue = os.path.abspath(path), extra
+            where = path if callable(path) else partial(str, os.path.abspath(path))
+            self._rescue = where, extra
             self._stop_rescue = before_abort(partial(_write_rescue, weakref.ref(self)))
+
+    def rescue(self, reason: str) -> None:
+        """Write now what ``rescue_to`` asks for, before the process ends for another reason.
+
+        Raises:
+            SessionError: the file cannot be written, or ``rescue_to`` was not called.
+        """
+        if self._rescue is None:
+            raise SessionError("there is nowhere to write the conversation to: see rescue_to")
+        _write_rescue(weakref.ref(self), reason)
 
     def close(self) -> None:
         """Free the model and its cache, and rescue nothing any more."""
@@ -849,6 +909,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state.update(vars(self._bound), n_ctx=self._n_ctx)
+        if self.lacks_chat_template:
+            state["chat_format"] = None  # the copy shall know that nobody asked for it
         return state
 
 
@@ -857,7 +919,7 @@ def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
     llm = holder()
     if llm is None or llm._rescue is None or llm._kv is None:
         return
-    path, extra = llm._rescue
+    where, extra = llm._rescue
     header = {
         "rescue": message,
         "model": llm._file_identity,
@@ -869,7 +931,7 @@ def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
         if extra is not None:
             header["extra"] = extra()
     finally:  # the tokens shall not be lost with what the caller adds to them
-        session.write(path, header, {"tokens": tokens})
+        session.write(where(), header, {"tokens": tokens})
 
 
 def _token_text(vocab: Any, token: int) -> bytes:

@@ -359,12 +359,32 @@ def _call(name: str, *args: Any) -> None:
     raise KVCacheError(message)
 
 
+def require_model_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what llama.cpp could not open, or would wait for: it has no sentence for these.
+
+    Raises:
+        UnsupportedModelError: a folder, a pipe or a device, or a name that is no UTF-8.
+    """
+    name = os.fspath(path)
+    if os.path.exists(name) and not os.path.isfile(name):
+        what = "a folder" if os.path.isdir(name) else "a pipe or a device"
+        raise UnsupportedModelError(f"'{name}' is {what}: a model is a GGUF file")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UnsupportedModelError(
+            f"the name {name!a} of the model file is no UTF-8, and llama.cpp opens no other: "
+            "rename the file, or make a link to it"
+        ) from None
+
+
 def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
     """Read a GGUF file's shape from its metadata; no tensor is loaded.
 
     Raises:
         UnsupportedModelError: missing, truncated or foreign file.
     """
+    require_model_file(path)
     shape = ModelShape()
     _call("kvp_model_shape_read", os.fsencode(path), ctypes.byref(shape))
     return shape

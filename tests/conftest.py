@@ -19,6 +19,7 @@ import pytest
 
 import kvp_edge
 from support import properties
+from support.command_line import kvp, terminal  # noqa: F401  # fixtures
 from support.devices import (
     CountingProxy,
     RpcServer,

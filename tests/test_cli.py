@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import re
-import select
 import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,58 +15,9 @@ from typing import Any
 import pytest
 
 import kvp_edge
-from kvp_edge.cli import main
 from kvp_edge.policies import POLICIES
+from support.command_line import COMMAND, FEW_CELLS, GREEDY, STATUS, Output, Terminal, Type
 from support.gguf_models import ModelShape, write_mamba
-
-# What the console script does. "-m" would put the current folder first on the path, where a
-# checkout has the package without its compiled library.
-COMMAND = [
-    sys.executable,
-    "-c",
-    "import sys; sys.path.remove(''); from kvp_edge.cli import main; sys.exit(main())",
-]
-FEW_CELLS = ["--kv-budget", "64", "--recent", "16", "--threads", "1"]
-GREEDY = ["--temperature", "0"]
-
-STATUS = re.compile(
-    r"\[kvp: (?P<seen>\d+) tokens seen, (?P<kept>\d+) kept, (?P<dropped>\d+) dropped by "
-    r"(?P<policy>[\w-]+) \((?P<evictions>\d+) evictions\), (?P<mib>[\d.]+) MiB \| "
-    r"read (?P<read>\d+) at [\d-]+ t/s, wrote (?P<wrote>\d+) at [\d-]+ t/s\]"
-)
-
-
-class Output:
-    """What a command printed, and its exit status."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-        self.replies = out.splitlines()
-        self.stats = [
-            {k: v if k == "policy" else float(v) for k, v in m.groupdict().items()}
-            for m in STATUS.finditer(err)
-        ]
-
-
-Type = Callable[..., Output]
-
-
-@pytest.fixture
-def kvp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Type:
-    """kvp("chat", "--policy", "knorm", typed="Hello.\\n") runs the command in this process."""
-
-    def run(*argv: str, typed: str | bytes = "") -> Output:
-        data = typed.encode() if isinstance(typed, str) else typed
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-        try:
-            status = main(argv)
-        except SystemExit as usage:
-            status = int(usage.code or 0)
-        captured = capsys.readouterr()
-        return Output(status, captured.out, captured.err)
-
-    return run
-
 
 # -- chat --------------------------------------------------------------------------------------
 
@@ -240,65 +186,6 @@ def test_the_command_works_in_a_pipe() -> None:
     assert "Ralph" in done.stdout.splitlines()[-1]
     assert len(STATUS.findall(done.stderr)) == 2
     assert len(done.stderr.splitlines()) == 2
-
-
-class Terminal:
-    """A command at a pseudo-terminal."""
-
-    def __init__(self, *argv: str) -> None:
-        import pty  # not on every system
-
-        self._ahead = b""
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.execve(sys.executable, [*COMMAND, *argv], {**os.environ, "TERM": "dumb"})
-
-    def read_until(self, text: str, seconds: float = 120) -> str:
-        """What was printed since the last call, up to and with ``text``."""
-        end = time.monotonic() + seconds
-        while text.encode() not in self._ahead:
-            ready, _, _ = select.select([self._fd], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"waited in vain for {text!r} after {self._ahead!r}"
-            self._ahead += os.read(self._fd, 4096)
-        seen, found, self._ahead = self._ahead.partition(text.encode())
-        return (seen + found).decode(errors="replace")
-
-    def type(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def interrupt(self) -> None:
-        """Ctrl-C at the prompt. Python's line editor misses one that comes while it handles a key
-        or has just printed the prompt."""
-        time.sleep(0.2)
-        self.type("\x03")
-
-    def exit_status(self, seconds: float = 120) -> int:
-        end = time.monotonic() + seconds
-        while (found := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
-            assert time.monotonic() < end, "waited in vain for the command to end"
-            time.sleep(0.02)
-        self.pid = 0
-        return os.waitstatus_to_exitcode(found[1])
-
-    def close(self) -> None:
-        os.close(self._fd)
-        if self.pid:  # a test failed: a hang-up would do, unless the tests run under nohup
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-
-
-@pytest.fixture
-def terminal() -> Iterator[Callable[..., Terminal]]:
-    pytest.importorskip("pty")
-    opened: list[Terminal] = []
-
-    def open_terminal(*argv: str) -> Terminal:
-        opened.append(Terminal(*argv))
-        return opened[-1]
-
-    yield open_terminal
-    for one in opened:
-        one.close()
 
 
 def test_ctrl_c_stops_a_reply_and_the_conversation_goes_on(
@@ -578,8 +465,9 @@ def test_sessions_that_do_not_fit_are_a_sentence_and_the_chat_goes_on(
     llm.eval([1, 2, 3])
     llm.save_session(file)
     got = kvp("chat", *GREEDY, "--max-tokens", "5", typed=f"Hi.\n/load {file}\nHi.\n")
-    assert "holds no messages. A new conversation begins" in got.err
+    assert "holds no messages. The conversation is as it was" in got.err
     assert len(got.stats) == 2
+    assert got.stats[1]["read"] < got.stats[1]["seen"] - got.stats[0]["seen"]  # nothing read again
 
 
 @pytest.mark.parametrize(

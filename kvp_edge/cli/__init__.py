@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from jinja2 import TemplateError  # a chat template's; llama_cpp brings jinja2
 
@@ -14,12 +13,14 @@ import kvp_edge
 from kvp_edge.cli.chat import add_chat
 from kvp_edge.cli.demo import add_demo
 from kvp_edge.cli.device_failure import ends_with_a_sentence
+from kvp_edge.cli.ending import Ended
 from kvp_edge.cli.eval import add_eval
 from kvp_edge.cli.export import add_export
 from kvp_edge.cli.inspect import add_inspect
 from kvp_edge.cli.learn import add_learn
 from kvp_edge.cli.policies import add_policies
 from kvp_edge.cli.run import add_run
+from kvp_edge.cli.shown import let_go_of_output, note, open_streams, visible
 from kvp_edge.cli.trace import add_trace
 from kvp_edge.cli.train import add_train
 from kvp_edge.native import BUILT_FOR, LLAMA_VERSION
@@ -39,11 +40,17 @@ examples:
   kvp-edge learn model.gguf                  train a policy for your model
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
 
-kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted."""
+kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted;
+128 + N ended by signal N."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))  # it quotes what was typed
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kvp-edge",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -65,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"kvp-edge: warning: {message}", file=sys.stderr)
+    note(f"kvp-edge: warning: {message}")
 
 
 def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -73,13 +80,14 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
     try:
         return command(args)
     except KeyboardInterrupt:
-        print("\nkvp-edge: interrupted", file=sys.stderr)
+        note("\nkvp-edge: interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader of our output left (`| head`). Python would complain again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Ended as ended:
+        note(f"kvp-edge: {ended}")
+        return ended.status
+    except BrokenPipeError:  # the reader of our output left (`| head`)
         return 1
-    except (ValueError, OSError, TemplateError) as error:
+    except (ValueError, OSError, TemplateError, ArithmeticError) as error:
         if args.verbose:
             raise
         status = 2
@@ -89,13 +97,19 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
             raise
         status = 1
         message = f"{str(error) or 'out of memory'} (--verbose tells more)"
-    print(f"kvp-edge: {message}", file=sys.stderr)
+    finally:
+        let_go_of_output()
+    note(f"kvp-edge: {message}")
     return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad usage and --help raise SystemExit."""
+    had_output = open_streams()
     args = _parser().parse_args(argv)
+    if not had_output:
+        note("kvp-edge: standard output is closed: there is nowhere to write to")
+        return 2
     with warnings.catch_warnings(), ends_with_a_sentence():
         warnings.showwarning = _warn
         return _run(args.command, args)

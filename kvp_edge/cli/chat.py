@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
-import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from itertools import count
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from typing import Any, NamedTuple
 
-from kvp_edge.cli import options
-from kvp_edge.cli.device_failure import ends_with_a_sentence
-from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama, note
+from kvp_edge import transcript
+from kvp_edge.chat_prompt import Message
+from kvp_edge.cli import chat_format, options
+from kvp_edge.cli.rescue import rescuing, start_again
+from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 
 _DEFAULT_MAX_TOKENS = 512
@@ -35,13 +35,18 @@ _EPILOG = f"""\
 in the chat:
 {_COMMANDS}
   Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes on in the next one,
-  and so do lines between two lines of \"\"\".
+  and so do lines between two lines of \"\"\". A blank before it makes a line that begins with / a
+  message.
 
-  If a device that holds the model or the cache fails, llama.cpp ends the process; the conversation
-  is written to a file in the folder for temporary files, which /load reads again.
+  What ends a chat unasked (a device that fails, SIGTERM, SIGHUP, a full disk, a fault) leaves the
+  conversation in a file in the folder for temporary files, which /load reads again.
 
-When standard input is not a terminal, each line is a message; replies go to standard output and
-everything else to standard error.
+When standard input is not a terminal, each line is a message (or what lies between two lines of
+\"\"\"); replies go to standard output and everything else to standard error.
+
+A model file without a chat template is most often a base model, which continues texts. It is shown
+the conversation as a transcript, in lines that begin with "User:" and "Assistant:", and stopped
+where it begins to write the user's.
 
 never dropped: the first --sinks tokens, the newest --recent tokens, and the text of --system.
 
@@ -57,6 +62,9 @@ _AS_BEFORE = "The conversation is as it was before your message."
 _MAKE_ROOM = """\
 /undo and /clear make room;
 a larger --n-ctx at the start makes longer conversations possible."""
+_TOO_LONG_ALONE = """\
+The message is too long by itself:
+start with a larger --n-ctx, or read it with kvp-edge run."""
 
 _ABOUT_BUNDLED_MODEL = """\
 This is the small model that comes along. It recalls what you tell it ("My dog is called Ralph.",
@@ -74,6 +82,7 @@ def add_chat(commands: Any) -> None:
     options.add_model_options(parser)
     options.add_cache_options(parser, n_ctx_default="what the model was trained for")
     options.add_system_options(parser)
+    chat_format.add_chat_format_options(parser, "without one, transcript")
     options.add_sampling_options(parser, temperature=0.7, max_tokens=_DEFAULT_MAX_TOKENS)
     parser.set_defaults(command=_main)
 
@@ -83,8 +92,10 @@ def _main(args: argparse.Namespace) -> int:
     llm = options.load(path, args.n_ctx, args)
     options.warn_beyond_training(llm.n_ctx(), path, args)
     chat = Chat(llm, args)
+    command = start_again(llm.model_path if _names_model(args) else None)
     # closed here, and not when Python ends: a device that failed meanwhile may say so only then
-    with closing(llm), _rescuing(chat, llm, args):
+    with closing(llm), rescuing(llm, chat.contents, command):
+        chat.choose_format()
         if not sys.stdin.isatty():
             return _piped(chat)
         _greet(llm, path, args)
@@ -102,39 +113,6 @@ def _greet(llm: WatchedLlama, path: str, args: argparse.Namespace) -> None:
         note(_ABOUT_BUNDLED_MODEL)
 
 
-@contextmanager
-def _rescuing(chat: Chat, llm: WatchedLlama, args: argparse.Namespace) -> Iterator[None]:
-    """Have the conversation written to a new file if a device fails in the meantime."""
-    file = _rescue_file()
-    command = shlex.join(["kvp-edge", "chat", *([llm.model_path] if _names_model(args) else [])])
-
-    def advice() -> str:
-        if not os.path.exists(file):
-            return "The conversation could not be written to a file."
-        return (
-            f"The conversation was written to {file}\n"
-            f"To go on, start `{command}` with the options you want, and type: /load {file}"
-        )
-
-    with ends_with_a_sentence(advice):
-        llm.rescue_to(file, chat.contents)  # registered last, so done first
-        try:
-            yield
-        finally:
-            llm.rescue_to(None)
-
-
-def _rescue_file() -> str:
-    """A name that is free: what another process of this number rescued may still be wanted."""
-    try:
-        folder = tempfile.gettempdir()
-    except FileNotFoundError:  # no folder can be written to; a chat needs none until a device fails
-        folder = os.getcwd()
-    stem = os.path.join(folder, f"kvp-edge-rescue-{os.getpid()}")
-    names = (f"{stem}{f'-{n}' if n else ''}.kvp" for n in count())
-    return next(name for name in names if not os.path.lexists(name))
-
-
 def _names_model(args: argparse.Namespace) -> bool:
     return args.model is not None or bool(args.hf_repo)
 
@@ -144,22 +122,42 @@ class Chat:
 
     def __init__(self, llm: WatchedLlama, args: argparse.Namespace) -> None:
         self._llm = llm
+        self._args = args
         self._sampling = options.sampling(args)
         self._seed = options.first_seed(args)
-        self._system: list[dict[str, str]] = (
+        self._system: list[Message] = (
             [{"role": "system", "content": args.system}] if args.system else []
         )
         self._messages = list(self._system)
+        self._reply: list[str] = []  # what was said so far of the reply that is being written
+
+    def choose_format(self) -> None:
+        """Have messages written as the options say, and see that the first one can be.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        chat_format.choose(self._llm, self._args)
+        if self._llm.lacks_chat_template:
+            self._llm.chat_format = transcript.NAME
+            name = os.path.basename(self._llm.model_path)
+            note(
+                f"{name} has no chat template, so it is shown the conversation as a transcript "
+                "(--chat-format NAME chooses another way)."
+            )
+        chat_format.check(self._llm, self._system)
 
     def contents(self) -> dict[str, Any]:
         """What a session file holds of the chat besides its tokens."""
-        return {"messages": self._messages, "seed": self._seed}
+        said = "".join(self._reply)
+        unfinished = [{"role": "assistant", "content": said}] if said else []
+        return {"messages": [*self._messages, *unfinished], "seed": self._seed}
 
     def hear(self, line: str) -> bool:
         """Answer a message or obey a /command. Returns False if that failed."""
         if not line.strip():
             return True
-        if not line.startswith("/"):
+        if not line.startswith("/") or "\n" in line:
             return self._answer({"role": "user", "content": line})
         command, _, argument = line.strip().partition(" ")
         if command in ("/save", "/load"):
@@ -186,15 +184,19 @@ class Chat:
                 self._messages = before
                 return False
         else:
-            note(f"There is no command '{command}'. There are:\n{_COMMANDS}")
+            note(
+                f"There is no command '{command}'. There are:\n{_COMMANDS}\n"
+                "To send it as a message, put a blank before it."
+            )
             return False
         return True
 
-    def _keep(self, command: str, path: str) -> bool:
+    def _keep(self, command: str, argument: str) -> bool:
         """Save or load a session. If that fails, the conversation is as it was before."""
-        if not path:
+        if not argument:
             note(f"Name a file: {command} FILE")
             return False
+        path = os.path.expanduser(argument)
         try:
             if command == "/save":
                 self._llm.save_session(path, self.contents())
@@ -203,68 +205,77 @@ class Chat:
                 self._resume(path)
                 note(f"Loaded {path}: {self._llm.kv_stats}.")
                 self._return_question()
-        except SessionError as error:
-            note(str(error))
+        except Exception as error:  # whatever it is, the conversation is worth more
+            self._tell(error)
             return False
         return True
 
     def _resume(self, path: str) -> None:
+        saved: list[_Saved] = []
         with self._llm.timed(bar_after=_bar_after()):  # what was rescued is read again
-            extra = self._llm.load_session(path)
-        try:
-            messages, self._seed = extra["messages"], extra["seed"]
-        except (KeyError, TypeError) as error:
-            self._llm.reset()
-            self._messages = list(self._system)
-            raise SessionError(
-                f"the session '{path}' was not saved by a chat: it holds no messages. A new "
-                "conversation begins"
-            ) from error
-        self._messages = messages
-        self._system = [m for m in messages[:1] if m["role"] == "system"]
+            self._llm.load_session(path, accept=lambda extra: saved.append(_Saved.of(path, extra)))
+        self._messages, self._seed = saved[0]
+        self._system = [m for m in self._messages[:1] if m["role"] == "system"]
 
     def _return_question(self) -> None:
-        """A device may have failed before the last message was answered."""
+        """The chat may have ended before the last message was answered."""
         if self._messages and self._messages[-1]["role"] == "user":
             question = self._messages.pop()
             note(f"Your last message was not answered. Send it again:\n{question['content']}")
 
-    def _take_back(self) -> dict[str, str] | None:
+    def _take_back(self) -> Message | None:
         """Remove the last message of the user with its reply."""
         if len(self._messages) == len(self._system):
             return None
         del self._messages[-1]
         return self._messages.pop()
 
-    def _answer(self, question: dict[str, str]) -> bool:
+    def _answer(self, question: Message) -> bool:
         """Write a reply to stdout. If that fails, the conversation is as it was before."""
+        alone = len(self._messages) == len(self._system)
         self._messages.append(question)
-        said: list[str] = []
         try:
             with self._llm.timed(bar_after=_bar_after()):
                 for text in self._stream():
-                    said.append(text)
-                    print(text, end="", flush=True)
+                    self._reply.append(text)
+                    say(text, end="")
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            if not said:
+            if not self._reply:
                 self._messages.pop()
                 note(f"\nStopped before the reply began. {_AS_BEFORE}")
                 return False
+        except OSError:  # nobody can be answered any more
+            raise
         except BudgetError as error:
-            raise BudgetError(f"{error} (--no-protect-system)") from error
-        except (ContextLengthError, RuntimeError, MemoryError) as error:
             self._messages.pop()
-            print(end="\n" if said else "", flush=True)
-            note(f"{str(error) or 'out of memory'}\n{_AS_BEFORE} {_MAKE_ROOM}")
+            raise BudgetError(f"{error} (--no-protect-system)") from error
+        except Exception as error:
+            self._messages.pop()
+            if self._reply:
+                self._reply.clear()
+                say("")
+            self._tell(error)
+            note(_AS_BEFORE)
+            if isinstance(error, ContextLengthError):
+                note(_TOO_LONG_ALONE if alone else _MAKE_ROOM)
             return False
-        self._messages.append({"role": "assistant", "content": "".join(said)})
-        print(flush=True)
+        self._messages.append({"role": "assistant", "content": "".join(self._reply)})
+        self._reply.clear()
+        say("")
         note(self._llm.status_line())
         if self._llm.n_tokens + 1 >= self._llm.n_ctx():
             note(f"The conversation has reached its {self._llm.n_ctx()} tokens. {_MAKE_ROOM}")
         return True
+
+    def _tell(self, error: Exception) -> None:
+        """Say what went wrong; of what was not foreseen also what kind of thing it is."""
+        foreseen = isinstance(error, (ValueError, RuntimeError, MemoryError, OSError))
+        kind = "" if foreseen and str(error) else f"{type(error).__name__}: "
+        note(f"{kind}{error}" if not isinstance(error, MemoryError) else "out of memory")
+        if self._args.verbose:
+            note("".join(traceback.format_exception(error)))
 
     def _stream(self) -> Iterator[str]:
         self._seed += 1  # /regen shall not say the same again
@@ -272,9 +283,54 @@ class Chat:
             self._messages, stream=True, seed=self._seed, **self._sampling
         )
         for chunk in chunks:
-            text = chunk["choices"][0]["delta"].get("content")
+            text = chunk["choices"][0]["delta"].get("content") or ""
+            if not self._reply and self._llm.chat_format == transcript.NAME:
+                text = text.lstrip()  # it goes on after "Assistant:"
             if text:
                 yield text
+
+
+class _Saved(NamedTuple):
+    """What a session of a chat holds besides its tokens."""
+
+    messages: list[Message]
+    seed: int
+
+    @classmethod
+    def of(cls, path: str, extra: Any) -> _Saved:
+        """
+        Raises:
+            SessionError: these are no messages of a chat.
+        """
+        match extra:
+            case {"messages": [*messages], "seed": int(seed)} if _alternate(messages):
+                return cls([{"role": m["role"], "content": m["content"]} for m in messages], seed)
+        raise SessionError(
+            f"the session '{path}' was not saved by a chat: it holds no messages. The conversation "
+            "is as it was before"
+        )
+
+
+def _alternate(messages: list[Any]) -> bool:
+    """Whether these are a system message or none, and then the user's and the assistant's by
+    turns."""
+    roles = []
+    for message in messages:
+        match message:
+            case {"role": str(role), "content": str(content)} if _is_text(content):
+                roles.append(role)
+            case _:
+                return False
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    return turns == [("user", "assistant")[i % 2] for i in range(len(turns))]
+
+
+def _is_text(content: str) -> bool:
+    try:
+        content.encode()  # JSON can hold half a character
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bar_after() -> float | None:
@@ -282,16 +338,20 @@ def _bar_after() -> float | None:
 
 
 def _piped(chat: Chat) -> int:
-    """One message per line. Status 1 if a line could not be obeyed or answered."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to stop
+    """One message per line, or per block. Status 1 if one could not be obeyed or answered."""
     failed = False
     try:
-        for line in sys.stdin:
-            failed |= not chat.hear(line.rstrip("\r\n"))
+        while True:
+            failed |= not chat.hear(_read_message(lambda _: _next_line()))
     except EOFError:
-        pass
-    return int(failed)
+        return int(failed)
+
+
+def _next_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")
 
 
 def _at_terminal(chat: Chat) -> int:
@@ -300,7 +360,9 @@ def _at_terminal(chat: Chat) -> int:
     interrupted = False
     while True:
         try:
-            message = _read_message()
+            message = _read_message(_read_line)
+            while message.endswith("\\"):
+                message = message[:-1] + "\n" + _read_line("... ")
             interrupted = False
             chat.hear(message)
         except EOFError:
@@ -314,24 +376,28 @@ def _at_terminal(chat: Chat) -> int:
             note("(Ctrl-C again leaves, and so do Ctrl-D and /exit)")
 
 
-def _read_message() -> str:
-    line = _read_line("> ")
-    if line.strip() == '"""':
-        lines = []
-        while (line := _read_line("... ")).strip() != '"""':
+def _read_message(read: Callable[[str], str]) -> str:
+    """A line, or those between two lines of \"\"\" or up to the end of the input.
+
+    Args:
+        read: returns a line, given what to show before it.
+    """
+    line = read("> ")
+    if line.strip() != '"""':
+        return line
+    lines: list[str] = []
+    try:
+        while (line := read("... ")).strip() != '"""':
             lines.append(line)
-        return "\n".join(lines)
-    while line.endswith("\\"):
-        line = line[:-1] + "\n" + _read_line("... ")
-    return line
+    except EOFError:
+        if not lines:
+            raise
+    return "\n".join(lines)
 
 
 def _read_line(prompt: str) -> str:
     if sys.stdout.isatty():
         return input(prompt)
     # input() would write the prompt among the replies
-    print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\n")
+    note(prompt, end="")
+    return _next_line()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kvp_edge.chat_prompt import prompt_tokens
 from kvp_edge.cli import options
 from kvp_edge.cli.demo_tasks import make_items
-from kvp_edge.cli.watch import note
+from kvp_edge.cli.shown import note, say
 from kvp_edge.context_shift import ContextShift
 from kvp_edge.evaluation import estimate
 from kvp_edge.limits import CELL_UNIT, parse_budget
@@ -141,7 +141,7 @@ def _main(args: argparse.Namespace) -> int:
         print("The small model was trained for such questions; see how yours does: ", end="")
         print("kvp-edge demo MODEL.gguf")
     model = f" {args.model}" if args.model else ""
-    print(f"Try it: kvp-edge chat{model} --kv-budget {args.kv_budget}")
+    say(f"Try it: kvp-edge chat{model} --kv-budget {args.kv_budget}")
     return 0
 
 

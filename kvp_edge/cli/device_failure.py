@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from kvp_edge.cli.shown import visible
 from kvp_edge.last_words import before_abort
 
 _STDERR = 2
@@ -30,7 +31,7 @@ def ends_with_a_sentence(advice: Callable[[], str] = str) -> Iterator[None]:
         try:
             with suppress(OSError, ValueError):  # the reader left, or it is closed
                 sys.stdout.flush()
-            told = f"\nkvp-edge: {message}\nllama.cpp cannot go on after this. {advice()}"
+            told = visible(f"\nkvp-edge: {message}\nllama.cpp cannot go on after this. {advice()}")
             if stderr is not None:
                 os.write(stderr, f"{told.rstrip()}\n".encode(errors="replace"))
         finally:

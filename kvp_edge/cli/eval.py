@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kvp_edge.cli import options
-from kvp_edge.cli.watch import note
+from kvp_edge.cli.shown import note, say
 from kvp_edge.evaluation import estimate, plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
@@ -195,7 +195,7 @@ def _main(args: argparse.Namespace) -> int:
     drawn = _to_draw(jobs, args.draw)
     todo = estimate.parts(left, drawn)
     if args.estimate:
-        print(_estimate(the_run, todo, args.workers))
+        say(_estimate(the_run, todo, args.workers))
         return 0
     out.mkdir(parents=True, exist_ok=True)
     note(
@@ -215,7 +215,7 @@ def _main(args: argparse.Namespace) -> int:
     text = report.report(found, title=f"{Path(path).stem}: what a bounded cache costs")
     (out / "report.md").write_text(text, encoding="utf-8")
     _plot(found, out)
-    print(text)
+    say(text)
     note(f"written: {out / 'report.md'}")
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 import importlib
 from typing import Any
 
+from kvp_edge.cli.shown import say
 from kvp_edge.cli.train import open_traces, require_torch
 from kvp_edge.llama_log import listen
 from kvp_edge.native import read_model_shape
@@ -77,15 +78,15 @@ def _main(args: argparse.Namespace) -> int:
             head_size_v=shape.head_size_v,
         )
     if args.dry_run:
-        print(planned.onnx or "no ONNX")
-        print(planned.gguf)
+        say(str(planned.onnx or "no ONNX"))
+        say(str(planned.gguf))
         return 0
     traces = open_traces(args.traces) if args.traces else None
     done = package.export(args.checkpoint, **options, traces=traces)
-    print(_told(done, args.outtype))
+    say(_told(done, args.outtype))
     if done.onnx is not None:
-        print(done.onnx)
-    print(done.gguf)
+        say(str(done.onnx))
+    say(str(done.gguf))
     return 0
 
 

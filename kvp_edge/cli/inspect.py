@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kvp_edge.cli.shown import on_one_line, say
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 
 
@@ -24,7 +25,7 @@ def add_inspect(commands: Any) -> None:
 def _main(args: argparse.Namespace) -> int:
     info, weights = read_policy(args.file)
     for name, value in _facts(args.file, info, weights):
-        print(f"{name:16}{value}")
+        say(f"{name:16}{on_one_line(value)}")
     return 0
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kvp_edge.cli import options
+from kvp_edge.cli.shown import note, say
 from kvp_edge.cli.trace import add_sources, sources_of, trace
 from kvp_edge.cli.train import comparison, require_torch
-from kvp_edge.cli.watch import note
 from kvp_edge.trace_sources import Source, Tasks
 from kvp_edge.training.settings import Objective, Settings
 
@@ -94,7 +94,7 @@ def _main(args: argparse.Namespace) -> int:
         )
     note("step 3 of 3: writing the policy file and checking it")
     made = importlib.import_module("kvp_edge.export").export(run, traces=traces)
-    print(_beside(Path(path), Path(made.gguf)), flush=True)
+    say(str(_beside(Path(path), Path(made.gguf))))
     return 0
 
 

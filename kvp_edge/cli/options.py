@@ -17,6 +17,7 @@ from kvp_edge.native import read_model_shape
 from kvp_edge.policies import FALLBACK, POLICIES
 
 DEFAULT_BUDGET = "512"
+_MOST_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h
 
 # enum ggml_type in ggml.h; llama_cpp has no name for bf16
 _CACHE_TYPES = {
@@ -39,6 +40,22 @@ def count(text: str) -> int:
     return n
 
 
+def threads(text: str) -> int:
+    """An argparse type: a number of threads that ggml can start."""
+    n = count(text)
+    if n > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(
+            f"must be at most {_MOST_THREADS}, not {n}: ggml starts no more, and more than the "
+            f"{os.cpu_count()} processors of this machine only wait for each other"
+        )
+    return n
+
+
+def text(argument: str) -> str:
+    """An argparse type: bytes that are no UTF-8 become replacement marks, as in a file."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -46,7 +63,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--hf-repo", metavar="REPO", help="download the model from this repository")
     group.add_argument("--hf-file", metavar="FILE", help="the GGUF file in --hf-repo")
-    group.add_argument("--threads", type=count, metavar="N", help="default: half of the processors")
+    group.add_argument(
+        "--threads", type=threads, metavar="N", help="default: half of the processors"
+    )
     group.add_argument(
         "--gpu-layers",
         type=int,
@@ -150,7 +169,9 @@ def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> No
 
 
 def add_system_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="system prompt; it is never dropped")
+    parser.add_argument(
+        "--system", type=text, metavar="TEXT", help="system prompt; it is never dropped"
+    )
     parser.add_argument(
         "--no-protect-system", action="store_true", help="the system prompt may be dropped, too"
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import closing
 from typing import Any
 
-from kvp_edge.cli import options
-from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama, note
+from kvp_edge.chat_prompt import Message
+from kvp_edge.cli import chat_format, options
+from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama
 
 _DEFAULT_MAX_TOKENS = 256
 _TEMPLATE_ROOM = 1024  # tokens that a chat template may add to the text
@@ -17,6 +20,8 @@ _TEMPLATE_ROOM = 1024  # tokens that a chat template may add to the text
 _EPILOG = f"""\
 The texts and the question go into one user message of the model's chat template. The cache holds a
 few hundred tokens while they are read, so the policy decides what is left when the question comes.
+A model file without a chat template is most often a base model, which continues texts: it is given
+texts and question as with --raw, so let the question be the beginning of what it shall write.
 never dropped: the first --sinks tokens, the newest --recent tokens, and the text of --system.
 
 {STATUS_LINE_HELP}
@@ -45,7 +50,12 @@ def add_run(commands: Any) -> None:
         help="a text file to read; may be given several times; - is standard input",
     )
     parser.add_argument(
-        "-p", "--prompt", default="", metavar="TEXT", help="the question, read after the texts"
+        "-p",
+        "--prompt",
+        type=options.text,
+        default="",
+        metavar="TEXT",
+        help="the question, read after the texts",
     )
     parser.add_argument(
         "--raw", action="store_true", help="no chat template: the model continues the text"
@@ -59,6 +69,7 @@ def add_run(commands: Any) -> None:
     options.add_model_options(parser)
     options.add_cache_options(parser, n_ctx_default="enough for the texts")
     options.add_system_options(parser)
+    chat_format.add_chat_format_options(parser, "without one, as with --raw")
     options.add_sampling_options(parser, temperature=0.0, max_tokens=_DEFAULT_MAX_TOKENS)
     parser.set_defaults(command=_main)
 
@@ -66,6 +77,10 @@ def add_run(commands: Any) -> None:
 def _main(args: argparse.Namespace) -> int:
     if args.raw and args.system:
         raise ValueError("--raw uses no chat template, so there is no place for --system")
+    if args.raw and chat_format.asked_for(args):
+        raise ValueError(
+            "--raw uses no chat template, so --chat-format and --chat-template do not fit"
+        )
     if not args.prompt and not args.raw:
         raise ValueError('ask something: -p "question" (or --raw, to let the model write on)')
     text = "\n\n".join([read_text(name).strip() for name in args.file] + [args.prompt]).strip()
@@ -73,13 +88,19 @@ def _main(args: argparse.Namespace) -> int:
         raise ValueError("there is nothing to read: the text is empty")
     path = options.model_path(args)
     llm = options.load(path, args.n_ctx or _enough_context(text, path, args), args)
+    chat_format.choose(llm, args)
+    raw = args.raw or llm.lacks_chat_template
+    if not raw:
+        chat_format.check(llm, _system(args))
+    elif not args.raw:
+        _tell_that_it_continues(llm, args)
     options.warn_beyond_training(len(llm.tokenize(text.encode())) + args.max_tokens, path, args)
     show = args.progress or sys.stderr.isatty()
     with closing(llm):
         with llm.timed(bar_after=0.0 if show else None):
-            result = _answer(llm, text, args)
+            result = _answer(llm, text, args, raw)
         if args.json:
-            print(json.dumps(result, ensure_ascii=False, indent=2))
+            say(json.dumps(result, ensure_ascii=False, indent=2))
         else:
             note(llm.status_line())
     return 0
@@ -112,25 +133,41 @@ def _enough_context(text: str, path: str, args: argparse.Namespace) -> int:
     return max(options.trained_context(path), most + _TEMPLATE_ROOM)
 
 
-def _answer(llm: WatchedLlama, text: str, args: argparse.Namespace) -> dict[str, Any]:
+def _tell_that_it_continues(llm: WatchedLlama, args: argparse.Namespace) -> None:
+    name = os.path.basename(llm.model_path)
+    if args.system:
+        raise ValueError(
+            f"'{name}' has no chat template, so there is no place for --system: put it into the "
+            "text, or choose a template with --chat-format"
+        )
+    note(
+        f"{name} has no chat template, so it continues the text, as with --raw (--chat-format NAME "
+        "makes it a chat)."
+    )
+
+
+def _system(args: argparse.Namespace) -> list[Message]:
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
+def _answer(llm: WatchedLlama, text: str, args: argparse.Namespace, raw: bool) -> dict[str, Any]:
     """Answer on stdout as it is written, unless it goes into the JSON object returned."""
     how = {"seed": options.first_seed(args), "stream": not args.json, **options.sampling(args)}
-    if args.raw:
+    if raw:
         result = llm.create_completion(text, **how)
     else:
-        messages = [{"role": "system", "content": args.system}] if args.system else []
-        messages.append({"role": "user", "content": text})
+        messages = [*_system(args), {"role": "user", "content": text}]
         result = llm.create_chat_completion(messages, **how)
     if not args.json:
         for chunk in result:
             choice = chunk["choices"][0]
-            said = choice["text"] if args.raw else choice["delta"].get("content")
-            print(said or "", end="", flush=True)
-        print(flush=True)
+            said = choice["text"] if raw else choice["delta"].get("content")
+            say(said or "", end="")
+        say("")
         return {}
     choice = result["choices"][0]
     return {
-        "answer": choice["text"] if args.raw else choice["message"]["content"],
+        "answer": choice["text"] if raw else choice["message"]["content"],
         "usage": result["usage"],
         "kv_cache": result["kv_cache"],
     }

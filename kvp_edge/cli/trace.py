@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kvp_edge.cli import options
-from kvp_edge.cli.watch import note
+from kvp_edge.cli.shown import note, say
 from kvp_edge.trace_sources import ChatFile, Source, Tasks, TextFile
 from kvp_edge.traces import TraceSet, capture_traces
 
@@ -179,5 +179,5 @@ def _main(args: argparse.Namespace) -> int:
         block=args.block,
         **options.engine_options(args),
     )
-    print(traces.path, flush=True)
+    say(str(traces.path))
     return 0

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from kvp_edge.cli.shown import say
 from kvp_edge.traces import TraceSet
 from kvp_edge.training.settings import Settings
 
@@ -143,8 +144,8 @@ def _main(args: argparse.Namespace) -> int:
         model=args.model,
         engine=engine,
     )
-    print(comparison(result))
-    print(f"{Path(args.out) / 'best.safetensors'}")
+    say(comparison(result))
+    say(f"{Path(args.out) / 'best.safetensors'}")
     return 0
 
 

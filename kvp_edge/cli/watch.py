@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,8 +112,3 @@ the status line on stderr after a reply:
   dropped  of these, evicted
   MiB      memory of the cache; it stays the same however long the conversation becomes
   read     tokens of the prompt that were new to the cache; wrote: tokens of the reply"""
-
-
-def note(text: str) -> None:
-    """Tell the user something that is no reply."""
-    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""How messages become the model's text: the options, and what is done without a template."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from llama_cpp.llama_chat_format import (
+    Jinja2ChatFormatter,
+    LlamaChatCompletionHandlerNotFoundException,
+)
+
+from kvp_edge import transcript
+from kvp_edge.chat_prompt import Message, prompt_tokens
+from kvp_edge.llama import Llama
+
+
+def add_chat_format_options(parser: argparse.ArgumentParser, without: str) -> None:
+    """
+    Args:
+        without: what is done with a model file that has no chat template.
+    """
+    group = parser.add_argument_group("chat template")
+    group.add_argument(
+        "--chat-format",
+        metavar="NAME",
+        help="one that llama-cpp-python knows (chatml, llama-3, gemma, ...), or "
+        f"{transcript.NAME}: lines that begin with User: and Assistant: "
+        f"(default: the model file's own template; {without})",
+    )
+    group.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja template, as Hugging Face has them"
+    )
+
+
+def asked_for(args: argparse.Namespace) -> bool:
+    """Whether the options name a chat template."""
+    return args.chat_format is not None or args.chat_template is not None
+
+
+def choose(llm: Llama, args: argparse.Namespace) -> None:
+    """Have chats written as the options say.
+
+    Raises:
+        ValueError: there is no such format, or no template in the file.
+    """
+    if args.chat_format is not None and args.chat_template is not None:
+        raise ValueError("give either --chat-format or --chat-template, not both")
+    if args.chat_format is not None:
+        llm.chat_format = args.chat_format
+        try:
+            llm.chat_completion_handler()
+        except LlamaChatCompletionHandlerNotFoundException as error:
+            raise ValueError(f"--chat-format: {error}") from error
+    elif args.chat_template is not None:
+        llm.chat_handler = _handler(llm, args.chat_template)
+
+
+def check(llm: Llama, system: list[Message]) -> None:
+    """Write the first message of a chat, to see whether the template can.
+
+    Raises:
+        ValueError: it cannot; the message tells why, and what to do.
+    """
+    try:
+        prompt_tokens(llm, [*system, {"role": "user", "content": "Hello."}])
+    except Exception as error:  # a template is a program, and may fail in any way
+        how = " and --system" if system else ""
+        raise ValueError(
+            f"the chat template of '{os.path.basename(llm.model_path)}' does not work with a first "
+            f"message{how}: {str(error) or type(error).__name__}. Choose another with "
+            "--chat-format or --chat-template"
+        ) from error
+
+
+def _handler(llm: Llama, name: str) -> Any:
+    try:
+        template = Path(name).read_text(encoding="utf-8")
+        formatter = Jinja2ChatFormatter(
+            template,
+            eos_token=_text(llm, llm.token_eos()),
+            bos_token=_text(llm, llm.token_bos()),
+            stop_token_ids=[llm.token_eos()],
+        )
+    except OSError as error:
+        raise ValueError(f"cannot read '{name}': {error.strerror}") from error
+    except Exception as error:  # UnicodeDecodeError, TemplateSyntaxError
+        raise ValueError(f"'{name}' is no chat template: {error}") from error
+    return formatter.to_chat_handler()
+
+
+def _text(llm: Llama, token: int) -> str:
+    return llm.detokenize([token], special=True).decode(errors="replace") if token >= 0 else ""
