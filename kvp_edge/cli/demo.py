@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import llama_cpp
 from tqdm import tqdm
 
-from kvp_edge.chat_prompt import prompt_tokens
+from kvp_edge.chat_prompt import ends_reply, prompt_tokens, transcribe_without_template
 from kvp_edge.cli import options
+from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.demo_tasks import make_items
 from kvp_edge.cli.shown import note, say
 from kvp_edge.context_shift import ContextShift
@@ -131,6 +131,8 @@ def _main(args: argparse.Namespace) -> int:
             cells=demo.cells,
         )
     )
+    if demo.as_transcripts:
+        note(f"\n{AS_TRANSCRIPTS[0].upper()}{AS_TRANSCRIPTS[1:]}.")
     note(demo.how_long())
     rows = demo.rows()
     if args.json:
@@ -156,6 +158,7 @@ class Demo:
         self._n_ctx = 2 * args.length + 1024
         with self._bounded(next(iter(HEURISTICS))) as reader:
             llm = reader.llm
+            self.as_transcripts = transcribe_without_template(llm)
             self.cells = llm.kv_stats.cells
             self._items = make_items(
                 args.items,
@@ -228,6 +231,7 @@ class Demo:
         cells = -(-self._longest // CELL_UNIT) * CELL_UNIT
         llm = Llama(self.path, n_ctx=cells, **self._engine)
         try:
+            transcribe_without_template(llm)
             yield Reader(llm, llm.eval, llm.reset, lambda: 0)
         finally:
             llm.close()
@@ -237,6 +241,7 @@ class Demo:
         llm = Llama(self.path, n_ctx=self.cells, **self._engine)
         try:
             shift = ContextShift(llm)
+            transcribe_without_template(llm)
             yield Reader(llm, shift.read, shift.reset, lambda: shift.dropped)
         finally:
             llm.close()
@@ -247,6 +252,7 @@ class Demo:
             self.path, n_ctx=self._n_ctx, kv_budget=self._budget, policy=policy, **self._engine
         )
         try:
+            transcribe_without_template(llm)
             yield Reader(llm, llm.eval, llm.reset, lambda: llm.kv_stats.dropped)
         finally:
             llm.close()
@@ -255,12 +261,11 @@ class Demo:
 def greedy(reader: Reader, prompt: Sequence[int]) -> tuple[str, int]:
     """Read a prompt and write the likeliest reply: its text, and the tokens read and written."""
     llm = reader.llm
-    vocab = llama_cpp.llama_model_get_vocab(llm.model)
     reader.read(prompt)
     reply: list[int] = []
     while len(reply) < _REPLY_TOKENS:
         token = llm.sample(temp=0.0)
-        if llama_cpp.llama_vocab_is_eog(vocab, token):
+        if ends_reply(llm, token):
             break
         reply.append(token)
         reader.read([token])

@@ -12,7 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kvp_edge.chat_prompt import transcribe_without_template
 from kvp_edge.cli import options
+from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.shown import note, say
 from kvp_edge.evaluation import estimate, plots, records, report, run
 from kvp_edge.evaluation.item import Task
@@ -293,6 +295,8 @@ def _jobs(args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]) ->
     how = {"mode": args.mode, "question": args.question, "granularity": args.granularity}
     jobs: list[run.Job] = []
     with closing(Llama(the_run.model, n_ctx=256, verbose=False)) as llm:
+        if transcribe_without_template(llm):
+            note(AS_TRANSCRIPTS)
         for length in lengths:
             made = run.prompts(llm, tasks, names, length, args.items, args.seed, the_run.engine)
             groups = [made]

@@ -21,7 +21,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kvp_edge.chat_prompt import last_begin, next_turn, prompt_tokens
+from kvp_edge.chat_prompt import (
+    last_begin,
+    next_turn,
+    prompt_tokens,
+    transcribe_without_template,
+)
 from kvp_edge.evaluation.continuations import write_all
 from kvp_edge.evaluation.item import Continuation, Item, Reading, Task
 from kvp_edge.evaluation.kept_tokens import KeptTokens
@@ -45,7 +50,8 @@ def prompts(
     """``count`` conversations of each task, of at most about ``length`` tokens.
 
     Args:
-        llm: whose tokenizer and chat template they are for.
+        llm: whose tokenizer and chat template they are for; without one it has the chat format
+            "transcript" from now on.
         engine: arguments of llama_cpp.Llama, for endings that the model itself writes.
     """
 
@@ -53,6 +59,7 @@ def prompts(
         tokens: list[int] = llm.tokenize(text.encode(), add_bos=False)
         return tokens
 
+    transcribe_without_template(llm)
     found: list[Prompt] = []
     for name in names:
         task = tasks[name]
