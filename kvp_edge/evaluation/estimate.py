@@ -11,10 +11,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kvp_edge.evaluation.readers import shares_reading, subject_of
-from kvp_edge.evaluation.records import GOLDEN, ORACLE, SHIFT
+from kvp_edge.evaluation.readers import shares_reading, shares_trace, subject_of
+from kvp_edge.evaluation.records import SHIFT
 from kvp_edge.evaluation.run import Job, Run, groups
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.evaluation.subject import Subject
@@ -119,7 +119,7 @@ class Part:
     prompt: Prompt
     cells: int
     conversations: int = 0
-    work: Work = field(default_factory=Work)
+    work: Work = Work()
 
     def add(self, work: Work) -> None:
         self.conversations += 1
@@ -142,16 +142,18 @@ def parts(jobs: Sequence[Job], drawn: Sequence[Job] = ()) -> list[Part]:
     for all_jobs, asked, suffix in ((jobs, True, ""), (drawn, False, ", to draw")):
         for group in groups(all_jobs):
             for prompt, settings in _by_conversation(group):
-                first = settings[0]
-                name, cells = _name_and_cells(first)
-                reading = part(f"{name}{suffix}", first, prompt, cells)
-                reading.add(Work(first.cut(prompt)))
-                if asked:
-                    for setting in settings:
-                        reading.work += _ending(setting, prompt)
-                if any(s.policy in (ORACLE, GOLDEN) for s in settings):
-                    name, cells = f"traces for the oracles{suffix}", first.longest
-                    part(name, first, prompt, cells).add(_trace(prompt))
+                # those of a conversation are all of one kind: see ``groups``
+                shared = shares_reading(settings[0])
+                for setting in settings[:1] if shared else settings:
+                    name, cells = _name_and_cells(setting)
+                    reading = part(f"{name}{suffix}", setting, prompt, cells)
+                    reading.add(Work(setting.cut(prompt)))
+                    for one in settings if shared else [setting]:
+                        if asked:
+                            reading.work += _ending(one, prompt)
+                if any(map(shares_trace, settings)):
+                    name, cells = f"traces for the oracles{suffix}", settings[0].longest
+                    part(name, settings[0], prompt, cells).add(_trace(prompt))
     return list(found.values())
 
 

@@ -33,12 +33,17 @@ def shares_reading(setting: Setting) -> bool:
     return setting.mode == "one-shot" and setting.policy != SHIFT
 
 
+def shares_trace(setting: Setting) -> bool:
+    """Whether others may use the trace that it makes of a conversation."""
+    return setting.policy in (ORACLE, GOLDEN)
+
+
 def reader_of(model: str, settings: Sequence[Setting], engine: Mapping[str, Any]) -> Reader:
-    """One for settings that differ in policy and budget alone, or for a single one."""
+    """One for settings that differ in policy and budget alone and share reading or traces, or for a
+    single one."""
     if all(shares_reading(setting) for setting in settings):
         return SharedReader(model, settings, engine)
-    [setting] = settings
-    return BoundedReader(model, setting, engine)
+    return BoundedReader(model, settings, engine)
 
 
 def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> Subject:
@@ -50,7 +55,7 @@ def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> Subje
     budget = min(setting.budget, n_ctx)
     if setting.policy == SHIFT:
         return Shifted(model, n_ctx, budget, **engine)
-    policy = "recency" if setting.policy in (ORACLE, GOLDEN) else setting.policy
+    policy = "recency" if shares_trace(setting) else setting.policy
     return Subject(
         model,
         n_ctx,
@@ -124,36 +129,39 @@ class Reader(ABC):
 
 
 class BoundedReader(Reader):
-    """Drops tokens while it reads, or none: it reads every conversation in one setting.
+    """Drops tokens while it reads, or none: it reads every conversation in each setting.
 
     Args:
         model: GGUF file.
-        setting: the only one.
+        settings: a single one, or those of the oracles, which trace a conversation once for all.
         engine: the other arguments of kvp_edge.Llama.
     """
 
-    def __init__(self, model: str, setting: Setting, engine: Mapping[str, Any]) -> None:
-        # until the first conversation is traced, an oracle's subject has another policy
-        self._subject = subject_of(model, setting, engine)
-        self._oracles: _Oracles | None = None
-        if setting.policy in (ORACLE, GOLDEN):
-            self._oracles = _Oracles(model, setting.longest, engine)
+    def __init__(self, model: str, settings: Sequence[Setting], engine: Mapping[str, Any]) -> None:
+        one_a_budget = {setting.budget: setting for setting in settings}
+        self._subjects = {b: subject_of(model, s, engine) for b, s in one_a_budget.items()}
+        self._oracles = _Oracles(model, settings[0].longest, engine)
 
     def close(self) -> None:
-        self._subject.close()
-        if self._oracles is not None:
-            self._oracles.close()
+        for subject in self._subjects.values():
+            subject.close()
+        self._oracles.close()
 
     def prepare(self, setting: Setting, prompt: Prompt) -> None:
-        pass  # its setting shares nothing
+        self._decide(setting, prompt)
 
     def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
-        subject, cut = self._subject, setting.cut(prompt)
-        if self._oracles is not None:
-            subject.policy = self._oracles.of(prompt, setting.policy)
+        subject, cut = self._decide(setting, prompt), setting.cut(prompt)
         subject.forget()
         subject.read(prompt.tokens[:cut].tolist())
         return subject, cut
+
+    def _decide(self, setting: Setting, prompt: Prompt) -> Subject:
+        """The subject with the policy that is to decide."""
+        subject = self._subjects[setting.budget]
+        if shares_trace(setting):
+            subject.policy = self._oracles.of(prompt, setting.policy)
+        return subject
 
 
 class SharedReader(Reader):
@@ -224,7 +232,7 @@ class SharedReader(Reader):
         if setting.budget is None:
             return state
         if self._scored is None or self._scored[0] != setting.policy:
-            if setting.policy in (ORACLE, GOLDEN):
+            if shares_trace(setting):
                 policy: Policy = self._oracles.of(prompt, setting.policy)
             else:
                 policy = self._policies[setting.policy]
@@ -235,7 +243,8 @@ class SharedReader(Reader):
 
 
 class _Oracles:
-    """Policies that have read a conversation to its end. It is traced once for both of them."""
+    """Policies that have read a conversation to its end. It is traced once for both of them, and
+    for all budgets that follow each other."""
 
     def __init__(self, model: str, n_ctx: int, engine: Mapping[str, Any]) -> None:
         self._model, self._n_ctx, self._engine = model, n_ctx, engine

@@ -61,7 +61,7 @@ class Record:
             token.
         score: see ``measure``.
         seconds: of this setting alone, on a machine that may have done other things, too. In
-            bounded mode, and with "context-shift": to read and reply. In one-shot mode, and with
+            bounded mode, and with "context-shift": to read and reply, without the oracles' traces. In one-shot mode, and with
             the full cache there: only what settings do not share: dropping tokens when they
             have been scored, then reading and writing what follows. Reading the context, tracing it
             for the oracles, and scoring it do not count; in files from before they were shared they

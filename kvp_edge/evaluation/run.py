@@ -30,7 +30,7 @@ from kvp_edge.chat_prompt import (
 from kvp_edge.evaluation.continuations import write_all
 from kvp_edge.evaluation.item import Continuation, Item, Reading, Task
 from kvp_edge.evaluation.kept_tokens import KeptTokens
-from kvp_edge.evaluation.readers import OWN, reader_of, shares_reading
+from kvp_edge.evaluation.readers import OWN, reader_of, shares_reading, shares_trace
 from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT, Key, Record
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.llama import Llama
@@ -215,11 +215,13 @@ def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
 
 
 def groups(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs whose settings share their reading are one group, every other job one of its own."""
+    """Jobs whose settings share their reading or their traces are one group, every other job one of
+    its own."""
     found: dict[object, list[Job]] = {}
     for number, (setting, todo) in enumerate(jobs):
+        together = shares_reading(setting) or shares_trace(setting)
         same = replace(setting, policy="", budget=None)
-        found.setdefault(same if shares_reading(setting) else number, []).append((setting, todo))
+        found.setdefault(same if together else number, []).append((setting, todo))
     return list(found.values())
 
 
