@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.attention_from_queries import AttentionFromQueries
+from kvp_edge.chat_prompt import ends_reply, transcribe_without_template
 from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.native import CacheShape, NativeCache, _call, _lib
@@ -207,6 +208,7 @@ class Tracer(Llama):
         except BaseException:
             self.close()
             raise
+        transcribe_without_template(self)
         self.length = length
         self.shape: CacheShape = self._native.shape
         self.block = smallest_block(self.shape, length) if block is None else block
@@ -260,7 +262,7 @@ class Tracer(Llama):
             self._read(tokens[at : at + self.n_batch])
         while self.n_tokens < most:
             token = self._likeliest()
-            if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+            if ends_reply(self, token):
                 break
             self._read([token])
         n = int(self.n_tokens)

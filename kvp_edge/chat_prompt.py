@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import llama_cpp
+
+from kvp_edge import transcript
 from kvp_edge.llama import Llama, _token_text
 
 Message = dict[str, str]
@@ -34,6 +37,22 @@ class _PromptTaker:
     def create_completion(self, prompt: str, **_: Any) -> None:
         add_bos = self._llm._model.add_bos_token()
         self.tokenize(prompt.encode(), add_bos=add_bos, special=True)
+
+
+def transcribe_without_template(llm: Llama) -> bool:
+    """Have a model whose file has no chat template, most often a base model, shown conversations as
+    transcripts (kvp_edge.transcript). Whether it is one of these."""
+    if llm.lacks_chat_template:
+        llm.chat_format = transcript.NAME
+    return bool(llm.chat_format == transcript.NAME)
+
+
+def ends_reply(llm: Llama, token: int) -> bool:
+    """Whether the model's reply is over with this token, which is no part of it: one that ends
+    generation, or, in a transcript, one with the end of the line, where the user's would begin."""
+    if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+        return True
+    return llm.chat_format == transcript.NAME and b"\n" in _token_text(llm._model.vocab, token)
 
 
 def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:

@@ -108,6 +108,7 @@ def test_the_command_prints_table_reading_and_where_to_go_next(
         assert sum(line.startswith(name) for line in out.splitlines()) == 1
     assert out.splitlines()[-1].startswith("Try it: kvp-edge chat")
     assert "512 cells" in err
+    assert "This takes up to" in err
     assert "conversations" not in out
 
 

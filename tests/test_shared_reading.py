@@ -147,8 +147,9 @@ def test_so_are_those_of_other_rules(
     assert_as_anew(the_run.model, list(run.run_all(the_run, todo, 1)), todo)
 
 
+@pytest.mark.parametrize("mode", ["one-shot", "bounded"])
 def test_both_oracles_and_all_budgets_share_a_trace_and_differ_from_each_other_as_alone(
-    the_run: Run, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    the_run: Run, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     traced: list[int] = []
     capture = Tracer.capture
@@ -158,7 +159,7 @@ def test_both_oracles_and_all_budgets_share_a_trace_and_differ_from_each_other_a
         return capture(self, tokens, *args)
 
     monkeypatch.setattr(Tracer, "capture", counted)
-    todo = jobs(asked, [(ORACLE, 48), (GOLDEN, 48), (ORACLE, 96), (GOLDEN, 96)])
+    todo = jobs(asked, [(ORACLE, 48), (GOLDEN, 48), (ORACLE, 96), (GOLDEN, 96)], mode=mode)
     together = list(run.run_all(the_run, todo, 1))
     assert len(traced) == len(asked)
     alone = [record for job in todo for record in run.run_all(the_run, [job], 1)]

@@ -16,6 +16,12 @@ from kvp_edge import transcript
 from kvp_edge.chat_prompt import Message, prompt_tokens
 from kvp_edge.llama import Llama
 
+#: Said where a model has conversations to read that are no chat of the user's.
+AS_TRANSCRIPTS = (
+    "the model has no chat template, so conversations are shown to it in lines that begin with "
+    '"User:" and "Assistant:", and a reply ends with its line'
+)
+
 
 def add_chat_format_options(parser: argparse.ArgumentParser, without: str) -> None:
     """

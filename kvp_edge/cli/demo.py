@@ -13,14 +13,15 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import llama_cpp
 from tqdm import tqdm
 
-from kvp_edge.chat_prompt import prompt_tokens
+from kvp_edge.chat_prompt import ends_reply, prompt_tokens, transcribe_without_template
 from kvp_edge.cli import options
+from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.demo_tasks import make_items
 from kvp_edge.cli.shown import note, say
 from kvp_edge.context_shift import ContextShift
+from kvp_edge.evaluation import estimate
 from kvp_edge.limits import CELL_UNIT, parse_budget
 from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
@@ -30,6 +31,7 @@ _REPLY_TOKENS = 32
 _DEFAULT_ITEMS = 20
 _DEFAULT_LENGTH = 1500
 _DEFAULT_BUDGET = 256
+_MEASURE_SECONDS = 2.0  # how long to read, to tell how long it will take
 
 FULL, SHIFT = "full context", "drop oldest half"
 
@@ -51,7 +53,7 @@ average conversation that were not in the cache any more at its end.
 examples:
   kvp-edge demo
   kvp-edge demo --kv-budget 512 --items 60 --seed 1
-  kvp-edge demo model.gguf --threads 8     (may take hours: each row reads every conversation)"""
+  kvp-edge demo model.gguf --items 5    (tells first how long it will take)"""
 
 
 def add_demo(commands: Any) -> None:
@@ -129,6 +131,9 @@ def _main(args: argparse.Namespace) -> int:
             cells=demo.cells,
         )
     )
+    if demo.as_transcripts:
+        note(f"\n{AS_TRANSCRIPTS[0].upper()}{AS_TRANSCRIPTS[1:]}.")
+    note(demo.how_long())
     rows = demo.rows()
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
@@ -153,6 +158,7 @@ class Demo:
         self._n_ctx = 2 * args.length + 1024
         with self._bounded(next(iter(HEURISTICS))) as reader:
             llm = reader.llm
+            self.as_transcripts = transcribe_without_template(llm)
             self.cells = llm.kv_stats.cells
             self._items = make_items(
                 args.items,
@@ -161,6 +167,7 @@ class Demo:
                 args.seed,
             )
             self._prompts = [prompt_tokens(llm, item.messages) for item in self._items]
+            self._speed = estimate.measure(reader.read, self._prompts[0], _MEASURE_SECONDS)
         self._longest = max(map(len, self._prompts)) + _REPLY_TOKENS
         if self._longest < self.cells:
             raise ValueError(
@@ -168,15 +175,33 @@ class Demo:
                 "cells, so nothing would be dropped: raise --length or lower --kv-budget"
             )
 
-    def rows(self) -> list[Row]:
-        """Read all conversations in every way. Shows a progress bar on a terminal."""
+    def _ways(self) -> dict[str, Callable[[], AbstractContextManager[Reader]]]:
+        """Of reading, in the order of the table."""
         ways: dict[str, Callable[[], AbstractContextManager[Reader]]]
         ways = {FULL: self._full, SHIFT: self._shift}
         own = own_policy(self.path)
         if own is not None:
             ways[Learned.name] = partial(self._bounded, own)
-        ways |= {name: partial(self._bounded, name) for name in HEURISTICS}
-        rows = []
+        return ways | {name: partial(self._bounded, name) for name in HEURISTICS}
+
+    def work(self) -> estimate.Work:
+        """All that will be read, and written at most."""
+        n, read = len(self._ways()), sum(map(len, self._prompts))
+        return estimate.Work(n * read, n * len(self._items) * _REPLY_TOKENS)
+
+    def how_long(self) -> str:
+        """What the user should know before it begins."""
+        work, speed = self.work(), self._speed
+        return (
+            f"\nThis takes up to {estimate.duration(work.at(speed))} here, about: "
+            f"{len(self._ways())} rows, {work.read:,} tokens to read at {speed.reading:,.0f} a "
+            f"second and up to {work.written:,} to write at {speed.writing:,.0f}. Fewer --items or "
+            "a smaller --length take less."
+        )
+
+    def rows(self) -> list[Row]:
+        """Read all conversations in every way. Shows a progress bar on a terminal."""
+        ways, rows = self._ways(), []
         with tqdm(total=len(ways) * len(self._items), unit=" conversations", disable=None) as bar:
             for name, way in ways.items():
                 bar.set_description(name)
@@ -206,6 +231,7 @@ class Demo:
         cells = -(-self._longest // CELL_UNIT) * CELL_UNIT
         llm = Llama(self.path, n_ctx=cells, **self._engine)
         try:
+            transcribe_without_template(llm)
             yield Reader(llm, llm.eval, llm.reset, lambda: 0)
         finally:
             llm.close()
@@ -215,6 +241,7 @@ class Demo:
         llm = Llama(self.path, n_ctx=self.cells, **self._engine)
         try:
             shift = ContextShift(llm)
+            transcribe_without_template(llm)
             yield Reader(llm, shift.read, shift.reset, lambda: shift.dropped)
         finally:
             llm.close()
@@ -225,6 +252,7 @@ class Demo:
             self.path, n_ctx=self._n_ctx, kv_budget=self._budget, policy=policy, **self._engine
         )
         try:
+            transcribe_without_template(llm)
             yield Reader(llm, llm.eval, llm.reset, lambda: llm.kv_stats.dropped)
         finally:
             llm.close()
@@ -233,12 +261,11 @@ class Demo:
 def greedy(reader: Reader, prompt: Sequence[int]) -> tuple[str, int]:
     """Read a prompt and write the likeliest reply: its text, and the tokens read and written."""
     llm = reader.llm
-    vocab = llama_cpp.llama_model_get_vocab(llm.model)
     reader.read(prompt)
     reply: list[int] = []
     while len(reply) < _REPLY_TOKENS:
         token = llm.sample(temp=0.0)
-        if llama_cpp.llama_vocab_is_eog(vocab, token):
+        if ends_reply(llm, token):
             break
         reply.append(token)
         reader.read([token])

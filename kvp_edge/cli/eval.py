@@ -12,9 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kvp_edge.chat_prompt import transcribe_without_template
 from kvp_edge.cli import options
+from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.shown import note, say
-from kvp_edge.evaluation import plots, records, report, run
+from kvp_edge.evaluation import estimate, plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
@@ -27,6 +29,17 @@ _ITEMS = 20
 _LENGTHS = "1024"
 _BUDGETS = "1/4,1/8"
 _DEFAULT_TASKS = "fact,facts,recall,pairs,niah_single_1,niah_single_2,niah_multikey_1,vt,books"
+
+# how long to read for an estimate, in each way of reading, and at the start of every run
+_ESTIMATE_SECONDS, _QUICK_SECONDS = 4.0, 1.0
+
+# a run of so many seconds tells at its start how long it will take
+_LONG = 300
+
+_ESTIMATED = """\
+A reply may end before it is as long as it may become: then writing takes less. Loading the model
+and scoring a context are not counted, and a full cache becomes slower as it fills. MiB: of the
+cache; one-shot mode keeps a copy of it as well. Nothing was run."""
 
 _EPILOG = """\
 Every policy reads the same conversations; replies are greedy. Each task is first asked with the
@@ -51,6 +64,7 @@ same command goes on where it stopped.
 
 examples:
   kvp-edge eval
+  kvp-edge eval model.gguf --mode one-shot --estimate       (how long that would take)
   kvp-edge eval model.gguf --lengths 4096 --budgets 1/4,1/8 --items 50 --workers 2
   kvp-edge eval model.gguf --tasks ruler --mode one-shot --policies learned,snapkv,keydiff,oracle
   kvp-edge eval --tasks generation --policies learned,keydiff,oracle,golden
@@ -148,6 +162,12 @@ def add_eval(commands: Any) -> None:
         help="draw which tokens each head kept of the first N conversations of every task, for "
         "every policy and budget, as pages for a browser and pictures in --out/kept (default: 0)",
     )
+    group.add_argument(
+        "--estimate",
+        action="store_true",
+        help="measure how fast the model reads and writes here, tell how long what is still "
+        "missing in --out will take, and stop",
+    )
     parser.set_defaults(command=_main)
 
 
@@ -165,7 +185,6 @@ def _main(args: argparse.Namespace) -> int:
         )
     the_run = run.Run(path, args.seed, args.type_k, args.type_v, engine)
     jobs = _jobs(args, the_run, tasks)
-    out.mkdir(parents=True, exist_ok=True)
     file = out / "records.jsonl"
     known = {r.key(): r for r in records.read_records(file)} if file.exists() else {}
     wanted = dict.fromkeys(the_run.key(setting, p) for setting, todo in jobs for p in todo)
@@ -175,10 +194,17 @@ def _main(args: argparse.Namespace) -> int:
         if (rest := [p for p in todo if the_run.key(setting, p) not in known])
     ]
     n_left = sum(len(todo) for _, todo in left)
+    drawn = _to_draw(jobs, args.draw)
+    todo = estimate.parts(left, drawn)
+    if args.estimate:
+        say(_estimate(the_run, todo, args.workers))
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
     note(
         f"{len(wanted)} conversations to read, {n_left} of them still to do, into '{out}'; the "
         "same command goes on if it is interrupted"
     )
+    _note_if_long(the_run, todo, args.workers)
     done = len(wanted) - n_left
     with tqdm(total=len(wanted), initial=done, unit=" items", disable=None) as bar:
         for record in run.run_all(the_run, left, args.workers):
@@ -187,13 +213,35 @@ def _main(args: argparse.Namespace) -> int:
             bar.set_description(f"{record.policy}, {record.task}")
             bar.update()
     found = [known[key] for key in wanted]
-    _draw(the_run, jobs, args.draw, out / "kept")
+    _draw(the_run, drawn, out / "kept")
     text = report.report(found, title=f"{Path(path).stem}: what a bounded cache costs")
     (out / "report.md").write_text(text, encoding="utf-8")
     _plot(found, out)
     say(text)
     note(f"written: {out / 'report.md'}")
     return 0
+
+
+def _estimate(the_run: run.Run, todo: Sequence[estimate.Part], workers: int) -> str:
+    """How long it will take, way by way of reading and in all."""
+    if not todo:
+        return "Nothing is left to do: every record is there."
+    speeds = estimate.measure_parts(the_run, todo, _ESTIMATE_SECONDS)
+    lines = estimate.table(the_run, todo, speeds, workers)
+    return "\n".join([*lines, "", *estimate.about_speeds(speeds), _ESTIMATED])
+
+
+def _note_if_long(the_run: run.Run, todo: Sequence[estimate.Part], workers: int) -> None:
+    """Measured in one way of reading alone, because it delays every run."""
+    if not todo:
+        return
+    [speed] = estimate.measure_parts(the_run, todo[:1], _QUICK_SECONDS).values()
+    seconds = sum((part.work for part in todo), estimate.Work()).at(speed) / workers
+    if seconds >= _LONG:
+        note(
+            f"this will take up to {estimate.duration(seconds)} here, about "
+            "(--estimate measures it more carefully)"
+        )
 
 
 def _plot(found: Sequence[records.Record], out: Path) -> None:
@@ -209,14 +257,19 @@ def _plot(found: Sequence[records.Record], out: Path) -> None:
             note(f"no plot: {error}")
 
 
-def _draw(the_run: run.Run, jobs: Sequence[run.Job], count: int, folder: Path) -> None:
-    """A page and a picture for each of the first ``count`` conversations of every task."""
-    drawn = [
+def _to_draw(jobs: Sequence[run.Job], count: int) -> list[run.Job]:
+    """The settings that drop tokens of each head, with the first ``count`` conversations of every
+    task."""
+    return [
         (setting, some)
         for setting, todo in jobs
         if setting.policy not in (records.FULL, records.SHIFT)
         and (some := [prompt for prompt in todo if prompt.number < count])
     ]
+
+
+def _draw(the_run: run.Run, drawn: Sequence[run.Job], folder: Path) -> None:
+    """A page and a picture for each of them."""
     if drawn:
         folder.mkdir(parents=True, exist_ok=True)
     for setting, prompt, shown in the_run.all_kept_tokens(drawn):
@@ -242,6 +295,8 @@ def _jobs(args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]) ->
     how = {"mode": args.mode, "question": args.question, "granularity": args.granularity}
     jobs: list[run.Job] = []
     with closing(Llama(the_run.model, n_ctx=256, repack=args.repack, verbose=False)) as llm:
+        if transcribe_without_template(llm):
+            note(AS_TRANSCRIPTS)
         for length in lengths:
             made = run.prompts(llm, tasks, names, length, args.items, args.seed, the_run.engine)
             groups = [made]

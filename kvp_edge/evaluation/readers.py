@@ -33,12 +33,38 @@ def shares_reading(setting: Setting) -> bool:
     return setting.mode == "one-shot" and setting.policy != SHIFT
 
 
+def shares_trace(setting: Setting) -> bool:
+    """Whether others may use the trace that it makes of a conversation."""
+    return setting.policy in (ORACLE, GOLDEN)
+
+
 def reader_of(model: str, settings: Sequence[Setting], engine: Mapping[str, Any]) -> Reader:
-    """One for settings that differ in policy and budget alone, or for a single one."""
+    """One for settings that differ in policy and budget alone and share reading or traces, or for a
+    single one."""
     if all(shares_reading(setting) for setting in settings):
         return SharedReader(model, settings, engine)
-    [setting] = settings
-    return BoundedReader(model, setting, engine)
+    return BoundedReader(model, settings, engine)
+
+
+def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> Subject:
+    """What reads in a setting of bounded mode, or in one that drops nothing. For the oracles, which
+    must see a conversation first, its policy is another one."""
+    n_ctx = setting.longest
+    if setting.budget is None or shares_reading(setting):
+        return Subject.whole(model, n_ctx, **engine)
+    budget = min(setting.budget, n_ctx)
+    if setting.policy == SHIFT:
+        return Shifted(model, n_ctx, budget, **engine)
+    policy = "recency" if shares_trace(setting) else setting.policy
+    return Subject(
+        model,
+        n_ctx,
+        budget,
+        budget if budget == n_ctx else budget - max(1, budget // 4),
+        policy=_named(policy, model),
+        **_how(setting),
+        **engine,
+    )
 
 
 class Reader(ABC):
@@ -103,53 +129,39 @@ class Reader(ABC):
 
 
 class BoundedReader(Reader):
-    """Drops tokens while it reads, or none: it reads every conversation in one setting.
+    """Drops tokens while it reads, or none: it reads every conversation in each setting.
 
     Args:
         model: GGUF file.
-        setting: the only one.
+        settings: a single one, or those of the oracles, which trace a conversation once for all.
         engine: the other arguments of kvp_edge.Llama.
     """
 
-    def __init__(self, model: str, setting: Setting, engine: Mapping[str, Any]) -> None:
-        self._oracles: _Oracles | None = None
-        n_ctx = setting.longest
-        if setting.budget is None:
-            self._subject = Subject.whole(model, n_ctx, **engine)
-            return
-        budget = min(setting.budget, n_ctx)
-        if setting.policy == SHIFT:
-            self._subject = Shifted(model, n_ctx, budget, **engine)
-            return
-        policy = setting.policy
-        if policy in (ORACLE, GOLDEN):
-            self._oracles = _Oracles(model, n_ctx, engine)
-            policy = "recency"  # until the first conversation is traced
-        self._subject = Subject(
-            model,
-            n_ctx,
-            budget,
-            budget if budget == n_ctx else budget - max(1, budget // 4),
-            policy=_named(policy, model),
-            **_how(setting),
-            **engine,
-        )
+    def __init__(self, model: str, settings: Sequence[Setting], engine: Mapping[str, Any]) -> None:
+        one_a_budget = {setting.budget: setting for setting in settings}
+        self._subjects = {b: subject_of(model, s, engine) for b, s in one_a_budget.items()}
+        self._oracles = _Oracles(model, settings[0].longest, engine)
 
     def close(self) -> None:
-        self._subject.close()
-        if self._oracles is not None:
-            self._oracles.close()
+        for subject in self._subjects.values():
+            subject.close()
+        self._oracles.close()
 
     def prepare(self, setting: Setting, prompt: Prompt) -> None:
-        pass  # its setting shares nothing
+        self._decide(setting, prompt)
 
     def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
-        subject, cut = self._subject, _cut(setting, prompt)
-        if self._oracles is not None:
-            subject.policy = self._oracles.of(prompt, setting.policy)
+        subject, cut = self._decide(setting, prompt), setting.cut(prompt)
         subject.forget()
         subject.read(prompt.tokens[:cut].tolist())
         return subject, cut
+
+    def _decide(self, setting: Setting, prompt: Prompt) -> Subject:
+        """The subject with the policy that is to decide."""
+        subject = self._subjects[setting.budget]
+        if shares_trace(setting):
+            subject.policy = self._oracles.of(prompt, setting.policy)
+        return subject
 
 
 class SharedReader(Reader):
@@ -206,7 +218,7 @@ class SharedReader(Reader):
         if setting.budget is not None:
             subject.limit(min(setting.budget, setting.longest))
             subject.evict()
-        return subject, _cut(setting, prompt)
+        return subject, setting.cut(prompt)
 
     def _start_of(self, setting: Setting, prompt: Prompt) -> Bookmark:
         """The context read and, but for the full cache, scored by the setting's policy."""
@@ -214,13 +226,13 @@ class SharedReader(Reader):
         if self._read is None or self._read[0] is not prompt:
             self._read = self._scored = None
             subject.forget()
-            subject.read(prompt.tokens[: _cut(setting, prompt)].tolist())
+            subject.read(prompt.tokens[: setting.cut(prompt)].tolist())
             self._read = prompt, subject.bookmark()
         state = self._read[1]
         if setting.budget is None:
             return state
         if self._scored is None or self._scored[0] != setting.policy:
-            if setting.policy in (ORACLE, GOLDEN):
+            if shares_trace(setting):
                 policy: Policy = self._oracles.of(prompt, setting.policy)
             else:
                 policy = self._policies[setting.policy]
@@ -231,7 +243,8 @@ class SharedReader(Reader):
 
 
 class _Oracles:
-    """Policies that have read a conversation to its end. It is traced once for both of them."""
+    """Policies that have read a conversation to its end. It is traced once for both of them, and
+    for all budgets that follow each other."""
 
     def __init__(self, model: str, n_ctx: int, engine: Mapping[str, Any]) -> None:
         self._model, self._n_ctx, self._engine = model, n_ctx, engine
@@ -284,12 +297,6 @@ class _Oracles:
         for reply, turn in zip(replies, prompt.turns, strict=False):  # the last one is traced
             tokens += [*reply, *turn]
         return tokens
-
-
-def _cut(setting: Setting, prompt: Prompt) -> int:
-    """How many tokens are read before the question, or with it where it is to be seen."""
-    seen = setting.question == "seen" and prompt.item is not None
-    return len(prompt.tokens) if seen else prompt.border
 
 
 def _named(policy: str, model: str) -> str:

@@ -63,9 +63,9 @@ class Record:
         seconds: of this setting alone, on a machine that may have done other things, too. In
             bounded mode, and with "context-shift": to read and reply. In one-shot mode, and with
             the full cache there: only what settings do not share: dropping tokens when they
-            have been scored, then reading and writing what follows. Reading the context, tracing it
-            for the oracles, and scoring it do not count; in files from before they were shared they
-            do.
+            have been scored, then reading and writing what follows. Reading the context, scoring
+            it, and in both modes tracing it for the oracles do not count; in files from before they
+            were shared they do.
         kv_bytes: keys and values of the most tokens held at once.
         keep_whole, isolate_turns: see kvp_edge.Llama.
         losses: of a reading, the mean loss of each of PARTS parts in a row, as equal as can be,

@@ -21,11 +21,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kvp_edge.chat_prompt import last_begin, next_turn, prompt_tokens
+from kvp_edge.chat_prompt import (
+    last_begin,
+    next_turn,
+    prompt_tokens,
+    transcribe_without_template,
+)
 from kvp_edge.evaluation.continuations import write_all
 from kvp_edge.evaluation.item import Continuation, Item, Reading, Task
 from kvp_edge.evaluation.kept_tokens import KeptTokens
-from kvp_edge.evaluation.readers import OWN, reader_of, shares_reading
+from kvp_edge.evaluation.readers import OWN, reader_of, shares_reading, shares_trace
 from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT, Key, Record
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.llama import Llama
@@ -45,7 +50,8 @@ def prompts(
     """``count`` conversations of each task, of at most about ``length`` tokens.
 
     Args:
-        llm: whose tokenizer and chat template they are for.
+        llm: whose tokenizer and chat template they are for; without one it has the chat format
+            "transcript" from now on.
         engine: arguments of llama_cpp.Llama, for endings that the model itself writes.
     """
 
@@ -53,6 +59,7 @@ def prompts(
         tokens: list[int] = llm.tokenize(text.encode(), add_bos=False)
         return tokens
 
+    transcribe_without_template(llm)
     found: list[Prompt] = []
     for name in names:
         task = tasks[name]
@@ -174,7 +181,7 @@ class Run:
 
     def all_kept_tokens(self, jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt, KeptTokens]]:
         """The same in all settings of all jobs."""
-        for group in _groups(jobs):
+        for group in groups(jobs):
             with reader_of(self.model, [setting for setting, _ in group], self.engine) as reader:
                 for setting, prompt in _by_conversation(group):
                     yield setting, prompt, reader.kept_tokens(setting, prompt)
@@ -192,12 +199,12 @@ def _by_conversation(jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt]]:
 
 def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
     """The records of all jobs as they come in; with several workers in any order."""
-    groups = _groups(jobs)
+    all_groups = groups(jobs)
     if workers == 1:
-        for group in groups:
+        for group in all_groups:
             yield from run.records_of(group)
         return
-    pieces = [piece for group in groups for piece in _pieces(group)]
+    pieces = [piece for group in all_groups for piece in _pieces(group)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(_records_of, run, piece) for piece in pieces]
         try:
@@ -207,13 +214,15 @@ def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs whose settings share their reading are one group, every other job one of its own."""
-    groups: dict[object, list[Job]] = {}
+def groups(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs whose settings share their reading or their traces are one group, every other job one of
+    its own."""
+    found: dict[object, list[Job]] = {}
     for number, (setting, todo) in enumerate(jobs):
+        together = shares_reading(setting) or shares_trace(setting)
         same = replace(setting, policy="", budget=None)
-        groups.setdefault(same if shares_reading(setting) else number, []).append((setting, todo))
-    return list(groups.values())
+        found.setdefault(same if together else number, []).append((setting, todo))
+    return list(found.values())
 
 
 def _pieces(group: list[Job]) -> Iterator[list[Job]]:

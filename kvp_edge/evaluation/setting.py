@@ -84,6 +84,11 @@ class Setting:
                 "question is: --question seen is for --mode one-shot"
             )
 
+    def cut(self, prompt: Prompt) -> int:
+        """How many tokens are read before the question, or with it where it is to be seen."""
+        seen = self.question == "seen" and prompt.item is not None
+        return len(prompt.tokens) if seen else prompt.border
+
 
 def budget_of(share: str, length: int) -> int:
     """Tokens for "1/8" or "0.125" of ``length``, or for a whole number like "512".

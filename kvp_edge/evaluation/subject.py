@@ -10,6 +10,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.chat_prompt import ends_reply, transcribe_without_template
 from kvp_edge.context_shift import ContextShift
 from kvp_edge.eviction import Table
 from kvp_edge.limits import CacheLimits
@@ -66,6 +67,7 @@ class Subject(Llama):
             n_batch=min(_BATCH, cells - budget if bounded else n_ctx),
             **engine,
         )
+        transcribe_without_template(self)
         if bounded:
             assert self._kv is not None
             self._kv.limits = self._kv.limits.with_cells(cells)
@@ -198,7 +200,7 @@ class Subject(Llama):
         tokens: list[int] = []
         while len(tokens) < most:
             token = self._likeliest()
-            if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+            if ends_reply(self, token):
                 break
             tokens.append(token)
             self.read([token])
