@@ -180,7 +180,7 @@ class GGUFFile:
         for name, shape, kind, offset in found:
             if name in self.tensors:
                 raise ValueError(f"it has the tensor {name!r} twice")
-            if kind not in set(gguf.GGMLQuantizationType):
+            if kind not in gguf.GGML_QUANT_SIZES:
                 raise ValueError(f"its tensor {name!r} is of the unknown type {kind}")
             n_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
             if shape[-1] % n_block:

@@ -192,7 +192,6 @@ def write_policy(
     Raises:
         PolicyFileError: weights of another shape than ``info`` says, or not finite.
     """
-    _check_info(info, "the policy")
     _check_weights(info, weights, "the policy")
     try:
         with replacing(path) as file:

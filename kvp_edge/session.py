@@ -179,7 +179,7 @@ def _read(
         if header_bytes > min(body, _MAX_HEADER_BYTES):
             raise ValueError(f"a header of {header_bytes} bytes")
         text = file.read(header_bytes)
-        header, described = _parse(text)
+        header, described = _parse(text, body)
         array_bytes = sum(one.nbytes for one in described)
         if array_bytes != body - header_bytes:
             raise ValueError(f"{body - header_bytes} bytes, and its arrays have {array_bytes}")
@@ -206,8 +206,8 @@ def _read(
     return header, arrays
 
 
-def _parse(text: bytes) -> tuple[dict[str, Any], list[_Described]]:
-    """The header and what it says of the arrays.
+def _parse(text: bytes, most: int) -> tuple[dict[str, Any], list[_Described]]:
+    """The header and what it says of the arrays, of which none has more than ``most`` bytes.
 
     Raises:
         ValueError: it is no header.
@@ -217,7 +217,10 @@ def _parse(text: bytes) -> tuple[dict[str, Any], list[_Described]]:
     for entry in header.pop("arrays"):
         require(entry, {"name": str, "dtype": str, "shape": list[int]})
         one = _Described(entry["name"], np.dtype(_known(entry["dtype"])), tuple(entry["shape"]))
-        if len(one.shape) > _MAX_DIMENSIONS or min(one.shape, default=0) < 0:
+        # numpy does not make an empty array of [0, 2^63], either
+        sizes = [max(n, 1) for n in one.shape]
+        too_large = len(sizes) > _MAX_DIMENSIONS or math.prod(sizes) * one.dtype.itemsize > most
+        if too_large or min(one.shape, default=0) < 0:
             raise ValueError(f"an array of shape {shortened(entry['shape'])}")
         if one.name in found:
             raise ValueError(f"two arrays '{one.name}'")
