@@ -31,8 +31,9 @@ def own_policy(model_path: str | os.PathLike[str]) -> str | None:
             read_policy(path)  # so that nothing is found out too late
             _check_fit(info, read_model_shape(model_path))
         except (PolicyFileError, MemoryError) as error:
-            reason = str(error) or f"'{path}' does not fit into memory"
-            warnings.warn(f"passed over as a policy: {reason}", stacklevel=2)
+            reason = str(error) or "it does not fit into memory"
+            name = "" if str(path) in reason else f"'{path}': "
+            warnings.warn(f"passed over as a policy: {name}{reason}", stacklevel=2)
             continue
         return str(path)
     return None
