@@ -63,5 +63,5 @@ def shortened(value: object, most: int = 60) -> str:
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # an int of too many digits to print
-        text = f"a {type(value).__name__}"
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= most else text[:most] + "..."

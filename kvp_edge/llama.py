@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import warnings
 import weakref
@@ -875,7 +876,8 @@ def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
     tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
     try:
         if extra is not None:
-            header["extra"] = extra()
+            # what is no JSON fails here, and not when all is written
+            header["extra"] = json.loads(json.dumps(extra(), allow_nan=False))
     finally:  # the tokens shall not be lost with what the caller adds to them
         # the name was free when it was chosen; who has put a link there since means no good
         session.write(path, header, {"tokens": tokens}, follow_link=False)

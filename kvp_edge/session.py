@@ -286,7 +286,7 @@ def require_tokens(path: str | os.PathLike[str], tokens: Array, n_vocab: int) ->
     foreign = tokens[(tokens < 0) | (tokens >= n_vocab)]
     if len(foreign):
         raise SessionError(
-            f"the session '{path}' does not add up: the model has no token {foreign[0]}"
+            f"the session '{path}' does not add up: the model has no such token: {foreign[0]}"
         )
 
 

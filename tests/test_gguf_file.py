@@ -58,7 +58,7 @@ def test_it_is_what_the_package_gguf_reads(
 def test_an_array_that_is_longer_than_the_file_is_refused_at_once(
     tmp_path: Path, kind: int, n: int
 ) -> None:
-    with pytest.raises(ValueError, match="cut short|unknown type"):
+    with pytest.raises(ValueError, match="cut short|unknown type|strings, more than"):
         read(tmp_path / "f", key("z", ARRAY, struct.pack("<IQ", kind, n)))
 
 

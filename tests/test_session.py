@@ -377,9 +377,9 @@ def test_whatever_is_wrong_with_a_rescued_conversation_is_refused(
     assert llm.kv_stats.seen == 200
 
 
-def _rescue(llm: Llama, path: Path) -> None:
+def _rescue(llm: Llama, path: Path, extra: Callable[[], Any] | None = None) -> None:
     """As if a device failed."""
-    llm.rescue_to(path)
+    llm.rescue_to(path, extra)
     kvp_edge.llama._write_rescue(weakref.ref(llm), "a device failed")
     llm.rescue_to(None)
 
@@ -395,6 +395,17 @@ def test_a_conversation_is_not_rescued_through_a_link_that_somebody_put_there(
     with pytest.raises(SessionError, match="it is a link"):
         _rescue(llm, tmp_path / "r")
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_conversation_is_rescued_without_what_cannot_be_written(
+    random_model: Maker, load: Loader, tmp_path: Path
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND)
+    llm.eval(random_tokens(100))
+    with pytest.raises(TypeError, match="JSON"):
+        _rescue(llm, tmp_path / "r", object)
+    assert llm.load_session(tmp_path / "r") is None
+    assert llm.kv_stats.seen == 100
 
 
 def test_what_is_no_file_is_refused_at_once(saved: tuple[Llama, Path]) -> None:
