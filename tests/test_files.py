@@ -66,7 +66,7 @@ def test_a_device_that_takes_the_place_of_a_file_meanwhile_is_not_read(
     """Between the look and the opening."""
     (tmp_path / "f").write_bytes(b"abc")
     regular = os.stat(tmp_path / "f")
-    monkeypatch.setattr(os, "stat", lambda path: regular)
+    monkeypatch.setattr(os, "stat", lambda path, **_: regular)
     with pytest.raises(OSError, match="it is no regular file"):
         open_regular(fifo)
 
