@@ -387,20 +387,23 @@ class EvictionManager:
         try:
             with self._changing():
                 self.cache.restore(state, table.present())
-        except (ValueError, KVCacheError):
-            self._go_back(before)
+        except (ValueError, KVCacheError) as error:
+            if self._put_back(before):
+                raise ValueError("llama.cpp does not take its state") from error
             raise
         self.restore(table)
 
-    def _go_back(self, before: npt.NDArray[np.uint8] | None) -> None:
-        """After a state was refused: be what the cache was, if it can be."""
+    def _put_back(self, before: npt.NDArray[np.uint8] | None) -> bool:
+        """After a state was refused: put the old one back, if llama.cpp has emptied the cache. False
+        if it has not, or the old one cannot be put back."""
         present = self._table.present()
         newest = int(present[-1]) if self.seen else -1
-        if before is not None and self.cache.newest_position() != newest:
-            # llama.cpp itself refused it, and has emptied the cache by then
+        emptied = self.cache.newest_position() != newest
+        if emptied and before is not None:
             with contextlib.suppress(ValueError, KVCacheError):
                 self.cache.restore(before, present)
         self.trusted = self.cache.newest_position() == newest
+        return emptied and self.trusted
 
     # -- changes -----------------------------------------------------------------------------
 

@@ -252,9 +252,11 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
+        writer.close()
+    except BaseException:
         with contextlib.suppress(OSError):
             writer.close()  # a full disk fails here, too
+        raise
 
 
 def _features(statistics: int) -> tuple[str, ...]:

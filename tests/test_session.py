@@ -477,7 +477,7 @@ def test_a_state_that_llama_cpp_itself_refuses_leaves_the_conversation_as_it_was
         raise KVCacheError("llama.cpp took 0 of the bytes")
 
     monkeypatch.setattr(llm._kv.cache, "restore", fails_once)
-    with pytest.raises(SessionError, match="does not fit: llama.cpp took 0 of the bytes"):
+    with pytest.raises(SessionError, match="does not fit: llama.cpp does not take its state"):
         llm.load_session(path)
     assert llm.kv_stats.seen == llm.n_tokens == 200
     never_asked = load(random_model(LLAMA).path, **BOUND)
