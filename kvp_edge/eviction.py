@@ -394,8 +394,11 @@ class EvictionManager:
         self.restore(table)
 
     def _put_back(self, before: npt.NDArray[np.uint8] | None) -> bool:
-        """After a state was refused: put the old one back, if llama.cpp has emptied the cache. False
-        if it has not, or the old one cannot be put back."""
+        """After a state was refused: put the old one back, if llama.cpp has emptied the cache.
+
+        Returns:
+            Whether that was necessary, and done.
+        """
         present = self._table.present()
         newest = int(present[-1]) if self.seen else -1
         emptied = self.cache.newest_position() != newest

@@ -9,8 +9,10 @@ gives can be used, or raise the one exception of its format. Anything else fails
 a crash, more than ``HANG`` seconds or ``MEMORY`` bytes for one input, memory that grows, and for
 sessions a conversation that is not what it was after a refusal.
 
-Each format runs in a process of its own. What fails is kept in --findings. The parser and packer of
-llama.cpp's states, which are native, have a fuzzer of their own: scripts/fuzz.py.
+Run it in an environment where kvp_edge is installed with the dev extra, on Linux; checkpoints need
+the extra train. Each format runs in a process of its own. What fails is kept in --findings. The
+parser and packer of llama.cpp's states, which are native, have a fuzzer of their own:
+scripts/fuzz.py.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests")]
 
 import mutations  # noqa: E402
 
