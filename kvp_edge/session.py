@@ -298,7 +298,8 @@ def require_same(path: str | os.PathLike[str], saved: dict[str, Any], here: dict
     """
     for name, value in here.items():
         if saved.get(name) != value:
+            theirs = shortened(saved.get(name)).strip("'")
             raise SessionError(
-                f"the session '{path}' was saved with {name} = {shortened(saved.get(name))}, and "
-                f"here it is {value}: a cache can only be resumed with what it was made with"
+                f"the session '{path}' was saved with {name} = {theirs}, and here it is {value}: "
+                "a cache can only be resumed with what it was made with"
             )
