@@ -6,12 +6,12 @@ import json
 import math
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvp_edge.errors import PolicyFileError
+from kvp_edge.files import write_whole
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights
 
 _OPSET = 17
@@ -140,7 +140,4 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
         {"kvp.info": json.dumps(asdict(info)), "kvp.aggregate": json.dumps(w.aggregate.tolist())},
     )
     onnx.checker.check_model(model, full_check=True)
-    path = Path(path)
-    half_written = path.with_name(path.name + ".part")
-    half_written.write_bytes(model.SerializeToString())
-    os.replace(half_written, path)
+    write_whole(path, model.SerializeToString())

@@ -6,6 +6,7 @@ its index in the conversation, for life; ``Table`` says which row of the cache h
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,11 @@ Granularity = Literal["token", "head"]
 #: What may be the first half of a marker at the very end counts as one, so that it is held, with
 #: the newest token, until the other half comes.
 SpanFinder = Callable[[int, int], list[Span]]
+
+
+#: What a session keeps of a table.
+_NUMBERS = ("seen", "tail", "shift", "marked", "settled")
+_ARRAYS = ("packed", "rotated", "cells", "scores", "spans")
 
 
 @dataclass(frozen=True)
@@ -86,44 +92,64 @@ class Table:
 
     @classmethod
     def of(cls, numbers: dict[str, int], arrays: dict[str, npt.NDArray[Any]]) -> Table:
-        """What ``numbers`` and ``arrays`` gave; the arrays are copied."""
+        """What ``numbers`` and ``arrays`` gave; the arrays are copied.
+
+        Raises:
+            ValueError: other names than those.
+        """
+        if numbers.keys() != set(_NUMBERS) or arrays.keys() != set(_ARRAYS):
+            raise ValueError("a table of other numbers or arrays")
         fields: dict[str, Any] = {**numbers}
         fields |= {name: array.copy() for name, array in arrays.items()}
         return cls(**fields)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """For a session file; with ``numbers`` all there is."""
-        names = ("packed", "rotated", "cells", "scores", "spans")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _ARRAYS}
 
     def numbers(self) -> dict[str, int]:
-        names = ("seen", "tail", "shift", "marked", "settled")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _NUMBERS}
 
     def adds_up(self, empty: Table) -> bool:
-        """Whether sizes and orders are those of a table of the same cache as ``empty``."""
-        n_packed = self.packed.shape[-1]
+        """Whether types, sizes and orders are those of a table of the same cache as ``empty``.
+
+        Nothing larger than ``seen`` tokens is made on the way, so compare that with what there is
+        before.
+        """
+        return self._numbers_add_up() and self._arrays_fit(empty) and self._rows_add_up()
+
+    def _numbers_add_up(self) -> bool:
         return (
-            0 <= self.tail < self.seen
+            0 <= self.tail < self.seen < 2**31
             and 0 <= self.shift <= self.tail
             and 0 <= self.marked <= self.seen
+            and 0 <= self.settled <= self.tail
+        )
+
+    def _arrays_fit(self, empty: Table) -> bool:
+        n_packed = self.packed.shape[-1] if self.packed.ndim else -1
+        return (
+            all(getattr(self, name).dtype == getattr(empty, name).dtype for name in _ARRAYS)
             and self.packed.shape == self.rotated.shape == (*empty.packed.shape[:2], n_packed)
             and self.cells.shape == (n_packed,)
-            and self.scores.shape[:2] == empty.scores.shape[:2]
             and self.scores.ndim == 3
-            and self.scores.shape[2] <= n_packed + self.seen - self.tail
+            and self.scores.shape[:2] == empty.scores.shape[:2]
+            and self.scores.shape[2] <= self.kept
             and self.spans.ndim == 2
             and self.spans.shape[1] == 3
-            and bool((np.diff(self.spans[:, :2].ravel()) >= 0).all())
-            and (len(self.spans) == 0 or int(self.spans[0, 0]) >= 0)
-            and (len(self.spans) == 0 or int(self.spans[-1, 1]) <= self.marked)
-            and 0 <= self.settled <= self.tail
-            and all(
-                a.dtype == np.int32 for a in (self.packed, self.rotated, self.cells, self.spans)
-            )
-            and bool((np.diff(self.tokens(), axis=-1) > 0).all())
-            and bool((np.diff(self.present()) > 0).all())
-            and (n_packed == 0 or (int(self.packed.min()) >= 0 and int(self.cells[0]) >= 0))
+        )
+
+    def _rows_add_up(self) -> bool:
+        starts, ends, kinds = self.spans.T
+        return (
+            bool((self.packed >= 0).all() and (self.cells >= 0).all())
+            and _ascend(self.tokens())
+            and _ascend(self.present())
+            # a key carries the position of its token, or one further to the front
+            and bool(((self.rotated >= 0) & (self.rotated <= self.packed)).all())
+            and bool((starts >= 0).all() and (starts < ends).all() and (ends <= self.marked).all())
+            and bool((ends[:-1] <= starts[1:]).all())
+            and bool(np.isin(kinds, (TEXT, MARKER, TURN)).all())
         )
 
     @property
@@ -203,6 +229,12 @@ class Table:
         n_held = before[spans[:, 1]] - before[spans[:, 0]]
         stays = (n_held > 1) | (spans[:, 1] > self.tail) | (spans[:, 2] == TURN)
         return replace(self, spans=spans[stays], marked=self.seen)
+
+
+def _ascend(rows: IntArray) -> bool:
+    """Whether every number of the last axis is larger than the one before; a difference of two
+    could overflow."""
+    return bool((rows[..., 1:] > rows[..., :-1]).all())
 
 
 def units(tokens: IntArray, spans: IntArray) -> IntArray:
@@ -348,17 +380,33 @@ class EvictionManager:
         """Take over a table and the state of llama.cpp that belongs to it.
 
         Raises:
-            ValueError, KVCacheError: see NativeCache.restore. If ``trusted`` is still True nothing
-                has changed, else the cache is empty.
+            ValueError, KVCacheError: see NativeCache.restore. If ``trusted`` is still True the
+                cache is what it was, else it is empty.
         """
+        before = self.cache.state() if self.seen else None
         try:
             with self._changing():
                 self.cache.restore(state, table.present())
-        except (ValueError, KVCacheError):
-            newest = int(self._table.present()[-1]) if self.seen else -1
-            self.trusted = self.cache.newest_position() == newest
+        except (ValueError, KVCacheError) as error:
+            if self._put_back(before):
+                raise ValueError("llama.cpp does not take its state") from error
             raise
         self.restore(table)
+
+    def _put_back(self, before: npt.NDArray[np.uint8] | None) -> bool:
+        """After a state was refused: put the old one back, if llama.cpp has emptied the cache.
+
+        Returns:
+            Whether that was necessary, and done.
+        """
+        present = self._table.present()
+        newest = int(present[-1]) if self.seen else -1
+        emptied = self.cache.newest_position() != newest
+        if emptied and before is not None:
+            with contextlib.suppress(ValueError, KVCacheError):
+                self.cache.restore(before, present)
+        self.trusted = self.cache.newest_position() == newest
+        return emptied and self.trusted
 
     # -- changes -----------------------------------------------------------------------------
 
@@ -416,6 +464,14 @@ class EvictionManager:
         Raises:
             BudgetError: nothing would be left to choose.
         """
+        self._protected_prefix = self.protectable(n)
+
+    def protectable(self, n: int) -> int:
+        """How many first tokens would be protected if ``n`` were asked for.
+
+        Raises:
+            BudgetError: nothing would be left to choose.
+        """
         n = max(n, self.limits.sinks)
         needed = n + self.limits.recent + 1
         if self.limits.cells < self.limits.n_ctx and needed > self.limits.budget:
@@ -425,7 +481,7 @@ class EvictionManager:
                 f"to choose. Raise kv_budget to {needed} or more, or do not protect the system "
                 "prompt"
             )
-        self._protected_prefix = n
+        return n
 
     def make_room(self, n: int) -> int:
         """Make sure that a batch of up to ``n`` tokens fits, evicting if it does not.

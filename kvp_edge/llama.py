@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import warnings
 import weakref
@@ -52,6 +53,8 @@ from kvp_edge.stats import Eviction, KVStats
 from kvp_edge.whole_spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
 
 _GGML_TYPE_F16 = 1
+#: Bytes of a session besides its tokens, keys and values.
+_SESSION_OVERHEAD = 2**24
 _PLAIN_TYPES = (0, 1, 30)  # f32, f16, bf16: enum ggml_type in ggml.h
 
 
@@ -839,22 +842,31 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         Raises:
             SessionError: a file that is missing, damaged, or from another model or other settings;
                 the conversation read so far is untouched.
-            KVCacheError: llama.cpp did not take the state; nothing is read now.
+            KVCacheError: llama.cpp took neither this state nor the old one back; nothing is read
+                now.
         """
         self._require_bounded("load_session")
-        header, arrays = session.read(path)
+        # a state has keys and values of no more than all cells, and a few numbers of each
+        most = 2 * self._kv_bytes + 64 * self._n_ctx + _SESSION_OVERHEAD
+        header, arrays = session.read(path, most)
         if accept is not None:
             accept(header.get("extra"))
         if "rescue" in header:
             return self._read_again(path, header, arrays)
         kv = self._bounded("load_session")
+        session.require_conversation(path, header, arrays)
         session.require_same(path, header["made_with"], self._session_settings())
         tokens, state = arrays.pop("tokens"), arrays.pop("state")
-        self._require_fits(path, len(tokens))
-        table = Table.of(header["table"], arrays)
+        self._require_tokens(path, tokens)
+        try:
+            table = Table.of(header["table"], arrays)
+        except ValueError as error:
+            raise SessionError(f"the session '{path}' does not add up: {error}") from error
         if table.seen != len(tokens) or not table.adds_up(kv.empty_table()):
             raise SessionError(f"the session '{path}' does not add up: its table of kept tokens")
-        self._requires_eval = True  # the logits were not saved
+        if table.kept > kv.limits.cells:
+            raise SessionError(f"the session '{path}' does not add up: more rows than cells")
+        protected = self._protectable(path, header["protected_prefix"])
         try:
             kv.restore_with(table, state)
         except (ValueError, KVCacheError) as error:
@@ -862,10 +874,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 raise SessionError(f"the session '{path}' does not fit: {error}") from error
             self.reset()
             raise
+        self._requires_eval = True  # the logits were not saved
         self.n_tokens = len(tokens)
         self.input_ids[: len(tokens)] = tokens
         kv.evictions, kv.eviction_ms = header["evictions"], header["eviction_ms"]
-        kv.protect_prefix(header["protected_prefix"])
+        kv.protect_prefix(protected)
         return header["extra"]
 
     def rescue_to(
@@ -918,27 +931,32 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     ) -> Any:
         """``load_session`` of what ``rescue_to`` wrote."""
         kv = self._require_bounded("load_session")
+        session.require_rescued(path, header, arrays)
         session.require_same(path, header, {"model": self._model_identity()})
-        tokens = arrays.get("tokens", np.empty(0))
-        if tokens.dtype != np.int32 or tokens.ndim != 1 or "extra" not in header:
-            raise SessionError(f"the session '{path}' does not add up: its tokens")
-        if np.any((tokens < 0) | (tokens >= self._n_vocab)):
-            raise SessionError(f"the session '{path}' does not add up: the model has no such token")
-        self._require_fits(path, len(tokens))
-        try:
-            kv.protect_prefix(header["protected_prefix"] if self._bound.protect_system else 0)
-        except BudgetError as error:
-            raise SessionError(f"the session '{path}' does not fit: {error}") from error
+        tokens = arrays["tokens"]
+        self._require_tokens(path, tokens)
+        asked = header["protected_prefix"] if self._bound.protect_system else 0
+        protected = self._protectable(path, asked)
         self.reset()
+        kv.protect_prefix(protected)
         self.eval(tokens.tolist())
         return header["extra"]
 
-    def _require_fits(self, path: str | os.PathLike[str], n_tokens: int) -> None:
-        if n_tokens > self._n_ctx:
+    def _require_tokens(self, path: str | os.PathLike[str], tokens: Any) -> None:
+        if len(tokens) > self._n_ctx:
             raise SessionError(
-                f"the session '{path}' holds {n_tokens} tokens, too many for the logical "
+                f"the session '{path}' holds {len(tokens)} tokens, too many for the logical "
                 f"context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
             )
+        session.require_tokens(path, tokens, self._n_vocab)
+
+    def _protectable(self, path: str | os.PathLike[str], n_first: int) -> int:
+        """How many first tokens a session's conversation protects here."""
+        kv = self._require_bounded("load_session")
+        try:
+            return kv.protectable(n_first)
+        except BudgetError as error:
+            raise SessionError(f"the session '{path}' does not fit: {error}") from error
 
     def _require_bounded(self, name: str) -> EvictionManager:
         if self._kv is None:
@@ -1022,9 +1040,11 @@ def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
     tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
     try:
         if extra is not None:
-            header["extra"] = extra()
+            # what is no JSON fails here, and not when all is written
+            header["extra"] = json.loads(json.dumps(extra(), allow_nan=False))
     finally:  # the tokens shall not be lost with what the caller adds to them
-        session.write(where(), header, {"tokens": tokens})
+        # the name was free when it was chosen; who has put a link there since means no good
+        session.write(where(), header, {"tokens": tokens}, follow_link=False)
 
 
 def _token_text(vocab: Any, token: int) -> bytes:

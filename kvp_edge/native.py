@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
+from kvp_edge.files import open_regular
 
 if TYPE_CHECKING:
     from kvp_edge.policy_file import PolicyWeights
@@ -382,9 +383,13 @@ def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
     """Read a GGUF file's shape from its metadata; no tensor is loaded.
 
     Raises:
-        UnsupportedModelError: missing, truncated or foreign file.
+        UnsupportedModelError: missing, truncated or foreign file, or none at all but a FIFO, say.
     """
     require_model_file(path)
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise UnsupportedModelError(f"cannot read '{path}': {error.strerror}") from error
     shape = ModelShape()
     _call("kvp_model_shape_read", os.fsencode(path), ctypes.byref(shape))
     return shape

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.errors import PolicyFileError
+from kvp_edge.files import open_regular, replacing
+from kvp_edge.gguf_file import MAGIC, GGUFFile
+from kvp_edge.json_values import is_a, require, shortened
 
 FloatArray = npt.NDArray[np.float32]
 OutType = Literal["f32", "f16", "q8_0"]
@@ -32,6 +36,19 @@ FEATURES = (
 )
 #: What comes after that in a policy that looks at attention statistics.
 STATISTICS = ("log(1e-4+attention)", "log(1e-4+attention of the newer half)")
+
+#: Numbers of PolicyInfo that must be from 1 to ``_MOST``, and their keys.
+_AT_LEAST_1 = {
+    "n_layer": "kvp.block_count",
+    "n_head_kv": "kvp.head_count_kv",
+    "head_size_k": "kvp.key_length",
+    "head_size_v": "kvp.value_length",
+    "hidden": "kvp.hidden_sizes",
+    "context": "kvp.context_width",
+    "horizon": "kvp.retention.horizon",
+}
+_MOST = 2**31 - 1
+_MOST_BYTES = 2**32  # those of the largest models have 2^26
 
 _AGGREGATE = "kvp_aggregate.weight"
 _Q8_0_BLOCK = 32
@@ -175,13 +192,18 @@ def write_policy(
     Raises:
         PolicyFileError: weights of another shape than ``info`` says, or not finite.
     """
-    import gguf  # noqa: PLC0415 (chatting with a heuristic does without it)
-
     _check_weights(info, weights, "the policy")
-    # os.replace is atomic within a folder, so a full disk leaves no half of a file behind
-    path = Path(path)
-    half = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(half, info.architecture)
+    try:
+        with replacing(path) as file:
+            _write(file.name, info, weights, outtype)
+    except OSError as error:
+        raise OSError(f"cannot write '{os.fspath(path)}': {error.strerror}") from error
+
+
+def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType) -> None:
+    import gguf  # noqa: PLC0415
+
+    writer = gguf.GGUFWriter(path, info.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "kvp")
     writer.add_name(info.name)
@@ -231,13 +253,9 @@ def write_policy(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(half, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             writer.close()  # a full disk fails here, too
-        half.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write '{path}': {error.strerror}") from error
         raise
 
 
@@ -260,34 +278,35 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
         PolicyFileError: not a policy file, or one that this version cannot use; the message says
             which of its keys or tensors is in the way.
     """
-    path = Path(path)
-    reader, values = _open(path)
-    info = _read_info(path, values)
-    import gguf  # noqa: PLC0415
-
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def load(name: str, shape: tuple[int, ...]) -> FloatArray:
-        if name not in tensors:
-            raise PolicyFileError(f"the policy file '{path}' lacks the tensor {name}")
-        tensor = tensors[name]
-        found = tuple(int(n) for n in reversed(tensor.shape))
-        if found != shape:
+    with _opened(path) as found:
+        info = _read_info(path, found.values)
+        size = sum(tensor.nbytes for tensor in found.tensors.values())
+        if size > _MOST_BYTES:
             raise PolicyFileError(
-                f"the policy file '{path}' holds {name} of shape {list(found)}, and its keys ask "
-                f"for {list(shape)}"
+                f"the policy file '{path}' has {size} bytes of weights: no policy has more than "
+                f"{_MOST_BYTES}"
             )
-        data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return np.asarray(data, np.float32).reshape(shape)
 
-    shapes = weight_shapes(info)
-    layers = range(info.n_layer)
-    arrays = {
-        attribute: np.stack([load(name.format(il), shapes[attribute][1:]) for il in layers])
-        for attribute, name in _TENSORS.items()
-        if attribute in shapes
-    }
-    weights = PolicyWeights(**arrays, aggregate=load(_AGGREGATE, shapes["aggregate"]))
+        def load(name: str, shape: tuple[int, ...]) -> FloatArray:
+            if name not in found.tensors:
+                raise PolicyFileError(f"the policy file '{path}' lacks the tensor {name}")
+            tensor = found.tensors[name]
+            if tensor.shape != shape:
+                raise PolicyFileError(
+                    f"the policy file '{path}' holds {name} of shape {list(tensor.shape)}, and its "
+                    f"keys ask for {list(shape)}"
+                )
+            return found.data(tensor)
+
+        shapes = weight_shapes(info)
+        names = {name: _TENSORS[name] for name in _TENSORS if name in shapes}
+        arrays = {
+            attribute: np.stack(
+                [load(name.format(il), shapes[attribute][1:]) for il in range(info.n_layer)]
+            )
+            for attribute, name in names.items()
+        }
+        weights = PolicyWeights(**arrays, aggregate=load(_AGGREGATE, shapes["aggregate"]))
     _check_weights(info, weights, f"the policy file '{path}'")
     return info, weights
 
@@ -298,47 +317,56 @@ def read_info(path: str | os.PathLike[str]) -> PolicyInfo:
     Raises:
         PolicyFileError: as for ``read_policy``, as far as the keys are concerned.
     """
-    path = Path(path)
-    return _read_info(path, _open(path)[1])
+    with _opened(path) as found:
+        return _read_info(path, found.values)
 
 
-def _open(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The GGUF reader and the file's keys with their values."""
-    if not path.is_file():
-        raise PolicyFileError(f"there is no policy file '{path}'")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise PolicyFileError(f"'{path}' is not a GGUF file")
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[GGUFFile]:
+    """The keys and tensors of a policy file; what is wrong with it becomes a PolicyFileError."""
     try:
-        import gguf  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(
-            "reading a policy file needs the package gguf: pip install gguf"
-        ) from error
-    try:
-        reader = gguf.GGUFReader(path)
-        values = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:  # the reader fails in many ways, all of which mean this
+        with open_regular(path) as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise PolicyFileError(f"'{path}' is not a GGUF file")
+            file.seek(0)
+            yield GGUFFile(file)
+    except FileNotFoundError as error:
+        raise PolicyFileError(f"there is no policy file '{path}'") from error
+    except OSError as error:
         raise PolicyFileError(
-            f"the policy file '{path}' is damaged or cut short: copy or export it again"
+            f"the policy file '{path}' cannot be read: {error.strerror}"
         ) from error
-    return reader, values
+    except PolicyFileError:
+        raise
+    except ValueError as error:
+        raise PolicyFileError(
+            f"the policy file '{path}' is damaged or cut short ({error}): copy or export it again"
+        ) from error
 
 
-def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
-    def get(key: str, kind: type | tuple[type, ...] = int) -> Any:
-        value = values.get(key)
-        if not isinstance(value, kind):
+def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyInfo:
+    def get(key: str, hint: Any = int) -> Any:
+        if key not in values:
             raise PolicyFileError(f"the policy file '{path}' lacks the key {key}")
+        return _typed(values[key], key, hint)
+
+    def optional(key: str, default: Any) -> Any:
+        return _typed(values[key], key, type(default)) if key in values else default
+
+    def _typed(value: Any, key: str, hint: Any) -> Any:
+        if not is_a(value, hint):
+            raise PolicyFileError(
+                f"the policy file '{path}' has the {key} {shortened(value)}, which is of another "
+                "type than it must be"
+            )
         return value
 
     kind = values.get("general.type"), values.get("adapter.type")
     if kind != ("adapter", "kvp"):
         what = kind[1] if kind[0] == "adapter" else kind[0]
         raise PolicyFileError(
-            f"'{path}' is not a policy: it is a GGUF file of type '{what or 'unknown'}', and a "
-            "policy's is an adapter of type 'kvp'"
+            f"'{path}' is not a policy: it is a GGUF file of type {shortened(what or 'unknown')}, "
+            "and a policy's is an adapter of type 'kvp'"
         )
     version = get("kvp.format_version")
     if version != FORMAT_VERSION:
@@ -346,64 +374,85 @@ def _read_info(path: Path, values: dict[str, Any]) -> PolicyInfo:
             f"the policy file '{path}' has format version {version}, and this kvp_edge reads "
             f"version {FORMAT_VERSION}" + (": update kvp_edge" if version > FORMAT_VERSION else "")
         )
-    features, hidden = get("kvp.features", list), get("kvp.hidden_sizes", list)
-    window = "kvp.statistics.window"
-    statistics = get(window) if window in values else PolicyInfo.statistics
+    statistics = optional("kvp.statistics.window", PolicyInfo.statistics)
+    features = get("kvp.features", list[str])
     if tuple(features) != _features(statistics):
         raise PolicyFileError(
-            f"the policy file '{path}' scores by {', '.join(map(str, features))}, which this "
-            "kvp_edge does not compute: its kvp.features are another version's"
+            f"the policy file '{path}' scores by {shortened(', '.join(features))[1:-1]}, which "
+            "this kvp_edge does not compute: its kvp.features are another version's"
         )
+    hidden = get("kvp.hidden_sizes", list[int])
     if len(hidden) != 2 or hidden[0] != hidden[1]:
         raise PolicyFileError(
-            f"the policy file '{path}' has the kvp.hidden_sizes {hidden}; two equal ones are known"
+            f"the policy file '{path}' has the kvp.hidden_sizes {shortened(hidden)}; two equal "
+            "ones are known"
         )
     if get("kvp.activation", str) != "silu":
         raise PolicyFileError(
-            f"the policy file '{path}' has the kvp.activation '{values['kvp.activation']}'; only "
-            "silu is known"
-        )
-    context = get("kvp.context_width")
-    if context < 1 or context % 2 == 0:
-        raise PolicyFileError(
-            f"the policy file '{path}' has the kvp.context_width {context}; it must be odd"
-        )
-    if statistics % 2 or (statistics and context > 1):
-        raise PolicyFileError(
-            f"the policy file '{path}' has the kvp.statistics.window {statistics} and the "
-            f"kvp.context_width {context}; the one must be even, and the other 1 with it"
+            f"the policy file '{path}' has the kvp.activation "
+            f"{shortened(values['kvp.activation'])}; only silu is known"
         )
     objective = get("kvp.objective", str)
-    if objective not in OBJECTIVES:
-        raise PolicyFileError(
-            f"the policy file '{path}' has the kvp.objective '{objective}', and this kvp_edge "
-            f"knows {', '.join(OBJECTIVES)}: update kvp_edge"
-        )
-    horizon = get("kvp.retention.horizon") if objective == "global" else PolicyInfo.horizon
-    if horizon < 1:
-        raise PolicyFileError(
-            f"the policy file '{path}' has the kvp.retention.horizon {horizon}; it must be at "
-            "least 1"
-        )
-    return PolicyInfo(
+    info = PolicyInfo(
         architecture=get("general.architecture", str),
         n_layer=get("kvp.block_count"),
         n_head_kv=get("kvp.head_count_kv"),
         head_size_k=get("kvp.key_length"),
         head_size_v=get("kvp.value_length"),
-        hidden=int(hidden[0]),
-        context=context,
-        name=values.get("general.name", path.stem),
+        hidden=hidden[0],
+        context=get("kvp.context_width"),
+        name=optional("general.name", Path(path).stem),
         objective=objective,
         sinks=get("kvp.protected.sinks"),
         recent=get("kvp.protected.recent"),
-        horizon=horizon,
+        horizon=get("kvp.retention.horizon") if objective == "global" else PolicyInfo.horizon,
         statistics=statistics,
-        base_model=values.get("general.base_model.0.name", ""),
-        fingerprint=values.get("kvp.base_model.fingerprint", ""),
-        training_data=values.get("kvp.training.data", ""),
-        license=values.get("general.license", ""),
+        base_model=optional("general.base_model.0.name", ""),
+        fingerprint=optional("kvp.base_model.fingerprint", ""),
+        training_data=optional("kvp.training.data", ""),
+        license=optional("general.license", ""),
     )
+    _check_info(info, f"the policy file '{path}'")
+    return info
+
+
+def info_of(values: object) -> PolicyInfo:
+    """A PolicyInfo from JSON of its fields.
+
+    Raises:
+        ValueError: a field is missing, unknown, of another type or out of its range.
+    """
+    hints = get_type_hints(PolicyInfo)
+    info = PolicyInfo(**{name: require(values, hints)[name] for name in hints})
+    _check_info(info, "it")
+    return info
+
+
+def _check_info(info: PolicyInfo, whose: str) -> None:
+    """Raises:
+    PolicyFileError: a number that is out of its range, or an unknown objective.
+    """
+    for name, key in _AT_LEAST_1.items():
+        if not 1 <= getattr(info, name) <= _MOST:
+            raise PolicyFileError(
+                f"{whose} has the {key} {getattr(info, name)}; it must be at least 1, and no more "
+                f"than {_MOST}"
+            )
+    for name in ("sinks", "recent", "statistics"):
+        if not 0 <= getattr(info, name) <= _MOST:
+            raise PolicyFileError(f"{whose} has {getattr(info, name)} {name}: that cannot be")
+    if info.context % 2 == 0:
+        raise PolicyFileError(f"{whose} has the kvp.context_width {info.context}; it must be odd")
+    if info.statistics % 2 or (info.statistics and info.context > 1):
+        raise PolicyFileError(
+            f"{whose} has the kvp.statistics.window {info.statistics} and the kvp.context_width "
+            f"{info.context}; the one must be even, and the other 1 with it"
+        )
+    if info.objective not in OBJECTIVES:
+        raise PolicyFileError(
+            f"{whose} has the kvp.objective {shortened(info.objective)}, and this kvp_edge knows "
+            f"{', '.join(OBJECTIVES)}: update kvp_edge"
+        )
 
 
 def _check_weights(info: PolicyInfo, weights: PolicyWeights, whose: str) -> None:

@@ -33,6 +33,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,9 @@ import numpy.typing as npt
 
 from kvp_edge.capture import Blocks, Captured, Tracer
 from kvp_edge.errors import TraceError
+from kvp_edge.files import open_regular, read_regular, size_of, write_whole
 from kvp_edge.fingerprint import model_fingerprint
+from kvp_edge.json_values import parse, require, shortened
 from kvp_edge.native import BUILT_FOR, LLAMA_VERSION
 from kvp_edge.trace_sources import Cut, Piece, Source, plan
 
@@ -60,8 +63,47 @@ MANIFEST = "manifest.json"
 #: The manifest is rewritten after so many traces; files that it does not name yet are found anyway.
 _SAVE_EVERY = 16
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MOST_MANIFEST_BYTES = 2**28
+_MOST_TRACE_BYTES = 2**40
 
 Json = dict[str, Any]
+
+_TRACE_FILE = re.compile(r"[\w-][\w.-]*")
+#: What a manifest, its model, its entries and the metadata of a trace must have.
+_MANIFEST = {
+    "complete": bool,
+    "planned": int,
+    "run": str,
+    "model": Json,
+    "sources": list[Json],
+    "settings": Json,
+    "traces": list[Json],
+}
+_MODEL = {"architecture": str, "name": str, "fingerprint": str}
+_ENTRY = {
+    "file": str,
+    "source": str,
+    "n_tokens": int,
+    "n_prompt": int,
+    "bytes": int,
+    "sha256": str,
+}
+_ABOUT = {
+    "run": str,
+    "index": int,
+    "source": str,
+    "n_prompt": int,
+    "block": int,
+    "first": int,
+    "scale": float,
+}
+_DTYPES = {
+    "keys": np.float16,
+    "values": np.float16,
+    "positions": np.int32,
+    "tokens": np.int32,
+    "attention": np.float16,
+}
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -269,7 +311,7 @@ _AGAIN = "delete it, and the same kvp-edge trace command makes it again"
 def _read_manifest(folder: Path) -> Json | None:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse(read_regular(path, _MOST_MANIFEST_BYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -282,27 +324,36 @@ def _read_manifest(folder: Path) -> Json | None:
         )
     if manifest.get("format_version") != FORMAT_VERSION:
         raise TraceError(
-            f"the traces in '{folder}' have format version {manifest.get('format_version')}, this "
-            f"kvp_edge reads {FORMAT_VERSION}: make them again with kvp-edge trace"
+            f"the traces in '{folder}' have format version "
+            f"{shortened(manifest.get('format_version'))}, this kvp_edge reads {FORMAT_VERSION}: "
+            "make them again with kvp-edge trace"
         )
-    missing = {"complete", "planned", "run", "model", "sources", "settings", "traces"} - set(
-        manifest
-    )
+    missing = _MANIFEST.keys() - manifest.keys()
     if missing:
         raise TraceError(f"'{path}' is damaged: it has no {', '.join(sorted(missing))}")
+    try:
+        require(manifest, _MANIFEST)
+        require(manifest["model"], _MODEL)
+        for entry in manifest["traces"]:
+            require(entry, _ENTRY)
+            if not _TRACE_FILE.fullmatch(entry["file"]):  # no path out of the folder
+                raise ValueError(f"{shortened(entry['file'])} is no name of a trace")
+    except ValueError as error:
+        raise TraceError(f"'{path}' is damaged: {error}") from error
     return manifest
 
 
 def _read_file(path: Path, entry: Json) -> bytes:
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            size = size_of(file)
+            if size == entry["bytes"]:
+                return file.read(size)
     except OSError as error:
         raise TraceError(f"cannot read '{path}': {error.strerror}") from error
-    if len(data) != entry["bytes"]:
-        raise TraceError(
-            f"'{path}' is damaged: it has {len(data)} bytes instead of {entry['bytes']}: {_AGAIN}"
-        )
-    return data
+    raise TraceError(
+        f"'{path}' is damaged: it has {size} bytes instead of {entry['bytes']}: {_AGAIN}"
+    )
 
 
 def _load(path: Path, entry: Json) -> Trace:
@@ -310,26 +361,32 @@ def _load(path: Path, entry: Json) -> Trace:
     try:
         arrays = _safetensors().load(data)
         about = _about(data)
+        if not 1 <= about["first"] <= about["block"]:
+            raise ValueError(f"blocks of {about['block']} queries, the first of {about['first']}")
+        if about["scale"] <= 0:
+            raise ValueError(f"the scale {about['scale']}")
         trace = Trace(
             keys=arrays["keys"],
             values=arrays["values"],
             positions=arrays["positions"],
             tokens=arrays["tokens"],
             attention=arrays["attention"],
-            n_prompt=int(about["n_prompt"]),
-            blocks=Blocks(int(about["block"]), int(about["first"])),
+            n_prompt=about["n_prompt"],
+            blocks=Blocks(about["block"], about["first"]),
             scale=float(about["scale"]),
-            source=str(about["source"]),
+            source=about["source"],
         )
     except ImportError:
         raise
     except Exception as error:  # safetensors has its own, KeyError, ValueError...
         raise TraceError(f"'{path}' is damaged ({error}): {_AGAIN}") from error
-    heads, n = trace.keys.shape[:2], len(trace.tokens)
+    heads, n = trace.keys.shape[:2], len(trace.tokens) if trace.tokens.ndim else -1
     fits = (
-        trace.keys.shape[:3] == (*heads, n)
-        and trace.values.shape[:3] == (*heads, n)
-        and trace.positions.shape == (n,)
+        all(getattr(trace, name).dtype == dtype for name, dtype in _DTYPES.items())
+        and trace.keys.shape == (*heads, n, trace.keys.shape[-1])
+        and trace.values.shape == (*heads, n, trace.values.shape[-1])
+        and trace.positions.shape == trace.tokens.shape == (n,)
+        and 0 <= trace.n_prompt <= n
         and trace.attention.shape == (*heads, trace.blocks.n_sums(n))
     )
     if not fits:
@@ -339,9 +396,9 @@ def _load(path: Path, entry: Json) -> Trace:
 
 def _about(data: bytes) -> Json:
     """The "kvp_trace" metadata. A safetensors file begins with the length of its JSON header."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    about: Json = json.loads(header["__metadata__"]["kvp_trace"])
-    return about
+    header = parse(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = require(require(header, {"__metadata__": Json})["__metadata__"], {"kvp_trace": str})
+    return require(parse(metadata["kvp_trace"]), _ABOUT)
 
 
 def _safetensors() -> ModuleType:
@@ -541,7 +598,7 @@ def _trace_all(
 def _finished(path: Path, about: Json, sha256: str | None) -> bytes | None:
     """The trace that an earlier run has left, if it is whole and of this run."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _MOST_TRACE_BYTES)
         found = _about(data)
         _safetensors().load(data)  # refuses what is cut off
     except Exception:  # whatever is wrong with it, it is made again
@@ -583,15 +640,9 @@ def _save_manifest(folder: Path, manifest: Json) -> None:
 
 def _write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, whatever happens."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno not in _DISK_FULL:
+        write_whole(path, data, private=True)  # token ids are the text, in another alphabet
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
             raise OSError(f"cannot write '{path}': {error.strerror}") from error
         raise

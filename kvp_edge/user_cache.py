@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvp_edge.whole_file import replacing
+from kvp_edge.files import write_whole
 
 
 def cache_folder() -> Path | None:
@@ -31,7 +31,7 @@ def recall(name: str) -> Any:
         return None
     try:
         return json.loads((folder / f"{name}.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -43,5 +43,4 @@ def remember(name: str, value: Any) -> None:
         return
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / f"{name}.json") as file:
-            file.write(json.dumps(value, indent=1).encode())
+        write_whole(folder / f"{name}.json", json.dumps(value, indent=1))

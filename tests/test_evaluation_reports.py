@@ -112,9 +112,31 @@ def test_a_file_of_records_has_the_permissions_of_any_other_file(tmp_path: Path)
     assert modes[0] == modes[1]
 
 
+def test_what_is_no_file_holds_no_records_and_new_files_cannot_be_run(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="it is no regular file"):
+            read_records(path)
+    with pytest.raises(OSError, match="it is no regular file"):
+        append_record(tmp_path / "fifo", record())
+    old = os.umask(0o022)
+    try:
+        append_record(tmp_path / "records.jsonl", record())
+    finally:
+        os.umask(old)
+    assert (tmp_path / "records.jsonl").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "7", "[]"])
+def test_a_line_of_another_kind_of_json_is_refused(line: str) -> None:
+    with pytest.raises(RecordError, match="not (a )?JSON"):
+        parse_record(line)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"seconds": 10**400}, "'seconds' cannot be 1000"),
         ({"score": math.nan}, "'score' cannot be nan"),
         ({"score": 1.5}, "not between 0 and 1"),
         ({"score": "1"}, "'score' cannot be '1'"),

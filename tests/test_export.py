@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,29 @@ def test_an_onnx_file_that_is_no_policy_is_refused(tmp_path: Path) -> None:
         get_policy(str(tmp_path / "x.onnx"))
     with pytest.raises(PolicyFileError, match="there is no policy file"):
         get_policy(str(tmp_path / "none.onnx"))
+
+
+def test_an_onnx_policy_with_damaged_metadata_is_refused(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
+    onnx = pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
+    done = export(run, outfile=tmp_path / "p.gguf", onnx=True, traces=TRACES)
+    path, info = done.onnx, done.info
+    assert path is not None
+    assert get_policy(path).info == info
+    good = json.dumps(asdict(info))
+    for about, aggregate in (
+        ("{", "[[1]]"),
+        ("[]", "[[1]]"),
+        ("[" * 100_000, "[[1]]"),
+        (json.dumps({**asdict(info), "n_layer": 0}), "[[1]]"),
+        (json.dumps({**asdict(info), "n_layer": "2"}), "[[1]]"),
+        (json.dumps({"n_layer": 2}), "[[1]]"),
+        (good, "[[1]]"),
+        (good, '[["a"]]'),
+        (good, "7"),
+    ):
+        model = onnx.load(path)
+        onnx.helper.set_model_props(model, {"kvp.info": about, "kvp.aggregate": aggregate})
+        onnx.save(model, tmp_path / "bad.onnx")
+        with pytest.raises(PolicyFileError, match="damaged|it has"):
+            get_policy(tmp_path / "bad.onnx")

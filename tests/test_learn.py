@@ -70,10 +70,10 @@ def test_the_policy_stays_where_it_is_if_the_model_s_folder_cannot_be_written(
 ) -> None:
     torch.set_num_threads(1)
 
-    def refuse(source: object, target: object) -> None:
+    def refuse(target: object, data: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("kvp_edge.cli.learn.shutil.copyfile", refuse)
+    monkeypatch.setattr("kvp_edge.cli.learn.write_whole", refuse)
     assert main(learn(model, tmp_path / "out")) == 0
     told = capsys.readouterr()
     assert Path(told.out.splitlines()[-1]).parent == tmp_path / "out" / "global"

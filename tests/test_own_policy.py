@@ -18,6 +18,7 @@ from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import FALLBACK, get_policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
 from support.gguf_models import ModelShape
+from test_policy_file import ARRAY_OF_2_TO_THE_40
 
 
 @pytest.fixture
@@ -93,6 +94,58 @@ def test_a_damaged_policy_is_passed_over_with_a_warning(model: Path) -> None:
     with pytest.warns(UserWarning, match="passed over as a policy: .*kvp-[ab]") as warned:
         assert own_policy(model) == str(path)
     assert len(warned) == 2
+
+
+def test_whatever_is_wrong_with_a_policy_beside_a_model_it_is_passed_over(
+    model: Path, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys and the fingerprint are right in all of them."""
+    info, folder = info_of(model), model.parent
+    bad = folder / "kvp-bad.gguf"
+
+    def nan() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("kvp_edge.policy_file._check_weights", lambda *_: None)
+            write(bad, info, out=np.full((info.n_layer, info.n_head_kv, 4), np.nan, np.float32))
+
+    def without(tensor: bytes) -> None:
+        write(bad, info)
+        data = bad.read_bytes()
+        bad.write_bytes(data.replace(tensor, tensor[:-1] + b"_"))
+
+    def number(key: bytes, value: int) -> None:
+        write(bad, info)
+        data = bytearray(bad.read_bytes())
+        at = data.index(key) + len(key) + 4
+        data[at : at + 4] = value.to_bytes(4, "little")
+        bad.write_bytes(data)
+
+    makers: dict[str, Callable[[], object]] = {
+        "NaN": nan,
+        "a tensor is missing": lambda: without(b"blk.1.kvp_out.weight"),
+        "another head count": lambda: number(b"kvp.head_count_kv", 7),
+        "no layers": lambda: number(b"kvp.block_count", 0),
+        "another model's shape": lambda: write(bad, replace(info, n_head_kv=1)),
+        "another architecture": lambda: write(bad, replace(info, architecture="qwen2")),
+        "cut short": lambda: bad.write_bytes(write(bad, info).read_bytes()[:-100]),
+        "2^40 numbers": lambda: bad.write_bytes(ARRAY_OF_2_TO_THE_40),
+        "a link to nothing": lambda: bad.symlink_to("nothing"),
+        "a link to itself": lambda: bad.symlink_to(bad.name),
+        "a FIFO": lambda: os.mkfifo(bad),
+        "a folder": bad.mkdir,
+        "a device": lambda: bad.symlink_to("/dev/zero"),
+        "empty": bad.touch,
+    }
+    for name, make in makers.items():
+        make()
+        with pytest.warns(UserWarning, match="passed over as a policy: .*kvp-bad") as warned:
+            assert own_policy(model) is None, name
+        assert len(warned) == 1, name
+        bad.rmdir() if bad.is_dir() else bad.unlink()
+
+    bad.symlink_to("nothing")
+    with pytest.warns(UserWarning, match="passed over"):
+        assert load(model, kv_budget=400, n_ctx=512).kv_stats.policy == FALLBACK
 
 
 def test_at_token_granularity_heads_count_by_their_learned_weights(

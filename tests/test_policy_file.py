@@ -4,7 +4,9 @@ against the definition in docs/policy-format.md, written down here token by toke
 from __future__ import annotations
 
 import math
+import os
 import resource
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +45,12 @@ INFO = PolicyInfo(
     fingerprint="f00d",
     training_data="12 traces",
     license="mit",
+)
+
+
+#: 49 bytes: one key, an array that is said to have 2^40 numbers.
+ARRAY_OF_2_TO_THE_40 = (
+    struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 1) + b"z" + struct.pack("<IIQ", 9, 0, 2**40)
 )
 
 
@@ -186,6 +194,27 @@ def rewrite(path: Path, out: Path, drop: str = "", **changed: Any) -> Path:
         ({"kvp__block_count": 3}, "lacks the tensor blk.2.kvp_key.weight"),
         ({"kvp__key_length": 64}, "kvp_key.weight of shape"),
         ({"drop": "kvp.head_count_kv"}, "lacks the key kvp.head_count_kv"),
+        ({"kvp__block_count": 0}, "kvp.block_count 0; it must be at least 1"),
+        ({"kvp__block_count": "2"}, "the kvp.block_count '2', which is of another type"),
+        ({"kvp__head_count_kv": 0}, "kvp.head_count_kv 0; it must be at least 1"),
+        ({"kvp__key_length": 0}, "kvp.key_length 0; it must be at least 1"),
+        ({"kvp__hidden_sizes": ["a", "a"]}, "kvp.hidden_sizes .*, which is of another type"),
+        ({"kvp__hidden_sizes": [0, 0]}, "kvp.hidden_sizes 0; it must be at least 1"),
+        ({"kvp__hidden_sizes": "32"}, "kvp.hidden_sizes '32', which is of another type"),
+        ({"kvp__features": [1, 2]}, "kvp.features .*, which is of another type"),
+        ({"kvp__context_width": 0}, "kvp.context_width 0; it must be at least 1"),
+        ({"kvp__context_width": 2**32 - 1}, "no more than 2147483647"),
+        ({"kvp__protected__sinks": 2**32 - 1}, "4294967295 sinks: that cannot be"),
+        ({"kvp__activation": 1}, "kvp.activation 1, which is of another type"),
+        ({"kvp__objective": "magic"}, "kvp.objective 'magic'"),
+        ({"kvp__objective": "global"}, "lacks the key kvp.retention.horizon"),
+        (
+            {"kvp__objective": "global", "kvp__retention__horizon": 0},
+            "kvp.retention.horizon 0; it must be at least 1",
+        ),
+        ({"general__name": 5}, "general.name 5, which is of another type"),
+        ({"general__license": ["a"]}, "general.license .*, which is of another type"),
+        ({"kvp__base_model__fingerprint": 5}, "fingerprint 5, which is of another type"),
         ({"drop": "kvp_aggregate.weight"}, "lacks the tensor kvp_aggregate.weight"),
     ],
 )
@@ -208,6 +237,36 @@ def test_a_damaged_file_is_refused(policy_file: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(PolicyFileError, match="not a GGUF file"):
         get_policy(tmp_path / "text.gguf")
+
+
+def test_what_is_no_file_or_lies_about_its_length_is_refused_at_once(
+    policy_file: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo.gguf")
+    for path in (tmp_path / "fifo.gguf", tmp_path, Path("/dev/zero")):
+        with pytest.raises(PolicyFileError, match="it is no regular file"):
+            read_policy(path)
+    with pytest.raises(PolicyFileError, match="it is no name of a file"):
+        read_policy("a\0b.gguf")
+    (tmp_path / "array.gguf").write_bytes(ARRAY_OF_2_TO_THE_40)
+    with pytest.raises(PolicyFileError, match="damaged or cut short"):
+        read_policy(tmp_path / "array.gguf")
+    assert main(["inspect", str(tmp_path / "array.gguf")]) == 2
+
+
+def test_more_weights_than_any_policy_has_are_refused_before_they_are_read(
+    policy_file: Path, tmp_path: Path
+) -> None:
+    """A file with holes, as large as it says."""
+    path = tmp_path / "large.gguf"
+    data = bytearray(policy_file.read_bytes())
+    name = b"blk.0.kvp_key.weight"
+    at = data.index(name) + len(name) + 4  # behind the number of dimensions
+    data[at : at + 8] = (2**32).to_bytes(8, "little")
+    path.write_bytes(data)
+    os.truncate(path, 2**42)
+    with pytest.raises(PolicyFileError, match="no policy has more than 4294967296"):
+        read_policy(path)
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import struct
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kvp_edge
 from conftest import RandomModel, random_tokens
 from kvp_edge import KVCacheError, Llama, SessionError, session
 from kvp_edge.policies import Random
@@ -203,8 +207,6 @@ def test_a_table_that_does_not_add_up_is_refused_and_the_chat_at_hand_is_untouch
 
 
 def test_a_header_that_does_not_add_up_is_refused(tmp_path: Path) -> None:
-    import hashlib
-
     for text in (
         b"{}",
         b"[]",
@@ -218,6 +220,282 @@ def test_a_header_that_does_not_add_up_is_refused(tmp_path: Path) -> None:
             (tmp_path / "s").write_bytes(body + hashlib.sha256(body).digest())
             with pytest.raises(SessionError, match="does not add up"):
                 session.read(tmp_path / "s")
+
+
+Change = Callable[[dict[str, Any], dict[str, Any]], object]
+
+
+#: What is wrong, and how it becomes so.
+HOSTILE: list[tuple[str, Change]] = [
+    *(
+        (f"{n}={v!r:.20}", lambda h, a, n=n, v=v: h.update({n: v}))
+        for n, v in [
+            ("made_with", []),
+            ("made_with", None),
+            ("table", []),
+            ("table", {}),
+            ("protected_prefix", "4"),
+            ("protected_prefix", 2.5),
+            ("protected_prefix", True),
+            ("protected_prefix", -1),
+            ("protected_prefix", 80),
+            ("protected_prefix", 2**70),
+            ("evictions", None),
+            ("evictions", -1),
+            ("evictions", 10**400),
+            ("eviction_ms", "1"),
+            ("eviction_ms", 10**400),
+            ("eviction_ms", -0.5),
+        ]
+    ),
+    *(
+        (f"no {n}", lambda h, a, n=n: h.pop(n))
+        for n in ("made_with", "table", "protected_prefix", "evictions", "eviction_ms", "extra")
+    ),
+    *(
+        (f"table {n}={v!r}", lambda h, a, n=n, v=v: h["table"].update({n: v}))
+        for n, v in [
+            ("seen", "300"),
+            ("seen", 300.0),
+            ("seen", 2**40),
+            ("tail", None),
+            ("shift", True),
+            ("shift", 2**31),
+            ("marked", -1),
+            ("settled", 10**30),
+            ("class", 1),
+        ]
+    ),
+    *(
+        (f"no array {n}", lambda h, a, n=n: a.pop(n))
+        for n in ("tokens", "packed", "rotated", "cells", "scores", "spans", "state")
+    ),
+    *(
+        (f"{n} of more axes", lambda h, a, n=n: a.update({n: a[n][..., None]}))
+        for n in ("tokens", "packed", "cells", "scores", "spans", "state")
+    ),
+    ("one array more", lambda h, a: a.update(more=np.zeros(1, np.int32))),
+    ("tokens f32", lambda h, a: a.update(tokens=a["tokens"].view(np.float32))),
+    ("scores i32", lambda h, a: a.update(scores=a["scores"].view(np.int32))),
+    *(
+        (f"token {v}", lambda h, a, v=v: _set(a, "tokens", 250, v))
+        for v in (2**31 - 1, -1, -(2**31), 320)
+    ),
+    ("rotated too far", lambda h, a: _set(a, "rotated", 9, 2**31 - 1)),
+    ("rotated below 0", lambda h, a: _set(a, "rotated", 9, -1)),
+    # each of these is larger than the one before by an int32 difference that overflows
+    ("cells wrap", lambda h, a: a["cells"].__setitem__(slice(1, 3), (2**31 - 1, -2))),
+    ("an empty span", lambda h, a: a.update(spans=_spans((5, 5, 1)))),
+    ("overlapping", lambda h, a: a.update(spans=_spans((5, 9, 1), (8, 12, 1)))),
+    ("a span of no kind", lambda h, a: a.update(spans=_spans((5, 9, 3)))),
+    ("a span before 0", lambda h, a: a.update(spans=_spans((-2, 9, 1)))),
+]
+
+
+def _accepted(llm: Llama, path: Path, hostile: list[tuple[str, Change]]) -> list[str]:
+    """Those that are not refused with a sentence, or change anything all the same."""
+    kv = llm._kv
+    assert kv is not None
+    state = (kv.snapshot(), kv.protected_prefix, kv.evictions, kv.eviction_ms, llm.n_tokens)
+    good, accepted = path.read_bytes(), []
+    for name, change in hostile:
+        header, arrays = session.read(path)
+        change(header, arrays)
+        session.write(path, header, arrays)
+        try:
+            llm.load_session(path)
+            accepted.append(name)
+        except SessionError as error:
+            said = re.search("does not (add up|fit)|was saved with", str(error))
+            now = (kv.snapshot(), kv.protected_prefix, kv.evictions, kv.eviction_ms, llm.n_tokens)
+            if not said or now[0] is not state[0] or now[1:] != state[1:]:
+                accepted.append(f"{name}: {error}")
+        path.write_bytes(good)
+    return accepted
+
+
+def test_whatever_is_wrong_with_a_header_or_array_is_refused_and_the_chat_goes_on(
+    random_model: Maker, load: Loader, saved: tuple[Llama, Path]
+) -> None:
+    llm, path = saved
+    llm.reset()
+    llm.eval(random_tokens(200, seed=3))
+    assert _accepted(llm, path, HOSTILE) == []
+    never_asked = load(random_model(LLAMA).path, **BOUND)
+    never_asked.eval(random_tokens(200, seed=3))
+    assert go_on(llm) == go_on(never_asked)
+
+
+def _set(arrays: dict[str, Any], name: str, at: int, value: int) -> None:
+    arrays[name] = arrays[name].copy()
+    arrays[name].reshape(-1)[at] = value
+
+
+def _spans(*spans: tuple[int, int, int]) -> Any:
+    return np.array(spans, np.int32)
+
+
+def test_the_numbers_at_the_limit_are_accepted(saved: tuple[Llama, Path]) -> None:
+    llm, path = saved
+    header, arrays = session.read(path)
+    header |= {"protected_prefix": 79, "evictions": 2**31 - 1, "eviction_ms": 0}
+    arrays["tokens"] = arrays["tokens"].copy()
+    arrays["tokens"][-2:] = 0, 319  # of a vocabulary of 320
+    session.write(path, header, arrays)
+    llm.load_session(path)
+    llm.eval(random_tokens(90, seed=5))
+    assert llm.kv_stats.evictions == 2**31
+
+
+HOSTILE_RESCUED: list[tuple[str, Change]] = [
+    *(
+        (f"{n}={v!r:.20}", lambda h, a, n=n, v=v: h.update({n: v}))
+        for n, v in [
+            ("rescue", 1),
+            ("model", None),
+            ("protected_prefix", "x"),
+            ("protected_prefix", None),
+            ("protected_prefix", -1),
+            ("protected_prefix", 80),
+        ]
+    ),
+    *((f"no {n}", lambda h, a, n=n: h.pop(n)) for n in ("model", "protected_prefix", "extra")),
+    ("no tokens", lambda h, a: a.clear()),
+    ("a token below 0", lambda h, a: _set(a, "tokens", 50, -1)),
+    ("a token too large", lambda h, a: _set(a, "tokens", 50, 320)),
+]
+
+
+def test_whatever_is_wrong_with_a_rescued_conversation_is_refused(
+    random_model: Maker, load: Loader, tmp_path: Path
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND, protect_system=True)
+    llm.eval(random_tokens(100))
+    _rescue(llm, tmp_path / "r")
+    llm.eval(random_tokens(100))
+    assert _accepted(llm, tmp_path / "r", HOSTILE_RESCUED) == []
+    assert llm.kv_stats.seen == 200
+
+
+def _rescue(llm: Llama, path: Path, extra: Callable[[], Any] | None = None) -> None:
+    """As if a device failed."""
+    llm.rescue_to(path, extra)
+    kvp_edge.llama._write_rescue(weakref.ref(llm), "a device failed")
+    llm.rescue_to(None)
+
+
+def test_a_conversation_is_not_rescued_through_a_link_that_somebody_put_there(
+    random_model: Maker, load: Loader, tmp_path: Path
+) -> None:
+    """The name lies in a folder that anybody may write to."""
+    llm = load(random_model(LLAMA).path, **BOUND)
+    llm.eval(random_tokens(100))
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "r").symlink_to(tmp_path / "mine")
+    with pytest.raises(SessionError, match="it is a link"):
+        _rescue(llm, tmp_path / "r")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_conversation_is_rescued_without_what_cannot_be_written(
+    random_model: Maker, load: Loader, tmp_path: Path
+) -> None:
+    llm = load(random_model(LLAMA).path, **BOUND)
+    llm.eval(random_tokens(100))
+    with pytest.raises(TypeError, match="JSON"):
+        _rescue(llm, tmp_path / "r", object)
+    assert llm.load_session(tmp_path / "r") is None
+    assert llm.kv_stats.seen == 100
+
+
+def test_what_is_no_file_is_refused_at_once(saved: tuple[Llama, Path]) -> None:
+    llm, path = saved
+    os.mkfifo(path.parent / "fifo")
+    for name in (path.parent / "fifo", path.parent, "/dev/zero"):
+        with pytest.raises(SessionError, match="cannot be read: it is no regular file"):
+            llm.load_session(name)
+    with pytest.raises(SessionError, match="cannot be written to .* it is no regular file"):
+        llm.save_session(path.parent / "fifo")
+    assert llm.kv_stats.seen == 300
+
+
+def test_a_length_is_compared_with_the_file_before_anything_is_made_of_it(
+    saved: tuple[Llama, Path],
+) -> None:
+    """Files with holes say that they have 2^40 bytes, without taking any."""
+    llm, path = saved
+    header, _ = session.read(path)
+    start = path.read_bytes()[:8]
+    for data in (b"", b"x" * 100, start, start + struct.pack("<IQ", session.VERSION, 2**40)):
+        path.write_bytes(data)
+        os.truncate(path, 2**40)
+        with pytest.raises(SessionError, match="not a session|does not add up|of version"):
+            llm.load_session(path)
+    # one that adds up, but that no cache here has room for
+    described = [{"name": "state", "dtype": "uint8", "shape": [2**40]}]
+    text = json.dumps({**header, "arrays": described}).encode()
+    path.write_bytes(struct.pack("<8sIQ", session.MAGIC, session.VERSION, len(text)) + text)
+    os.truncate(path, path.stat().st_size + 2**40 + 32)
+    with pytest.raises(SessionError, match="has 1099511627776 bytes of cache, and the one here"):
+        llm.load_session(path)
+    assert llm.kv_stats.seen == 300
+
+
+def test_a_header_nested_too_deeply_is_refused(saved: tuple[Llama, Path]) -> None:
+    llm, path = saved
+    for text in (b"[" * 100_000, b'{"a":' * 100_000, b'{"arrays": [], "a": ' + b"9" * 5000 + b"}"):
+        body = struct.pack("<8sIQ", session.MAGIC, session.VERSION, len(text)) + text
+        path.write_bytes(body + hashlib.sha256(body).digest())
+        with pytest.raises(SessionError, match="does not add up"):
+            llm.load_session(path)
+    nested: Any = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(SessionError, match="as JSON"):
+        llm.save_session(path, extra=nested)
+
+
+def test_a_state_that_llama_cpp_itself_refuses_leaves_the_conversation_as_it_was(
+    random_model: Maker,
+    load: Loader,
+    saved: tuple[Llama, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has emptied the cache by then."""
+    llm, path = saved
+    llm.reset()
+    llm.eval(random_tokens(200, seed=3))
+    assert llm._kv is not None
+    real, refused = llm._kv.cache.restore, []
+
+    def fails_once(*args: Any) -> None:
+        if refused:
+            real(*args)
+            return
+        refused.append(1)
+        llm._ctx.kv_cache_seq_rm(0, -1, -1)
+        raise KVCacheError("llama.cpp took 0 of the bytes")
+
+    monkeypatch.setattr(llm._kv.cache, "restore", fails_once)
+    with pytest.raises(SessionError, match="does not fit: llama.cpp does not take its state"):
+        llm.load_session(path)
+    assert llm.kv_stats.seen == llm.n_tokens == 200
+    never_asked = load(random_model(LLAMA).path, **BOUND)
+    never_asked.eval(random_tokens(200, seed=3))
+    assert go_on(llm) == go_on(never_asked)
+
+
+def test_a_session_is_saved_through_a_link_and_for_nobody_else_to_read(
+    saved: tuple[Llama, Path],
+) -> None:
+    llm, path = saved
+    link = path.parent / "link"
+    link.symlink_to(path)
+    path.write_bytes(b"old")
+    llm.save_session(link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    llm.load_session(path)
 
 
 def test_an_interrupted_save_leaves_the_old_file(

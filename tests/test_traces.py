@@ -352,6 +352,131 @@ def test_what_is_no_set_of_traces_is_refused(model: RandomModel, text: str, tmp_
             TraceSet(out)
 
 
+def test_whatever_is_wrong_with_a_manifest_is_refused(
+    model: RandomModel, text: str, tmp_path: Path
+) -> None:
+    traces = traced(model, text, tmp_path, n_traces=1)
+    manifest = tmp_path / "manifest.json"
+    good, accepted = traces.manifest, []
+    entry = good["traces"][0]
+    hostile: list[Any] = [
+        *({**good, name: value} for name in good for value in (None, "x", 1, 2.5, [], [[]], [1])),
+        *({**good, "model": {**good["model"], name: 1}} for name in ("name", "fingerprint")),
+        *(
+            {**good, "traces": [{**entry, name: value}]}
+            for name in entry
+            for value in (None, [], 2.5, {}, True)
+        ),
+        *(
+            {**good, "traces": [{k: v for k, v in entry.items() if k != name}]}
+            for name in ("file", "source", "n_tokens", "n_prompt", "bytes", "sha256")
+        ),
+    ]
+    for value in hostile:
+        manifest.write_text(json.dumps(value))
+        try:
+            found = TraceSet(tmp_path, partial=True)
+            found.check()
+            # what is only for people may be anything of its type
+            if found.manifest | {"kvp_edge": 0, "llama_cpp": 0, "llama_cpp_python": 0} != good | {
+                "kvp_edge": 0,
+                "llama_cpp": 0,
+                "llama_cpp_python": 0,
+            }:
+                accepted.append(found.manifest)
+        except TraceError:
+            pass
+    kinds = [{k for k in good if one[k] != good[k]} for one in accepted]
+    allowed = ({"planned"}, {"run"}, {"sources"}, {"traces"})  # other values of the same type
+    assert [kind for kind in kinds if kind not in allowed] == []
+    for content in ("[" * 100_000, '{"a":' * 100_000, "9" * 5000):
+        manifest.write_text(content)
+        with pytest.raises(TraceError, match="is damaged: it is no JSON"):
+            TraceSet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/dev/zero", "", ".", "..", "a/b", "a\\b", "a\0b", "-\n", ".hidden"]
+)
+def test_no_path_leads_out_of_the_folder_of_traces(
+    model: RandomModel, text: str, tmp_path: Path, name: str
+) -> None:
+    traces = traced(model, text, tmp_path / "t", n_traces=1)
+    manifest = {**traces.manifest, "traces": [{**traces.manifest["traces"][0], "file": name}]}
+    (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TraceError, match="is no name of a trace"):
+        TraceSet(tmp_path / "t")
+
+
+def test_what_is_no_file_is_no_trace_and_no_manifest(
+    model: RandomModel, text: str, tmp_path: Path
+) -> None:
+    traces = traced(model, text, tmp_path, n_traces=1)
+    path = tmp_path / "trace-00000.safetensors"
+    data = path.read_bytes()
+    for make in (
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        path.mkdir,
+    ):
+        path.unlink()
+        make()
+        with pytest.raises(TraceError, match="cannot read .*: it is no regular file"):
+            traces[0]
+        with pytest.raises(TraceError, match="cannot read .*: it is no regular file"):
+            traces.check()
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+            path.touch()
+    path.write_bytes(b"")
+    os.truncate(path, 2**40)
+    with pytest.raises(TraceError, match=f"has 1099511627776 bytes instead of {len(data)}"):
+        traces[0]
+    (tmp_path / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(TraceError, match="it is no regular file"):
+        TraceSet(tmp_path)
+
+
+def test_whatever_is_wrong_with_what_a_trace_says_of_itself_is_refused(
+    model: RandomModel, text: str, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load, save
+
+    traces = traced(model, text, tmp_path, n_traces=1)
+    path = tmp_path / "trace-00000.safetensors"
+    data = path.read_bytes()
+    about, arrays = kvp_edge.traces._about(data), load(data)
+    changed: list[Any] = [
+        *({**about, "block": value} for value in (0, -1, 2**62, "16", None, 1.5)),
+        *({**about, "first": value} for value in (0, -1, about["block"] + 1, True)),
+        *({**about, "scale": value} for value in (0, -1, float("nan"), float("inf"), "1")),
+        *({**about, "n_prompt": value} for value in (-1, 101, 2**70, None)),
+        *({k: v for k, v in about.items() if k != name} for name in about),
+        [],
+    ]
+    texts = [json.dumps(value) for value in changed] + ["{", "[" * 100_000]
+    written = [save(arrays, {"kvp_trace": said}) for said in texts] + [save(arrays, {})]
+    for name, array in arrays.items():
+        written.append(save({**arrays, name: array.astype(np.float32)}, {"kvp_trace": texts[-1]}))
+        good = {"kvp_trace": json.dumps(about)}
+        written.append(save({**arrays, name: array.astype(np.float64)}, good))
+        written.append(save({**arrays, name: array[..., None]}, good))
+        written.append(save({k: v for k, v in arrays.items() if k != name}, good))
+    for bad in written:
+        path.write_bytes(bad)
+        traces._entries[0]["bytes"] = len(bad)
+        with pytest.raises(TraceError, match="00000.*' is damaged"):
+            traces[0]
+
+
+def test_traces_are_for_nobody_else_to_read(model: RandomModel, text: str, tmp_path: Path) -> None:
+    """Token ids are the text: that of private chats, perhaps."""
+    out = tmp_path / "out"
+    traced(model, text, out, n_traces=1)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o600}
+
+
 def test_a_truncated_or_missing_trace_is_named(
     model: RandomModel, text: str, tmp_path: Path
 ) -> None:

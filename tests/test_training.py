@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +340,58 @@ def test_the_command_says_what_is_missing(
 ) -> None:
     assert main(["train", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) != 0
     assert "none" in capsys.readouterr().err
+
+
+def test_whatever_is_wrong_with_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save
+
+    shape = AgentShape(1, 2, 4, 4, hidden=3, context=3)
+    model = {"architecture": "llama", "name": "Tiny", "fingerprint": "f00d"}
+    about = checkpoint.About(shape, {"objective": "kvp", "sinks": 4}, model, 7, {"cost": [0.5]})
+    path = tmp_path / "c.safetensors"
+    tensors = Agents(shape).state_dict()
+    checkpoint.save(path, tensors, about)
+    assert checkpoint.load_agents(path)[1] == about
+    good = {"kind": checkpoint._KIND} | {k: json.dumps(v) for k, v in asdict(about).items()}
+
+    def said(**changed: Any) -> dict[str, str]:
+        return good | {name: json.dumps(value) for name, value in changed.items()}
+
+    sizes = asdict(shape)
+    hostile = [
+        *({k: v for k, v in good.items() if k != name} for name in good),
+        *(said(**{name: v}) for name in asdict(about) for v in (None, "x", 2.5, [], [1])),
+        *(said(shape=sizes | {name: v}) for name in sizes for v in (None, "2", 2.5, 2**40, -1)),
+        *(said(shape={k: v for k, v in sizes.items() if k != name}) for name in sizes),
+        said(step=-1),
+        said(settings={"objective": 1}),
+        said(settings={"sinks": "4"}),
+        said(model={"name": 1}),
+        good | {"shape": "{"},
+        good | {"shape": "[" * 100_000},
+    ]
+    for metadata in hostile:
+        path.write_bytes(save(tensors, metadata))
+        with pytest.raises(TrainingError, match="is damaged|not a policy checkpoint"):
+            checkpoint.load_agents(path)
+    for name in tensors:
+        rest = {k: v for k, v in tensors.items() if k != name}
+        for others in (rest, {**rest, name: torch.zeros(2, 2)}):
+            path.write_bytes(save(others, good))
+            with pytest.raises(TrainingError, match="is damaged"):
+                checkpoint.load_agents(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(TrainingError, match="cannot be read: it is no regular file"):
+        checkpoint.load_agents(path)
+
+
+def test_a_run_whose_checkpoint_lacks_something_is_refused(tmp_path: Path) -> None:
+    traces, settings = SyntheticTraces(6), Settings(**TINY)
+    train(traces, tmp_path, settings, progress=False, stop_after=6)
+    tensors, about = checkpoint.load(tmp_path / checkpoint.LAST)
+    for name in ("best", "stakes", "ema.fc1"):
+        rest = {k: v for k, v in tensors.items() if k != name}
+        checkpoint.save(tmp_path / checkpoint.LAST, rest, about)
+        with pytest.raises(TrainingError, match="is damaged"):
+            train(traces, tmp_path, settings, progress=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +11,7 @@ from kvp_edge.cli import options
 from kvp_edge.cli.shown import note, say
 from kvp_edge.cli.trace import add_sources, sources_of, trace
 from kvp_edge.cli.train import comparison, require_torch
+from kvp_edge.files import write_whole
 from kvp_edge.trace_sources import Source, Tasks
 from kvp_edge.training.settings import Objective, Settings
 
@@ -109,9 +108,7 @@ def _beside(model: Path, policy: Path) -> Path:
         return policy
     target = model.parent / policy.name
     try:
-        half = target.with_name(target.name + ".part")
-        shutil.copyfile(policy, half)
-        os.replace(half, target)
+        write_whole(target, policy.read_bytes())
     except OSError as error:
         note(f"'{model.parent}' cannot be written ({error.strerror}): use --policy '{policy}'")
         return policy

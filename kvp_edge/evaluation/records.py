@@ -8,12 +8,13 @@ half written: that one is dropped on reading, and taken away before the next lin
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
 
+from kvp_edge.files import open_regular
+from kvp_edge.json_values import is_a, parse, shortened
 from kvp_edge.whole_spans import KEEP_WHOLE
 
 #: The policy of the full cache, which drops nothing; llama.cpp's own rule; true future attention,
@@ -107,8 +108,8 @@ class Record:
     def __post_init__(self) -> None:
         for name, hint in _HINTS.items():
             value = getattr(self, name)
-            if not _is(value, hint):
-                raise RecordError(f"'{name}' cannot be {value!r}")
+            if not is_a(value, hint):
+                raise RecordError(f"'{name}' cannot be {shortened(value)}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise RecordError(f"'{name}' must be {' or '.join(choices)}")
@@ -159,19 +160,6 @@ _REQUIRED = tuple(
 )
 
 
-def _is(value: object, hint: Any) -> bool:
-    """Whether ``value`` is of type ``hint``. An int is a float, too; a bool is no number."""
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_is(one, get_args(hint)[0]) for one in value)
-    if get_args(hint):  # a union
-        return any(_is(value, one) for one in get_args(hint))
-    if isinstance(value, bool):
-        return hint is bool
-    if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, hint)
-
-
 def parse_record(line: str | bytes) -> Record:
     """A record from its line. Names it does not know are ignored.
 
@@ -179,7 +167,7 @@ def parse_record(line: str | bytes) -> Record:
         RecordError: the line is no record; the message says why.
     """
     try:
-        found = json.loads(line)
+        found = parse(line)
     except ValueError as error:  # of JSON, or of UTF-8
         raise RecordError(f"this is not JSON ({error})") from None
     if not isinstance(found, dict):
@@ -195,9 +183,9 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
     Raises:
         RecordError: a damaged line; the message names the file and the line.
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is no regular one.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         lines = file.read().split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
@@ -209,8 +197,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             if number == len(lines):  # no line end follows: it was being written
                 break
             raise RecordError(
-                f"{os.fspath(path)}, line {number}: {error}. Delete the line, and the same "
-                "command makes its record again"
+                f"{os.fspath(path)}, line {number}: {error}. Delete the line, and the same command "
+                "makes its record again"
             ) from None
     return records
 
@@ -226,7 +214,7 @@ def append_record(path: str | os.PathLike[str], record: Record) -> None:
     data = line.encode("utf-8", "replace")
     _finish_last_line(path)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-    handle = os.open(path, flags, 0o666)  # less the umask, as open() does
+    handle = os.open(path, flags, 0o666)  # less what the umask takes away, as for any file
     try:
         written = os.write(handle, data)
     finally:
@@ -238,10 +226,10 @@ def append_record(path: str | os.PathLike[str], record: Record) -> None:
 def _finish_last_line(path: str | os.PathLike[str]) -> None:
     """Take away a half-written last line; end one that only lacks its line end."""
     try:
-        file = open(path, "r+b")  # noqa: SIM115  # entered below
+        open_regular(path).close()
     except FileNotFoundError:
         return
-    with file:
+    with open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size == 0:
             return

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 
 import numpy as np
 
 from kvp_edge.errors import PolicyFileError
+from kvp_edge.json_values import parse, require
 from kvp_edge.policies.base import FloatArray, IntArray
 from kvp_edge.policies.learned import FromFile, check_arrays, with_gaps
-from kvp_edge.policy_file import PolicyInfo
+from kvp_edge.policy_file import PolicyInfo, info_of
+
+_AGGREGATE = {"aggregate": list[list[float]]}
 
 
 class Onnx(FromFile):
@@ -51,8 +53,16 @@ class Onnx(FromFile):
         metadata = self._session.get_modelmeta().custom_metadata_map
         if "kvp.info" not in metadata:
             raise PolicyFileError(f"'{self.path}' is not a policy exported by kvp-edge export")
-        self.info = PolicyInfo(**json.loads(metadata["kvp.info"]))
-        self.head_weights = np.asarray(json.loads(metadata["kvp.aggregate"]), np.float32)
+        try:
+            self.info = info_of(parse(metadata["kvp.info"]))
+            found = require({"aggregate": parse(metadata.get("kvp.aggregate", "0"))}, _AGGREGATE)
+            self.head_weights = np.asarray(found["aggregate"], np.float32)
+            if self.head_weights.shape != (self.info.n_layer, self.info.n_head_kv):
+                raise ValueError(f"heads' weights of shape {self.head_weights.shape}")
+        except ValueError as error:
+            raise PolicyFileError(
+                f"the policy file '{self.path}' is damaged ({error}): export it again"
+            ) from error
         self.context = self.info.context // 2
 
     def identity(self) -> str:

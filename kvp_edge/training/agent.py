@@ -44,6 +44,21 @@ class AgentShape:
         statistics = N_STATISTICS if self.statistics else 0
         return self.head_size_k + self.head_size_v + N_POSITION_FEATURES + statistics
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of ``Agents``, by its name."""
+        n, f, h = self.n_heads, self.n_features, self.hidden
+        return {
+            "mean": (n, f),
+            "scale": (n, f),
+            "fc1": (n, f, h),
+            "fc1_bias": (n, h),
+            "conv": (n, h, self.context),
+            "fc2": (n, h, h),
+            "fc2_bias": (n, h),
+            "out": (1 if self.shared_out else n, h),
+            "log_aggregate": (n,),
+        }
+
     def __post_init__(self) -> None:
         if self.context < 1 or self.context % 2 == 0:
             raise ValueError(f"the context width must be an odd number, not {self.context}")

@@ -10,15 +10,19 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
 from kvp_edge.errors import TrainingError
+from kvp_edge.files import open_regular, write_whole
+from kvp_edge.json_values import parse, require
 from kvp_edge.training.agent import Agents, AgentShape
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 _KIND = "kvp_edge policy checkpoint 1"
+#: The settings that an export looks at.
+_SETTINGS = {"objective": str, "sinks": int, "recent": int, "horizon": int, "n_traces": int}
 
 
 @dataclass(frozen=True)
@@ -42,18 +46,13 @@ def save(path: Path, tensors: dict[str, Tensor], about: About) -> None:
 
     metadata = {"kind": _KIND, **{k: json.dumps(v) for k, v in asdict(about).items()}}
     data = as_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
-    half = path.with_suffix(".part")
     try:
-        half.write_bytes(data)
-        os.replace(half, path)
-    except BaseException as error:
-        half.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                f"cannot write '{path}': {error.strerror}. What was there before is kept; make "
-                "room, and the same command goes on from it"
-            ) from error
-        raise
+        write_whole(path, data)
+    except OSError as error:
+        raise OSError(
+            f"cannot write '{path}': {error.strerror}. What was there before is kept; make "
+            "room, and the same command goes on from it"
+        ) from error
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], About]:
@@ -64,19 +63,38 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], About]:
     """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    path = Path(path)
-    if not path.is_file():
-        raise TrainingError(f"there is no checkpoint '{path}'")
+    try:
+        open_regular(path).close()
+    except FileNotFoundError as error:
+        raise TrainingError(f"there is no checkpoint '{path}'") from error
+    except OSError as error:
+        raise TrainingError(f"the checkpoint '{path}' cannot be read: {error.strerror}") from error
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise TrainingError(f"the checkpoint '{path}' is damaged or cut short") from error
     if metadata.pop("kind", "") != _KIND:
         raise TrainingError(f"'{path}' is not a policy checkpoint of this version of kvp_edge")
-    values = {key: json.loads(value) for key, value in metadata.items()}
-    return tensors, About(**{**values, "shape": AgentShape(**values["shape"])})
+    try:
+        return tensors, _about({key: parse(value) for key, value in metadata.items()})
+    except ValueError as error:
+        raise TrainingError(f"the checkpoint '{path}' is damaged: {error}") from error
+
+
+def _about(values: dict[str, Any]) -> About:
+    """Raises:
+    ValueError: something is missing, or of another type or range.
+    """
+    hints = get_type_hints(AgentShape)
+    values = require(values, {**get_type_hints(About), "shape": dict[str, Any]})
+    shape = AgentShape(**{name: require(values["shape"], hints)[name] for name in hints})
+    if values["step"] < 0 or shape.statistics < 0:
+        raise ValueError("a number below 0")
+    # runs of older versions have fewer of them
+    require(values["settings"], {k: v for k, v in _SETTINGS.items() if k in values["settings"]})
+    return About(**{**{name: values[name] for name in get_type_hints(About)}, "shape": shape})
 
 
 def load_agents(path: str | os.PathLike[str]) -> tuple[Agents, About]:
@@ -87,9 +105,13 @@ def load_agents(path: str | os.PathLike[str]) -> tuple[Agents, About]:
     tensors, about = load(path)
     if path.name == LAST:
         tensors = {k[4:]: v for k, v in tensors.items() if k.startswith("ema.")}
-    agents = Agents(about.shape)
     try:
+        # compared first: what is made below is as large as the shape says
+        for name, expected in about.shape.tensor_shapes().items():
+            if name not in tensors or tuple(tensors[name].shape) != expected:
+                raise ValueError(f"its tensor {name} is missing, or not of shape {expected}")
+        agents = Agents(about.shape)
         agents.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the checkpoint '{path}' is damaged: {error}") from error
     return agents.eval(), about

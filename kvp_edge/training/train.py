@@ -27,6 +27,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from kvp_edge.errors import TrainingError
+from kvp_edge.files import write_whole
 from kvp_edge.fingerprint import model_fingerprint
 from kvp_edge.retention import log_future_use, log_total
 from kvp_edge.training import checkpoint
@@ -254,11 +255,16 @@ class _Run:
                 f"'{self.out}' holds a run of other settings ({key}{detail}): choose another "
                 "folder, or the same settings to go on with it"
             )
-        self.learner.load(state)
-        for phase in self.phases.values():
-            phase.load(state)
-        self.best = float(state["best"])
-        self.seconds = float(state["seconds"])
+        try:
+            self.learner.load(state)
+            for phase in self.phases.values():
+                phase.load(state)
+            self.best = float(state["best"])
+            self.seconds = float(state["seconds"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's and safetensors'
+            raise TrainingError(
+                f"the checkpoint '{path}' is damaged ({error}): choose another folder"
+            ) from error
         self.step = about.step
 
     def _save(self) -> None:
@@ -319,7 +325,7 @@ class _Run:
                 "seconds": self.seconds,
                 "loss_increase": increase,
             }
-            (self.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+            write_whole(self.out / "report.json", json.dumps(report, indent=1))
         return result
 
     def _baselines(self) -> dict[str, Quality]:

@@ -1,6 +1,5 @@
 """The training loop: seeded, resumable, bfloat16 arithmetic on float32 master weights."""
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kvp_edge.files import replacing
 
 from .config import Recipe, Stage
 from .model import Model, causal_mask, rotary_tables
@@ -101,14 +102,14 @@ def answered(model: Model, maker: TaskMaker, task: str, length: int, count: int)
 
 
 def save(path: Path, model: Model, optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    """Write the checkpoint to a second file first: an interrupted write must not cost the run."""
+    """Write the checkpoint, whole or not at all: an interrupted write must not cost the run."""
     state = {
         "model": model.state_dict(),
         "step": step,
         "optimizers": [o.state_dict() for o in optimizers],
     }
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def train(
@@ -128,7 +129,7 @@ def train(
     optimizers = make_optimizers(model, recipe)
     checkpoint, done = out / "checkpoint.pt", 0
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device)
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
