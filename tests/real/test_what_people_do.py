@@ -51,8 +51,9 @@ class Reading(Llama):
 
 
 def load(path: str, **options: Any) -> Any:
-    small = {"n_ctx": 8192, "kv_budget": 128, "reserve": 128, "n_threads": 1, "verbose": False}
-    return closing(Reading(path, **{**small, **options}))
+    small = {"n_ctx": 8192, "kv_budget": 128, "reserve": 128, "verbose": False}
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    return closing(Reading(path, **{**small, **threads, **options}))
 
 
 def complete(llm: Llama, messages: Any, *, stream: bool = False, **how: Any) -> Any:
@@ -82,7 +83,7 @@ def test_tools_are_called_and_their_results_read_across_evictions(
     with load(
         real_model("qwen"), kv_budget=288, chat_format=chat_format, protect_system=True
     ) as llm:
-        question = {"role": "user", "content": DAY * 12 + "What is the weather in Paris? (celsius)"}
+        question = {"role": "user", "content": DAY * 16 + "What is the weather in Paris? (celsius)"}
         messages: list[Any] = [{"role": "system", "content": "You answer briefly."}, question]
         once = complete(llm, messages, tools=TOOLS, tool_choice=FORCED, max_tokens=60)
         assert llm.kv_stats.evictions > 0
