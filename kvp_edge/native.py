@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _MAX_LAYERS = 512
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
@@ -217,6 +217,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_PTR, _PTR, ctypes.c_uint32, _PTR, _PTR, ctypes.c_uint32, _PTR, _ERR],
     ),
     "kvp_cache_restore": (
+        ctypes.c_int32,
+        [_PTR, _PTR, ctypes.c_size_t, _PTR, ctypes.c_uint32, _ERR],
+    ),
+    "kvp_cache_check_state": (
         ctypes.c_int32,
         [_PTR, _PTR, ctypes.c_size_t, _PTR, ctypes.c_uint32, _ERR],
     ),
