@@ -7,6 +7,7 @@ llm = Llama("model.gguf", n_ctx=32768, kv_budget=2048)
 from kvp_edge.errors import (
     BudgetError,
     ContextLengthError,
+    InUseError,
     KVCacheError,
     SessionError,
     UnsupportedModelError,
@@ -22,6 +23,7 @@ __all__ = [
     "BudgetError",
     "ContextLengthError",
     "Eviction",
+    "InUseError",
     "KVCacheError",
     "KVStats",
     "Llama",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import os
+import threading
 import warnings
 import weakref
 from bisect import bisect_left
@@ -19,6 +21,13 @@ import numpy as np
 from llama_cpp import llama_chat_format
 
 from kvp_edge import session
+from kvp_edge.arguments import (
+    check_adapter_file,
+    check_cache_types,
+    check_callable,
+    check_counts,
+    check_threads,
+)
 from kvp_edge.chat_markers import template_markers
 from kvp_edge.errors import (
     BudgetError,
@@ -40,6 +49,7 @@ from kvp_edge.native import (
     Watch,
     read_model_shape,
 )
+from kvp_edge.one_call import Calls, Closed
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
 from kvp_edge.queries import QueryLog
@@ -70,6 +80,16 @@ class _Bound:
     pack: str
 
 
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
+
+#: What the base class keeps of llama.cpp's objects.
+_FREED = ("_model", "_ctx", "_batch", "tokenizer_")
+
+#: The base class sends stdout, stderr and the level of its logger somewhere else for the process
+#: while a model is loaded, and back. Two at once would not find the way back.
+_loading = threading.RLock()
+
+
 class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     """A llama_cpp.Llama whose KV cache never holds more than a fixed number of cells.
 
@@ -77,6 +97,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     longest conversation, and the number of cells follows from ``kv_budget`` and ``reserve``: when
     the cells are full, the policy decides which tokens to drop. All arguments of llama_cpp.Llama
     are accepted and mean what they mean there.
+
+    One object serves one call at a time; many objects may live in many threads. A call that comes
+    while another one is at work is refused (InUseError), whatever thread it comes from, and so is
+    one from a function that the other one calls (on_evict, a stopping criterion). What only tells
+    (kv_stats, kv_positions, tokenize, n_ctx) can be called at any time, from anywhere; saving, at
+    any time by the same thread. A stream is one call for each of its pieces: in between the model
+    may be used, and once something else was read, the stream cannot go on. A stream may be
+    forgotten at any time. After ``close`` every call is refused (RuntimeError).
 
     Args:
         model_path: GGUF file.
@@ -126,6 +154,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     # set by the base class
     n_tokens: int
     _requires_eval: bool
+    lora_path: str | None
+    _lora_adapter: Any
     _logits_all: bool
 
     def __init__(
@@ -150,6 +180,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
+        self._calls = Calls()
         self._bound = _Bound(
             kv_budget,
             policy,
@@ -174,6 +205,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             )
         if pack not in ("auto", "device", "state"):
             raise ValueError(f"pack must be 'auto', 'device' or 'state', not '{pack}'")
+        # a budget may be memory, "256MiB", too
+        tokens = {} if isinstance(kv_budget, str) else {"kv_budget": kv_budget}
+        check_counts(
+            n_ctx=n_ctx, sinks=sinks, recent=recent, reserve=reserve, n_batch=n_batch, **tokens
+        )
+        check_threads(**{n: kwargs.get(n) for n in ("n_threads", "n_threads_batch")})
+        check_cache_types(**{n: kwargs.get(n) for n in ("type_k", "type_v")})
+        check_callable(on_evict=on_evict)
+        check_adapter_file(kwargs.get("lora_path"))
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
@@ -218,7 +258,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         # Quiet, llama_cpp would still print llama.cpp's warning that the cells are fewer than the
         # trained context, which is the point here; errors become the exception's message.
-        with listen(pass_on=verbose) as log:
+        with _loading, listen(pass_on=verbose) as log:
             try:
                 super().__init__(model_path, n_ctx=cells, n_batch=batch, verbose=verbose, **kwargs)
             except ValueError as error:
@@ -227,6 +267,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     raise
                 raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
             self._kv_bytes = _kv_bytes(log)
+        self._require_adapter(log)
         if limits is not None:
             self._bind(limits, chosen, shape.architecture)
 
@@ -273,7 +314,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._check_place(cache.place, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
             if self._query_log is not None:
-                self._start_query_log(self._query_log, policy, cache, limits, frequencies)
+                policy = self._start_query_log(self._query_log, policy, cache, limits, frequencies)
         except BaseException:
             self.close()
             raise
@@ -282,7 +323,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             policy,
             cache,
             self._find_spans,
-            self._bound.on_evict,
+            None if self._bound.on_evict is None else self._calls.lent(self._bound.on_evict),
             granularity=granularity,
             isolate_turns=self._bound.isolate_turns,
             compact_at=compact_at,
@@ -296,6 +337,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._pieces: dict[int, bytes] = {}
         self._system_prompt: bytes | None = None
         self._file_identity: str | None = None
+
+    def _require_adapter(self, log: LlamaLog) -> None:
+        """The base class does not notice an adapter that llama.cpp could not load."""
+        if self.lora_path and not self._lora_adapter:
+            path, reason = self.lora_path, log.first_error() or "it is no adapter for this model"
+            self._lora_adapter = None  # there is nothing to free
+            self.close()
+            raise UnsupportedModelError(f"the LoRA adapter '{path}' cannot be loaded: {reason}")
 
     def _settle_granularity(self, cache: NativeCache) -> Granularity:
         if self._bound.granularity == "token":
@@ -348,7 +397,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         cache: NativeCache,
         limits: CacheLimits,
         frequencies: KeyFrequencies | None,
-    ) -> None:
+    ) -> Policy:
+        """The policy as it serves this model."""
         if policy.needs_frequencies:
             try:
                 log.frequencies = frequencies or measure_frequencies(
@@ -360,7 +410,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     f"this model. Choose another policy (the reason: {error})"
                 ) from error
         log.start(self._ctx.ctx, cache, min(policy.queries, limits.cells))
-        policy.query_log = log
+        mine = policy.serving(log)
+        self._stack.callback(mine.released)
+        return mine
 
     # -- what it tells -----------------------------------------------------------------------
 
@@ -371,6 +423,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     @property
     def kv_stats(self) -> KVStats:
         """What the cache holds and what eviction has cost so far."""
+        with self._calls.look():
+            return self._kv_stats()
+
+    def _kv_stats(self) -> KVStats:
         kv, cells = self._kv, int(super().n_ctx())
         if kv is None:
             n = int(self.n_tokens)
@@ -396,9 +452,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def kv_positions(self) -> Any:
         """Tokens that the cache holds, as their indices in the conversation, ascending: int32
         [kept]; at head granularity [n_layer, n_head_kv, kept], as every head holds its own."""
-        if self._kv is None:
-            return np.arange(self.n_tokens, dtype=np.int32)
-        return self._kv.positions
+        with self._calls.look():
+            if self._kv is None:
+                return np.arange(self.n_tokens, dtype=np.int32)
+            return self._kv.positions
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -409,10 +466,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             ContextLengthError: they do not fit into the logical context.
             KVCacheError: ``n_tokens`` was set back to where the cache cannot follow.
         """
-        kv = self._kv
-        if kv is None:
-            super().eval(tokens)
-            return
+        with self._calls.own("eval"):
+            if self._kv is None:
+                super().eval(tokens)
+            else:
+                self._eval(self._kv, tokens)
+
+    def _eval(self, kv: EvictionManager, tokens: Sequence[int]) -> None:
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextLengthError(
                 f"{self.n_tokens} tokens were read and {len(tokens)} more are too many for the "
@@ -479,29 +539,40 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     def reset(self) -> None:
         """Forget the conversation."""
-        super().reset()
-        if self._kv is not None:
-            self._follow()
+        with self._calls.own("reset"):
+            super().reset()
+            if self._kv is not None:
+                self._follow()
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        with self._calls.own("sample", "cache"):
+            return super().sample(*args, **kwargs)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama. Equal beginnings are not read again, if the cache can go back to
         where the texts part; if tokens before that point were dropped meanwhile, all is re-read."""
+        how = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
+        del how["self"]
+        return self._calls.steps("generate", self._generate(how))
+
+    def _generate(self, how: dict[str, Any]) -> Generator[int, Sequence[int] | None, None]:
+        if how.get("stopping_criteria") is not None:
+            how["stopping_criteria"] = self._calls.lent(how["stopping_criteria"])
+        if how.get("logits_processor") is not None:
+            how["logits_processor"] = [self._calls.lent(f) for f in how["logits_processor"]]
         if self._kv is not None:
-            tokens = list(tokens)
+            tokens = list(how["tokens"])
             self._protect_system_prompt(tokens)
-            reset = kwargs.get("reset", args[7] if len(args) > 7 else True)
-            if reset:
-                tokens = self._reuse_prefix(tokens)
-        return super().generate(tokens, *args, **kwargs)
+            if how.get("reset", True):
+                # the base class would compare both texts again, number by number
+                how["tokens"], how["reset"] = self._reuse_prefix(tokens)[self.n_tokens :], False
+        yield from super().generate(**how)
 
     def _reuse_prefix(self, tokens: list[int]) -> list[int]:
         """Go back to the longest equal beginning, or to nothing if that cannot be exact.
 
-        The base class compares token ids again afterwards and arrives at the same point, since only
-        ids before ``n_tokens`` count.
-
         Returns:
-            The tokens to generate from: the same text, perhaps in tokens that were read already.
+            The same text, perhaps in tokens that were read already; the first ``n_tokens`` were.
         """
         kv = self._kv
         assert kv is not None
@@ -533,13 +604,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def evict(self) -> None:
         """Drop tokens now, down to the budget, and not only when the cells are full: after a long
         document, say, before the first question about it. No effect without ``kv_budget``."""
-        if self._kv is not None:
-            self._follow()
-            self._kv.evict()
+        with self._calls.own("evict", "cache"):
+            if self._kv is not None:
+                self._follow()
+                self._kv.evict()
 
     # -- completions -------------------------------------------------------------------------
 
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+        if kwargs.get("stopping_criteria") is not None:
+            kwargs["stopping_criteria"] = self._calls.lent(kwargs["stopping_criteria"])
+        return self._calls.steps("create_completion", self._complete(args, kwargs))
+
+    def _complete(self, args: Any, kwargs: Any) -> Generator[Any, None, None]:
         completion = super()._create_completion(*args, **kwargs)
         while True:
             try:
@@ -562,15 +639,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama; the result, or the last chunk of a stream, has a ``kv_cache``
         field with ``kv_stats``."""
-        if self._kv is not None:
-            self._system_prompt = _system_content(messages) if self._bound.protect_system else None
-        result = super().create_chat_completion(messages, *args, **kwargs)
-        if isinstance(result, dict):
-            result["kv_cache"] = dict(self.kv_stats)
-            return result
-        return self._with_stats(result)
+        system = _system_content(messages) if self._bound.protect_system else None
+        # a stream is not begun here, but with its first piece
+        streams = kwargs.get("stream", False)
+        with self._calls.look() if streams else self._calls.own("create_chat_completion"):
+            self._system_prompt = system
+            result = super().create_chat_completion(messages, *args, **kwargs)
+            if isinstance(result, dict):
+                result["kv_cache"] = dict(self.kv_stats)
+                return result
+        return self._calls.steps("create_chat_completion", self._chat(result, system))
 
-    def _with_stats(self, chunks: Iterator[Any]) -> Generator[Any, None, None]:
+    def _chat(self, chunks: Iterator[Any], system: bytes | None) -> Generator[Any, None, None]:
+        self._system_prompt = system  # others may have chatted since
         for chunk in chunks:
             if chunk["choices"] and chunk["choices"][0]["finish_reason"] is not None:
                 chunk["kv_cache"] = dict(self.kv_stats)
@@ -631,14 +712,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     # -- states and copies -------------------------------------------------------------------
 
     def save_state(self) -> Any:
-        self._require_no_queries("save_state")
-        state = super().save_state()
-        if self._kv is not None:
-            self._follow()
-            state.kvp_table = self._kv.snapshot()
-        return state
+        with self._calls.own("save_state", "nothing"):
+            self._require_no_queries("save_state")
+            state = super().save_state()
+            if self._kv is not None:
+                self._follow()
+                state.kvp_table = self._kv.snapshot()
+            return state
 
     def load_state(self, state: Any) -> None:
+        with self._calls.own("load_state"):
+            self._load_state(state)
+
+    def _load_state(self, state: Any) -> None:
         self._require_no_queries("load_state")
         table = getattr(state, "kvp_table", None)
         if self._kv is not None and not isinstance(table, Table):
@@ -661,7 +747,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         Raises:
             SessionError: the file cannot be written, or nothing was read yet.
+            KVCacheError: llama.cpp's state is not that of the tokens read; no file was touched.
         """
+        with self._calls.own("save_session", "nothing"):
+            self._save_session(path, extra)
+
+    def _save_session(self, path: str | os.PathLike[str], extra: Any) -> None:
         kv = self._bounded("save_session")
         self._follow()
         if kv.seen == 0:
@@ -676,7 +767,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "extra": extra,
         }
         arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
-        session.write(path, header, {**arrays, "state": kv.cache.state()})
+        state = kv.cache.state()
+        kv.cache.check_state(state, table.present())
+        session.write(path, header, {**arrays, "state": state})
 
     def load_session(self, path: str | os.PathLike[str]) -> Any:
         """Go on where ``save_session`` was called, in place of the conversation read so far.
@@ -695,6 +788,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 the conversation read so far is untouched.
             KVCacheError: llama.cpp did not take the state; nothing is read now.
         """
+        with self._calls.own("load_session"):
+            return self._load_session(path)
+
+    def _load_session(self, path: str | os.PathLike[str]) -> Any:
         self._require_bounded("load_session")
         header, arrays = session.read(path)
         if "rescue" in header:
@@ -747,9 +844,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._stop_rescue = before_abort(partial(_write_rescue, weakref.ref(self)))
 
     def close(self) -> None:
-        """Free the model and its cache, and rescue nothing any more."""
+        """Free the model and its cache, and rescue nothing any more. Closing again has no effect.
+
+        Raises:
+            InUseError: another call is at work.
+        """
+        self._calls.close()
         self.rescue_to(None)
+        self._sampler = None
         super().close()
+        for part in _FREED:  # whoever uses what was freed gets a sentence
+            setattr(self, part, Closed())
 
     def _read_again(
         self, path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Any]

@@ -984,6 +984,20 @@ class NativeCache:
             len(present),
         )
 
+    def check_state(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+        """Check that ``restore`` would take ``state`` and ``present``; the arguments are the same.
+
+        Raises:
+            KVCacheError: it would not.
+        """
+        state = np.ascontiguousarray(state, np.uint8)
+        present = np.ascontiguousarray(present, np.int32)
+        blob, where = (state.ctypes.data, len(state)), (present.ctypes.data, len(present))
+        try:
+            _call("kvp_cache_check_state", self._handle, *blob, *where)
+        except ValueError as error:
+            raise KVCacheError(f"the cache is not what its table says: {error}") from error
+
     def newest_position(self) -> int:
         """llama.cpp's largest position of sequence 0, -1 when it is empty."""
         return int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._ctx), 0))
