@@ -19,6 +19,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp import llama_chat_format
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from kvp_edge import session
 from kvp_edge.arguments import (
@@ -56,6 +57,7 @@ from kvp_edge.queries import QueryLog
 from kvp_edge.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
+from kvp_edge.token_memory import WORTH_BYTES, TokenMemory, marks
 from kvp_edge.whole_spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
 
 _GGML_TYPE_F16 = 1
@@ -335,6 +337,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
+        self._token_memory: TokenMemory | None = None
+        self._remembers = True  # as far as is known
         self._system_prompt: bytes | None = None
         self._file_identity: str | None = None
 
@@ -457,6 +461,34 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 return np.arange(self.n_tokens, dtype=np.int32)
             return self._kv.positions
 
+    # -- text --------------------------------------------------------------------------------
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """As in llama_cpp.Llama. A chat that has grown since is not tokenized again."""
+        with self._calls.look():
+            if self._kv is not None and special and len(text) >= WORTH_BYTES:
+                memory = self._memory()
+                if memory is not None:
+                    return memory.tokens(text, add_bos)
+            tokens: list[int] = super().tokenize(text, add_bos, special)
+            return tokens
+
+    def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
+        with self._calls.look():
+            text: bytes = super().detokenize(*args, **kwargs)
+            return text
+
+    def _memory(self) -> TokenMemory | None:
+        """None where texts cannot be cut at what the chat template writes."""
+        if self._token_memory is None and self._remembers:
+            self._remembers = False
+            if type(self.tokenizer_) is LlamaTokenizer:
+                cut_at = marks(self._model.vocab, b"\0".join(self._template_markers()))
+                if cut_at:
+                    tokenize = partial(self._model.tokenize, special=True)
+                    self._token_memory = TokenMemory(tokenize, cut_at)
+        return self._token_memory
+
     # -- reading -----------------------------------------------------------------------------
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -578,7 +610,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         assert kv is not None
         prefix = self._equal_beginning(tokens)
         if not kv.can_rewind(min(prefix, len(tokens) - 1)):
-            tokens = begin_as_known(self._input_ids.tolist(), tokens, self._piece)
+            known = self._input_ids[prefix:].tolist()
+            tokens[prefix:] = begin_as_known(known, tokens[prefix:], self._piece)
             prefix = self._equal_beginning(tokens)
         all_read = prefix == len(tokens)
         live = not self._requires_eval and kv.trusted
@@ -598,7 +631,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """How many of the first tokens are those that were read."""
         known = self._input_ids
         n = min(len(known), len(tokens))
-        differ = np.flatnonzero(known[:n] != np.asarray(tokens[:n], np.intc))
+        ids = self._token_memory.ids(tokens) if self._token_memory is not None else None
+        if ids is None:
+            ids = np.asarray(tokens[:n], np.intc)
+        differ = np.flatnonzero(known[:n] != ids[:n])
         return int(differ[0]) if len(differ) else n
 
     def evict(self) -> None:
@@ -697,9 +733,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         system, self._system_prompt = self._system_prompt, None
         length = 0
         if system is not None:
-            ends = list(accumulate(len(self._piece(t)) for t in tokens))
-            at = b"".join(map(self._piece, tokens)).find(system)
+            n, at = len(system), -1
+            while at < 0 and n < 2 * len(tokens):  # it is one of the first things in a long chat
+                n *= 2
+                at = b"".join(map(self._piece, tokens[:n])).find(system)
             if at >= 0:
+                ends = list(accumulate(len(self._piece(t)) for t in tokens[:n]))
                 length = bisect_left(ends, at + len(system)) + 1
             else:
                 warnings.warn(
