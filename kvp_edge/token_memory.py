@@ -29,9 +29,6 @@ IntArray = npt.NDArray[np.int32]
 #: Shorter texts are not worth remembering.
 WORTH_BYTES = 4096
 
-#: A piece that is tokenized at once has at least so many bytes.
-_PIECE_BYTES = 1024
-
 # enum llama_token_attr in llama.h: what the tokenizer cuts texts at
 _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 8, 16
 _STRIPS_BEFORE = 128  # LSTRIP
@@ -108,10 +105,17 @@ class TokenMemory:
     Args:
         tokenize: (text, add_bos) -> tokens, special ones included; exact, and slow.
         marks: texts of isolated special tokens, at least one.
+        piece: bytes that are tokenized at once, at least.
     """
 
-    def __init__(self, tokenize: Callable[[bytes, bool], list[int]], marks: list[bytes]) -> None:
+    def __init__(
+        self,
+        tokenize: Callable[[bytes, bool], list[int]],
+        marks: list[bytes],
+        piece: int = 1024,
+    ) -> None:
         self._tokenize = tokenize
+        self._piece = piece
         self._mark = re.compile(b"|".join(map(re.escape, marks)))
         self._longest = max(map(len, marks))
         self._known = _Known(b"", False, [], np.empty(0, np.int32), [])
@@ -142,7 +146,7 @@ class TokenMemory:
     def _pieces(self, text: bytes, start: int) -> Iterable[tuple[int, int]]:
         """``text`` from ``start`` on, cut before some of its marks."""
         for mark in self._mark.finditer(text, start):
-            if mark.start() >= start + _PIECE_BYTES:
+            if mark.start() >= start + self._piece:
                 yield start, mark.start()
                 start = mark.start()
         yield start, len(text)
