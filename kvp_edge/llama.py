@@ -580,6 +580,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         with self._calls.own("sample", "cache"):
             return super().sample(*args, **kwargs)
 
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        with self._calls.own("embed"):
+            return super().embed(*args, **kwargs)
+
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama. Equal beginnings are not read again, if the cache can go back to
         where the texts part; if tokens before that point were dropped meanwhile, all is re-read."""
