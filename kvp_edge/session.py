@@ -82,7 +82,10 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str
     Raises:
         SessionError: the header is no JSON, or the file cannot be written.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {
+        name: np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        for name, array in arrays.items()
+    }
     described = [
         {"name": name, "dtype": array.dtype.name, "shape": array.shape}
         for name, array in arrays.items()
@@ -137,12 +140,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]
         for described in header.pop("arrays"):
             if described["dtype"] not in _DTYPES:
                 raise ValueError(f"an array of type {described['dtype']}")
-            dtype, shape = np.dtype(described["dtype"]), [int(n) for n in described["shape"]]
+            dtype = np.dtype(described["dtype"]).newbyteorder("<")
+            shape = [int(n) for n in described["shape"]]
             count = int(np.prod(shape, dtype=object))
             if min(shape, default=0) < 0 or count * dtype.itemsize > end - at:
                 raise ValueError(f"an array of shape {shape}")
             array = np.frombuffer(data, dtype, count, at).reshape(shape)
-            arrays[described["name"]] = array
+            arrays[described["name"]] = array.astype(dtype.newbyteorder("="), copy=False)
             at += array.nbytes
         if at != end:
             raise ValueError(f"{end - at} bytes more than its arrays")
