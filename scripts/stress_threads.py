@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Many threads, many models, and calls that come at the wrong time.
 
-    python scripts/stress_threads.py [--seconds 60] [--seed 0]
+    python scripts/stress_threads.py [--seconds 60 | --rounds N] [--seed 0]
 
-Every thread does one of the following until the time is over, all of them at once:
+Every thread does one of the following until the time is over, or so many times, all at once:
 
     loading   loads a model, reads a text, evicts, compares what is kept, closes; the threads share
               one object of each policy
@@ -48,8 +48,8 @@ def model(policy: Any = "keydiff", **how: Any) -> Llama:
 
 
 class Stress:
-    def __init__(self, seconds: float, seed: int) -> None:
-        self.ends = time.monotonic() + seconds
+    def __init__(self, seconds: float, rounds: int | None, seed: int) -> None:
+        self.seconds, self.rounds = seconds, rounds
         self.rng = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -117,11 +117,15 @@ class Stress:
             raise AssertionError(seen)
 
     def repeat(self, what: Callable[[], None]) -> None:
-        name = what.__name__
-        while time.monotonic() < self.ends and not self.failures:
+        name, done = what.__name__, 0
+        ends = time.monotonic() + self.seconds
+        while not self.failures:
+            if done >= self.rounds if self.rounds is not None else time.monotonic() > ends:
+                break
             try:
                 what()
                 self.counts[name] += 1
+                done += 1
             except InUseError:
                 self.counts[f"{name}: refused"] += 1
                 time.sleep(self.rng.random() / 1000)
@@ -148,9 +152,10 @@ class Stress:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--rounds", type=int, help="instead of a time: of every thread")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    return Stress(args.seconds, args.seed).run()
+    return Stress(args.seconds, args.rounds, args.seed).run()
 
 
 if __name__ == "__main__":
