@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -414,16 +415,32 @@ def test_a_listener_inside_another_passes_on_to_it_and_both_leave_no_trace() -> 
     assert logged_to() == before
 
 
-def test_models_loaded_in_threads_leave_stdout_where_it_was(path: str) -> None:
+def test_models_are_loaded_one_at_a_time_and_leave_stdout_where_it_was(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the base class sends stdout and stderr of the process elsewhere meanwhile
+    plain, inside, most = llama_cpp._internals.LlamaModel.__init__, [0], [0]
+
+    def slow(self: Any, **how: Any) -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        try:
+            plain(self, **how)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(llama_cpp._internals.LlamaModel, "__init__", slow)
     out = sys.stdout, sys.stderr
 
     def load() -> None:
-        for _ in range(5):
+        for _ in range(3):
             Llama(path, verbose=False, n_threads=1, **LIMITS).close()
 
     with ThreadPoolExecutor(3) as pool:
         for done in [pool.submit(load) for _ in range(3)]:
             done.result(120)
+    assert most == [1]
     assert (sys.stdout, sys.stderr) == out
 
 
