@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvp_edge.errors import (
         BudgetError,
         ContextLengthError,
+        InUseError,
         KVCacheError,
         SessionError,
         UnsupportedModelError,
@@ -26,6 +27,7 @@ __all__ = [
     "BudgetError",
     "ContextLengthError",
     "Eviction",
+    "InUseError",
     "KVCacheError",
     "KVStats",
     "Llama",
@@ -40,6 +42,7 @@ __all__ = [
 _FROM = {
     "BudgetError": "errors",
     "ContextLengthError": "errors",
+    "InUseError": "errors",
     "KVCacheError": "errors",
     "SessionError": "errors",
     "UnsupportedModelError": "errors",

@@ -5,6 +5,10 @@ class KVCacheError(RuntimeError):
     """The cache could not be read, thinned or trusted; the message says what to do."""
 
 
+class InUseError(RuntimeError):
+    """The model serves another call; nothing was changed."""
+
+
 class UnsupportedModelError(ValueError):
     """The model file cannot be read, or its cache cannot be bounded safely."""
 

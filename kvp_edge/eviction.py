@@ -66,7 +66,8 @@ class Table:
             granularity merely a row's name: attention never looks at it.
         scores: f32 [n_layer, n_head_kv, n] of the first n rows, n <= kept.
         spans: int32 [k, 3], (start, end, kind) of tokens that stay or go together (whole_spans);
-            ascending, disjoint. Behind the tail, only of what is held, and where turns begin.
+            ascending, disjoint. Before the tail, only of what is held, and the newest that begins a
+            turn.
         marked: how far into the conversation spans have been looked for.
         settled: held tokens before this one are settled (turns); 0 unless turns are isolated.
     """
@@ -219,7 +220,8 @@ class Table:
 
     def with_spans(self, found: list[Span]) -> Table:
         """With all spans from ``unsure_from`` to ``seen``, and without those that mean nothing any
-        more because at most one of their tokens is held."""
+        more because at most one of their tokens is held. Where turns begin is needed as far back as
+        the conversation may be cut: from the newest of those before the tail on."""
         new = np.array(found, np.int32).reshape(-1, 3)
         start = min([self.unsure_from, *new[:1, 0].tolist()])
         spans = np.concatenate((self.spans[self.spans[:, 1] <= start], new))
@@ -227,7 +229,8 @@ class Table:
         held[self.tokens() + 1] = 1
         before = np.cumsum(held)
         n_held = before[spans[:, 1]] - before[spans[:, 0]]
-        stays = (n_held > 1) | (spans[:, 1] > self.tail) | (spans[:, 2] == TURN)
+        stays = (n_held > 1) | (spans[:, 1] > self.tail)
+        stays[np.flatnonzero((spans[:, 2] == TURN) & (spans[:, 1] <= self.tail))[-1:]] = True
         return replace(self, spans=spans[stays], marked=self.seen)
 
 

@@ -188,7 +188,10 @@ class CacheLimits:
             raise BudgetError(
                 f"kv_budget is a number of tokens like 512, or memory like '256MiB', not '{memory}'"
             )
-        size = int(float(match.group(1)) * _UNIT[match.group(2).lower()])
+        amount = float(match.group(1)) * _UNIT[match.group(2).lower()]
+        if amount >= 2**63:  # of bytes, inf among them
+            raise BudgetError("kv_budget is more memory than any machine has")
+        size = int(amount)
         cells = size // bytes_per_cell // CELL_UNIT * CELL_UNIT if bytes_per_cell else 0
         if cells == 0:
             raise BudgetError(

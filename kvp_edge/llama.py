@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import json
 import os
+import threading
 import warnings
 import weakref
 from bisect import bisect_left
@@ -18,8 +20,16 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp import llama_chat_format
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from kvp_edge import session, transcript
+from kvp_edge.arguments import (
+    check_adapter_file,
+    check_cache_types,
+    check_callable,
+    check_counts,
+    check_threads,
+)
 from kvp_edge.chat_head import Head
 from kvp_edge.chat_markers import template_markers
 from kvp_edge.errors import (
@@ -43,6 +53,7 @@ from kvp_edge.native import (
     read_model_shape,
     require_model_file,
 )
+from kvp_edge.one_call import Calls, Closed
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
 from kvp_edge.queries import QueryLog
@@ -50,6 +61,7 @@ from kvp_edge.repack import REPACK, use_extra_buffers
 from kvp_edge.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.same_text import begin_as_known
 from kvp_edge.stats import Eviction, KVStats
+from kvp_edge.token_memory import WORTH_BYTES, TokenMemory, marks
 from kvp_edge.whole_spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
 
 _GGML_TYPE_F16 = 1
@@ -77,6 +89,16 @@ class _Bound:
     repack: str
 
 
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
+
+#: What the base class keeps of llama.cpp's objects.
+_FREED = ("_model", "_ctx", "_batch", "tokenizer_")
+
+#: The base class sends stdout, stderr and the level of its logger somewhere else for the process
+#: while a model is loaded, and back. Two at once would not find the way back.
+_loading = threading.RLock()
+
+
 class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     """A llama_cpp.Llama whose KV cache never holds more than a fixed number of cells.
 
@@ -84,6 +106,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     longest conversation, and the number of cells follows from ``kv_budget`` and ``reserve``: when
     the cells are full, the policy decides which tokens to drop. All arguments of llama_cpp.Llama
     are accepted and mean what they mean there.
+
+    One object serves one call at a time; many objects may live in many threads. A call that comes
+    while another one is at work is refused (InUseError), whatever thread it comes from, and so is
+    one from a function that the other one calls (on_evict, a stopping criterion). What only tells
+    (kv_stats, kv_positions, tokenize, n_ctx) can be called at any time, from anywhere; saving, at
+    any time by the same thread. A stream is one call for each of its pieces: in between the model
+    may be used, and once something else was read, the stream cannot go on. A stream may be
+    forgotten at any time. After ``close`` every call is refused (RuntimeError).
 
     Args:
         model_path: GGUF file.
@@ -143,6 +173,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     n_tokens: int
     n_batch: int
     _requires_eval: bool
+    lora_path: str | None
+    _lora_adapter: Any
     _logits_all: bool
 
     def __init__(
@@ -168,6 +200,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
+        self._calls = Calls()
         self._bound = _Bound(
             kv_budget,
             policy,
@@ -196,6 +229,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if repack not in REPACK:
             raise ValueError(f"repack must be 'auto', 'on' or 'off', not '{repack}'")
         self._granularity = granularity  # "auto" until it is settled
+        # a budget may be memory, "256MiB", too
+        tokens = {} if isinstance(kv_budget, str) else {"kv_budget": kv_budget}
+        check_counts(
+            n_ctx=n_ctx, sinks=sinks, recent=recent, reserve=reserve, n_batch=n_batch, **tokens
+        )
+        check_threads(**{n: kwargs.get(n) for n in ("n_threads", "n_threads_batch")})
+        check_cache_types(**{n: kwargs.get(n) for n in ("type_k", "type_v")})
+        check_callable(on_evict=on_evict)
+        check_adapter_file(kwargs.get("lora_path"))
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
@@ -249,7 +291,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             )
         # Quiet, llama_cpp would still print llama.cpp's warning that the cells are fewer than the
         # trained context, which is the point here; errors become the exception's message.
-        with listen(pass_on=verbose) as log:
+        with _loading, listen(pass_on=verbose) as log:
             try:
                 super().__init__(model_path, n_ctx=cells, n_batch=batch, verbose=verbose, **kwargs)
             except BudgetError:
@@ -261,6 +303,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     raise
                 raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
             self._kv_bytes = _kv_bytes(log)
+        self._require_adapter(log)
         asked = kwargs.get("chat_format") or kwargs.get("chat_handler")
         self._fell_back = not asked and "tokenizer.chat_template" not in self.metadata
         if self._limits is not None:
@@ -349,7 +392,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._check_place(cache.place, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
             if self._query_log is not None:
-                self._start_query_log(self._query_log, policy, cache, limits, frequencies)
+                policy = self._start_query_log(self._query_log, policy, cache, limits, frequencies)
         except BaseException:
             self.close()
             raise
@@ -358,7 +401,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             policy,
             cache,
             self._find_spans,
-            self._bound.on_evict,
+            None if self._bound.on_evict is None else self._calls.lent(self._bound.on_evict),
             granularity=granularity,
             isolate_turns=self._bound.isolate_turns,
             compact_at=compact_at,
@@ -370,7 +413,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
+        self._token_memory: TokenMemory | None = None
+        self._remembers = True  # as far as is known
         self._file_identity: str | None = None
+
+    def _require_adapter(self, log: LlamaLog) -> None:
+        """The base class does not notice an adapter that llama.cpp could not load."""
+        if self.lora_path and not self._lora_adapter:
+            path, reason = self.lora_path, log.first_error() or "it is no adapter for this model"
+            self._lora_adapter = None  # there is nothing to free
+            self.close()
+            raise UnsupportedModelError(f"the LoRA adapter '{path}' cannot be loaded: {reason}")
 
     def _check_policy(self, policy: Policy, cache: NativeCache) -> None:
         """That it was made for this model, if for any."""
@@ -437,7 +490,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         cache: NativeCache,
         limits: CacheLimits,
         frequencies: KeyFrequencies | None,
-    ) -> None:
+    ) -> Policy:
+        """The policy as it serves this model."""
         if policy.needs_frequencies:
             try:
                 log.frequencies = frequencies or measure_frequencies(
@@ -449,7 +503,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     f"this model. Choose another policy (the reason: {error})"
                 ) from error
         log.start(self._ctx.ctx, cache, self._queries_to_log(policy, limits))
-        policy.query_log = log
+        mine = policy.serving(log)
+        self._stack.callback(mine.released)
+        return mine
 
     def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
         """Of how many of the newest tokens."""
@@ -464,6 +520,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     @property
     def kv_stats(self) -> KVStats:
         """What the cache holds and what eviction has cost so far."""
+        with self._calls.look():
+            return self._kv_stats()
+
+    def _kv_stats(self) -> KVStats:
         kv, cells = self._kv, int(super().n_ctx())
         if kv is None:
             n = int(self.n_tokens)
@@ -489,9 +549,38 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def kv_positions(self) -> Any:
         """Tokens that the cache holds, as their indices in the conversation, ascending: int32
         [kept]; at head granularity [n_layer, n_head_kv, kept], as every head holds its own."""
-        if self._kv is None:
-            return np.arange(self.n_tokens, dtype=np.int32)
-        return self._kv.positions
+        with self._calls.look():
+            if self._kv is None:
+                return np.arange(self.n_tokens, dtype=np.int32)
+            return self._kv.positions
+
+    # -- text --------------------------------------------------------------------------------
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """As in llama_cpp.Llama. A chat that has grown since is not tokenized again."""
+        with self._calls.look():
+            if self._kv is not None and special and len(text) >= WORTH_BYTES:
+                memory = self._memory()
+                if memory is not None:
+                    return memory.tokens(text, add_bos)
+            tokens: list[int] = super().tokenize(text, add_bos, special)
+            return tokens
+
+    def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
+        with self._calls.look():
+            text: bytes = super().detokenize(*args, **kwargs)
+            return text
+
+    def _memory(self) -> TokenMemory | None:
+        """None where texts cannot be cut at what the chat template writes."""
+        if self._token_memory is None and self._remembers:
+            self._remembers = False
+            if type(self.tokenizer_) is LlamaTokenizer:
+                cut_at = marks(self._model.vocab, b"\0".join(self._template_markers()))
+                if cut_at:
+                    tokenize = partial(self._model.tokenize, special=True)
+                    self._token_memory = TokenMemory(tokenize, cut_at)
+        return self._token_memory
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -502,10 +591,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             ContextLengthError: they do not fit into the logical context.
             KVCacheError: ``n_tokens`` was set back to where the cache cannot follow.
         """
-        kv = self._kv
-        if kv is None:
-            super().eval(tokens)
-            return
+        with self._calls.own("eval"):
+            if self._kv is None:
+                super().eval(tokens)
+            else:
+                self._eval(self._kv, tokens)
+
+    def _eval(self, kv: EvictionManager, tokens: Sequence[int]) -> None:
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextLengthError(
                 f"{self.n_tokens} tokens were read and {len(tokens)} more are too many for the "
@@ -572,35 +664,51 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     def reset(self) -> None:
         """Forget the conversation."""
-        super().reset()
-        if self._kv is not None:
-            self._follow()
+        with self._calls.own("reset"):
+            super().reset()
+            if self._kv is not None:
+                self._follow()
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        with self._calls.own("sample", "cache"):
+            return super().sample(*args, **kwargs)
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        with self._calls.own("embed"):
+            return super().embed(*args, **kwargs)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama. Equal beginnings are not read again, if the cache can go back to
         where the texts part; if tokens before that point were dropped meanwhile, all is re-read."""
+        how = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
+        del how["self"]
+        return self._calls.steps("generate", self._generate(how))
+
+    def _generate(self, how: dict[str, Any]) -> Generator[int, Sequence[int] | None, None]:
+        if how.get("stopping_criteria") is not None:
+            how["stopping_criteria"] = self._calls.lent(how["stopping_criteria"])
+        if how.get("logits_processor") is not None:
+            how["logits_processor"] = [self._calls.lent(f) for f in how["logits_processor"]]
         if self._kv is not None:
-            tokens = list(tokens)
+            tokens = list(how["tokens"])
             self._protect_head(tokens)
-            reset = kwargs.get("reset", args[7] if len(args) > 7 else True)
-            if reset:
-                tokens = self._reuse_prefix(tokens)
-        return super().generate(tokens, *args, **kwargs)
+            if how.get("reset", True):
+                # the base class would compare both texts again, number by number
+                how["tokens"], how["reset"] = self._reuse_prefix(tokens)[self.n_tokens :], False
+        yield from super().generate(**how)
 
     def _reuse_prefix(self, tokens: list[int]) -> list[int]:
         """Go back to the longest equal beginning, or to nothing if that cannot be exact.
 
-        The base class compares token ids again afterwards and arrives at the same point, since only
-        ids before ``n_tokens`` count.
-
         Returns:
-            The tokens to generate from: the same text, perhaps in tokens that were read already.
+            The same text, perhaps in tokens that were read already; the first ``n_tokens`` were.
         """
         kv = self._kv
         assert kv is not None
         prefix = self._equal_beginning(tokens)
         if not kv.can_rewind(min(prefix, len(tokens) - 1)):
-            tokens = begin_as_known(self._input_ids.tolist(), tokens, self._piece)
+            known = self._input_ids[prefix:].tolist()
+            tokens[prefix:] = begin_as_known(known, tokens[prefix:], self._piece)
             prefix = self._equal_beginning(tokens)
         all_read = prefix == len(tokens)
         live = not self._requires_eval and kv.trusted
@@ -620,19 +728,28 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """How many of the first tokens are those that were read."""
         known = self._input_ids
         n = min(len(known), len(tokens))
-        differ = np.flatnonzero(known[:n] != np.asarray(tokens[:n], np.intc))
+        ids = self._token_memory.ids(tokens) if self._token_memory is not None else None
+        if ids is None:
+            ids = np.asarray(tokens[:n], np.intc)
+        differ = np.flatnonzero(known[:n] != ids[:n])
         return int(differ[0]) if len(differ) else n
 
     def evict(self) -> None:
         """Drop tokens now, down to the budget, and not only when the cells are full: after a long
         document, say, before the first question about it. No effect without ``kv_budget``."""
-        if self._kv is not None:
-            self._follow()
-            self._kv.evict()
+        with self._calls.own("evict", "cache"):
+            if self._kv is not None:
+                self._follow()
+                self._kv.evict()
 
     # -- completions -------------------------------------------------------------------------
 
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+        if kwargs.get("stopping_criteria") is not None:
+            kwargs["stopping_criteria"] = self._calls.lent(kwargs["stopping_criteria"])
+        return self._calls.steps("create_completion", self._complete(args, kwargs))
+
+    def _complete(self, args: Any, kwargs: Any) -> Generator[Any, None, None]:
         completion = super()._create_completion(*args, **kwargs)
         while True:
             try:
@@ -668,17 +785,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             by_place = any(args[:3:2])  # (functions, function_call, tools, ...)
             tools = by_place or kwargs.get("functions") or kwargs.get("tools")
             head = Head.of(messages, bool(tools))
-        # a handler may complete more than once (tool_choice="auto" does)
-        with self._protecting(head):
-            result = super().create_chat_completion(messages, *args, **kwargs)
-        if isinstance(result, dict):
-            result["kv_cache"] = dict(self.kv_stats)
-            return result
-        return self._with_stats(result, head)
+        # a stream is not begun here, but with its first piece
+        streams = kwargs.get("stream", False)
+        with self._calls.look() if streams else self._calls.own("create_chat_completion"):
+            # a handler may complete more than once (tool_choice="auto" does)
+            with contextlib.nullcontext() if streams else self._protecting(head):
+                result = super().create_chat_completion(messages, *args, **kwargs)
+            if isinstance(result, dict):
+                result["kv_cache"] = dict(self.kv_stats)
+                return result
+        return self._calls.steps("create_chat_completion", self._chat(result, head))
 
-    def _with_stats(self, chunks: Iterator[Any], head: Head | None) -> Generator[Any, None, None]:
+    def _chat(self, chunks: Iterator[Any], head: Head | None) -> Generator[Any, None, None]:
         while True:
-            with self._protecting(head):  # a stream begins to read when its first chunk is taken
+            with self._protecting(head):  # others may have chatted since the piece before
                 chunk = next(chunks, None)
             if chunk is None:
                 return
@@ -774,14 +894,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     # -- states and copies -------------------------------------------------------------------
 
     def save_state(self) -> Any:
-        self._require_no_queries("save_state")
-        state = super().save_state()
-        if self._kv is not None:
-            self._follow()
-            state.kvp_table = self._kv.snapshot()
-        return state
+        with self._calls.own("save_state", "nothing"):
+            self._require_no_queries("save_state")
+            state = super().save_state()
+            if self._kv is not None:
+                self._follow()
+                state.kvp_table = self._kv.snapshot()
+            return state
 
     def load_state(self, state: Any) -> None:
+        with self._calls.own("load_state"):
+            self._load_state(state)
+
+    def _load_state(self, state: Any) -> None:
         self._require_no_queries("load_state")
         table = getattr(state, "kvp_table", None)
         if self._kv is not None and not isinstance(table, Table):
@@ -804,7 +929,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         Raises:
             SessionError: the file cannot be written, or nothing was read yet.
+            KVCacheError: llama.cpp's state is not that of the tokens read; no file was touched.
         """
+        with self._calls.own("save_session", "nothing"):
+            self._save_session(path, extra)
+
+    def _save_session(self, path: str | os.PathLike[str], extra: Any) -> None:
         kv = self._bounded("save_session")
         self._follow()
         if kv.seen == 0:
@@ -819,7 +949,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "extra": extra,
         }
         arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
-        session.write(path, header, {**arrays, "state": kv.cache.state()})
+        state = kv.cache.state()
+        kv.cache.check_state(state, table.present())
+        session.write(path, header, {**arrays, "state": state})
 
     def load_session(
         self, path: str | os.PathLike[str], *, accept: Callable[[Any], object] | None = None
@@ -845,6 +977,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             KVCacheError: llama.cpp took neither this state nor the old one back; nothing is read
                 now.
         """
+        with self._calls.own("load_session"):
+            return self._load_session(path, accept)
+
+    def _load_session(
+        self, path: str | os.PathLike[str], accept: Callable[[Any], object] | None
+    ) -> Any:
         self._require_bounded("load_session")
         # a state has keys and values of no more than all cells, and a few numbers of each
         most = 2 * self._kv_bytes + 64 * self._n_ctx + _SESSION_OVERHEAD
@@ -922,9 +1060,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         _write_rescue(weakref.ref(self), reason)
 
     def close(self) -> None:
-        """Free the model and its cache, and rescue nothing any more."""
+        """Free the model and its cache, and rescue nothing any more. Closing again has no effect.
+
+        Raises:
+            InUseError: another call is at work.
+        """
+        self._calls.close()
         self.rescue_to(None)
+        self._sampler = None
         super().close()
+        for part in _FREED:  # whoever uses what was freed gets a sentence
+            setattr(self, part, Closed())
 
     def _read_again(
         self, path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Any]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,26 +39,80 @@ class LlamaLog:
         return [(float(m.group(1)), int(m.group(2))) for m in found if m]
 
 
+class _Ears:
+    """llama.cpp has one log callback for the process. Ours is made once and never freed: another
+    thread may be inside llama.cpp, about to call it, whenever it is taken out again. Each thread
+    hears its own lines; those of others go where they went before."""
+
+    def __init__(self) -> None:
+        self._callback = llama_cpp.llama_log_callback(self._hear)
+        self._installing = threading.RLock()
+        self._listeners = 0
+        self._previous: Any = None
+        self._mine = threading.local()
+
+    def _hear(self, level: int, text: bytes, user_data: Any) -> None:
+        listening: list[tuple[LlamaLog, bool]] = getattr(self._mine, "listening", [])
+        pass_on = True
+        for log, passes in reversed(listening):
+            log.lines.append((level, text.decode(errors="replace")))
+            if not passes:
+                pass_on = False
+                break
+        previous = self._previous
+        if pass_on and previous:
+            previous(level, text, user_data)
+
+    @contextmanager
+    def listen(self, log: LlamaLog, pass_on: bool) -> Iterator[None]:
+        listening = self._mine.__dict__.setdefault("listening", [])
+        with self._installing:
+            if self._listeners == 0:
+                self._install()
+            self._listeners += 1
+        try:
+            listening.append((log, pass_on))
+            yield
+        finally:
+            listening[:] = [listener for listener in listening if listener[0] is not log]
+            with self._installing:
+                self._listeners -= 1
+                if self._listeners == 0:
+                    self._take_out()
+
+    def _install(self) -> None:
+        previous, data = _current()
+        self._previous = previous
+        # Callback and data are two words that another thread may read in between: the data stay the
+        # same, and ours passes them on.
+        llama_cpp.llama_log_set(self._callback, data)
+
+    def _take_out(self) -> None:
+        current, data = _current()
+        if _address(current) == _address(self._callback):  # else somebody listens since
+            llama_cpp.llama_log_set(self._previous, data)
+
+
+def _current() -> tuple[Any, ctypes.c_void_p]:
+    callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+    return callback, data
+
+
+def _address(callback: Any) -> int | None:
+    return ctypes.cast(callback, ctypes.c_void_p).value
+
+
+_ears = _Ears()
+
+
 @contextmanager
 def listen(*, pass_on: bool) -> Iterator[LlamaLog]:
-    """Collect log lines inside the ``with`` block.
+    """Collect the lines that this thread's calls log inside the ``with`` block.
 
     Args:
         pass_on: also hand each line to whoever listened before.
     """
     log = LlamaLog()
-    previous = llama_cpp.llama_log_callback()
-    previous_data = ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(previous_data))
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def hear(level: int, text: bytes, user_data: Any) -> None:
-        log.lines.append((level, text.decode(errors="replace")))
-        if pass_on and previous:
-            previous(level, text, previous_data)
-
-    llama_cpp.llama_log_set(hear, None)
-    try:
+    with _ears.listen(log, pass_on):
         yield log
-    finally:
-        llama_cpp.llama_log_set(previous, previous_data)

@@ -24,7 +24,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _MAX_LAYERS = 512
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
@@ -218,6 +218,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_PTR, _PTR, ctypes.c_uint32, _PTR, _PTR, ctypes.c_uint32, _PTR, _ERR],
     ),
     "kvp_cache_restore": (
+        ctypes.c_int32,
+        [_PTR, _PTR, ctypes.c_size_t, _PTR, ctypes.c_uint32, _ERR],
+    ),
+    "kvp_cache_check_state": (
         ctypes.c_int32,
         [_PTR, _PTR, ctypes.c_size_t, _PTR, ctypes.c_uint32, _ERR],
     ),
@@ -1004,6 +1008,20 @@ class NativeCache:
             present.ctypes.data,
             len(present),
         )
+
+    def check_state(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+        """Check that ``restore`` would take ``state`` and ``present``; the arguments are the same.
+
+        Raises:
+            KVCacheError: it would not.
+        """
+        state = np.ascontiguousarray(state, np.uint8)
+        present = np.ascontiguousarray(present, np.int32)
+        blob, where = (state.ctypes.data, len(state)), (present.ctypes.data, len(present))
+        try:
+            _call("kvp_cache_check_state", self._handle, *blob, *where)
+        except ValueError as error:
+            raise KVCacheError(f"the cache is not what its table says: {error}") from error
 
     def newest_position(self) -> int:
         """llama.cpp's largest position of sequence 0, -1 when it is empty."""

@@ -113,7 +113,10 @@ def write(
     Raises:
         SessionError: the header is no JSON, or the file cannot be written.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {
+        name: np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        for name, array in arrays.items()
+    }
     described = [
         {"name": name, "dtype": array.dtype.name, "shape": array.shape}
         for name, array in arrays.items()
@@ -200,7 +203,7 @@ def _read(
         if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
             break  # it has become shorter meanwhile
         digest.update(raw)
-        arrays[one.name] = array
+        arrays[one.name] = array.astype(one.dtype.newbyteorder("="), copy=False)
     if digest.digest() != file.read(_DIGEST_BYTES):
         raise SessionError(f"the session '{path}' is damaged or cut short: its checksum is wrong")
     return header, arrays
@@ -216,7 +219,8 @@ def _parse(text: bytes, most: int) -> tuple[dict[str, Any], list[_Described]]:
     found: dict[str, _Described] = {}
     for entry in header.pop("arrays"):
         require(entry, {"name": str, "dtype": str, "shape": list[int]})
-        one = _Described(entry["name"], np.dtype(_known(entry["dtype"])), tuple(entry["shape"]))
+        dtype = np.dtype(_known(entry["dtype"])).newbyteorder("<")
+        one = _Described(entry["name"], dtype, tuple(entry["shape"]))
         # numpy does not make an empty array of [0, 2^63], either
         sizes = [max(n, 1) for n in one.shape]
         too_large = len(sizes) > _MAX_DIMENSIONS or math.prod(sizes) * one.dtype.itemsize > most

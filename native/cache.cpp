@@ -344,6 +344,16 @@ int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, 
     });
 }
 
+int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present, uint32_t n,
+                              kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !blob || !present) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_check_state: cache, blob and present must not be NULL");
+        }
+        cache->check_state(blob, size, present, n);
+    });
+}
+
 int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
                        const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions, uint32_t n_keep,
                        const kvp_key_turn * turn, uint32_t rotation, size_t * packed_size, kvp_error * err) {

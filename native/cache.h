@@ -124,6 +124,8 @@ struct kvp_cache {
     void move(const int32_t * present, const int32_t * positions, uint32_t n);
     void pack(const kvp::pack_plan & plan);
     void restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n);
+    // Throws unless `bytes` is a state of a cache like this one that holds the n positions `present`.
+    void check_state(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) const;
 
 private:
     // The cells of the n tokens at [p0, p1), and their positions; none if they are not known.

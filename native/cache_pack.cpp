@@ -193,7 +193,7 @@ void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
     }
 }
 
-void kvp_cache::restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) {
+void kvp_cache::check_state(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) const {
     const state_blob state = parse_state_blob(bytes, size, SEQ_CHAT);
     std::vector<int32_t> pos = state.base.pos;
     std::sort(pos.begin(), pos.end());
@@ -213,6 +213,10 @@ void kvp_cache::restore(const uint8_t * bytes, size_t size, const int32_t * pres
                  layer.k_row, ggml_type_name(layer.type_k), layer.v_row, ggml_type_name(layer.type_v));
         }
     }
+}
+
+void kvp_cache::restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) {
+    check_state(bytes, size, present, n);
     set_state(bytes, size, present[n - 1]);
 }
 

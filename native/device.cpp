@@ -52,12 +52,7 @@ ggml_tensor * mul_mat_f32(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) 
 }
 
 device_graph::device_graph(device & on, size_t most_nodes)
-    : on(on), context(ggml_init({ ggml_tensor_overhead() * most_nodes + ggml_graph_overhead_custom(most_nodes, false), nullptr, true })) {
-    if (!context) {
-        throw std::bad_alloc();
-    }
-    graph = ggml_new_graph_custom(ctx(), most_nodes, false);
-}
+    : on(on), space(most_nodes, most_nodes), graph(ggml_new_graph_custom(ctx(), most_nodes, false)) {}
 
 ggml_tensor * device_graph::output(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2) {
     ggml_tensor * tensor = ggml_new_tensor_3d(ctx(), type, ne0, ne1, ne2);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "owned.h"
+#include "tensor_space.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -48,7 +49,7 @@ class device_graph {
 public:
     device_graph(device & on, size_t most_nodes);
 
-    ggml_context * ctx() const { return context.get(); }
+    ggml_context * ctx() const { return space.get(); }
 
     // A tensor whose content `data` is uploaded when the graph runs; it must live until then.
     ggml_tensor * input(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, const void * data);
@@ -68,10 +69,10 @@ private:
         const void *  data;
     };
 
-    device &                          on;
-    owned<ggml_context, ggml_free>    context;
-    ggml_cgraph *                     graph;
-    std::vector<upload>               uploads;
+    device &            on;
+    tensor_space        space;
+    ggml_cgraph *       graph;
+    std::vector<upload> uploads;
 };
 
 } // namespace kvp

@@ -119,10 +119,7 @@ void in_place::place(const tensors & t, const layer_rows & like) {
         parts.emplace_back();
         part     = parts.end() - 1;
         part->on = std::make_unique<device>(dev);
-        part->words.reset(ggml_init({ ggml_tensor_overhead() * 2 * KVP_MAX_LAYERS, nullptr, true }));
-        if (!part->words) {
-            throw std::bad_alloc();
-        }
+        part->words = tensor_space(2 * KVP_MAX_LAYERS);
     }
     const auto as_words = [&](const ggml_tensor * tensor, size_t row) -> ggml_tensor * {
         if (row / shape.n_head_kv % WORD_BYTES != 0 || row % shape.n_head_kv != 0) {

@@ -7,6 +7,7 @@
 #include "pack.h"
 #include "policy.h"
 #include "state_blob.h"
+#include "tensor_space.h"
 #include "watch.h"
 
 #include <memory>
@@ -30,7 +31,7 @@ struct device_layer {
 struct device_part {
     std::unique_ptr<device>        on;
     std::vector<device_layer>      layers;
-    owned<ggml_context, ggml_free> words;
+    tensor_space                   words;
     std::unique_ptr<device_policy> policy; // the one that was used last
 };
 

@@ -14,7 +14,8 @@
  *   - A "row" is what one cell holds; row r has the r-th smallest position of the sequence.
  *   - Arrays are dense, row-major, little-endian; [n_layer, n_head_kv, n, head_size] counts only the
  *     layers of the base cache (models with sliding-window layers keep those in a second cache).
- *   - A kvp_cache must not be used by two threads at once, nor outlive its llama_context.
+ *   - A kvp_cache must not be used by two threads at once, nor outlive its llama_context. Different caches may
+ *     be, and a kvp_policy may be shared by them: threads that score with it take turns.
  */
 #ifndef KVP_EDGE_H
 #define KVP_EDGE_H
@@ -36,7 +37,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 6
+#define KVP_ABI_VERSION 7
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -333,6 +334,10 @@ KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint3
  * ascending). Errors as in kvp_cache_pack: only KVP_ERR_RUNTIME leaves the cache changed, and EMPTY. */
 KVP_API int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present, uint32_t n,
                                   kvp_error * err);
+
+/* The checks of kvp_cache_restore alone: whether it would find what it is told to find. The cache is not read. */
+KVP_API int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present,
+                                      uint32_t n, kvp_error * err);
 
 /* The same as kvp_cache_pack on a state blob of sequence seq_id in memory (llama_state_seq_get_data), without any context:
  * the blob is rewritten in place and its new size stored in *packed_size. rotation: block of the Hadamard

@@ -205,14 +205,15 @@ bool check_rows(const pack_plan & plan) {
         }
     }
 
-    bool                  ascending = true;
-    std::vector<uint32_t> last_use(plan.n, 0);
-    for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
+    bool                ascending = true;
+    std::vector<size_t> last_use(plan.n, 0);
+    const size_t        n_groups = size_t(plan.n_layer) * plan.n_head_kv; // may be more than 2^32
+    for (size_t g = 0; g < n_groups; ++g) {
         for (uint32_t i = 0; i < plan.n_keep; ++i) {
-            const int32_t * at  = plan.keep + size_t(g) * plan.n_keep + i;
+            const int32_t * at  = plan.keep + g * plan.n_keep + i;
             const int32_t   row = *at;
             if (row < 0 || uint32_t(row) >= plan.n || last_use[row] == g + 1) {
-                fail(KVP_ERR_ARGUMENT, "layer %u, KV head %u keeps row %d, which is %s", g / plan.n_head_kv, g % plan.n_head_kv,
+                fail(KVP_ERR_ARGUMENT, "layer %zu, KV head %zu keeps row %d, which is %s", g / plan.n_head_kv, g % plan.n_head_kv,
                      row, row < 0 || uint32_t(row) >= plan.n ? "none of the cache's" : "named twice");
             }
             last_use[row] = g + 1;
@@ -235,8 +236,9 @@ std::vector<uint32_t> surviving_rows(const pack_plan & plan) {
 
 row_range rows_to_move(const pack_plan & plan, const std::vector<uint32_t> & survivors) {
     row_range range{ plan.n_keep, 0 };
-    for (uint32_t g = 0; g < plan.n_layer * plan.n_head_kv; ++g) {
-        const int32_t * keep = plan.keep + size_t(g) * plan.n_keep;
+    const size_t n_groups = size_t(plan.n_layer) * plan.n_head_kv;
+    for (size_t g = 0; g < n_groups; ++g) {
+        const int32_t * keep = plan.keep + g * plan.n_keep;
         for (uint32_t i = 0; i < range.first; ++i) {
             if (uint32_t(keep[i]) != survivors[i]) {
                 range.first = i;

@@ -91,14 +91,14 @@ policy_network::policy_network(const kvp_policy_weights & w) : sizes(w.shape) {
                            { w.out, w.out + units } };
 
     backend.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
-    context.reset(ggml_init({ ggml_tensor_overhead() * (5 * s.n_layer + 1), nullptr, true }));
-    if (!backend || !context) {
+    if (!backend) {
         fail(KVP_ERR_RUNTIME, "ggml has no CPU device to run a policy on");
     }
+    space = tensor_space(5 * s.n_layer);
     for (uint32_t il = 0; il < s.n_layer; ++il) {
-        layers.push_back({ ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, n_features, h, H), new_upper(context.get(), s, H) });
+        layers.push_back({ ggml_new_tensor_3d(space.get(), GGML_TYPE_F32, n_features, h, H), new_upper(space.get(), s, H) });
     }
-    buffer.reset(ggml_backend_alloc_ctx_tensors(context.get(), backend.get()));
+    buffer.reset(ggml_backend_alloc_ctx_tensors(space.get(), backend.get()));
     allocator.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
     if (!buffer || !allocator) {
         fail(KVP_ERR_MEMORY, "there is not enough memory for the policy's weights");
@@ -142,14 +142,10 @@ ggml_tensor * score_graph(ggml_context * ctx, ggml_tensor * u, const upper_layer
 // [n_head, n_in, n_features]; scores [n_head, n_out].
 template <typename Fill>
 void policy_network::run(const layer & w, uint32_t n_in, uint32_t n_out, Fill fill, float * scores) {
-    const uint32_t                       H = sizes.n_head_kv;
-    const owned<ggml_context, ggml_free> nodes(
-        ggml_init({ ggml_tensor_overhead() * GRAPH_NODES + ggml_graph_overhead_custom(GRAPH_NODES, false), nullptr, true }));
-    if (!nodes) {
-        throw std::bad_alloc();
-    }
-    ggml_context * ctx   = nodes.get();
-    ggml_tensor *  input = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_features, n_in, H);
+    const uint32_t     H = sizes.n_head_kv;
+    const tensor_space nodes(GRAPH_NODES, GRAPH_NODES);
+    ggml_context *     ctx   = nodes.get();
+    ggml_tensor *      input = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_features, n_in, H);
     ggml_set_input(input);
 
     // A missing token's features are all 0, its 1 included, so that its u is 0.
@@ -175,6 +171,7 @@ void policy_network::score(uint32_t il, rows keys, rows values, const slot * slo
     const uint32_t     H = sizes.n_head_kv, dk = sizes.head_size_k, dv = sizes.head_size_v;
     const size_t       half = sizes.context / 2;
     std::vector<float> found(size_t(H) * CHUNK);
+    const std::lock_guard<std::mutex> turn(running);
     set_threads(backend.get(), n_threads);
     for (size_t first = 0; first < n_slots; first += CHUNK) {
         const size_t n_out = std::min<size_t>(CHUNK, n_slots - first);
@@ -208,17 +205,14 @@ void policy_network::score(uint32_t il, rows keys, rows values, const slot * slo
 
 device_policy::device_policy(const policy_network & net, device & on, const std::vector<uint32_t> & of, uint32_t k_rotation,
                              uint32_t v_rotation)
-    : network(net.id()), n_head_kv(net.shape().n_head_kv), context(ggml_init({ ggml_tensor_overhead() * 8, nullptr, true })) {
-    if (!context) {
-        throw std::bad_alloc();
-    }
+    : network(net.id()), n_head_kv(net.shape().n_head_kv), space(7) {
     const kvp_policy_shape & s     = net.shape();
     const int64_t            heads = int64_t(of.size() * n_head_kv), h = s.hidden;
-    key                            = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, s.head_size_k, h, heads);
-    value                          = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, s.head_size_v, h, heads);
-    position                       = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, POSITION_ROW, h * heads);
-    upper_layers::operator=(new_upper(context.get(), s, heads));
-    buffer = on.allocate(context.get());
+    key                            = ggml_new_tensor_3d(space.get(), GGML_TYPE_F32, s.head_size_k, h, heads);
+    value                          = ggml_new_tensor_3d(space.get(), GGML_TYPE_F32, s.head_size_v, h, heads);
+    position                       = ggml_new_tensor_2d(space.get(), GGML_TYPE_F32, POSITION_ROW, h * heads);
+    upper_layers::operator=(new_upper(space.get(), s, heads));
+    buffer = on.allocate(space.get());
 
     // w . (H y) = (H w) . y, as H is symmetric
     const auto put = [&](ggml_tensor * tensor, auto part, uint32_t rotation) {

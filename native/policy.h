@@ -3,12 +3,14 @@
 
 #include "kvp_edge.h"
 #include "owned.h"
+#include "tensor_space.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml.h"
 
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 namespace kvp {
@@ -52,7 +54,8 @@ public:
         size_t        token;
         size_t        head;
     };
-    // Scores the n tokens of `slots`: scores f32 [n_head, n].
+    // Scores the n tokens of `slots`: scores f32 [n_head, n]. Threads take turns: a network may be shared by
+    // several caches.
     void score(uint32_t il, rows keys, rows values, const slot * slots, size_t n_slots, uint32_t n, int32_t n_threads,
                float * scores);
 
@@ -83,9 +86,10 @@ private:
     uint64_t         number;
     kvp_policy_shape sizes;
     uint32_t         n_features; // of a token: key, value, position, 1; a multiple of 16
+    std::mutex       running;    // held while the backend, its threads and the allocator are used
     // The backend outlives what lies in its buffers: members are destroyed from the last to the first.
     owned<ggml_backend, ggml_backend_free>               backend;
-    owned<ggml_context, ggml_free>                       context;
+    tensor_space                                         space;
     owned<ggml_backend_buffer, ggml_backend_buffer_free> buffer;
     owned<ggml_gallocr, ggml_gallocr_free>               allocator;
     std::vector<layer>                                   layers;
@@ -107,7 +111,7 @@ struct device_policy : upper_layers {
 
 private:
     size_t                                               n_head_kv;
-    owned<ggml_context, ggml_free>                       context;
+    tensor_space                                         space;
     owned<ggml_backend_buffer, ggml_backend_buffer_free> buffer;
 };
 

@@ -566,3 +566,13 @@ def test_the_identity_of_a_file_tells_files_apart(tmp_path: Path) -> None:
     data[100] ^= 1
     path.write_bytes(data[:-1])
     assert session.file_identity(path) != first
+
+
+def test_arrays_of_any_byte_order_are_written_little_endian(tmp_path: Path) -> None:
+    for order in "<>":
+        numbers = np.array([1, -2, 2**30], np.dtype(np.int32).newbyteorder(order))
+        session.write(tmp_path / "a.kvp", {}, {"numbers": numbers})
+        assert struct.pack("<3i", 1, -2, 2**30) in (tmp_path / "a.kvp").read_bytes()
+        read = session.read(tmp_path / "a.kvp")[1]["numbers"]
+        assert read.dtype == np.int32
+        np.testing.assert_array_equal(read, numbers)

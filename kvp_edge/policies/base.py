@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -22,8 +24,14 @@ IntArray = npt.NDArray[np.int32]
 EVERY_QUERY = 2**31 - 1
 
 
+_assigning = threading.Lock()
+
+
 class Policy(ABC):
     """A scorer of cached tokens. Write ``score`` and, if needed, set the class attributes.
+
+    An object may be given to several models, also in several threads, unless ``score`` itself
+    remembers something from one call to the next.
 
     A policy only scores. When and how much to evict, and which tokens are protected whatever their
     score, is decided by ``kvp_edge.eviction``.
@@ -55,16 +63,28 @@ class Policy(ABC):
     head_weights: FloatArray | None = None
 
     #: How many of the newest tokens' queries the policy wants to see, at most as many as the cache
-    #: has cells; 0: none. With more than 0 the policy's object serves one Llama, and ``scope`` is
-    #: "cache", as the queries are others at every eviction.
+    #: has cells; 0: none. With more than 0 ``scope`` is "cache", as the queries are others at every
+    #: eviction.
     queries: int = 0
 
     #: Whether the log must know RoPE's frequencies (kvp_edge.rope). A model in which they cannot be
     #: measured is then refused at load.
     needs_frequencies: ClassVar[bool] = False
 
-    #: Where they are; set by Llama at load if ``queries`` > 0.
+    #: Where they are, if ``queries`` > 0: the log of the one model that the object serves.
     query_log: QueryLog | SharedLog | None = None
+
+    def serving(self, log: QueryLog) -> Policy:
+        """The policy for the model whose log this is, until ``released``: this object, or a copy
+        (copy.copy) while this one serves another model."""
+        with _assigning:
+            policy = self if self.query_log is None else copy.copy(self)
+            policy.query_log = log
+            return policy
+
+    def released(self) -> None:
+        """Its model is gone."""
+        self.query_log = None
 
     def logged(self) -> Queries:
         """The newest ``queries`` queries of the log, fewer if there are not so many.

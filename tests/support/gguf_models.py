@@ -234,6 +234,47 @@ def write_mpt(path: str | PathLike[str]) -> None:
     _close(writer)
 
 
+def write_vocabulary(
+    path: str | PathLike[str],
+    kind: Literal["bpe", "spm"],
+    special: dict[str, TokenType],
+    *,
+    name: str = "vocabulary",
+    add_eos: bool = False,
+) -> None:
+    """Write a GGUF file of a tokenizer alone, for ``vocab_only=True``.
+
+    Args:
+        special: tokens besides <s>, </s> and (spm) <unk>, and what they are.
+        name: of the model. With "phi-3" in it llama.cpp lets special tokens of the kind <|...|>
+            strip the white space behind them, with "modern-bert" [MASK] that before it.
+    """
+    writer = GGUFWriter(fspath(path), "llama")
+    writer.add_name(name)
+    tokens = {"<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL}
+    if kind == "bpe":
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges(MERGES)
+        text = [*_byte_symbols(), *(merge.replace(" ", "") for merge in MERGES)]
+        tokens |= special | dict.fromkeys(text, TokenType.NORMAL)
+    else:
+        writer.add_tokenizer_model("llama")
+        text = [*"\u2581abcdeghinort<|>\n", "\u2581a", "th", "the", "\u2581the", "in", "an"]
+        tokens = {"<unk>": TokenType.UNKNOWN, **tokens, **special}
+        tokens |= dict.fromkeys((f"<0x{b:02X}>" for b in range(256)), TokenType.BYTE)
+        tokens |= {t: TokenType.NORMAL for t in text if t not in tokens}
+        writer.add_token_scores([-float(i) for i in range(len(tokens))])
+        writer.add_unk_token_id(0)
+    writer.add_token_list(list(tokens))
+    writer.add_token_types([int(kind) for kind in tokens.values()])
+    writer.add_bos_token_id(list(tokens).index("<s>"))
+    writer.add_eos_token_id(list(tokens).index("</s>"))
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(add_eos)
+    _close(writer)
+
+
 def _draw_weights(shape: ModelShape) -> Weights:
     """Random weights scaled so that attention is peaked and removing a token shows in the logits.
 
