@@ -91,8 +91,8 @@ class _Bound:
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
-#: What the base class keeps of llama.cpp's objects.
-_FREED = ("_model", "_ctx", "_batch", "tokenizer_")
+#: What is kept of llama.cpp's objects, "_model" under another name.
+_FREED = ("_loaded", "_ctx", "_batch", "tokenizer_")
 
 #: The base class sends stdout, stderr and the level of its logger somewhere else for the process
 #: while a model is loaded, and back. Two at once would not find the way back.
