@@ -31,8 +31,8 @@ from support.devices import (
 from support.gguf_models import ModelShape, write_model
 from support.reference import Reference
 
-# In the background of a shell script SIGINT is ignored, under nohup SIGHUP, and children would inherit
-# that: but what these do is tested on them.
+# In the background of a shell script SIGINT is ignored, under nohup SIGHUP, and children would
+# inherit that: but what these do is tested on them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):  # not on Windows
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
