@@ -144,7 +144,8 @@ class CacheLimits:
             budget = kv_budget
             if reserve is None:
                 reserve = max(MIN_DEFAULT_RESERVE, budget // 4, n_batch or 0)
-            beside = n_batch or MIN_DEFAULT_RESERVE
+            # a batch as large as without a window, but no more than the default reserve asks for
+            beside = n_batch or min(MIN_DEFAULT_RESERVE, max(reserve, MIN_WINDOW_BATCH))
             cells = _round_up(max(budget + reserve, in_sight + beside))
         # cells beyond the logical context could never be used
         cells = min(cells, _round_up(n_ctx))

@@ -80,6 +80,14 @@ def test_no_window_or_one_of_a_single_token_needs_no_cells() -> None:
     assert plan(kv_budget=512, window=0) == plan(kv_budget=512, window=1) == plan(kv_budget=512)
 
 
+def test_a_window_that_fits_beside_a_small_reserve_adds_no_cells() -> None:
+    asked = {"kv_budget": 100, "reserve": 60}
+    assert plan(**asked, window=24) == plan(**asked)
+    beside = plan(**asked, window=197)  # 196 in sight, and a batch of 60
+    assert (beside.cells, beside.n_batch) == (256, 60)
+    assert plan(**asked, window=198).cells == 512
+
+
 def test_a_text_that_fits_into_the_cells_needs_none_for_a_window() -> None:
     assert plan(kv_budget=128, n_ctx=600, window=4096).cells == 768
     assert plan(kv_budget="1MiB", n_ctx=512, window=4096).cells == 512
