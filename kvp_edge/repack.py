@@ -277,6 +277,12 @@ def _told(tried: Sequence[Tried]) -> str:
 _said = False
 
 
+def say_nothing() -> None:
+    """In this process: the one that started it has said it."""
+    global _said  # noqa: PLW0603  # one process, one line
+    _said = True
+
+
 def _say_once(fault: str) -> None:
     global _said  # noqa: PLW0603  # one process, one line
     if not _said:

@@ -46,6 +46,7 @@ from kvp_edge.native import NativeCache
 from kvp_edge.policy_file import PolicyInfo, write_policy
 from support.devices import RpcServer, placed, rpc_device
 from support.gguf_models import ModelShape, write_model
+from support.plain_llama import PlainLlama
 from support.policies import random_weights
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
@@ -311,7 +312,7 @@ def main() -> int:
                 print(cost.row(speed))
             if args.decode:
                 sys.stdout.flush()
-                plain = llama_cpp.Llama(
+                plain = PlainLlama(
                     model,
                     n_ctx=args.cells,
                     n_batch=llm._kv.limits.n_batch,

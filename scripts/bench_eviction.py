@@ -29,6 +29,9 @@ import kvp_edge
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.policies import HEURISTICS
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from support.plain_llama import PlainLlama
+
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "penelope_brandling.txt"
 
 
@@ -72,7 +75,7 @@ def bounded(
 
 def plain(model: str, cells: int, n_batch: int, tokens: list[int], n_decode: int) -> Run:
     """The same work without eviction: a plain context, cleared when full, then kept near full."""
-    llm = llama_cpp.Llama(model, n_ctx=cells, n_batch=n_batch, verbose=False)
+    llm = PlainLlama(model, n_ctx=cells, n_batch=n_batch, verbose=False)
     try:
         # Between evictions a bounded cache holds from budget to cells tokens, so does this one.
         low = cells - max(256, cells // 5)

@@ -42,6 +42,7 @@ from real_models import MODELS, found
 
 import kvp_edge
 from kvp_edge.native import read_model_shape
+from support.plain_llama import PlainLlama
 
 TEXT = ROOT / "tests" / "data" / "penelope_brandling.txt"
 N_READ = 600
@@ -94,8 +95,8 @@ class Bench:
         """As a user opens it; a model with a window may have more cells."""
         return kvp_edge.Llama(self.path, n_ctx=10**6, kv_budget=kept_of(cells), **self.engine)
 
-    def plain(self, cells: int, n_batch: int = 512) -> llama_cpp.Llama:
-        return llama_cpp.Llama(self.path, n_ctx=cells, n_batch=n_batch, **self.engine)
+    def plain(self, cells: int, n_batch: int = 512) -> PlainLlama:
+        return PlainLlama(self.path, n_ctx=cells, n_batch=n_batch, **self.engine)
 
     def fill_bounded(self, llm: kvp_edge.Llama, rows: int, seen: int) -> None:
         fill(llm, rows, seen, repeated(self._state, rows))
@@ -188,7 +189,7 @@ def loaded(way: str, path: str, small: int, threads: int) -> dict[str, float]:
     started = time.perf_counter()
     llm: Any
     if way == "llama_cpp":
-        llm = llama_cpp.Llama(path, n_ctx=small, n_batch=512, **engine)
+        llm = PlainLlama(path, n_ctx=small, n_batch=512, **engine)
     else:
         llm = kvp_edge.Llama(path, n_ctx=10**6, kv_budget=kept_of(small), **engine)
     seconds = time.perf_counter() - started

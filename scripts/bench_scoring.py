@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from kvp_edge.policy_file import PolicyInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support.gguf_models import HALF_B, write_model
+from support.plain_llama import PlainLlama
 from support.policies import random_weights
 
 SEVEN_B = (28, 4, 128)  # layers, KV heads, head size
@@ -49,9 +49,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def model_speed(path: str, threads: int, repeat: int) -> tuple[float, float]:
     """Microseconds per token of llama.cpp: reading 512 at once, writing one by one."""
-    llm = llama_cpp.Llama(
-        path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
+    llm = PlainLlama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
     tokens = [token % llm.n_vocab() for token in range(528)]
     reading, writing = [], []
     for _ in range(repeat):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 
 import kvp_edge
+from kvp_edge import buffer_types
+from kvp_edge.repack import llama_library
 from support import properties
 from support.command_line import kvp, terminal  # noqa: F401  # fixtures
 from support.devices import (
@@ -111,6 +114,15 @@ def load() -> Iterator[Callable[..., kvp_edge.Llama]]:
     yield make
     for llm in loaded:
         llm.close()
+
+
+@pytest.fixture(scope="session")
+def amx_works() -> None:
+    """Skips where AMX ends processes, and llama.cpp would use it: there a llama.cpp that works in
+    all its parts takes another build. It is asked without kvp_edge's own trial."""
+    fresh = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "fresh.py"))
+    if "AMX" in buffer_types.extra_buffer_types(str(llama_library())) and fresh["broken_amx"](""):
+        pytest.skip("AMX does not work here, and llama.cpp was compiled with it: scripts/fresh.py")
 
 
 @pytest.fixture(scope="session")

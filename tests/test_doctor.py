@@ -61,7 +61,7 @@ def run(*argv: str) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def healthy(bundled_model: str) -> dict[str, Any]:
+def healthy(bundled_model: str, amx_works: None) -> dict[str, Any]:
     """What it says of this machine, and of the model that comes along."""
     status, out = run("--json", bundled_model)
     found: dict[str, Any] = json.loads(out)
@@ -179,6 +179,7 @@ def test_a_model_larger_than_the_memory_is_a_fault(
 # -- a library that does not load ----------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("amx_works")
 def test_without_the_native_part_doctor_says_so_and_other_commands_point_to_it() -> None:
     got = command("doctor", "--json", KVP_EDGE_LIBRARY="/no/such/library.so")
     assert got.returncode == 1
@@ -219,6 +220,7 @@ def test_the_package_gives_its_names_when_they_are_asked_for() -> None:
         assert getattr(kvp_edge, name) is not None
 
 
+@pytest.mark.usefixtures("amx_works")
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
 def test_a_library_that_ends_the_process_is_told_of(tmp_path: Path) -> None:
     source, library = tmp_path / "trap.c", tmp_path / "trap.so"

@@ -60,6 +60,7 @@ def faults(tried: list[Tried]) -> list[tuple[str, str]]:
 # -- the products ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("amx_works")
 def test_every_buffer_type_of_this_machine_computes_what_the_plain_one_does() -> None:
     library = llama_library()
     tried = try_buffer_types(repack.trial_command(library))
@@ -296,6 +297,23 @@ def test_where_a_buffer_type_crashes_models_do_without_and_one_line_says_so(
     assert "kvp-edge doctor" in said[0]
 
 
+def test_an_evaluation_with_workers_says_so_once(
+    bundled_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # processes of their own, which find what an earlier one kept
+    fault = "ends the process with q4_0 weights (SIGILL)"
+    repack.keep(llama_library(), [Tried("CPU", ["f16"], ""), Tried("AMX", [], fault)])
+    how = "--items 1 --lengths 256 --tasks fact,facts --policies recency --budgets 128 --threads 1"
+    asked = ["eval", bundled_model, *how.split(), "--workers", "2", "--out", str(tmp_path / "out")]
+    assert main(asked) == 0
+    said = capfd.readouterr().err
+    assert said.count("weights are not repacked") == 1
+
+
+@pytest.mark.usefixtures("amx_works")
 def test_where_all_work_models_use_them_and_nothing_is_said(
     bundled_model: str, load: Load, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

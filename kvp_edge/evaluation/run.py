@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from kvp_edge import repack
 from kvp_edge.chat_prompt import (
     last_begin,
     next_turn,
@@ -205,7 +206,8 @@ def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
             yield from run.records_of(group)
         return
     pieces = [piece for group in all_groups for piece in _pieces(group)]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, repack.say_nothing) as pool:
         waiting = [pool.submit(_records_of, run, piece) for piece in pieces]
         try:
             for done in as_completed(waiting):

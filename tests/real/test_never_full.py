@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llama_cpp
 import pytest
 
 from kvp_edge import Llama
+from support.plain_llama import PlainLlama
 from support.real_models import ALL, PLAIN
 from test_packing import CACHE_TYPES
 
@@ -41,7 +41,7 @@ def test_a_chat_in_a_cache_that_is_never_full_is_llama_cpps(
     said = []
     for llm in (
         Llama(real_model(name), n_ctx=2048, kv_budget=768, **kind(types), **QUIET),
-        llama_cpp.Llama(real_model(name), n_ctx=2048, **kind(types), **QUIET),
+        PlainLlama(real_model(name), n_ctx=2048, **kind(types), **QUIET),
     ):
         messages: list[Any] = []
         usage = []
@@ -82,7 +82,7 @@ def test_a_text_is_continued_as_by_llama_cpp(
         granularity=granularity, **kind(types), **QUIET,
     )  # fmt: skip
     # in batches of another size sums are taken in another order, and rounding decides some choices
-    plain = llama_cpp.Llama(path, n_ctx=512, n_batch=56, **kind(types), **QUIET)
+    plain = PlainLlama(path, n_ctx=512, n_batch=56, **kind(types), **QUIET)
     cells, written = bounded.kv_stats.cells, 16
     prompt = plain.tokenize(book[:4000].encode(), add_bos=True)[: cells - written + 1]
     options = {"max_tokens": written, **SAMPLING[sampling]}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-import llama_cpp
-
 from kvp_edge import transcript
 from kvp_edge.evaluation import run
 from kvp_edge.evaluation.records import FULL
@@ -14,6 +12,7 @@ from kvp_edge.evaluation.run import Run
 from kvp_edge.evaluation.setting import Setting
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
+from support.plain_llama import PlainLlama
 
 ENGINE: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 
@@ -27,7 +26,7 @@ def assert_replies_are_llama_cpps(path: str, tasks: list[str], length: int) -> N
     how = Setting("bounded", "unseen", "head", length, longest, None, FULL, True)
     records = list(Run(path, 0, "f16", "f16", ENGINE).records(how, prompts))
     chosen = {"chat_format": transcript.NAME} if is_transcript else {}
-    with closing(llama_cpp.Llama(path, n_ctx=longest, n_batch=512, **ENGINE, **chosen)) as plain:
+    with closing(PlainLlama(path, n_ctx=longest, n_batch=512, **ENGINE, **chosen)) as plain:
         for prompt, record in zip(prompts, records, strict=True):
             assert prompt.item is not None
             plain.reset()
