@@ -30,6 +30,7 @@ from support.gguf_models import (
     write_mamba,
     write_model,
 )
+from support.real_models import write_exact
 from support.reference import Reference
 
 F16_CACHE_TOLERANCE = 0.02
@@ -233,11 +234,12 @@ def test_full_attention_logits_equal_llama_cpp_up_to_f16_cache_rounding(
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_full_attention_logits_equal_llama_cpp_closely_with_an_f32_cache(
-    models: dict[str, Model], name: str
+    models: dict[str, Model], name: str, tmp_path: Path
 ) -> None:
     model = models[name]
     tokens = text_tokens(N_TOKENS)
-    with loaded(model.path, llama_cpp.GGML_TYPE_F32) as llm:
+    path = write_exact(model.path, tmp_path / "exact.gguf")
+    with loaded(path, llama_cpp.GGML_TYPE_F32) as llm:
         got = evaluate(llm, tokens)
     assert difference(got, model.full_logits) < f32_tolerance(model.shape)
 

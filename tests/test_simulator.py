@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -23,6 +24,7 @@ from kvp_edge.evaluation.simulator import (  # noqa: E402
 from kvp_edge.evaluation.subject import Subject  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402
 from support.gguf_models import ModelShape  # noqa: E402
+from support.real_models import write_exact  # noqa: E402
 from test_packing import Noise  # noqa: E402
 
 Maker = Callable[[ModelShape], RandomModel]
@@ -37,13 +39,12 @@ TOKENS = random_tokens(N)
 
 @pytest.mark.parametrize("budget", [24, 100, 299, 300])
 def test_with_equal_counts_the_loss_is_that_of_a_real_eviction(
-    bundled_model: str, book: str, budget: int
+    bundled_model: str, book: str, budget: int, tmp_path: Path
 ) -> None:
     border, f32 = 300, llama_cpp.GGML_TYPE_F32
+    exact = str(write_exact(bundled_model, tmp_path / "exact.gguf"))
     engine: dict[str, Any] = {"type_k": f32, "type_v": f32, "n_threads": 1, "n_threads_batch": 1}
-    subject = Subject(
-        bundled_model, 512, 512, budget, policy=Noise(), recent=16, verbose=False, **engine
-    )
+    subject = Subject(exact, 512, 512, budget, policy=Noise(), recent=16, verbose=False, **engine)
     try:
         tokens = subject.tokenize(book[5000:9000].encode())[:400]
         subject.read(tokens[:border])

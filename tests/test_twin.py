@@ -21,6 +21,7 @@ from kvp_edge import Llama, UnsupportedModelError  # noqa: E402
 from kvp_edge.errors import TrainingError  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402
 from support.gguf_models import ModelShape, write_model, write_mpt  # noqa: E402
+from support.real_models import write_exact  # noqa: E402
 from test_packing import Noise  # noqa: E402
 
 Maker = Callable[[ModelShape], RandomModel]
@@ -75,18 +76,20 @@ def twin_logits(twin: Twin, tokens: list[int] = TOKENS, bias: Any = None) -> Any
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_are_llama_cpps(name: str, random_model: Maker) -> None:
+def test_logits_are_llama_cpps(name: str, random_model: Maker, tmp_path: Path) -> None:
     model = random_model(SHAPES[name])
     got = twin_logits(Twin.load(model.path))
-    assert difference(got, llama_logits(model.path)) < tolerance(model.shape)
+    exact = write_exact(model.path, tmp_path / "exact.gguf")
+    assert difference(got, llama_logits(exact)) < tolerance(model.shape)
     assert difference(got, model.reference.logits(TOKENS)) < EXACT
 
 
-def test_logits_of_the_bundled_model_are_llama_cpps(bundled_model: str) -> None:
+def test_logits_of_the_bundled_model_are_llama_cpps(bundled_model: str, tmp_path: Path) -> None:
     """An f16 file with tied output embeddings."""
     tokens = np.random.default_rng(0).integers(5, 4000, 200).tolist()
     got = twin_logits(Twin.load(bundled_model), tokens)
-    assert difference(got, llama_logits(bundled_model, tokens)) < EXACT
+    exact = write_exact(bundled_model, tmp_path / "exact.gguf")
+    assert difference(got, llama_logits(exact, tokens)) < EXACT
 
 
 def quantise(source: str | Path, target: Path, ftype: int) -> Path:

@@ -194,7 +194,7 @@ def test_spans_found_bit_by_bit_and_after_going_back_are_those_of_the_whole_text
     assert got == want
 
 
-def test_spans_of_which_nothing_is_held_are_forgotten_but_not_where_turns_begin() -> None:
+def test_spans_of_which_nothing_is_held_are_forgotten_but_not_the_newest_turns() -> None:
     packed = np.array([[[0, 4, 5]]], np.int32)
     spans = [(0, 2, TURN), (2, 4, TEXT), (4, 6, TEXT), (6, 8, TURN), (9, 10, TEXT)]
     table = Table(
@@ -210,4 +210,4 @@ def test_spans_of_which_nothing_is_held_are_forgotten_but_not_where_turns_begin(
         settled=0,
     )
     got = table.with_spans(spans[4:]).spans.tolist()
-    assert [tuple(span) for span in got] == [spans[0], spans[2], spans[3], spans[4]]
+    assert [tuple(span) for span in got] == [spans[2], spans[3], spans[4]]

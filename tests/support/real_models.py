@@ -65,7 +65,8 @@ def read_reference(path: str | Path) -> Reference:
 
 def write_exact(path: str | Path, target: Path) -> Path:
     """A copy of a model with the same weights as f32. With quantised ones llama.cpp rounds what it
-    multiplies with them, too, and no reference can follow it closely."""
+    multiplies with them, too, with f16 ones on some processors, and no reference can follow it
+    closely."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
     with listen(pass_on=False):
