@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from dataclasses import dataclass, replace
 
@@ -23,6 +25,21 @@ _UNIT = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb
 
 def _round_up(n: int) -> int:
     return -(-n // CELL_UNIT) * CELL_UNIT
+
+
+def _mib(n_bytes: int) -> str:
+    """What to ask for to get these bytes: a number rounded down would not do."""
+    return f"{math.ceil(n_bytes * 100 / 2**20) / 100:.2f}"
+
+
+def _require_whole(name: str, number: int) -> None:
+    try:
+        operator.index(number)
+    except TypeError:
+        raise BudgetError(
+            f"{name} is a number of tokens, a whole one, and not {number!r} "
+            f"({type(number).__name__})"
+        ) from None
 
 
 def parse_budget(text: str) -> int | str:
@@ -113,6 +130,15 @@ class CacheLimits:
         Raises:
             BudgetError: the numbers contradict each other.
         """
+        for name, number in {
+            "n_ctx": n_ctx,
+            "kv_budget": 0 if isinstance(kv_budget, str) else kv_budget,
+            "sinks": sinks,
+            "recent": recent or 0,
+            "reserve": reserve or 0,
+            "n_batch": n_batch or 0,
+        }.items():
+            _require_whole(name, number)
         if n_ctx < 1:
             raise BudgetError(f"n_ctx must be at least 1 token, not {n_ctx}")
         if sinks < 0:
@@ -175,7 +201,7 @@ class CacheLimits:
                 raise BudgetError(
                     f"kv_budget={kv_budget} gives {cells} cells, but the model's sliding window of "
                     f"{window} tokens and a batch of {n_batch or MIN_WINDOW_BATCH} need {needed}: "
-                    f"give {needed * bytes_per_cell / 2**20:.2f} MiB, {lower}or use "
+                    f"give {_mib(needed * bytes_per_cell)} MiB, {lower}or use "
                     "granularity='token', which takes tokens out of the window, too"
                 )
             batch = n_batch or min(DEFAULT_BATCH, room, beside)
@@ -186,7 +212,8 @@ class CacheLimits:
         match = _MEMORY.fullmatch(memory)
         if not match:
             raise BudgetError(
-                f"kv_budget is a number of tokens like 512, or memory like '256MiB', not '{memory}'"
+                "kv_budget is a number of tokens, an int like 512, or memory, a text like "
+                f"'256MiB', not '{memory}'"
             )
         size = int(float(match.group(1)) * _UNIT[match.group(2).lower()])
         cells = size // bytes_per_cell // CELL_UNIT * CELL_UNIT if bytes_per_cell else 0
@@ -194,6 +221,6 @@ class CacheLimits:
             raise BudgetError(
                 f"kv_budget={memory} is too little: a token of this model takes {bytes_per_cell} "
                 f"bytes and the smallest cache has {CELL_UNIT} cells, "
-                f"{CELL_UNIT * bytes_per_cell / 2**20:.2f} MiB"
+                f"{_mib(CELL_UNIT * bytes_per_cell)} MiB"
             )
         return cells
