@@ -464,7 +464,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         kv, cells = self._kv, int(super().n_ctx())
         if kv is None:
             n = int(self.n_tokens)
-            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None, None, None, 0)
+            return KVStats(
+                n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None, None, None, 0, 0
+            )
         place = kv.cache.place
         return KVStats(
             seen=kv.seen,
@@ -480,6 +482,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             pack="device" if kv.packs_in_place else "state",
             where=place.where,
             crossed_bytes=place.crossed,
+            evictions_as_state=kv.evictions_as_state,
         )
 
     @property
@@ -812,6 +815,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "table": table.numbers(),
             "protected_prefix": kv.protected_prefix,
             "evictions": kv.evictions,
+            "evictions_as_state": kv.evictions_as_state,
             "eviction_ms": kv.eviction_ms,
             "extra": extra,
         }
@@ -865,6 +869,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self.n_tokens = len(tokens)
         self.input_ids[: len(tokens)] = tokens
         kv.evictions, kv.eviction_ms = header["evictions"], header["eviction_ms"]
+        kv.evictions_as_state = header.get("evictions_as_state", 0)  # older files lack it
         kv.protect_prefix(header["protected_prefix"])
         return header["extra"]
 
