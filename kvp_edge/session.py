@@ -83,7 +83,9 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str
                 file.write(part)
             file.write(digest.digest())
     except OSError as error:
-        raise SessionError(f"the session cannot be written to '{path}': {error}") from error
+        # str(error) would name the file that is written to the side
+        reason = error.strerror or error
+        raise SessionError(f"the session cannot be written to '{path}': {reason}") from error
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -99,7 +101,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
-        raise SessionError(f"the session '{path}' cannot be read: {error}") from error
+        reason = error.strerror or error
+        raise SessionError(f"the session '{path}' cannot be read: {reason}") from error
     if len(data) < _HEAD.size + _DIGEST_BYTES or data[:8] != MAGIC:
         raise SessionError(f"'{path}' is not a session of kvp_edge")
     _, version, header_bytes = _HEAD.unpack_from(data)
@@ -140,8 +143,15 @@ def require_same(path: str | os.PathLike[str], saved: dict[str, Any], here: dict
         SessionError: naming the first difference and both sides.
     """
     for name, value in here.items():
-        if saved.get(name) != value:
+        if saved.get(name) == value:
+            continue
+        if name == "model":  # two checksums
             raise SessionError(
-                f"the session '{path}' was saved with {name} = {saved.get(name)}, and here it is "
-                f"{value}: a cache can only be resumed with what it was made with"
+                f"the session '{path}' was saved with model = {str(saved.get(name))[:8]}..., and "
+                f"here it is {str(value)[:8]}...: that is another model file, which must be loaded "
+                "to go on"
             )
+        raise SessionError(
+            f"the session '{path}' was saved with {name} = {saved.get(name)}, and here it is "
+            f"{value}: a cache can only be resumed with what it was made with"
+        )
