@@ -118,8 +118,8 @@ class CacheLimits:
             recent: newest tokens to protect; a quarter of the budget, at most 256, when None.
             reserve: free cells after an eviction; when None a quarter of the budget, but at least
                 256 and ``n_batch``: an eviction looks at every cell, so a larger cache should see
-                fewer of them. What a window needs, and rounding the cells up to a multiple of 256,
-                adds to it.
+                fewer of them. Of memory it is a fifth of the cells, and at least ``n_batch``. What
+                a window needs, and rounding the cells up to a multiple of 256, adds to it.
             n_batch: largest batch; when None, at most 512, and no more than fits into the reserve
                 and beside the window.
             bytes_per_cell: K and V of one token over all layers, for budgets in bytes.

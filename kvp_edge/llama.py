@@ -105,7 +105,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
-            n_batch. More where a model's sliding window needs cells (kvp_edge.limits).
+            n_batch; where the budget is memory, a fifth of the cells. More where a model's sliding
+            window needs cells (kvp_edge.limits).
         protect_system: never drop the system prompt of create_chat_completion, nor the definitions
             of tools that the chat template shows before the first message, if these fit as well.
         pack: "device": the cache is scored and packed where it lies, in host memory or on a device

@@ -172,7 +172,8 @@ def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> No
         "--reserve",
         type=int,
         metavar="N",
-        help="free cells after an eviction (default: a quarter of the budget, at least 256)",
+        help="free cells after an eviction (default: a quarter of the budget, at least 256; a "
+        "fifth of the cells where the budget is memory)",
     )
     group.add_argument(
         "--pack",
