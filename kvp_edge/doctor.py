@@ -304,7 +304,11 @@ def _model(path: str) -> Iterator[Finding]:
     heads = found["kv_heads"]
     size = found["cache_bytes_per_token"]
     window = f"{found['window']} tokens, in some layers" if found["window"] else "none"
-    template = "yes" if found["chat_template"] else "none: a base model, or made without (--raw)"
+    template = (
+        "yes"
+        if found["chat_template"]
+        else "none: a base model, or made without (chat shows it a transcript)"
+    )
     facts = {
         "file": (path, f"{path} ({_bytes(found['file_bytes'])})"),
         "architecture": (found["architecture"], found["architecture"]),

@@ -346,7 +346,8 @@ class EvictionManager:
 
     @property
     def packs_in_place(self) -> bool:
-        """Whether the cache is scored and packed where it lies, as long as cells are known."""
+        """Whether the cache is scored and packed where it lies, as long as cells are known and no
+        sliding window would lose tokens that it still sees."""
         return self.cache.place.packs(self.granularity)
 
     @property
@@ -424,6 +425,7 @@ class EvictionManager:
         """Forget every token and begin to count anew. The owner removes the cells
         (llama_memory_seq_rm from 0 on)."""
         self.evictions = 0
+        self.evictions_as_state = 0  # of these, through llama.cpp's state
         self.eviction_ms = 0.0
         self.restore(self.empty_table())
 
@@ -540,6 +542,7 @@ class EvictionManager:
         self.eviction_ms += ms
         after = self.cache.place
         in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
+        self.evictions_as_state += not in_place
         if self.on_evict is not None:
             dropped = _no_longer_held(tokens, self._table.tokens(), before.seen)
             self.on_evict(

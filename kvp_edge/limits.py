@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from dataclasses import dataclass, replace
 
@@ -23,6 +25,21 @@ _UNIT = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb
 
 def _round_up(n: int) -> int:
     return -(-n // CELL_UNIT) * CELL_UNIT
+
+
+def _mib(n_bytes: int) -> str:
+    """What to ask for to get these bytes: a number rounded down would not do."""
+    return f"{math.ceil(n_bytes * 100 / 2**20) / 100:.2f}"
+
+
+def _require_whole(name: str, number: int) -> None:
+    try:
+        operator.index(number)
+    except TypeError:
+        raise BudgetError(
+            f"{name} is a number of tokens, a whole one, and not {number!r} "
+            f"({type(number).__name__})"
+        ) from None
 
 
 def parse_budget(text: str) -> int | str:
@@ -101,8 +118,8 @@ class CacheLimits:
             recent: newest tokens to protect; a quarter of the budget, at most 256, when None.
             reserve: free cells after an eviction; when None a quarter of the budget, but at least
                 256 and ``n_batch``: an eviction looks at every cell, so a larger cache should see
-                fewer of them. What a window needs, and rounding the cells up to a multiple of 256,
-                adds to it.
+                fewer of them. Of memory it is a fifth of the cells, and at least ``n_batch``. What
+                a window needs, and rounding the cells up to a multiple of 256, adds to it.
             n_batch: largest batch; when None, at most 512, and no more than fits into the reserve
                 and beside the window.
             bytes_per_cell: K and V of one token over all layers, for budgets in bytes.
@@ -113,6 +130,15 @@ class CacheLimits:
         Raises:
             BudgetError: the numbers contradict each other.
         """
+        for name, number in {
+            "n_ctx": n_ctx,
+            "kv_budget": 0 if isinstance(kv_budget, str) else kv_budget,
+            "sinks": sinks,
+            "recent": recent or 0,
+            "reserve": reserve or 0,
+            "n_batch": n_batch or 0,
+        }.items():
+            _require_whole(name, number)
         if n_ctx < 1:
             raise BudgetError(f"n_ctx must be at least 1 token, not {n_ctx}")
         if sinks < 0:
@@ -176,7 +202,7 @@ class CacheLimits:
                 raise BudgetError(
                     f"kv_budget={kv_budget} gives {cells} cells, but the model's sliding window of "
                     f"{window} tokens and a batch of {n_batch or MIN_WINDOW_BATCH} need {needed}: "
-                    f"give {needed * bytes_per_cell / 2**20:.2f} MiB, {lower}or use "
+                    f"give {_mib(needed * bytes_per_cell)} MiB, {lower}or use "
                     "granularity='token', which takes tokens out of the window, too"
                 )
             batch = n_batch or min(DEFAULT_BATCH, room, beside)
@@ -187,7 +213,8 @@ class CacheLimits:
         match = _MEMORY.fullmatch(memory)
         if not match:
             raise BudgetError(
-                f"kv_budget is a number of tokens like 512, or memory like '256MiB', not '{memory}'"
+                "kv_budget is a number of tokens, an int like 512, or memory, a text like "
+                f"'256MiB', not '{memory}'"
             )
         amount = float(match.group(1)) * _UNIT[match.group(2).lower()]
         if amount >= 2**63:  # of bytes, inf among them
@@ -198,6 +225,6 @@ class CacheLimits:
             raise BudgetError(
                 f"kv_budget={memory} is too little: a token of this model takes {bytes_per_cell} "
                 f"bytes and the smallest cache has {CELL_UNIT} cells, "
-                f"{CELL_UNIT * bytes_per_cell / 2**20:.2f} MiB"
+                f"{_mib(CELL_UNIT * bytes_per_cell)} MiB"
             )
         return cells

@@ -138,7 +138,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
-            n_batch. More where a model's sliding window needs cells (kvp_edge.limits).
+            n_batch; where the budget is memory, a fifth of the cells. More where a model's sliding
+            window needs cells (kvp_edge.limits).
         protect_system: never drop the system prompt of create_chat_completion, nor the definitions
             of tools that the chat template shows before the first message, if these fit as well.
         pack: "device": the cache is scored and packed where it lies, in host memory or on a device
@@ -527,7 +528,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         kv, cells = self._kv, int(super().n_ctx())
         if kv is None:
             n = int(self.n_tokens)
-            return KVStats(n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None, None, None, 0)
+            return KVStats(
+                n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None, None, None, 0, 0
+            )
         place = kv.cache.place
         return KVStats(
             seen=kv.seen,
@@ -543,6 +546,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             pack="device" if kv.packs_in_place else "state",
             where=place.where,
             crossed_bytes=place.crossed,
+            evictions_as_state=kv.evictions_as_state,
         )
 
     @property
@@ -945,6 +949,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "table": table.numbers(),
             "protected_prefix": kv.protected_prefix,
             "evictions": kv.evictions,
+            "evictions_as_state": kv.evictions_as_state,
             "eviction_ms": kv.eviction_ms,
             "extra": extra,
         }
@@ -1016,6 +1021,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self.n_tokens = len(tokens)
         self.input_ids[: len(tokens)] = tokens
         kv.evictions, kv.eviction_ms = header["evictions"], header["eviction_ms"]
+        kv.evictions_as_state = header["evictions_as_state"]
         kv.protect_prefix(protected)
         return header["extra"]
 

@@ -30,7 +30,7 @@ from kvp_edge.errors import SessionError
 from kvp_edge.json_values import parse, require, shortened
 
 MAGIC = b"kvpsess\n"
-VERSION = 2
+VERSION = 3
 
 _HEAD = struct.Struct("<8sIQ")
 _DIGEST_BYTES = 32
@@ -44,11 +44,12 @@ _CONVERSATION = {
     "table": dict[str, int],
     "protected_prefix": int,
     "evictions": int,
+    "evictions_as_state": int,
     "eviction_ms": float,
     "extra": Any,
 }
 _RESCUED = {"rescue": str, "model": str, "protected_prefix": int, "extra": Any}
-_COUNTS = {"protected_prefix", "evictions", "eviction_ms"}
+_COUNTS = {"protected_prefix", "evictions", "evictions_as_state", "eviction_ms"}
 _MOST = 2**31 - 1
 
 #: Arrays of a conversation: type and number of dimensions.
@@ -135,9 +136,9 @@ def write(
                 file.write(part)
             file.write(digest.digest())
     except OSError as error:
-        raise SessionError(
-            f"the session cannot be written to '{path}': {error.strerror}"
-        ) from error
+        # str(error) would name the file that is written to the side
+        reason = error.strerror or error
+        raise SessionError(f"the session cannot be written to '{path}': {reason}") from error
 
 
 def read(
@@ -162,7 +163,8 @@ def read(
         with files.open_regular(path) as file:
             return _read(file, path, most_bytes)
     except OSError as error:
-        raise SessionError(f"the session '{path}' cannot be read: {error.strerror}") from error
+        reason = error.strerror or error
+        raise SessionError(f"the session '{path}' cannot be read: {reason}") from error
 
 
 def _read(
@@ -301,9 +303,16 @@ def require_same(path: str | os.PathLike[str], saved: dict[str, Any], here: dict
         SessionError: naming the first difference and both sides.
     """
     for name, value in here.items():
-        if saved.get(name) != value:
-            theirs = shortened(saved.get(name)).strip("'")
+        if saved.get(name) == value:
+            continue
+        if name == "model":  # two checksums
             raise SessionError(
-                f"the session '{path}' was saved with {name} = {theirs}, and here it is {value}: "
-                "a cache can only be resumed with what it was made with"
+                f"the session '{path}' was saved with model = {str(saved.get(name))[:8]}..., and "
+                f"here it is {str(value)[:8]}...: that is another model file, which must be loaded "
+                "to go on"
             )
+        theirs = shortened(saved.get(name)).strip("'")
+        raise SessionError(
+            f"the session '{path}' was saved with {name} = {theirs}, and here it is {value}: "
+            "a cache can only be resumed with what it was made with"
+        )

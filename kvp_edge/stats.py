@@ -25,12 +25,15 @@ class KVStats:
         budget: tokens kept after an eviction; None when the cache is not bounded.
         policy: name of the policy; None when the cache is not bounded.
         granularity: "token" or "head"; None when the cache is not bounded.
-        pack: "device" when the cache is scored and packed where it lies, "state" when it goes
-            through llama.cpp's state; None when it is not bounded.
+        pack: "device" when the cache is scored and packed where it lies, as long as that is
+            possible (``Eviction.pack`` says why it may not be), "state" when it always goes through
+            llama.cpp's state; None when it is not bounded.
         where: the devices that it lies on, with commas; with "state", why that is not known; None
             when it is not bounded.
         crossed_bytes: bytes carried between the cache and the host so far: cell numbers and scores
-            of layers on a device, nothing for layers in host memory; with "state", whole states.
+            of layers on a device, nothing for layers in host memory; whole states where an eviction
+            went through one.
+        evictions_as_state: of the evictions, those that went through llama.cpp's state.
     """
 
     seen: int
@@ -46,6 +49,7 @@ class KVStats:
     pack: str | None
     where: str | None
     crossed_bytes: int
+    evictions_as_state: int
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)]
@@ -62,10 +66,14 @@ class KVStats:
         text += f" ({self.kv_bytes / 2**20:.1f} MiB)"
         if self.policy is None:
             return text + ", cache not bounded"
+        how = "through states"
+        if self.pack == "device" and not 0 < self.evictions == self.evictions_as_state:
+            how = f"in place: {self.where}"
+            if self.evictions_as_state:
+                how += f"; {self.evictions_as_state} through states"
         return (
             f"{text}, {self.dropped} dropped in {self.evictions} evictions by {self.policy} "
-            f"({self.eviction_ms:.0f} ms, "
-            + (f"in place: {self.where})" if self.pack == "device" else "through states)")
+            f"({self.eviction_ms:.0f} ms, {how})"
         )
 
 
@@ -83,8 +91,9 @@ class Eviction:
         policy: who chose.
         ms: milliseconds it took.
         pack: "device" if the cache was packed where it lies, "state" if it went through llama.cpp's
-            state: always so with KVStats.pack "state", else when positions are compacted and once
-            after load_state.
+            state: always so with KVStats.pack "state", else when positions are compacted, once
+            after load_state, and where a sliding window would lose tokens that it still sees (a
+            budget that without the recent window is smaller than the sliding one).
         crossed_bytes: bytes it carried between the cache and the host (KVStats.crossed_bytes).
     """
 

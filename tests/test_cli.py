@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import kvp_edge
+from kvp_edge.cli.watch import rate
 from kvp_edge.policies import POLICIES
 from support.command_line import COMMAND, FEW_CELLS, GREEDY, STATUS, Output, Terminal, Type
 from support.gguf_models import ModelShape, write_mamba
@@ -54,6 +55,13 @@ def test_replies_are_the_only_thing_on_stdout(kvp: Type) -> None:
     assert "kept in" in got.err  # /stats
     assert "/regen" in got.err  # /help
     assert "Taken back: What is my dog called?" in got.err
+
+
+def test_a_pace_is_never_told_as_none_while_something_is_read() -> None:
+    assert [rate(n, 1.0) for n in (1, 9, 10, 1666)] == ["1.0", "9.0", "10", "1666"]
+    assert rate(25, 60.0) == "0.4"
+    assert rate(997, 100.0) == "10"
+    assert (rate(0, 1.0), rate(1, 0.0)) == ("-", "-")
 
 
 def test_stats_tell_whether_the_cache_is_packed_where_it_lies(kvp: Type) -> None:

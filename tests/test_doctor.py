@@ -154,6 +154,7 @@ def test_a_model_without_a_chat_template_is_told_of(bundled_model: str, tmp_path
     found = {one.name: one for one in doctor._model(str(path))}
     assert found["chat template"].value is False
     assert "base model" in found["chat template"].text
+    assert "transcript" in found["chat template"].text
     assert not faults(list(found.values()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,33 @@ def test_a_model_learns_a_policy_and_chats_use_it(
     assert main(learn(model, tmp_path / "out")) == 0
     assert Path(policy).exists()
     assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
+
+
+def test_a_policy_that_loses_more_than_a_rule_is_told_of(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(1)
+    assert main(learn(model, tmp_path / "out")) == 0
+    report = tmp_path / "out" / "global" / "report.json"
+    numbers = json.loads(report.read_text())
+    lost = [0.02 for _ in numbers["policy"]["lost"]]
+    numbers["policy"].update(lost=lost, token_lost=0.02)
+    for rule in ("keydiff", "knorm", "recency", "random"):
+        numbers[rule].update(lost=lost, token_lost=0.01)  # as good in heads
+    cases = [
+        ({}, None),
+        ({"knorm": 0.019}, "knorm"),
+        ({"knorm": 0.019, "recency": 0.01}, "recency"),
+    ]
+    capsys.readouterr()
+    for better, told in cases:
+        for rule, value in better.items():
+            numbers[rule]["lost"] = [value for _ in lost]
+        report.write_text(json.dumps(numbers))
+        assert main(learn(model, tmp_path / "out")) == 0
+        said = capsys.readouterr().err
+        assert ("loses less attention than what was learned" in said) == (told is not None)
+        assert told is None or f"--policy {told}" in said
 
 
 def test_the_objective_learned_last_is_the_one_that_chats_use(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +42,26 @@ def test_the_smallest_memory_that_holds_256_cells_is_accepted_and_one_byte_less_
     assert plan(kv_budget="512KiB").cells == 256
     with pytest.raises(BudgetError, match=r"too little.*0\.50 MiB"):
         plan(kv_budget="511KiB")
+
+
+@pytest.mark.parametrize("name", ["n_ctx", "kv_budget", "sinks", "recent", "reserve", "n_batch"])
+def test_a_number_of_tokens_is_whole(name: str) -> None:
+    asked = {"kv_budget": 512, name: 64}
+    for wrong in (64.0, 64.5, b"64"):  # 4096 / 64 is a float, too
+        with pytest.raises(BudgetError, match=f"^{name} is a number of tokens, a whole one"):
+            plan(**{**asked, name: wrong})
+    assert plan(**{**asked, name: np.int64(300)})
+
+
+@pytest.mark.parametrize("bytes_per_cell", [2048, 2051, 23040])  # 256 of the last: 5.625 MiB
+@pytest.mark.parametrize("window", [0, 300])
+def test_the_memory_that_a_refusal_names_is_enough(bytes_per_cell: int, window: int) -> None:
+    asked = {"bytes_per_cell": bytes_per_cell, "window": window}
+    kib = 1 + (CELL_UNIT * bytes_per_cell / 2**10 if window else 0)
+    with pytest.raises(BudgetError) as refused:
+        plan(kv_budget=f"{kib:.3f}KiB", **asked)
+    named = re.findall(r"[\d.]+ MiB", str(refused.value))[-1]
+    assert plan(kv_budget=named, **asked).cells == (512 if window else 256)
 
 
 def test_there_are_never_more_cells_than_the_logical_context_can_use() -> None:

@@ -99,6 +99,8 @@ def test_every_kind_of_cache_goes_on_beyond_its_window_in_place_as_through_the_s
         read_in_pieces(llm)
         assert len(ways) >= 2
         assert set(ways) == {pack if budget > LARGE else "state"}
+        assert llm.kv_stats.evictions_as_state == ways.count("state")
+        assert ("through states" in str(llm.kv_stats)) == ("state" in ways)
         got.append((llm.kv_positions, np.array(llm.scores[: llm.n_tokens])))
     (in_place, logits), (as_state, others) = got
     np.testing.assert_array_equal(in_place, as_state)

@@ -22,6 +22,7 @@ from kvp_edge.cli.demo_tasks import make_items
 from kvp_edge.cli.shown import note, say
 from kvp_edge.context_shift import ContextShift
 from kvp_edge.evaluation import estimate
+from kvp_edge.evaluation.markdown import plural
 from kvp_edge.limits import CELL_UNIT, parse_budget
 from kvp_edge.llama import Llama
 from kvp_edge.own_policy import own_policy
@@ -36,7 +37,7 @@ _MEASURE_SECONDS = 2.0  # how long to read, to tell how long it will take
 FULL, SHIFT = "full context", "drop oldest half"
 
 _INTRO = """\
-{items} conversations of about {length} tokens with {model}: facts are hidden in a novel's prose or
+{conversations} of about {length} tokens with {model}: facts are hidden in a novel's prose or
 told in earlier chat turns, and the question comes last. First the cache holds everything. Then it
 has {cells} cells, and what is dropped when they are full is dropped before the question is known:
 by llama.cpp's own rule (the oldest half), or by a policy that chooses."""
@@ -125,7 +126,7 @@ def _main(args: argparse.Namespace) -> int:
     demo = Demo(args)
     note(
         _INTRO.format(
-            items=args.items,
+            conversations=f"{args.items} {plural('conversation', args.items)}",
             length=args.length,
             model=os.path.basename(demo.path),
             cells=demo.cells,
@@ -311,7 +312,7 @@ def reading(rows: list[Row]) -> list[str]:
     else:
         lines.append("No policy is clearly better than that here.")
     lines.append(
-        f"With {n} questions, rows less than {chance} answers apart may differ by chance "
-        "(--items asks more)."
+        f"With {n} {plural('question', n)}, rows less than {chance} answers apart may differ by "
+        "chance (--items asks more)."
     )
     return lines

@@ -65,7 +65,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hf-repo", metavar="REPO", help="download the model from this repository")
     group.add_argument("--hf-file", metavar="FILE", help="the GGUF file in --hf-repo")
     group.add_argument(
-        "--threads", type=threads, metavar="N", help="default: half of the processors"
+        "--threads",
+        type=threads,
+        metavar="N",
+        help="default: all processors to read, half of them to write",
     )
     group.add_argument(
         "--gpu-layers",
@@ -82,8 +85,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--type-v",
         choices=_CACHE_TYPES,
         default="f16",
-        help="values in the cache (default: f16); quantised types need --flash-attn, "
-        "which traces turn on by themselves",
+        help="values in the cache (default: f16); quantised types need --flash-attn "
+        "(kvp-edge trace and learn turn it on by themselves)",
     )
     add_repack_option(group)
     group.add_argument(
@@ -169,7 +172,8 @@ def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> No
         "--reserve",
         type=int,
         metavar="N",
-        help="free cells after an eviction (default: a quarter of the budget, at least 256)",
+        help="free cells after an eviction (default: a quarter of the budget, at least 256; a "
+        "fifth of the cells where the budget is memory)",
     )
     group.add_argument(
         "--pack",

@@ -171,7 +171,7 @@ def comparison(result: Any) -> str:
         "cost: attention lost over all budgets, the best ranking's = 1; lost: share of attention "
         "lost\nmore than the best ranking does, at 1/2 to 1/16 of the tokens; means over heads"
     )
-    lines.append(f"below the best of {', '.join(BASELINES)} in {won} of {len(best)} heads")
+    lines.append(f"below the best of {', '.join(BASELINES)} in {won} of {len(best)} heads, by cost")
     if result.loss_increase:
         before, after = result.loss_increase
         lines.append(

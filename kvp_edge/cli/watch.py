@@ -15,7 +15,11 @@ from kvp_edge.llama import Llama
 
 def rate(n: int, seconds: float) -> str:
     """Tokens per second; "-" when there is nothing to divide."""
-    return f"{n / seconds:.0f}" if n > 0 and seconds > 0 else "-"
+    if n <= 0 or seconds <= 0:
+        return "-"
+    per_second = n / seconds
+    # "0 t/s" would be untrue of a slow machine
+    return f"{per_second:.1f}" if per_second < 9.95 else f"{per_second:.0f}"
 
 
 @dataclass

@@ -28,7 +28,7 @@ GREEDY = ["--temperature", "0"]
 STATUS = re.compile(
     r"\[kvp: (?P<seen>\d+) tokens seen, (?P<kept>\d+) kept, (?P<dropped>\d+) dropped by "
     r"(?P<policy>[\w-]+) \((?P<evictions>\d+) evictions\), (?P<mib>[\d.]+) MiB \| "
-    r"read (?P<read>\d+) at [\d-]+ t/s, wrote (?P<wrote>\d+) at [\d-]+ t/s\]"
+    r"read (?P<read>\d+) at [\d.-]+ t/s, wrote (?P<wrote>\d+) at [\d.-]+ t/s\]"
 )
 
 
