@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 _SIGNALS = ("SIGTERM", "SIGHUP")  # the second one does not exist everywhere
+_PATIENCE_S = 0.2
 
 
 class Ended(BaseException):
@@ -23,7 +25,15 @@ class Ended(BaseException):
 def signals_raise() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP raise ``Ended``, where they would end the process on the spot. A
     signal that is ignored (nohup) stays ignored."""
-    with _handling(_raise, *_SIGNALS):
+    came = threading.Event()
+
+    def end(number: int, _frame: Any) -> None:
+        came.set()
+        raise Ended(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    repeats = main and hasattr(signal, "pthread_kill")  # not on Windows
+    with _handling(end, *_SIGNALS), _repeating(came.wait) if repeats else nullcontext():
         yield
 
 
@@ -34,8 +44,36 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def _raise(number: int, _frame: Any) -> None:
-    raise Ended(number)
+@contextmanager
+def _repeating(handled: Callable[[float], bool]) -> Iterator[None]:
+    """Inside, a signal is sent again until its handler has run.
+
+    Python runs handlers between two of its own steps. A signal that comes after the last of them
+    and before C code begins to wait (the line editor for a key) would be heeded only after that.
+
+    Args:
+        handled: waits for so many seconds at most; whether the handler has run.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    waiting = threading.get_ident()
+
+    def repeat() -> None:
+        while numbers := os.read(heard, 1):  # nothing when the other end is closed
+            number = numbers[0]
+            if signal.Signals(number).name in _SIGNALS and not handled(_PATIENCE_S):
+                signal.pthread_kill(waiting, number)  # which is told here, too
+
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    thread = threading.Thread(target=repeat, name="kvp-edge signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(told)
+        thread.join()
+        os.close(heard)
 
 
 @contextmanager
