@@ -139,7 +139,11 @@ def _looks(groups: Sequence[Group], first: str) -> dict[str, dict[str, str]]:
     """A policy looks the same in all panels."""
     names = ordered((name for found in groups for name in found.policies()), first)
     return {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
+        name: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": _MARKS[i % len(_MARKS)],
+            "linestyle": "-" if i < len(COLOURS) else ":",  # the second time round
+        }
         for i, name in enumerate(names)
     }
 
