@@ -32,13 +32,14 @@ from test_packing import CACHE_TYPES, difference
 
 pytestmark = pytest.mark.real
 
+# Rounding to q4_0 moves logits further than wrong tokens do (0.057 against 0.008 in KL divergence), so
+# they cannot tell; test_packing compares the bytes of such caches, test_caches what they lose.
 TOLERANCE = {  # by the cache's type; measured with SmolLM2:
     "f32": 1e-3,  # 2.8e-5
     "f32-fa": 0.02,  # 0.008: attends in f16
     "f16": 0.02,  # 0.005
     "f16-fa": 0.02,  # 0.008
     "q8_0-fa": 0.2,  # 0.08
-    "q4_0-fa": 0.8,  # 0.54, as much as wrong tokens: see leaning()
 }
 TRAINED = 300
 """The trained length that the compacting models believe in."""
