@@ -32,8 +32,8 @@ from test_packing import CACHE_TYPES, difference
 
 pytestmark = pytest.mark.real
 
-# Rounding to q4_0 moves logits further than wrong tokens do (0.057 against 0.008 in KL divergence), so
-# they cannot tell; test_packing compares the bytes of such caches, test_caches what they lose.
+# Rounding to q4_0 moves logits further than wrong tokens do (0.057 against 0.008 in KL divergence),
+# so they cannot tell; test_packing compares the bytes of such caches, test_caches what they lose.
 TOLERANCE = {  # by the cache's type; measured with SmolLM2:
     "f32": 1e-3,  # 2.8e-5
     "f32-fa": 0.02,  # 0.008: attends in f16
