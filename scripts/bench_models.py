@@ -132,12 +132,13 @@ def eviction_row(bench: Bench, name: str, cells: int, repeat: int, n: int) -> st
                 read.append(read_ms(llm, n_batch))
                 bench.fill_plain(other, kept)
                 read_plain.append(read_ms(other, n_batch))
+        packed = "state" if llm.kv_stats.evictions_as_state else llm.kv_stats.pack
         evict, writing, reading = map(statistics.median, (evictions, write, read))
         writing_share, reading_share = (
             evict / (evict + limits.reserve * until_next) for until_next in (writing, reading)
         )
         return (
-            f"| {name} | {cells} | {kept} | {llm.kv_stats.pack} | {evict:.1f} "
+            f"| {name} | {cells} | {kept} | {packed} | {evict:.1f} "
             f"| {writing_share:.2%} | {reading_share:.2%} "
             f"| {ratio(write, write_plain)} | {ratio(read, read_plain)} |"
         )
