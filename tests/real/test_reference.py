@@ -189,9 +189,12 @@ def test_logits_are_those_of_exactly_the_tokens_that_each_head_holds(
     held = done.held.reshape(-1, done.held.shape[-1])
     assert len(np.unique(held, axis=0)) == len(held)  # every head holds others
     limit = tolerance(name, "f32")
+    # of gemma-3's 18 layers three choose: the wrong tokens move its logits by 0.08 and 0.14
+    apart = 3 if name == GEMMA else 10
     for got, want, wrong in zip(done.logits, done.want, done.wrong, strict=True):
         assert difference(got, want) < limit
-        assert difference(got, wrong) > 10 * limit
+        assert difference(got, wrong) > apart * limit
+        assert abs(leaning(got, want, wrong)) < 0.1
 
 
 @pytest.mark.parametrize("name", ALL)
