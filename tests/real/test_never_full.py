@@ -82,7 +82,8 @@ def test_a_text_is_continued_as_by_llama_cpp(
         granularity=granularity, **kind(types), **QUIET,
     )  # fmt: skip
     # in batches of another size sums are taken in another order, and rounding decides some choices
-    plain = PlainLlama(path, n_ctx=512, n_batch=56, **kind(types), **QUIET)
+    n_ctx = bounded.kv_stats.cells + 256  # the prompt and one token more than the cells hold
+    plain = PlainLlama(path, n_ctx=n_ctx, n_batch=56, **kind(types), **QUIET)
     cells, written = bounded.kv_stats.cells, 16
     prompt = plain.tokenize(book[:4000].encode(), add_bos=True)[: cells - written + 1]
     options = {"max_tokens": written, **SAMPLING[sampling]}
