@@ -66,6 +66,16 @@ def bundled_model() -> str:
 
 
 @pytest.fixture(scope="session")
+def bare(bundled_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The bundled model without its chat template: its key has another name."""
+    path = tmp_path_factory.mktemp("bare") / "bare.gguf"
+    data = Path(bundled_model).read_bytes()
+    assert data.count(b"tokenizer.chat_template") == 1
+    path.write_bytes(data.replace(b"tokenizer.chat_template", b"tokenizer.chat_renamed_"))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def book() -> str:
     return (DATA / "penelope_brandling.txt").read_text(encoding="utf-8-sig")
 

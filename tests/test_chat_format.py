@@ -40,16 +40,6 @@ TOOL = {
 }
 
 
-@pytest.fixture(scope="module")
-def bare(bundled_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bundled model without its chat template: its key has another name."""
-    path = tmp_path_factory.mktemp("bare") / "bare.gguf"
-    data = Path(bundled_model).read_bytes()
-    assert data.count(b"tokenizer.chat_template") == 1
-    path.write_bytes(data.replace(b"tokenizer.chat_template", b"tokenizer.chat_renamed_"))
-    return str(path)
-
-
 # -- no template ---------------------------------------------------------------------------------
 
 

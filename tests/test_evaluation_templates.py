@@ -23,16 +23,6 @@ from support.own_replies import ENGINE, assert_replies_are_llama_cpps
 TASKS_ASKED = ["fact", "recall", "quiz"]
 
 
-@pytest.fixture(scope="module")
-def bare(bundled_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bundled model without its chat template: its key has another name."""
-    path = tmp_path_factory.mktemp("bare") / "bare.gguf"
-    data = Path(bundled_model).read_bytes()
-    assert data.count(b"tokenizer.chat_template") == 1
-    path.write_bytes(data.replace(b"tokenizer.chat_template", b"tokenizer.chat_renamed_"))
-    return str(path)
-
-
 def text(llm: Llama, tokens: Any) -> str:
     """With special tokens."""
     return b"".join(_token_text(llm._model.vocab, int(t)) for t in tokens).decode()
