@@ -36,18 +36,18 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from bench_common import bounded, fill, ms, read_ms, rows_to_keep, synthetic_state, write_ms
 from llama_cpp import llama_cpp as bindings
 from tqdm import tqdm
 
 import kvp_edge
-from kvp_edge.limits import CELL_UNIT
-from kvp_edge.native import NativeCache
+from bench_common import bounded, fill, ms, read_ms, rows_to_keep, synthetic_state, write_ms
+from kvp_edge.binding.cache import NativeCache
+from kvp_edge.cache.limits import CELL_UNIT
 from kvp_edge.policy_file import PolicyInfo, write_policy
-from support.devices import RpcServer, placed, rpc_device
-from support.gguf_models import ModelShape, write_model
-from support.plain_llama import PlainLlama
-from support.policies import random_weights
+from makers.devices import RpcServer, placed, rpc_device
+from makers.gguf_models import ModelShape, write_model
+from makers.plain_llama import PlainLlama
+from makers.policies import random_weights
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _COPIED = 2**29  # bytes: so many that starting a copy does not count

@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import kvp_edge
 from bench_common import (
     bounded,
     fill,
@@ -43,8 +45,6 @@ from bench_common import (
     synthetic_state,
     write_ms,
 )
-
-import kvp_edge
 
 SMALL = 2048
 

@@ -18,7 +18,7 @@ import kvp_edge
 from conftest import RandomModel, beside, random_tokens
 from kvp_edge import BudgetError, ContextLengthError, KVCacheError, UnsupportedModelError
 from kvp_edge.policies import POLICIES, KeyDiff, KNorm, Policy
-from support.gguf_models import ModelShape, write_bert, write_mamba
+from makers.gguf_models import ModelShape, write_bert, write_mamba
 from support.properties import examples
 
 Loader = Callable[..., kvp_edge.Llama]
@@ -409,7 +409,7 @@ def test_a_whole_novel_takes_no_more_memory_at_its_end(bundled_model: str, load:
 
 
 def test_kv_bytes_are_what_llama_cpp_reports(random_model: Maker, load: Loader) -> None:
-    from kvp_edge.llama_log import listen
+    from kvp_edge.llamacpp.log import listen
 
     with listen(pass_on=False) as log:
         llm = load(random_model(LLAMA).path, n_ctx=9999, kv_budget=2000, verbose=True)

@@ -17,9 +17,10 @@ import pytest
 
 import kvp_edge
 from conftest import RandomModel, random_tokens
-from kvp_edge import KVCacheError, Llama, SessionError, session
+from kvp_edge import KVCacheError, Llama, SessionError
+from kvp_edge.cache import session_file as session
 from kvp_edge.policies import Random
-from support.gguf_models import ModelShape
+from makers.gguf_models import ModelShape
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]

@@ -22,9 +22,9 @@ import kvp_edge
 from conftest import RandomModel, random_tokens
 from kvp_edge import InUseError, KVCacheError, Llama, UnsupportedModelError
 from kvp_edge.arguments import MAX_THREADS
-from kvp_edge.llama_log import listen
+from kvp_edge.llamacpp.log import listen
 from kvp_edge.policies import get_policy
-from support.gguf_models import ModelShape
+from makers.gguf_models import ModelShape
 
 ROOT = Path(__file__).parents[1]
 Loader = Callable[..., Llama]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies import Policy
-from kvp_edge.policies.base import FloatArray, IntArray
-from kvp_edge.traces import Trace
+from kvp_edge.traces.format import Trace
 
 
 class Oracle(Policy):

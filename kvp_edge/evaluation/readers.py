@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.capture import Tracer
 from kvp_edge.evaluation.kept_tokens import KeptTokens
 from kvp_edge.evaluation.oracle import Oracle
 from kvp_edge.evaluation.records import GOLDEN, ORACLE, PARTS, SHIFT
 from kvp_edge.evaluation.setting import Prompt, Setting
-from kvp_edge.evaluation.subject import Bookmark, Shifted, Subject
-from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import Learned, Policy, get_policy
-from kvp_edge.traces import Trace
+from kvp_edge.policies.discovery import own_policy
+from kvp_edge.scoring import Bookmark, Shifted, Subject
+from kvp_edge.traces.format import Trace
+from kvp_edge.traces.tracer import Tracer
 
 #: The policy trained for the model.
 OWN = Learned.name

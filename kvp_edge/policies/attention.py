@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache
-    from kvp_edge.queries import Queries
+    from kvp_edge.binding.cache import NativeCache
+    from kvp_edge.binding.queries import Queries
 
 _CHUNK = 128  # queries whose attention is held at once
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies.attention import attention
-from kvp_edge.policies.base import FloatArray, IntArray
 from kvp_edge.policy_file import N_STATISTICS
 
 if TYPE_CHECKING:
-    from kvp_edge.queries import Queries
+    from kvp_edge.binding.queries import Queries
 
 _FLOOR = 1e-4  # less attention than this is none
 

@@ -8,17 +8,16 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from kvp_edge.native import NotInPlace
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.binding.cache import NotInPlace
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache, NativePolicy
+    from kvp_edge.binding.cache import NativeCache
+    from kvp_edge.binding.policy import NativePolicy
+    from kvp_edge.binding.queries import Queries, QueryLog, SharedLog
     from kvp_edge.policy_file import PolicyInfo
-    from kvp_edge.queries import Queries, QueryLog, SharedLog
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int32]
 
 #: As many queries as the cache has cells, which are at least all since the last eviction.
 EVERY_QUERY = 2**31 - 1
@@ -34,7 +33,7 @@ class Policy(ABC):
     remembers something from one call to the next.
 
     A policy only scores. When and how much to evict, and which tokens are protected whatever their
-    score, is decided by ``kvp_edge.eviction``.
+    score, is decided by ``kvp_edge.cache.manager``.
     """
 
     #: What users call it.
@@ -56,7 +55,8 @@ class Policy(ABC):
     context: int = 0
 
     #: What computes the same numbers without copying keys to Python, if anything: a name in
-    #: kvp_edge.native.SCORERS or a network. ``score`` stays the definition that it is tested by.
+    #: kvp_edge.binding.cache.SCORERS or a network. ``score`` stays the definition that it is tested
+    #: by.
     native_scorer: str | NativePolicy | None = None
 
     #: f32 [n_layer, n_head_kv], see ``whole_tokens``.
@@ -67,8 +67,8 @@ class Policy(ABC):
     #: eviction.
     queries: int = 0
 
-    #: Whether the log must know RoPE's frequencies (kvp_edge.rope). A model in which they cannot be
-    #: measured is then refused at load.
+    #: Whether the log must know RoPE's frequencies (kvp_edge.binding.rope). A model in which they
+    #: cannot be measured is then refused at load.
     needs_frequencies: ClassVar[bool] = False
 
     #: Where they are, if ``queries`` > 0: the log of the one model that the object serves.

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.policies.attention import softmax
-from kvp_edge.policies.base import EVERY_QUERY, FloatArray, IntArray, Policy
-from kvp_edge.rope import KeyFrequencies
+from kvp_edge.policies.base import EVERY_QUERY, Policy
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache
+    from kvp_edge.binding.cache import NativeCache
 
 
 class ExpectedAttention(Policy):
@@ -27,7 +28,7 @@ class ExpectedAttention(Policy):
     of the statistics and of the softmax and score above all others.
 
     Logged queries have RoPE in them; it is taken off with the frequencies measured at load
-    (kvp_edge.rope), so a model that turns its keys in another way is refused there.
+    (kvp_edge.binding.rope), so a model that turns its keys in another way is refused there.
     """
 
     name = "expected-attention"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies.attention import ByAttention, Pays
-from kvp_edge.policies.base import EVERY_QUERY, FloatArray, IntArray
+from kvp_edge.policies.base import EVERY_QUERY
 
 
 class H2O(ByAttention):

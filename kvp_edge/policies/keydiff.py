@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 _TINY = 1e-12  # a zero key has no direction
 

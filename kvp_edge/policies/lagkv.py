@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache
+    from kvp_edge.binding.cache import NativeCache
 
 _TINY = 1e-12  # a channel in which all reference tokens agree has no range
 

@@ -8,12 +8,13 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.native import NativePolicy
 from kvp_edge.policies.attention_statistics import attention_statistics
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.policies.base import Policy
+from kvp_edge.policies.retention import log_future_use, log_total
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
-from kvp_edge.retention import log_future_use, log_total
 
 
 class FromFile(Policy):

@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.json_values import parse, require
-from kvp_edge.policies.base import FloatArray, IntArray
+from kvp_edge.files.json_values import parse, require
 from kvp_edge.policies.learned import FromFile, check_arrays, with_gaps
 from kvp_edge.policy_file import PolicyInfo, info_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies.attention import ByAttention, Pays
-from kvp_edge.policies.base import FloatArray, IntArray
 
 
 class SnapKV(ByAttention):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache
+    from kvp_edge.binding.cache import NativeCache
 
 
 class ValueRange(Policy):

@@ -15,20 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvp_edge.evaluation.subject import Subject
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies import Policy
+from kvp_edge.scoring import Subject
+from kvp_edge.text.spans import Span
 from kvp_edge.training.agent import Agents, position_features
 from kvp_edge.training.data import Protected
 from kvp_edge.training.grpo import draw, log_probabilities
 from kvp_edge.training.settings import Settings
-from kvp_edge.whole_spans import Span
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int32]
 
 _KEEP = 1e9  # the score of a token that is not up for eviction
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.evaluation.plots import cost_per_head_plot
-from kvp_edge.native import NativePolicy
 from kvp_edge.policies import Learned
-from kvp_edge.traces import Trace, TraceSet
+from kvp_edge.traces.format import Trace, TraceSet
 from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
 from kvp_edge.training.data import Protected, check_traces
 from kvp_edge.training.train import BASELINES

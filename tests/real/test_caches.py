@@ -10,8 +10,8 @@ import pytest
 
 from kvp_edge import Llama
 from kvp_edge.policies import POLICIES, KeyDiff, KNorm
+from support.cache_types import CACHE_TYPES
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of
-from test_packing import CACHE_TYPES
 
 pytestmark = pytest.mark.real
 

@@ -13,12 +13,11 @@ pytest.importorskip("safetensors", reason="traces need safetensors: kvp_edge[tra
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
 pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
 
-from support import installed_export  # noqa: E402, F401, I001  # before what imports the export
 
 from kvp_edge import Llama  # noqa: E402
 from kvp_edge.cli import main  # noqa: E402
-from kvp_edge.own_policy import own_policy  # noqa: E402
 from kvp_edge.policies import get_policy  # noqa: E402
+from kvp_edge.policies.discovery import own_policy  # noqa: E402
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of  # noqa: E402
 
 pytestmark = pytest.mark.real

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from kvp_edge import Llama, Policy, UnsupportedModelError
 from kvp_edge.policies import KeyDiff
-from support.gguf_models import ModelShape
+from makers.gguf_models import ModelShape
+from support.cache_types import CACHE_TYPES
+from support.closeness import difference
 from support.real_models import (
     ALL,
     GEMMA,
@@ -28,7 +30,6 @@ from support.real_models import (
 )
 from support.reference import Reference
 from support.watch import Watch
-from test_packing import CACHE_TYPES, difference
 
 pytestmark = pytest.mark.real
 

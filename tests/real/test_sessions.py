@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kvp_edge import Llama
+from support.cache_types import CACHE_TYPES
 from support.real_models import GEMMA, PLAIN
-from test_packing import CACHE_TYPES
 
 pytestmark = pytest.mark.real
 

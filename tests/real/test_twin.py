@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch", reason="training needs torch: pip install k
 
 from kvp_edge import Llama  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402
+from support.cache_types import CACHE_TYPES  # noqa: E402
+from support.closeness import difference  # noqa: E402
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of  # noqa: E402
-from test_packing import CACHE_TYPES, difference  # noqa: E402
 
 pytestmark = pytest.mark.real
 

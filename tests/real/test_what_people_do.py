@@ -151,7 +151,7 @@ def test_json_schemas_and_grammars_hold_across_evictions(real_model: Real, name:
 
 def test_a_system_prompt_survives_long_code_and_many_evictions(real_model: Real) -> None:
     system = "You are Captain Brask of the ferry Halcyon. You always sign with your name."
-    code = Path(__file__).parents[2].joinpath("kvp_edge", "eviction.py").read_text()[:2600]
+    code = Path(__file__).parents[2].joinpath("kvp_edge", "cache", "manager.py").read_text()[:2600]
     with load(real_model("smollm2"), protect_system=True) as llm:
         messages = [
             {"role": "system", "content": system},

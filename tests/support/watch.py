@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvp_edge import Llama
+from makers.gguf_models import ModelShape
 
-from .gguf_models import ModelShape
 from .reference import Reference
 
 
