@@ -29,7 +29,7 @@ from kvp_edge.arguments import (
     check_threads,
 )
 from kvp_edge.arrays import FloatArray
-from kvp_edge.binding.cache import CachePlace, NativeCache
+from kvp_edge.binding.cache import CacheLocation, NativeCache
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.library import BUILT_FOR
 from kvp_edge.binding.model import read_model_shape, require_model_file
@@ -108,7 +108,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     One object serves one call at a time; many objects may live in many threads. A call that comes
     while another one is at work is refused (InUseError), whatever thread it comes from, and so is
     one from a function that the other one calls (on_evict, a stopping criterion). What only tells
-    (kv_stats, kv_positions, tokenize, n_ctx) can be called at any time, from anywhere; saving, at
+    (kv_stats, kv_indices, tokenize, n_ctx) can be called at any time, from anywhere; saving, at
     any time by the same thread. A stream is one call for each of its pieces: in between the model
     may be used, and once something else was read, the stream cannot go on. A stream may be
     forgotten at any time. After ``close`` every call is refused (RuntimeError).
@@ -388,7 +388,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._architecture = architecture
             self._check_policy(policy, cache)
             granularity = self._settle_granularity(cache)
-            self._check_place(cache.place, granularity)
+            self._check_place(cache.location, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
             if self._query_log is not None:
                 policy = self._start_query_log(self._query_log, policy, cache, limits, frequencies)
@@ -449,7 +449,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             raise
         return "head"
 
-    def _check_place(self, place: CachePlace, granularity: Granularity) -> None:
+    def _check_place(self, place: CacheLocation, granularity: Granularity) -> None:
         if self._bound.pack != "device" or place.packs(granularity):
             return
         reason = place.where
@@ -529,7 +529,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             return KVStats(
                 n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None, None, None, 0, 0
             )
-        place = kv.cache.place
+        place = kv.cache.location
         return KVStats(
             seen=kv.seen,
             kept=kv.kept,
@@ -543,18 +543,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             granularity=kv.granularity,
             pack="device" if kv.packs_in_place else "state",
             where=place.where,
-            crossed_bytes=place.crossed,
+            transferred_bytes=place.bytes_transferred,
             evictions_as_state=kv.evictions_as_state,
         )
 
     @property
-    def kv_positions(self) -> Any:
+    def kv_indices(self) -> Any:
         """Tokens that the cache holds, as their indices in the conversation, ascending: int32
         [kept]; at head granularity [n_layer, n_head_kv, kept], as every head holds its own."""
         with self._calls.look():
             if self._kv is None:
                 return np.arange(self.n_tokens, dtype=np.int32)
-            return self._kv.positions
+            return self._kv.indices
 
     # -- text --------------------------------------------------------------------------------
 
@@ -953,7 +953,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         }
         arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
         state = kv.cache.state()
-        kv.cache.check_state(state, table.present())
+        kv.cache.check_state(state, table.llama_positions())
         session.write(path, header, {**arrays, "state": state})
 
     def load_session(
@@ -1154,7 +1154,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "type_k": shape.type_k,
             "type_v": shape.type_v,
             "v_transposed": shape.v_transposed,
-            "rotation": [shape.k_rotation, shape.v_rotation],
+            "rotation": [shape.k_hadamard_block, shape.v_hadamard_block],
             "rope": [
                 params.rope_scaling_type,
                 params.rope_freq_base,

@@ -92,9 +92,11 @@ def fill(llm: kvp_edge.Llama, rows: int, seen: int, state: np.ndarray | None = N
         seen=seen,
         tail=tail,
         shift=tail - packed_rows,  # the synthetic state's positions begin at 0
-        packed=np.broadcast_to(packed, (*empty.packed.shape[:2], packed_rows)),
-        rotated=np.broadcast_to(packed, (*empty.packed.shape[:2], packed_rows)),
-        cells=packed,
+        packed_indices=np.broadcast_to(packed, (*empty.packed_indices.shape[:2], packed_rows)),
+        packed_rope_positions=np.broadcast_to(
+            packed, (*empty.packed_indices.shape[:2], packed_rows)
+        ),
+        packed_llama_positions=packed,
         scores=scores,
         spans=empty.spans,
         marked=marked,

@@ -65,7 +65,7 @@ def test_a_resumed_chat_goes_on_token_for_token(
     assert second.load_session(tmp_path / "s") == {"messages": ["hi"]}
     for name in ("seen", "kept", "dropped"):
         assert second.kv_stats[name] == first.kv_stats[name]
-    np.testing.assert_array_equal(second.kv_positions, first.kv_positions)
+    np.testing.assert_array_equal(second.kv_indices, first.kv_indices)
     assert go_on(second) == go_on(first)
 
 

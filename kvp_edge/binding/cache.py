@@ -36,8 +36,8 @@ class CacheShape(ctypes.Structure):
         ("type_v", ctypes.c_int32),
         ("v_transposed", ctypes.c_uint32),
         ("has_window", ctypes.c_uint32),
-        ("k_rotation", ctypes.c_uint32),
-        ("v_rotation", ctypes.c_uint32),
+        ("k_hadamard_block", ctypes.c_uint32),
+        ("v_hadamard_block", ctypes.c_uint32),
         ("bytes_per_cell", ctypes.c_uint64),
     ]
 
@@ -49,27 +49,27 @@ class CacheShape(ctypes.Structure):
     type_v: int
     v_transposed: int
     has_window: int
-    k_rotation: int
-    v_rotation: int
+    k_hadamard_block: int
+    v_hadamard_block: int
     bytes_per_cell: int
 
 
-class CachePlace(ctypes.Structure):
-    """Where a base cache lies (struct kvp_cache_place)."""
+class CacheLocation(ctypes.Structure):
+    """Where a base cache lies (struct kvp_cache_location)."""
 
     _fields_ = [
         ("_known", ctypes.c_uint32),
         ("_on_device", ctypes.c_uint32),
         ("_can_pack", ctypes.c_uint32),
-        ("packed", ctypes.c_uint32),
+        ("packed_in_place", ctypes.c_uint32),
         ("packed_as_state", ctypes.c_uint32),
-        ("crossed", ctypes.c_uint64),
+        ("bytes_transferred", ctypes.c_uint64),
         ("_where", ctypes.c_char * 256),
     ]
 
-    packed: int
+    packed_in_place: int
     packed_as_state: int
-    crossed: int
+    bytes_transferred: int
 
     @property
     def known(self) -> bool:
@@ -98,26 +98,26 @@ class CachePlace(ctypes.Structure):
 
 class NotInPlace(Exception):
     """Scores cannot be computed where keys and values lie: it is not known where, or their device
-    lacks an operation or memory. Whoever asked reads the rows instead."""
+    lacks an operation or memory. Whoever queries reads the rows instead."""
 
 
-class Asked(Protocol):
+class QueryBatch(Protocol):
     """Queries of tokens (kvp_edge.binding.queries.Queries)."""
 
     @property
     def queries(self) -> FloatArray: ...
     @property
-    def positions(self) -> IntArray: ...
+    def indices(self) -> IntArray: ...
     @property
     def scale(self) -> FloatArray: ...
 
 
-class _Asked(ctypes.Structure):
-    """struct kvp_asked"""
+class _QueryBatch(ctypes.Structure):
+    """struct kvp_query_batch"""
 
     _fields_ = [
         ("queries", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
+        ("indices", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("n_head", ctypes.c_uint32),
         ("n", ctypes.c_uint32),
@@ -137,49 +137,50 @@ class _Expected(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class KeyTurn:
-    """How kept keys are turned to new positions while they are packed (RoPE).
+class RopeShift:
+    """How RoPE turns kept keys to new positions while they are packed.
 
     Attributes:
         frequency: f64 [n_layer, n_pairs], radians per position.
-        turn: int32 [n_layer, n_head_kv, n_keep], new position minus old.
+        distance: int32 [n_layer, n_head_kv, n_keep], new RoPE position minus old.
         neox: pairs are (p, p + n_pairs) of a key; otherwise (2p, 2p + 1).
     """
 
     frequency: npt.NDArray[np.float64]
-    turn: IntArray
+    distance: IntArray
     neox: bool
 
-    def as_struct(self) -> _KeyTurn:
+    def as_struct(self) -> _RopeShift:
         """Borrows this object's arrays."""
-        return _KeyTurn(
+        return _RopeShift(
             self.frequency.ctypes.data,
-            self.turn.ctypes.data,
+            self.distance.ctypes.data,
             self.frequency.shape[1],
             int(self.neox),
         )
 
 
-class _KeyTurn(ctypes.Structure):
+class _RopeShift(ctypes.Structure):
     _fields_ = [
         ("frequency", ctypes.c_void_p),
-        ("turn", ctypes.c_void_p),
+        ("distance", ctypes.c_void_p),
         ("n_pairs", ctypes.c_uint32),
         ("neox", ctypes.c_uint32),
     ]
 
 
-def _checked_turn(turn: KeyTurn | None, keep: IntArray) -> KeyTurn | None:
-    if turn is None:
+def _checked_shift(rope_shift: RopeShift | None, keep: IntArray) -> RopeShift | None:
+    if rope_shift is None:
         return None
-    checked = KeyTurn(
-        np.ascontiguousarray(turn.frequency, np.float64),
-        np.ascontiguousarray(turn.turn, np.int32),
-        turn.neox,
+    checked = RopeShift(
+        np.ascontiguousarray(rope_shift.frequency, np.float64),
+        np.ascontiguousarray(rope_shift.distance, np.int32),
+        rope_shift.neox,
     )
-    if checked.turn.shape != keep.shape or checked.frequency.shape[:1] != keep.shape[:1]:
+    if checked.distance.shape != keep.shape or checked.frequency.shape[:1] != keep.shape[:1]:
         raise ValueError(
-            f"frequency {turn.frequency.shape} and turn {turn.turn.shape} do not fit rows "
+            f"frequency {rope_shift.frequency.shape} and distance {rope_shift.distance.shape} do not "
+            "fit rows "
             f"{keep.shape}"
         )
     return checked
@@ -192,7 +193,7 @@ def pack_state(
     keep: IntArray,
     positions: IntArray,
     *,
-    turn: KeyTurn | None = None,
+    rope_shift: RopeShift | None = None,
     rotation: int = 0,
 ) -> npt.NDArray[np.uint8]:
     """Pack a state blob of llama.cpp that lies in memory, without a context (see kvp_state_pack).
@@ -202,7 +203,7 @@ def pack_state(
         present: int32 [n], ascending: every position in it.
         keep: int32 [n_layer, n_head_kv, n_keep]: rows, all different within a head.
         positions: int32 [n_keep], ascending: positions of the new rows.
-        rotation: block of the Hadamard rotation of the keys, needed only with ``turn``.
+        rotation: block of the Hadamard rotation of the keys, needed only with ``rope_shift``.
 
     Returns:
         uint8 [new size], the beginning of ``state``.
@@ -219,7 +220,7 @@ def pack_state(
     positions = np.ascontiguousarray(positions, np.int32)
     if keep.ndim != 3 or keep.shape[2] != len(positions):
         raise ValueError(f"rows {keep.shape} and {len(positions)} positions do not fit together")
-    turn = _checked_turn(turn, keep)
+    rope_shift = _checked_shift(rope_shift, keep)
     size = ctypes.c_size_t()
     call(
         "kvp_state_pack",
@@ -233,7 +234,7 @@ def pack_state(
         keep.ctypes.data,
         positions.ctypes.data,
         len(positions),
-        ctypes.byref(turn.as_struct()) if turn is not None else None,
+        ctypes.byref(rope_shift.as_struct()) if rope_shift is not None else None,
         rotation,
         ctypes.byref(size),
     )
@@ -277,11 +278,11 @@ class NativeCache:
             self._handle = ctypes.c_void_p()
 
     @property
-    def place(self) -> CachePlace:
-        """Where it lies, and how many bytes have crossed between there and the host so far."""
-        place = CachePlace()
-        lib.kvp_cache_get_place(self._handle, ctypes.byref(place))
-        return place
+    def location(self) -> CacheLocation:
+        """Where it lies, and how many bytes were transferred between there and the host so far."""
+        location = CacheLocation()
+        lib.kvp_cache_get_location(self._handle, ctypes.byref(location))
+        return location
 
     def appended(self, first: int, n: int) -> None:
         """The ``n`` tokens decoded last are at llama.cpp's positions first, first + 1, ..."""
@@ -317,7 +318,7 @@ class NativeCache:
 
         Returns:
             positions int32 [n]; keys f32 [n_layer, n_head_kv, n, head_size_k], RoPE included;
-            values f32 [n_layer, n_head_kv, n, head_size_v], or None if not asked for.
+            values f32 [n_layer, n_head_kv, n, head_size_v], or None if not queries for.
         """
         s = self.shape
         keys = np.empty((s.n_layer, s.n_head_kv, n, s.head_size_k), np.float32)
@@ -392,11 +393,11 @@ class NativeCache:
         self._where_it_lies("kvp_cache_score_lag", p0, p1, n, first, lag, n_parts, out)
         return scores
 
-    def score_attention(self, p0: int, p1: int, asked: Asked, held: IntArray) -> FloatArray:
+    def score_attention(self, p0: int, p1: int, queries: QueryBatch, held: IntArray) -> FloatArray:
         """The attention that queries pay, summed over them, averaged over a KV head's query heads.
 
         Args:
-            asked: at most 2^24 tokens into the conversation.
+            queries: at most 2^24 tokens into the conversation.
             held: int32 [n_layer, n_head_kv, n], the tokens' indices in the conversation.
 
         Returns:
@@ -405,11 +406,11 @@ class NativeCache:
         n = held.shape[-1]
         paid = self._scores(n)
         held = np.ascontiguousarray(held, np.int32)
-        queries = np.ascontiguousarray(asked.queries, np.float32)
-        positions = np.ascontiguousarray(asked.positions, np.int32)
-        scale = np.ascontiguousarray(asked.scale, np.float32)
-        c = _Asked(
-            *(x.ctypes.data for x in (queries, positions, scale)), queries.shape[1], len(positions)
+        vectors = np.ascontiguousarray(queries.queries, np.float32)
+        indices = np.ascontiguousarray(queries.indices, np.int32)
+        scale = np.ascontiguousarray(queries.scale, np.float32)
+        c = _QueryBatch(
+            *(x.ctypes.data for x in (vectors, indices, scale)), vectors.shape[1], len(indices)
         )
         where = held.ctypes.data, paid.ctypes.data
         self._where_it_lies("kvp_cache_score_attention", p0, p1, n, ctypes.byref(c), *where)
@@ -504,7 +505,7 @@ class NativeCache:
         present: IntArray,
         keep: IntArray,
         positions: IntArray,
-        turn: KeyTurn | None = None,
+        rope_shift: RopeShift | None = None,
     ) -> None:
         """Let every head keep its own rows, in the same cells (see kvp_cache_pack).
 
@@ -514,7 +515,7 @@ class NativeCache:
                 the cell at ``present[r]``.
             positions: int32 [n_keep], ascending: positions of the new rows. The last one must be
                 ``present[-1]``, unless keys are turned.
-            turn: how keys are turned to new positions on the way.
+            rope_shift: how keys are turned to new positions on the way.
 
         Raises:
             ValueError, UnsupportedModelError: the plan does not fit; the cache is what it was.
@@ -530,7 +531,7 @@ class NativeCache:
                 f"rows {keep.shape} for {len(positions)} positions in {s.n_layer} layers of "
                 f"{s.n_head_kv} KV heads"
             )
-        turn = _checked_turn(turn, keep)
+        rope_shift = _checked_shift(rope_shift, keep)
         call(
             "kvp_cache_pack",
             self._handle,
@@ -539,7 +540,7 @@ class NativeCache:
             keep.ctypes.data,
             positions.ctypes.data,
             len(positions),
-            ctypes.byref(turn.as_struct()) if turn is not None else None,
+            ctypes.byref(rope_shift.as_struct()) if rope_shift is not None else None,
         )
 
     def state(self) -> npt.NDArray[np.uint8]:

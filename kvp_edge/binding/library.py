@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     pass
 
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
 
@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "kvp_cache_open": (ctypes.c_int32, [PTR, PTR, PTR, _ERR]),
     "kvp_cache_close": (None, [PTR]),
     "kvp_cache_get_shape": (None, [PTR, PTR]),
-    "kvp_cache_get_place": (None, [PTR, PTR]),
+    "kvp_cache_get_location": (None, [PTR, PTR]),
     "kvp_cache_appended": (ctypes.c_int32, [PTR, ctypes.c_int32, ctypes.c_uint32, _ERR]),
     "kvp_cache_forget": (None, [PTR]),
     "kvp_cache_check_cells": (ctypes.c_int32, [PTR, PTR, ctypes.c_uint32, PTR, _ERR]),

@@ -60,19 +60,19 @@ class Queries:
     Attributes:
         queries: f32 [n_layer, n_head, m, head_size]; query head h uses KV head
             h // (n_head / n_head_kv). Layers are those of the base cache.
-        positions: int32 [m], ascending: the tokens' indices in the conversation.
+        indices: int32 [m], ascending: the tokens' indices in the conversation.
         scale: f32 [n_layer], what q.k is multiplied by before the softmax.
     """
 
     queries: FloatArray
-    positions: IntArray
+    indices: IntArray
     scale: FloatArray
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.indices)
 
     def __getitem__(self, tokens: slice) -> Queries:
-        return Queries(self.queries[:, :, tokens], self.positions[tokens], self.scale)
+        return Queries(self.queries[:, :, tokens], self.indices[tokens], self.scale)
 
 
 class QueryLog:
@@ -169,9 +169,9 @@ class QueryLog:
         """The queries of the ``newest`` tokens, of fewer if there are not so many."""
         n, s = min(newest, len(self)), self._shape
         queries = np.empty((s.n_layer, s.n_head, n, s.head_size), np.float32)
-        positions = np.empty(n, np.int32)
-        call("kvp_queries_read", self._handle, n, queries.ctypes.data, positions.ctypes.data)
-        return Queries(queries, positions, self._scale.copy())
+        indices = np.empty(n, np.int32)
+        call("kvp_queries_read", self._handle, n, queries.ctypes.data, indices.ctypes.data)
+        return Queries(queries, indices, self._scale.copy())
 
 
 class SharedLog:

@@ -41,7 +41,7 @@ class KeyFrequencies:
     radians: npt.NDArray[np.float64]
     neox: bool
 
-    def turned(self, keys: FloatArray, positions: int | npt.NDArray[np.int32]) -> FloatArray:
+    def shifted(self, keys: FloatArray, positions: int | npt.NDArray[np.int32]) -> FloatArray:
         """Keys (or queries) as they would be so many positions later.
 
         Args:
@@ -174,14 +174,14 @@ def measure_frequencies(model: Any, context_params: Any, *, own_shift: bool) -> 
         found = KeyFrequencies(radians, neox)
 
         for position in (3, longest // 3, longest):
-            if _error(found.turned(start, position), probe.key_at(position)) > TOLERANCE:
+            if _error(found.shifted(start, position), probe.key_at(position)) > TOLERANCE:
                 raise UnsupportedModelError(
                     f"positions='compact' is not possible with this model: between positions 0 and "
                     f"{position} its keys change by more than a rotation. Use positions='keep'"
                 )
         if own_shift:
             far, near = longest - 1, longest // 5
-            if _error(found.turned(start, near), probe.key_shifted(far, near)) > TOLERANCE:
+            if _error(found.shifted(start, near), probe.key_shifted(far, near)) > TOLERANCE:
                 raise UnsupportedModelError(
                     "positions='compact' at token granularity is not possible with this model: "
                     "llama.cpp's own shift of positions does not give the keys of the new "

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray
-from kvp_edge.binding.cache import KeyTurn, NativeCache, NotInPlace
+from kvp_edge.binding.cache import NativeCache, NotInPlace, RopeShift
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
@@ -98,17 +98,17 @@ class EvictionManager:
         return self._table.kept
 
     @property
-    def positions(self) -> IntArray:
+    def indices(self) -> IntArray:
         """Tokens held, as their indices in the conversation, ascending: int32 [kept], at head
         granularity [n_layer, n_head_kv, kept]."""
-        tokens = self._table.tokens()
+        tokens = self._table.indices()
         return tokens if self.granularity == "head" else tokens[0, 0]
 
     @property
     def packs_in_place(self) -> bool:
         """Whether the cache is scored and packed where it lies, as long as cells are known and no
         sliding window would lose tokens that it still sees."""
-        return self.cache.place.packs(self.granularity)
+        return self.cache.location.packs(self.granularity)
 
     @property
     def shift(self) -> int:
@@ -150,7 +150,7 @@ class EvictionManager:
         before = self.cache.state() if self.seen else None
         try:
             with self._changing():
-                self.cache.restore(state, table.present())
+                self.cache.restore(state, table.llama_positions())
         except (ValueError, KVCacheError) as error:
             if self._put_back(before):
                 raise ValueError("llama.cpp does not take its state") from error
@@ -163,7 +163,7 @@ class EvictionManager:
         Returns:
             Whether that was necessary, and done.
         """
-        present = self._table.present()
+        present = self._table.llama_positions()
         newest = int(present[-1]) if self.seen else -1
         emptied = self.cache.newest_position() != newest
         if emptied and before is not None:
@@ -283,10 +283,10 @@ class EvictionManager:
             self._evict()
 
     def _evict(self) -> None:
-        started, place = time.perf_counter(), self.cache.place
+        started, place = time.perf_counter(), self.cache.location
         self.score()
         before = self._table
-        tokens = before.tokens()
+        tokens = before.indices()
         first, newest = self._protected_borders()
         protected = (tokens < first) | (tokens >= newest)
         unit = units(tokens, clipped(before.spans, first, newest))
@@ -300,11 +300,11 @@ class EvictionManager:
         ms = 1e3 * (time.perf_counter() - started)
         self.evictions += 1
         self.eviction_ms += ms
-        after = self.cache.place
+        after = self.cache.location
         in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
         self.evictions_as_state += not in_place
         if self.on_evict is not None:
-            dropped = no_longer_held(tokens, self._table.tokens(), before.seen)
+            dropped = no_longer_held(tokens, self._table.indices(), before.seen)
             self.on_evict(
                 Eviction(
                     spans(dropped),
@@ -314,7 +314,7 @@ class EvictionManager:
                     self.policy.name,
                     ms,
                     "device" if in_place else "state",
-                    after.crossed - place.crossed,
+                    after.bytes_transferred - place.bytes_transferred,
                 )
             )
 
@@ -351,24 +351,24 @@ class EvictionManager:
             worth = whole[None, None]
         settled = tokens < t.settled
         keep = choose_tokens(worth, unit, protected, self.limits.budget, settled)
-        present = t.present()
-        kept, cells = tokens[keep], present[keep]
+        present = t.llama_positions()
+        kept, llama_positions = tokens[keep], present[keep]
         tail = self._next_tail()
         n_packed, shift = len(kept) - (t.seen - tail), t.shift
         with self._changing():
             self.cache.remove(present, keep)
             if self._must_compact(len(kept)):
                 new = np.arange(len(kept), dtype=np.int32)
-                self.cache.move(cells, new)
-                cells, shift = new, tail - n_packed
+                self.cache.move(llama_positions, new)
+                llama_positions, shift = new, tail - n_packed
                 self._shift_pending = True
             self._table = replace(
                 t,
                 tail=tail,
                 shift=shift,
-                packed=kept[None, None, :n_packed],
-                rotated=cells[None, None, :n_packed],
-                cells=cells[:n_packed],
+                packed_indices=kept[None, None, :n_packed],
+                packed_rope_positions=llama_positions[None, None, :n_packed],
+                packed_llama_positions=llama_positions[:n_packed],
                 scores=self._final(t.scores[:, :, keep], n_packed, len(kept)),
             )
         # llama.cpp turns the keys of moved cells when it decodes the next batch, not before
@@ -385,29 +385,29 @@ class EvictionManager:
         tail = self._next_tail()
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift
-        present = t.present()
+        present = t.llama_positions()
         # Whose cells survive: the oldest rows', so that the cells in use are the lowest ones; of a
         # model with a window cache, which loses the same positions, the newest rows'.
         window = self.cache.shape.has_window
         oldest = present[t.kept - n_keep :][:n_packed] if window else present[:n_packed]
-        positions = np.concatenate((oldest, present[t.kept - n_recent :]))
-        rotated = np.take_along_axis(t.rope_positions(), keep, axis=-1)
-        turn = None
+        llama_positions = np.concatenate((oldest, present[t.kept - n_recent :]))
+        rope_positions = np.take_along_axis(t.rope_positions(), keep, axis=-1)
+        rope_shift = None
         if self._must_compact(n_keep):
             assert self._frequencies is not None
-            positions, shift = np.arange(n_keep, dtype=np.int32), tail - n_packed
+            llama_positions, shift = np.arange(n_keep, dtype=np.int32), tail - n_packed
             f = self._frequencies
-            turn = KeyTurn(f.radians, positions - rotated, f.neox)
-            rotated = np.broadcast_to(positions, rotated.shape)
+            rope_shift = RopeShift(f.radians, llama_positions - rope_positions, f.neox)
+            rope_positions = np.broadcast_to(llama_positions, rope_positions.shape)
         with self._changing():
-            self.cache.pack(present, keep, positions, turn)
+            self.cache.pack(present, keep, llama_positions, rope_shift)
             self._table = replace(
                 t,
                 tail=tail,
                 shift=shift,
-                packed=np.take_along_axis(tokens, keep[..., :n_packed], axis=-1),
-                rotated=rotated[..., :n_packed],
-                cells=positions[:n_packed],
+                packed_indices=np.take_along_axis(tokens, keep[..., :n_packed], axis=-1),
+                packed_rope_positions=rope_positions[..., :n_packed],
+                packed_llama_positions=llama_positions[:n_packed],
                 scores=self._final(np.take_along_axis(t.scores, keep, axis=-1), n_packed, n_keep),
             )
 
@@ -432,21 +432,21 @@ class EvictionManager:
         # Rows that are scored for the first time lie in the tail, where all heads hold the same
         # tokens. Their left neighbours are read with them, as far as the tail goes.
         start = max(min(first, t.n_packed), first - self.policy.context)
-        present, tokens = t.present()[start:], t.tokens()[..., start:]
+        present, tokens = t.llama_positions()[start:], t.indices()[..., start:]
         n = len(present)
-        positions = tokens if start < t.n_packed and self.granularity == "head" else tokens[0, 0]
+        indices = tokens if start < t.n_packed and self.granularity == "head" else tokens[0, 0]
         p0, p1 = int(present[0]), int(present[-1]) + 1
-        if self.policy.inputs == "positions":
+        if self.policy.inputs == "indices":
             nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
-            new = self.policy.score(nothing, nothing, positions)
+            new = self.policy.score(nothing, nothing, indices)
         else:
             try:
-                new = self.policy.score_in_place(self.cache, p0, p1, positions)
+                new = self.policy.score_in_place(self.cache, p0, p1, indices)
             except NotInPlace:
                 want_values = self.policy.inputs == "keys+values"
                 _, keys, values = self.cache.read(p0, p1, n, values=want_values)
                 no_values = keys[..., :0]
-                new = self.policy.score(keys, no_values if values is None else values, positions)
+                new = self.policy.score(keys, no_values if values is None else values, indices)
         expected = (shape.n_layer, shape.n_head_kv, n)
         if new.shape != expected:
             raise ValueError(

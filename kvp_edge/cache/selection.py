@@ -31,13 +31,13 @@ def clipped(spans: IntArray, first: int, end: int) -> IntArray:
     return inside[inside[:, 0] < inside[:, 1]]
 
 
-def spans(positions: IntArray) -> tuple[tuple[int, int], ...]:
-    """Ascending positions as [start, end) runs of consecutive numbers."""
-    if len(positions) == 0:
+def spans(indices: IntArray) -> tuple[tuple[int, int], ...]:
+    """Ascending indices as [start, end) runs of consecutive numbers."""
+    if len(indices) == 0:
         return ()
-    cut = np.flatnonzero(np.diff(positions) != 1) + 1
-    firsts = positions[np.concatenate(([0], cut))]
-    lasts = positions[np.concatenate((cut - 1, [len(positions) - 1]))]
+    cut = np.flatnonzero(np.diff(indices) != 1) + 1
+    firsts = indices[np.concatenate(([0], cut))]
+    lasts = indices[np.concatenate((cut - 1, [len(indices) - 1]))]
     return tuple((int(a), int(b) + 1) for a, b in zip(firsts, lasts, strict=True))
 
 

@@ -30,7 +30,7 @@ class KVStats:
             llama.cpp's state; None when it is not bounded.
         where: the devices that it lies on, with commas; with "state", why that is not known; None
             when it is not bounded.
-        crossed_bytes: bytes carried between the cache and the host so far: cell numbers and scores
+        transferred_bytes: bytes carried between the cache and the host so far: cell numbers and scores
             of layers on a device, nothing for layers in host memory; whole states where an eviction
             went through one.
         evictions_as_state: of the evictions, those that went through llama.cpp's state.
@@ -48,7 +48,7 @@ class KVStats:
     granularity: str | None
     pack: str | None
     where: str | None
-    crossed_bytes: int
+    transferred_bytes: int
     evictions_as_state: int
 
     def keys(self) -> list[str]:
@@ -94,7 +94,7 @@ class Eviction:
             state: always so with KVStats.pack "state", else when positions are compacted, once
             after load_state, and where a sliding window would lose tokens that it still sees (a
             budget that without the recent window is smaller than the sliding one).
-        crossed_bytes: bytes it carried between the cache and the host (KVStats.crossed_bytes).
+        transferred_bytes: bytes it carried between the cache and the host (KVStats.transferred_bytes).
     """
 
     dropped: tuple[tuple[int, int], ...]
@@ -104,4 +104,4 @@ class Eviction:
     policy: str
     ms: float
     pack: str
-    crossed_bytes: int
+    transferred_bytes: int

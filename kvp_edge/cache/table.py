@@ -16,7 +16,7 @@ Granularity = Literal["token", "head"]
 
 #: What a session keeps of a table.
 _NUMBERS = ("seen", "tail", "shift", "marked", "settled")
-_ARRAYS = ("packed", "rotated", "cells", "scores", "spans")
+_ARRAYS = ("packed_indices", "packed_rope_positions", "packed_llama_positions", "scores", "spans")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Table:
         seen: tokens of the conversation read so far: 0 .. seen - 1.
         tail: see above; 0 while the cache is complete.
         shift: token t of the tail is at llama.cpp position t - shift.
-        packed: int32 [*groups, n_packed], the tokens in the packed rows, ascending in each head.
-        rotated: int32 [*groups, n_packed], the RoPE position that the key of each of them carries.
-            The same as ``packed`` unless positions were compacted.
-        cells: int32 [n_packed], llama.cpp's position of each packed row, ascending. At head
-            granularity merely a row's name: attention never looks at it.
+        packed_indices: int32 [*groups, n_packed], the tokens in the packed rows, ascending in each
+            head.
+        packed_rope_positions: int32 [*groups, n_packed], the RoPE position that the key of each of
+            them carries. The same as ``packed_indices`` unless positions were compacted.
+        packed_llama_positions: int32 [n_packed], llama.cpp's position of each packed row,
+            ascending. At head granularity merely a row's name: attention never looks at it.
         scores: f32 [n_layer, n_head_kv, n] of the first n rows, n <= kept.
         spans: int32 [k, 3], (start, end, kind) of tokens that stay or go together (whole_spans);
             ascending, disjoint. Before the tail, only of what is held, and the newest that begins a
@@ -48,9 +49,9 @@ class Table:
     seen: int
     tail: int
     shift: int
-    packed: IntArray
-    rotated: IntArray
-    cells: IntArray
+    packed_indices: IntArray
+    packed_rope_positions: IntArray
+    packed_llama_positions: IntArray
     scores: FloatArray
     spans: IntArray
     marked: int
@@ -101,11 +102,13 @@ class Table:
         )
 
     def _arrays_fit(self, empty: Table) -> bool:
-        n_packed = self.packed.shape[-1] if self.packed.ndim else -1
+        n_packed = self.packed_indices.shape[-1] if self.packed_indices.ndim else -1
         return (
             all(getattr(self, name).dtype == getattr(empty, name).dtype for name in _ARRAYS)
-            and self.packed.shape == self.rotated.shape == (*empty.packed.shape[:2], n_packed)
-            and self.cells.shape == (n_packed,)
+            and self.packed_indices.shape
+            == self.packed_rope_positions.shape
+            == (*empty.packed_indices.shape[:2], n_packed)
+            and self.packed_llama_positions.shape == (n_packed,)
             and self.scores.ndim == 3
             and self.scores.shape[:2] == empty.scores.shape[:2]
             and self.scores.shape[2] <= self.kept
@@ -116,11 +119,16 @@ class Table:
     def _rows_add_up(self) -> bool:
         starts, ends, kinds = self.spans.T
         return (
-            bool((self.packed >= 0).all() and (self.cells >= 0).all())
-            and _ascend(self.tokens())
-            and _ascend(self.present())
+            bool((self.packed_indices >= 0).all() and (self.packed_llama_positions >= 0).all())
+            and _ascend(self.indices())
+            and _ascend(self.llama_positions())
             # a key carries the position of its token, or one further to the front
-            and bool(((self.rotated >= 0) & (self.rotated <= self.packed)).all())
+            and bool(
+                (
+                    (self.packed_rope_positions >= 0)
+                    & (self.packed_rope_positions <= self.packed_indices)
+                ).all()
+            )
             and bool((starts >= 0).all() and (starts < ends).all() and (ends <= self.marked).all())
             and bool((ends[:-1] <= starts[1:]).all())
             and bool(np.isin(kinds, (TEXT, MARKER, TURN)).all())
@@ -128,7 +136,7 @@ class Table:
 
     @property
     def n_packed(self) -> int:
-        return len(self.cells)
+        return len(self.packed_llama_positions)
 
     @property
     def kept(self) -> int:
@@ -141,17 +149,17 @@ class Table:
         llama.cpp continues from the newest position."""
         return self.tail + 1 if self.tail else 0
 
-    def tokens(self) -> IntArray:
-        """int32 [*groups, kept]: the token in every row."""
-        return self._with_tail(self.packed, 0)
+    def indices(self) -> IntArray:
+        """int32 [*groups, kept]: the token in every row, by its index in the conversation."""
+        return self._with_tail(self.packed_indices, 0)
 
     def rope_positions(self) -> IntArray:
         """int32 [*groups, kept]: the RoPE position that the key in every row carries."""
-        return self._with_tail(self.rotated, self.shift)
+        return self._with_tail(self.packed_rope_positions, self.shift)
 
-    def present(self) -> IntArray:
+    def llama_positions(self) -> IntArray:
         """int32 [kept]: llama.cpp's position of every row."""
-        return self._with_tail(self.cells, self.shift)
+        return self._with_tail(self.packed_llama_positions, self.shift)
 
     def _with_tail(self, packed: IntArray, shift: int) -> IntArray:
         tail = np.arange(self.tail - shift, self.seen - shift, dtype=np.int32)
@@ -199,7 +207,7 @@ class Table:
         start = min([self.unsure_from, *new[:1, 0].tolist()])
         spans = np.concatenate((self.spans[self.spans[:, 1] <= start], new))
         held = np.zeros(self.seen + 1, np.int32)
-        held[self.tokens() + 1] = 1
+        held[self.indices() + 1] = 1
         before = np.cumsum(held)
         n_held = before[spans[:, 1]] - before[spans[:, 0]]
         stays = (n_held > 1) | (spans[:, 1] > self.tail)

@@ -60,18 +60,18 @@ class _Tokens:
 
     keys: npt.NDArray[np.float16]
     values: npt.NDArray[np.float16]
-    positions: npt.NDArray[np.int32]
+    indices: npt.NDArray[np.int32]
     queries: Queries
     block = 1
 
     @property
     def splits(self) -> npt.NDArray[np.int32]:
-        return np.arange(1, len(self.positions), dtype=np.int32)
+        return np.arange(1, len(self.indices), dtype=np.int32)
 
     def received(self, start: int, stop: int, n_tokens: int) -> FloatArray:
         """What the queries of [start, stop) pay, as a trace's: f32 [L, H, n_tokens]."""
         some = self.queries[start - stop :]
-        paid = attention(some, self.keys.astype(np.float32), self.positions)
+        paid = attention(some, self.keys.astype(np.float32), self.indices)
         return np.stack([x.max(1).sum(1) for x in paid])[:, :, :n_tokens]
 
     def importance(self, n: int) -> FloatArray:
@@ -97,7 +97,7 @@ def check_parity(
     if traces is None:
         parity = Parity(f"{len(samples)} x {_RANDOM_TOKENS} random tokens")
     else:
-        parity = Parity(f"{len(samples)} traces, {sum(len(s.positions) for s in samples)} tokens")
+        parity = Parity(f"{len(samples)} traces, {sum(len(s.indices) for s in samples)} tokens")
     exact = [_torch_scores(agents, sample) for sample in samples]
     rounded = [_torch_scores(_with_weights(agents, stored), sample) for sample in samples]
     if agents.shape.statistics:
@@ -144,7 +144,7 @@ def _samples(agents: Agents, traces: TraceSetLike | None) -> list[_Tokens]:
     if traces is not None:
         chosen = (traces[i] for i in range(min(_TRACES, len(traces))))
         return [
-            _Tokens(t.keys[:], t.values[:], t.positions[:], _queries(agents, t.positions[:]))
+            _Tokens(t.keys[:], t.values[:], t.indices[:], _queries(agents, t.indices[:]))
             for t in chosen
         ]
     shape = agents.shape
@@ -159,16 +159,16 @@ def _samples(agents: Agents, traces: TraceSetLike | None) -> list[_Tokens]:
         noise = rng.standard_normal((shape.n_heads, _RANDOM_TOKENS, shape.n_features))
         x = (mean + std * noise).reshape(*heads, _RANDOM_TOKENS, -1).astype(np.float16)
         dk, dv = shape.head_size_k, shape.head_size_v
-        positions = np.arange(_RANDOM_TOKENS, dtype=np.int32)
-        queries = _queries(agents, positions)
-        samples.append(_Tokens(x[..., :dk], x[..., dk : dk + dv], positions, queries))
+        indices = np.arange(_RANDOM_TOKENS, dtype=np.int32)
+        queries = _queries(agents, indices)
+        samples.append(_Tokens(x[..., :dk], x[..., dk : dk + dv], indices, queries))
     return samples
 
 
-def _queries(agents: Agents, positions: npt.NDArray[np.int32]) -> Queries:
+def _queries(agents: Agents, indices: npt.NDArray[np.int32]) -> Queries:
     """Random ones of the newest tokens, two heads to a KV head; as many as the agents look at."""
     shape, rng = agents.shape, np.random.default_rng(1)
-    newest = positions[len(positions) - min(shape.statistics, len(positions)) :]
+    newest = indices[len(indices) - min(shape.statistics, len(indices)) :]
     size = (shape.n_layer, 2 * shape.n_head_kv, len(newest), shape.head_size_k)
     scale = np.full(shape.n_layer, shape.head_size_k**-0.5, np.float32)
     return Queries(rng.standard_normal(size).astype(np.float32), newest, scale)
@@ -186,13 +186,13 @@ class _Told(Learned):
 
 
 def _torch_scores(agents: Agents, sample: _Tokens) -> FloatArray:
-    return agent_scorer(agents)(sample, len(sample.positions))  # type: ignore[arg-type]
+    return agent_scorer(agents)(sample, len(sample.indices))  # type: ignore[arg-type]
 
 
 def _policy_scores(policy: Policy | NativePolicy, sample: _Tokens) -> FloatArray:
     keys, values = sample.keys.astype(np.float32), sample.values.astype(np.float32)
-    scores = policy.score(keys, values, sample.positions)
-    return scores.reshape(-1, len(sample.positions))
+    scores = policy.score(keys, values, sample.indices)
+    return scores.reshape(-1, len(sample.indices))
 
 
 def _with_weights(agents: Agents, w: PolicyWeights) -> Agents:

@@ -39,9 +39,9 @@ class Policy(ABC):
     #: What users call it.
     name: ClassVar[str]
 
-    #: What ``score`` looks at. With "positions" the cache is never read and the arrays of keys and
+    #: What ``score`` looks at. With "indices" the cache is never read and the arrays of keys and
     #: values have a last axis of length 0.
-    inputs: ClassVar[Literal["positions", "keys", "keys+values"]] = "keys+values"
+    inputs: ClassVar[Literal["indices", "keys", "keys+values"]] = "keys+values"
 
     #: "token": a score depends on its own token alone, so every token is read and scored once.
     #: "cache": it depends on the other tokens held, so all are scored again at every eviction.
@@ -124,13 +124,11 @@ class Policy(ABC):
         total: FloatArray = np.einsum("lhn,lh->n", worth, self.head_weights)
         return total
 
-    def score_in_place(
-        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
-    ) -> FloatArray:
-        """What ``score`` returns, computed where the tokens at positions [p0, p1) lie.
+    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
+        """What ``score`` returns, computed where the tokens at llama.cpp's positions [p0, p1) lie.
 
         Args:
-            positions: as in ``score``.
+            indices: as in ``score``.
 
         Raises:
             NotInPlace: that is not possible; then ``score`` is called. Nothing has changed.
@@ -138,17 +136,17 @@ class Policy(ABC):
         if self.native_scorer is None:
             raise NotInPlace(f"the policy {self.name} computes on rows that it is given")
         # tokens that are scored once are the same in all heads, and others' indices do not matter
-        tokens = positions if positions.ndim == 1 else positions[0, 0]
+        tokens = indices if indices.ndim == 1 else indices[0, 0]
         return cache.score(self.native_scorer, p0, p1, tokens)
 
     @abstractmethod
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         """Score tokens.
 
         Args:
             keys: f32 [n_layer, n_head_kv, n_tokens, head_size_k], as cached (RoPE included).
             values: f32 [n_layer, n_head_kv, n_tokens, head_size_v].
-            positions: int32 [n_tokens], the tokens' indices in the conversation, ascending. With
+            indices: int32 [n_tokens], the tokens' indices in the conversation, ascending. With
                 scope "cache" at head granularity, where every head holds its own tokens,
                 [n_layer, n_head_kv, n_tokens].
 

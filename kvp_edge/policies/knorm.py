@@ -15,6 +15,6 @@ class KNorm(Policy):
     inputs = "keys"
     native_scorer = "knorm"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         norm: FloatArray = np.linalg.norm(keys, axis=-1)
         return -norm

@@ -12,8 +12,8 @@ class Recency(Policy):
     """score = position."""
 
     name = "recency"
-    inputs = "positions"
+    inputs = "indices"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         # exact in f32 up to position 2^24
-        return np.broadcast_to(positions.astype(np.float32), (*keys.shape[:2], len(positions)))
+        return np.broadcast_to(indices.astype(np.float32), (*keys.shape[:2], len(indices)))

@@ -22,11 +22,9 @@ class ValueRange(Policy):
     inputs = "keys+values"
     scope = "token"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         score: FloatArray = values.max(axis=-1) - values.min(axis=-1)
         return score
 
-    def score_in_place(
-        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
-    ) -> FloatArray:
-        return cache.score_range(p0, p1, positions.shape[-1])
+    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
+        return cache.score_range(p0, p1, indices.shape[-1])

@@ -104,7 +104,7 @@ class Trace:
     Attributes:
         keys: float16 [L, H, T, head_size_k], RoPE included.
         values: float16 [L, H, T, head_size_v].
-        positions: int32 [T], ascending.
+        indices: int32 [T], ascending: each token's index in the conversation.
         tokens: int32 [T].
         attention: float16 [L, H, P], see the module.
         n_prompt: where the future begins, a border between blocks.
@@ -115,7 +115,7 @@ class Trace:
 
     keys: HalfArray
     values: HalfArray
-    positions: IntArray
+    indices: IntArray
     tokens: IntArray
     attention: HalfArray
     n_prompt: int
@@ -356,7 +356,7 @@ def _load(path: Path, entry: Json) -> Trace:
         trace = Trace(
             keys=arrays["keys"],
             values=arrays["values"],
-            positions=arrays["positions"],
+            indices=arrays["positions"],
             tokens=arrays["tokens"],
             attention=arrays["attention"],
             n_prompt=about["n_prompt"],
@@ -373,7 +373,7 @@ def _load(path: Path, entry: Json) -> Trace:
         all(getattr(trace, name).dtype == dtype for name, dtype in _DTYPES.items())
         and trace.keys.shape == (*heads, n, trace.keys.shape[-1])
         and trace.values.shape == (*heads, n, trace.values.shape[-1])
-        and trace.positions.shape == trace.tokens.shape == (n,)
+        and trace.indices.shape == trace.tokens.shape == (n,)
         and 0 <= trace.n_prompt <= n
         and trace.attention.shape == (*heads, trace.blocks.n_sums(n))
     )

@@ -44,7 +44,7 @@ class Captured:
 
     tokens: IntArray
     """int32 [T]"""
-    positions: IntArray
+    indices: IntArray
     """int32 [T], ascending"""
     keys: HalfArray
     """float16 [L, H, T, head_size_k], RoPE included"""
@@ -160,12 +160,12 @@ class Tracer(Llama):
             self._read([token])
         n = int(self.n_tokens)
         assert self._native is not None
-        positions, keys, values = self._native.read(0, n, n)
+        indices, keys, values = self._native.read(0, n, n)
         assert values is not None
         sums = self._attention.end(keys)
         return Captured(
             tokens=np.array(self.input_ids[:n], np.int32),
-            positions=positions,
+            indices=indices,
             keys=_half(keys, "keys"),
             values=_half(values, "values"),
             sums=sums,

@@ -233,7 +233,7 @@ def _file_bytes(got: Captured, about: Json) -> bytes:
     arrays = {
         "keys": got.keys,
         "values": got.values,
-        "positions": got.positions,
+        "positions": got.indices,
         "tokens": got.tokens,
         "attention": got.sums,
     }

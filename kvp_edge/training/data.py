@@ -37,7 +37,7 @@ class TraceLike(Protocol):
         """f16 [L, H, T, head_size_v]."""
 
     @property
-    def positions(self) -> IntArray:
+    def indices(self) -> IntArray:
         """int32 [T]: each token's index in the conversation."""
 
     @property
@@ -313,7 +313,7 @@ def gather(
         out[i, :, :dk] = trace.keys[il, ih][at]
         out[i, :, dk : dk + dv] = trace.values[il, ih][at]
     place = slice(dk + dv, dk + dv + 4)
-    out[:, :, place] = position_features(torch.from_numpy(trace.positions[at])).numpy()
+    out[:, :, place] = position_features(torch.from_numpy(trace.indices[at])).numpy()
     if statistics is not None:
         out[:, :, place.stop :] = statistics[:, at]
     if not np.isfinite(out).all():

@@ -149,11 +149,11 @@ class _Drawing(Policy):
         self._final = 0  # tokens whose scores will not change any more
         self.evictions: list[Eviction] = []
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
-        seen = int(positions.max()) + 1
-        self._read(keys, values, positions, seen)
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
+        seen = int(indices.max()) + 1
+        self._read(keys, values, indices, seen)
         held = torch.from_numpy(
-            np.broadcast_to(positions, keys.shape[:3]).reshape(len(self._scores), -1).astype(int)
+            np.broadcast_to(indices, keys.shape[:3]).reshape(len(self._scores), -1).astype(int)
         )
         scores = self._scores.gather(1, held)
         if self._generator is not None:
@@ -161,7 +161,7 @@ class _Drawing(Policy):
         out: FloatArray = scores.numpy().reshape(keys.shape[:3])
         return out
 
-    def _read(self, keys: FloatArray, values: FloatArray, positions: IntArray, seen: int) -> None:
+    def _read(self, keys: FloatArray, values: FloatArray, indices: IntArray, seen: int) -> None:
         """Bring features and scores up to date. All tokens that came in since the last eviction,
         and the recent ones before them, are held by every head, in the last rows."""
         start = max(0, self._final - self._half)

@@ -391,7 +391,7 @@ def scorer_of(agents: Agents, horizon: int) -> tuple[Scorer, Whole]:
         return score, weighted(agents.log_aggregate.detach().exp().cpu().numpy())
 
     def left(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
-        return log_future_use(score(trace, n), n - trace.positions[:n], horizon)
+        return log_future_use(score(trace, n), n - trace.indices[:n], horizon)
 
     return left, log_total
 

@@ -36,8 +36,8 @@ def compare(policy: Path, traces: TraceSet, states: int) -> dict[str, Quality]:
     def score(trace: Trace, n: int) -> NDArray[np.float32]:
         keys = trace.keys[:, :, :n].astype(np.float32)
         values = trace.values[:, :, :n].astype(np.float32)
-        scores = native.score(keys, values, trace.positions[:n])
-        return learned.worth(scores, n - trace.positions[:n]).reshape(-1, n)
+        scores = native.score(keys, values, trace.indices[:n])
+        return learned.worth(scores, n - trace.indices[:n]).reshape(-1, n)
 
     def whole(worth: NDArray[np.float32]) -> NDArray[np.float32]:
         together = learned.whole_tokens(worth.reshape(info.n_layer, info.n_head_kv, -1))

@@ -79,7 +79,7 @@ def test_logits_equal_attention_over_exactly_the_rows_each_head_kept(
         llm.eval([token])
     llm.eval(random_tokens(100, seed=2)[1:])
     assert llm.kv_stats.evictions >= 2
-    heads = llm.kv_positions.reshape(-1, llm.kv_stats.kept)
+    heads = llm.kv_indices.reshape(-1, llm.kv_stats.kept)
     assert len({head.tobytes() for head in heads}) > 1
     got, want = llm.scores[: llm.n_tokens], watch.expected(model.reference)
     exact = 0.02 if shape.arch == "gemma3" else EXACT
@@ -234,7 +234,7 @@ def test_when_a_server_dies_the_text_is_rescued_and_can_be_read_again(
     assert llm.load_session(rescue) == {"said": 150}
     direct.eval(tokens)
     np.testing.assert_array_equal(llm.input_ids[: llm.n_tokens], tokens)
-    np.testing.assert_array_equal(llm.kv_positions, direct.kv_positions)
+    np.testing.assert_array_equal(llm.kv_indices, direct.kv_indices)
     assert next(iter(llm.generate([*tokens, 7], temp=0.0))) == next(
         iter(direct.generate([*tokens, 7], temp=0.0))
     )

@@ -92,7 +92,7 @@ def assert_same_cache(a: Llama, b: Llama) -> None:
 def cells_are_followed(llm: Llama) -> bool:
     """Whether they are known; they are then llama.cpp's, or this raises."""
     assert llm._kv is not None
-    return cache_of(llm).check_cells(llm._kv.snapshot().present())
+    return cache_of(llm).check_cells(llm._kv.snapshot().llama_positions())
 
 
 # -- packing ---------------------------------------------------------------------------------
@@ -148,18 +148,18 @@ def test_in_place_and_state_leave_the_same_bytes(
             assert llm._kv is not None
             llm._kv.restore_with(state._kv.snapshot(), shared)  # type: ignore[union-attr]
             llm.evict()
-        np.testing.assert_array_equal(in_place.kv_positions, state.kv_positions)
+        np.testing.assert_array_equal(in_place.kv_indices, state.kv_indices)
         assert_same_cache(in_place, state)
         assert cells_are_followed(in_place)
-    assert cache_of(in_place).place.packed == 4
-    assert cache_of(in_place).place.packed_as_state == 0
-    assert cache_of(state).place.packed == 0
+    assert cache_of(in_place).location.packed_in_place == 4
+    assert cache_of(in_place).location.packed_as_state == 0
+    assert cache_of(state).location.packed_in_place == 0
     assert in_place.kv_stats.pack == "device"
     assert state.kv_stats.pack == "state"
     where = in_place.kv_stats.where or ""
     assert where.count("CPU") == (place == "cpu"), where
     assert where.count(", ") == (place == "rpc2"), where
-    assert cache_of(in_place).place.on_device == (place != "cpu")
+    assert cache_of(in_place).location.on_device == (place != "cpu")
 
 
 @pytest.mark.parametrize("shape", [LLAMA, SMALL_HEADS], ids=lambda s: str(s.head_dim))
@@ -212,7 +212,7 @@ def test_with_nothing_to_move_nothing_is_moved(
     cache.pack(present, newest, present[1:])
     np.testing.assert_array_equal(held(llm)[0].keys, before[0].keys[:, 1:])
     np.testing.assert_array_equal(held(llm)[0].positions, present[1:])
-    assert cache.place.packed == 2
+    assert cache.location.packed_in_place == 2
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
@@ -293,12 +293,12 @@ def test_heads_that_are_no_whole_words_on_a_device_go_through_the_state(
         token = load(path, **BOUND, **{**q8, "granularity": "token"}, pack="device")
     assert llm.kv_stats.pack == "state"
     llm.eval(random_tokens(400))
-    assert cache_of(llm).place.packed_as_state == llm.kv_stats.evictions > 0
+    assert cache_of(llm).location.packed_as_state == llm.kv_stats.evictions > 0
     token.eval(random_tokens(400))
     assert token.kv_stats.pack == "device"
     here = load(path, **BOUND, **q8, pack="device")  # in host memory bytes are enough
     here.eval(random_tokens(400))
-    assert cache_of(here).place.packed_as_state == 0
+    assert cache_of(here).location.packed_as_state == 0
 
 
 # -- scores ----------------------------------------------------------------------------------
@@ -333,13 +333,13 @@ def test_scores_in_place_are_those_of_the_state_and_of_numpy(
 ) -> None:
     llm = evicted(load, random_model(shape).path, *types)
     assert llm._kv is not None
-    cache, present = cache_of(llm), llm._kv.snapshot().present()
-    tokens = llm.kv_positions
+    cache, present = cache_of(llm), llm._kv.snapshot().llama_positions()
+    tokens = llm.kv_indices
     s = cache.shape
     info = PolicyInfo("llama", s.n_layer, s.n_head_kv, s.head_size_k, s.head_size_v, 8, 5)
     network = NativePolicy(random_weights(info))
     p0, p1, n = int(present[0]), int(present[-1]) + 1, len(present)
-    crossed = cache.place.crossed
+    bytes_transferred = cache.location.bytes_transferred
     cache.score(network, p0, p1, tokens)
     in_place = {
         "keydiff": cache.score("keydiff", p0, p1, tokens),
@@ -347,13 +347,13 @@ def test_scores_in_place_are_those_of_the_state_and_of_numpy(
         "network": cache.score(network, p0, p1, tokens),
     }
     if place == "cpu":
-        assert cache.place.crossed == crossed
+        assert cache.location.bytes_transferred == bytes_transferred
     cache.forget_cells()
     assert not cells_are_followed(llm)
-    before = cache.place.crossed
+    before = cache.location.bytes_transferred
     _, keys, values = cache.read(p0, p1, n)
     assert values is not None
-    assert cache.place.crossed > before  # a state was taken
+    assert cache.location.bytes_transferred > before  # a state was taken
     heuristics: dict[str, Policy] = {"keydiff": KeyDiff(), "knorm": KNorm()}
     for name, policy in heuristics.items():
         assert_close(in_place[name], cache.score(name, p0, p1, tokens))
@@ -388,7 +388,7 @@ def test_what_rules_look_at_is_the_same_in_place_and_in_numpy(
 ) -> None:
     llm = evicted(load, random_model(shape).path, *types)
     assert llm._kv is not None
-    cache, present = cache_of(llm), llm._kv.snapshot().present()
+    cache, present = cache_of(llm), llm._kv.snapshot().llama_positions()
     s, n = cache.shape, len(present)
     p0, p1 = int(present[0]), int(present[-1]) + 1
     rng = np.random.default_rng(1)
@@ -403,14 +403,14 @@ def test_what_rules_look_at_is_the_same_in_place_and_in_numpy(
         asked.scale,
     )
     left_out = held < 30
-    crossed = cache.place.crossed
+    bytes_transferred = cache.location.bytes_transferred
     in_place = [
         cache.score_range(p0, p1, n),
         cache.score_lag(p0, p1, n, first=4, lag=20, n_parts=4),
         cache.score_attention(p0, p1, asked, held),
         cache.score_expected(p0, p1, *expected, left_out),
     ]
-    assert (cache.place.crossed == crossed) == (place == "cpu")
+    assert (cache.location.bytes_transferred == bytes_transferred) == (place == "cpu")
 
     cache.forget_cells()
     for again in (
@@ -503,7 +503,7 @@ def test_a_chat_keeps_the_same_tokens_in_place_and_through_states(
         text = b"My dog is called Ralph. " * 60 + b"What is my dog called?"
         llm.eval(llm.tokenize(text))
         assert llm.kv_stats.evictions > 1
-        kept.append(llm.kv_positions)
+        kept.append(llm.kv_indices)
     # Scores differ in the last bits, so a tie may fall the other way.
     same = [
         np.isin(a, b).mean()
@@ -533,7 +533,7 @@ def test_cells_are_followed_through_eviction_rewind_and_clearing(
         llm.eval([11, 12])
         assert cells_are_followed(llm)
     assert llm.kv_stats.evictions > 2
-    assert cache_of(llm).place.packed_as_state == 0
+    assert cache_of(llm).location.packed_as_state == 0
     llm.reset()
     llm.eval(random_tokens(30))
     assert cells_are_followed(llm)
@@ -576,8 +576,8 @@ def test_a_session_brings_its_cells_along(
     assert_same_cache(llm, other)
     for chat in (llm, other):
         chat.eval(random_tokens(200, seed=1))
-    np.testing.assert_array_equal(llm.kv_positions, other.kv_positions)
-    assert cache_of(other).place.packed_as_state == 0
+    np.testing.assert_array_equal(llm.kv_indices, other.kv_indices)
+    assert cache_of(other).location.packed_as_state == 0
 
 
 @pytest.mark.parametrize("granularity", ["token", "head"])
@@ -593,7 +593,7 @@ def test_compacted_positions_are_followed(
     assert llm._kv is not None
     assert llm._kv.shift > 0
     # turned keys go through the state at head granularity; llama.cpp turns them itself at the other
-    assert (cache_of(llm).place.packed_as_state > 0) == (granularity == "head")
+    assert (cache_of(llm).location.packed_as_state > 0) == (granularity == "head")
 
 
 # -- what crosses ----------------------------------------------------------------------------
@@ -615,7 +615,7 @@ def test_only_cell_numbers_and_scores_cross(
     """Two models that differ in the size of their heads put the same bytes on the wire; but where a
     policy looks at queries, these cross too, as they are logged on the host."""
     n_queries = POLICIES[policy].queries
-    crossed = []
+    bytes_transferred = []
     for head_dim in (64, 256):
         shape = ModelShape("llama", n_layer=3, n_embd=64, n_head=2, n_head_kv=2, head_dim=head_dim)
         with placed([rpc_wire.device]):
@@ -631,11 +631,11 @@ def test_only_cell_numbers_and_scores_cross(
             )
         llm.eval(random_tokens(590))
         assert llm.kv_stats.evictions == 0
-        stats_before = llm.kv_stats.crossed_bytes
+        stats_before = llm.kv_stats.transferred_bytes
         rpc_wire.reset()
         llm.evict()
         wire = rpc_wire.to_device + rpc_wire.to_host
-        own = llm.kv_stats.crossed_bytes - stats_before
+        own = llm.kv_stats.transferred_bytes - stats_before
         n, n_keep, heads = 590, 400, 3 * 2
         numbers = 4 * n + 4 * heads * n_keep + 8 * n_keep  # cells to score, to take and to fill
         if n_queries:
@@ -647,9 +647,9 @@ def test_only_cell_numbers_and_scores_cross(
         cache_bytes = cache_of(llm).shape.bytes_per_cell * n_keep
         graphs = 120_000 if policy == "lagkv" else 75_000  # as many bytes whatever the cache holds
         assert own <= wire < own + graphs
-        crossed.append((own, wire, cache_bytes))
+        bytes_transferred.append((own, wire, cache_bytes))
         llm.close()
-    (own, wire, small), (own_large, wire_large, large) = crossed
+    (own, wire, small), (own_large, wire_large, large) = bytes_transferred
     assert large == 4 * small
     assert abs(own_large - own) <= 5 * (4 * heads + 8)  # a few rows more may be where they shall be
     assert abs(wire_large - wire) < 5_000 < small / 60
@@ -659,7 +659,7 @@ def test_nothing_crosses_in_host_memory(random_model: Maker, load: Loader) -> No
     llm = load(random_model(LLAMA).path, **BOUND, policy="keydiff", granularity="head")
     llm.eval(random_tokens(400))
     assert llm.kv_stats.evictions > 1
-    assert llm.kv_stats.crossed_bytes == 0
+    assert llm.kv_stats.transferred_bytes == 0
     assert llm.kv_stats.where == "CPU"
 
 
@@ -726,7 +726,7 @@ with placed([rpc_device(RpcServer().endpoint) for _ in range(2)]):
 fresh = Llama(sys.argv[1], **bound)
 failed = "the device RPC"
 {failing_call.READ_AGAIN}
-assert llm._kv.cache.check_cells(llm._kv.snapshot().present())
+assert llm._kv.cache.check_cells(llm._kv.snapshot().llama_positions())
 print("survived")
 """
 
@@ -773,7 +773,7 @@ for pack in ("device", "state"):
     read.clear()
     llm.eval([0, *(6 + i * 7 % 200 for i in range(600))])
     assert len(read) == llm.kv_stats.evictions > 1, (pack, len(read))
-    kept.append(llm.kv_positions)
+    kept.append(llm.kv_indices)
 assert (kept[0] == kept[1]).all()
 print("read")
 """

@@ -271,7 +271,7 @@ def test_logits_equal_attention_over_exactly_the_rows_each_head_kept(
     with opened(path, type_k=F32, type_v=F32, policy=policy()) as llm:
         watch = Watch(llm, SHAPES[name])
         assert run(llm) >= 2
-        heads = llm.kv_positions.reshape(-1, llm.kv_stats.kept)
+        heads = llm.kv_indices.reshape(-1, llm.kv_stats.kept)
         if len(heads) > 1:
             assert len({h.tobytes() for h in heads}) > 1  # they did choose differently
         got, want = llm.scores[: llm.n_tokens], watch.expected(reference)

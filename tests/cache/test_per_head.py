@@ -88,7 +88,7 @@ def test_an_edited_message_beyond_the_recent_window_is_read_again(
         return int(next(iter(of.generate(prompt, temp=0.0))))
 
     assert first(llm, edited) == first(fresh, edited)
-    np.testing.assert_array_equal(llm.kv_positions, fresh.kv_positions)
+    np.testing.assert_array_equal(llm.kv_indices, fresh.kv_indices)
 
 
 @pytest.mark.usefixtures("way")
@@ -137,18 +137,18 @@ def test_an_interrupt_around_packing_ends_in_a_clean_re_read(
         llm.eval([7])
     answers = [next(iter(of.generate(tokens, temp=0.0))) for of in (llm, untouched)]
     assert answers[0] == answers[1]
-    np.testing.assert_array_equal(llm.kv_positions, untouched.kv_positions)
+    np.testing.assert_array_equal(llm.kv_indices, untouched.kv_indices)
 
 
 def test_states_in_memory_go_back_and_forth(random_model: Maker, load: Loader, way: str) -> None:
     llm = load(random_model(LLAMA).path, **BOUND, granularity="head", logits_all=True)
     llm.eval(random_tokens(400))
     state = llm.save_state()
-    held = llm.kv_positions
+    held = llm.kv_indices
     llm.eval(random_tokens(300, seed=1))
     want = np.array(llm.scores[400:700])
     llm.load_state(state)
-    np.testing.assert_array_equal(llm.kv_positions, held)
+    np.testing.assert_array_equal(llm.kv_indices, held)
     llm.eval(random_tokens(300, seed=1))
     if way in ("cpu", "state"):
         np.testing.assert_array_equal(llm.scores[400:700], want)
@@ -191,7 +191,7 @@ def test_dropped_spans_name_tokens_that_no_head_holds_any_more(
 
     llm = load(random_model(LLAMA).path, **BOUND, policy=Noise(), on_evict=note, granularity="head")
     llm.eval(random_tokens(900))
-    held = set(llm.kv_positions.reshape(-1).tolist())
+    held = set(llm.kv_indices.reshape(-1).tolist())
     assert len(dropped) == len(set(dropped))
     assert held.isdisjoint(dropped)
     assert held | set(dropped) == set(range(900))
@@ -203,7 +203,7 @@ def test_sinks_and_recent_tokens_are_in_the_same_rows_of_all_heads(
 ) -> None:
     llm = load(random_model(LLAMA).path, **BOUND, policy=Noise(), granularity="head")
     llm.eval(random_tokens(257))
-    held = llm.kv_positions
+    held = llm.kv_indices
     assert (held[:, :, :4] == np.arange(4)).all()
     assert (held[:, :, -21:] == np.arange(236, 257)).all()
     assert (np.diff(held, axis=-1) > 0).all()

@@ -75,7 +75,7 @@ def test_a_conversation_of_many_trained_lengths_stays_below_it(
         llm.eval(random_tokens(250, seed=seed))
         assert newest_position(llm) < TRAINED
         assert llm.kv_stats.kept + llm.kv_stats.dropped == llm.kv_stats.seen == llm.n_tokens
-        newest = llm.kv_positions[..., -1]
+        newest = llm.kv_indices[..., -1]
         assert (newest == llm.n_tokens - 1).all()
     assert llm.n_tokens == 4000
     assert next(iter(llm.generate([*llm.input_ids[:4000].tolist(), 9], temp=0.0))) >= 0
@@ -213,8 +213,8 @@ def test_keys_after_a_compaction_are_those_of_the_token_at_the_new_position(
     exact = load(str(tmp_path / "m.gguf"), **{**BOUND, **options, **F32, "positions": "keep"})
     assert exact._kv is not None
     want: dict[tuple[int, int], Any] = {}
-    for head, row in np.ndindex(table.tokens().shape[1:]):
-        token, position = tokens[table.tokens()[0, head, row]], int(rotated[head, row])
+    for head, row in np.ndindex(table.indices().shape[1:]):
+        token, position = tokens[table.indices()[0, head, row]], int(rotated[head, row])
         if (token, position) not in want:
             exact._ctx.kv_cache_seq_rm(-1, 0, -1)
             exact._batch.set_batch(batch=[token], n_past=position, logits_all=False)

@@ -103,7 +103,7 @@ def test_every_kind_of_cache_goes_on_beyond_its_window_in_place_as_through_the_s
         assert set(ways) == {pack if budget > LARGE else "state"}
         assert llm.kv_stats.evictions_as_state == ways.count("state")
         assert ("through states" in str(llm.kv_stats)) == ("state" in ways)
-        got.append((llm.kv_positions, np.array(llm.scores[: llm.n_tokens])))
+        got.append((llm.kv_indices, np.array(llm.scores[: llm.n_tokens])))
     (in_place, logits), (as_state, others) = got
     np.testing.assert_array_equal(in_place, as_state)
     # Sums go over cells in another order; measured: below 0.03. Of an exact attention, which the

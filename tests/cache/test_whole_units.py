@@ -42,7 +42,7 @@ class Numbered(Policy):
     """A number for every token, another one in every head."""
 
     name = "numbered"
-    inputs = "positions"
+    inputs = "indices"
 
     def score(self, keys: Any, values: Any, positions: Any) -> Any:
         return numbers(keys.shape[0], keys.shape[1], int(np.max(positions)) + 1)[..., positions]
@@ -110,13 +110,13 @@ class Watch:
                 unit[t] = max(a, first)
         shape = self.kv.cache.shape
         score = numbers(shape.n_layer, shape.n_head_kv, seen)
-        kept = after.tokens()
+        kept = after.indices()
         if self.kv.granularity == "token":
-            held = before.tokens()[0, 0].tolist()
+            held = before.indices()[0, 0].tolist()
             self.compare(held, kept[0, 0].tolist(), first, newest, unit, score, before.settled)
         else:
             for head in np.ndindex(kept.shape[:2]):
-                held = before.tokens()[head].tolist()
+                held = before.indices()[head].tolist()
                 mine = score[head][None, None]
                 self.compare(held, kept[head].tolist(), first, newest, unit, mine, before.settled)
         turns = [a for a, _, kind in spans if kind == TURN]
@@ -254,7 +254,7 @@ def test_without_words_or_turns_in_the_text_the_options_change_nothing(
         llm = load(bundled_model, **TIGHT, granularity=granularity, policy="keydiff", **change)
         llm.eval(spaced)
         assert llm.kv_stats.evictions > 2
-        held.append(llm.kv_positions)
+        held.append(llm.kv_indices)
     np.testing.assert_array_equal(held[0], held[1])
     np.testing.assert_array_equal(held[0], held[2])
 
@@ -343,10 +343,10 @@ def test_new_turns_leave_settled_tokens_three_quarters_of_the_room(
     settled = kv.snapshot().settled
     assert (settled > 200) == isolate_turns
     old = 232  # before the recent window
-    assert (np.unique(llm.kv_positions) < old).sum() == 120 - 24
+    assert (np.unique(llm.kv_indices) < old).sum() == 120 - 24
     llm.eval(tokens[257:400])
     assert llm.kv_stats.evictions == 2
-    held = np.unique(llm.kv_positions)
+    held = np.unique(llm.kv_indices)
     room = 120 - 4 - 24
     assert (held < max(settled, 4)).sum() == 4 + (room - room // 4 if isolate_turns else 0)
 
@@ -415,7 +415,7 @@ def test_a_chat_with_each_option_remembers_and_a_saved_one_goes_on(
     messages[:] = other.load_session(tmp_path / "s")
     assert messages == before
     assert say(other, "What is my dog called?") == said
-    np.testing.assert_array_equal(other.kv_positions, llm.kv_positions)
+    np.testing.assert_array_equal(other.kv_indices, llm.kv_indices)
 
 
 @pytest.mark.parametrize(

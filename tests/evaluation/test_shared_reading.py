@@ -256,7 +256,7 @@ def test_after_going_back_logits_queries_and_cells_are_those_of_reading(subject:
         np.testing.assert_array_equal(subject._newest_logits(), read)
         subject.evict()
         assert (subject.held, subject.evictions) == (100, 1)
-        kept.append(subject.kv_positions)
+        kept.append(subject.kv_indices)
         subject.read(random_tokens(40, seed=1))
     assert (kept[1] == kept[2]).all()  # the first one's clearing the log was its own affair
     assert (kept[0] != kept[1]).any()
@@ -265,7 +265,7 @@ def test_after_going_back_logits_queries_and_cells_are_those_of_reading(subject:
     assert (subject.held, subject.evictions, subject.n_tokens) == (600, 0, 600)
     again = subject._query_log.read(600)
     np.testing.assert_array_equal(again.queries, queries.queries)
-    np.testing.assert_array_equal(again.positions, queries.positions)
+    np.testing.assert_array_equal(again.positions, queries.indices)
     assert subject._kv is not None
     assert subject._kv.cache.check_cells(np.arange(600, dtype=np.int32))  # scored where they lie
     subject.read(tokens[:64])
@@ -303,7 +303,7 @@ def test_so_are_they_in_other_caches(
         with closing(Subject(path, 400, 400, 80, policy="snapkv", **how)) as anew:
             anew.read(tokens)
             anew.evict()
-            kept = anew.kv_positions
+            kept = anew.kv_indices
             anew.read(more)
             wanted = anew._newest_logits().copy()
         with closing(Subject(path, 400, 400, 400, policy="h2o", **how)) as shared:
@@ -316,7 +316,7 @@ def test_so_are_they_in_other_caches(
                 shared.policy = policy
                 shared.limit(budget)
                 shared.evict()
-                held = shared.kv_positions
+                held = shared.kv_indices
                 shared.read(more)
             np.testing.assert_array_equal(held, kept)
             got = shared._newest_logits()

@@ -67,7 +67,7 @@ def test_pytorch_numpy_and_onnx_agree(run: Path, tmp_path: Path, outtype: Any) -
     some = np.r_[0:7, 9:40, 80:120]
     keys = trace.keys[:, :, some].astype(np.float32)
     values = trace.values[:, :, some].astype(np.float32)
-    a, b = (p.score(keys, values, trace.positions[some]) for p in (learned, onnx))
+    a, b = (p.score(keys, values, trace.indices[some]) for p in (learned, onnx))
     np.testing.assert_allclose(a, b, atol=3e-2 if outtype == "q8_0" else 1e-3)
     agents, _ = load_agents(run)
     whole = agent_scorer(agents)(trace, 100).reshape(2, 2, 100)
@@ -76,7 +76,7 @@ def test_pytorch_numpy_and_onnx_agree(run: Path, tmp_path: Path, outtype: Any) -
 
 def _whole(trace: Any, n: int) -> tuple[Any, Any, Any]:
     keys, values = trace.keys[:, :, :n], trace.values[:, :, :n]
-    return keys.astype(np.float32), values.astype(np.float32), trace.positions[:n]
+    return keys.astype(np.float32), values.astype(np.float32), trace.indices[:n]
 
 
 def test_the_blind_agent_is_exported_too(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_rescued_conversation_goes_on_as_if_read_here(
     llm.eval(random_tokens(50, seed=3))
     assert llm.load_session(file) == {"messages": ["hi"]}
     assert llm.input_ids[: llm.n_tokens].tolist() == random_tokens(N_READ)
-    np.testing.assert_array_equal(llm.kv_positions, direct.kv_positions)
+    np.testing.assert_array_equal(llm.kv_indices, direct.kv_indices)
     np.testing.assert_array_equal(llm._newest_logits(), direct._newest_logits())
 
 

@@ -195,7 +195,7 @@ def by_definition(queries: Queries, keys: Floats, held: NDArray[np.int32], windo
                 for member in range(GROUP):
                     q = queries.queries[layer, head * GROUP + member, j]
                     e = np.exp(queries.scale[layer] * (keys[layer, head] @ q).astype(float))
-                    e[held[layer, head] > queries.positions[j]] = 0
+                    e[held[layer, head] > queries.indices[j]] = 0
                     group.append(e / e.sum())
                 rows.append(np.max(group, axis=0))
             paid[layer, head, :, i] = np.mean(rows, axis=0)
@@ -452,7 +452,7 @@ def test_a_chat_keeps_what_pytorch_would_by_the_queries_that_were_logged(
     held: list[NDArray[np.int32]] = []
     llm = load(
         bundled_model, n_ctx=4000, kv_budget=budget, reserve=156, sinks=sinks, recent=recent,
-        policy=policy, granularity=granularity, on_evict=lambda _: held.append(llm.kv_positions),
+        policy=policy, granularity=granularity, on_evict=lambda _: held.append(llm.kv_indices),
     )  # fmt: skip
     llm.eval(traces[0].tokens.tolist())
     llm.eval(traces[1].tokens.tolist())
@@ -464,7 +464,7 @@ def test_a_chat_keeps_what_pytorch_would_by_the_queries_that_were_logged(
     for (keys, values, positions, logged, scores), kept in zip(policy.asked, held, strict=True):
         n = keys.shape[2]
         assert len(logged) == 32
-        assert logged.positions[-1] == positions.max()
+        assert logged.indices[-1] == positions.max()
         at = np.broadcast_to(positions, (*heads, n))
         p = at.astype(np.float32)
         place = np.stack(
@@ -494,7 +494,7 @@ def test_without_logged_queries_scores_are_finite_and_nobody_s_log_is_a_sentence
     policy = Learned(export(run, outtype="f32").gguf)
     assert (policy.scope, policy.queries, policy.native_scorer) == ("cache", 32, None)
     trace = traces[0]
-    cached = trace.keys.astype(np.float32), trace.values.astype(np.float32), trace.positions
+    cached = trace.keys.astype(np.float32), trace.values.astype(np.float32), trace.indices
     with pytest.raises(ValueError, match="'learned' looks at queries.*kv_budget"):
         policy.score(*cached)
     load(bundled_model, n_ctx=999, kv_budget=200, policy=policy)

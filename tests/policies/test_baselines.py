@@ -92,7 +92,7 @@ def paid(queries: Queries, keys: NDArray[np.float32], held: NDArray[np.int32]) -
     for layer in range(L):
         for head in range(H * GROUP):
             kv = head // GROUP
-            for j, at in enumerate(queries.positions):
+            for j, at in enumerate(queries.indices):
                 e = np.zeros(n)
                 for i in range(n):
                     if held[layer, kv, i] <= at:
@@ -314,10 +314,10 @@ def test_logged_queries_pay_the_attention_that_llama_computed(
     )
     llm.eval(tokens)
     logged = policy.logged()
-    np.testing.assert_array_equal(logged.positions, np.arange(N_TOKENS))
+    np.testing.assert_array_equal(logged.indices, np.arange(N_TOKENS))
     _, keys, _ = llm._kv.cache.read(0, N_TOKENS, N_TOKENS, values=False)
     got = np.array(
-        [paid.max(axis=1).sum(axis=1) for paid in attention(logged, keys, logged.positions)]
+        [paid.max(axis=1).sum(axis=1) for paid in attention(logged, keys, logged.indices)]
     )
     tolerance = {F32: 2e-3, F16: 5e-3, Q8_0: 0.05}[type_k]
     if flash and type_k == F32:
@@ -340,7 +340,7 @@ def test_the_log_holds_the_newest_tokens_and_follows_the_conversation(
     llm.n_tokens = 40  # three queries are withdrawn; those they had replaced are gone
     llm.eval(tokens[43:45])
     logged = policy.logged()
-    np.testing.assert_array_equal(logged.positions, np.arange(33, 42))
+    np.testing.assert_array_equal(logged.indices, np.arange(33, 42))
     np.testing.assert_array_equal(logged.queries[:, :, :7], before.queries[:, :, 3:])
     llm.n_tokens = 20
     llm.eval(tokens[:1])
@@ -400,8 +400,8 @@ def test_a_chat_in_a_small_budget_keeps_exactly_the_budget(
         llm.eval(random_tokens(300, seed=turn))
         for token in range(30, 40):
             llm.eval([token])
-        assert llm.kv_positions.shape[-1] == llm.kv_stats.kept
-        newest = llm.kv_positions[..., -20:]
+        assert llm.kv_indices.shape[-1] == llm.kv_stats.kept
+        newest = llm.kv_indices[..., -20:]
         assert (newest == np.arange(llm.n_tokens - 20, llm.n_tokens)).all()
     assert len(evictions) > 5
     assert {e.kept for e in evictions} == {100}
@@ -413,13 +413,13 @@ def test_a_chat_in_a_small_budget_keeps_exactly_the_budget(
     assert llm.kv_stats.kept <= llm.kv_stats.cells
     llm.reset()
     llm.eval(random_tokens(300, seed=0))
-    held = llm.kv_positions.copy()
+    held = llm.kv_indices.copy()
     fresh = load(
         llm.model_path, n_ctx=4000, kv_budget=100, reserve=156, recent=20, policy=name,
         granularity=granularity,
     )  # fmt: skip
     fresh.eval(random_tokens(300, seed=0))
-    np.testing.assert_array_equal(held, fresh.kv_positions)
+    np.testing.assert_array_equal(held, fresh.kv_indices)
 
 
 def test_tova_keeps_the_same_tokens_in_all_heads_of_a_layer(
@@ -430,7 +430,7 @@ def test_tova_keeps_the_same_tokens_in_all_heads_of_a_layer(
         n_ctx=4000, kv_budget=100, reserve=156, policy="tova", granularity="head",
     )  # fmt: skip
     llm.eval(random_tokens(1200))
-    held = llm.kv_positions
+    held = llm.kv_indices
     np.testing.assert_array_equal(held[:, 0], held[:, 1])
     assert (held[0, 0] != held[1, 0]).any()
 
@@ -535,11 +535,11 @@ def test_the_oracle_keeps_what_the_rest_of_the_trace_attends_to(
     if granularity == "head":
         for layer, head in np.ndindex(*free.shape[:2]):
             best = np.sort(np.argsort(-free[layer, head], kind="stable")[:76]) + 4
-            np.testing.assert_array_equal(bounded.kv_positions[layer, head, 4:80], best)
+            np.testing.assert_array_equal(bounded.kv_indices[layer, head, 4:80], best)
     else:
         z = (free - free.mean(-1, keepdims=True)) / free.std(-1, keepdims=True)
         best = np.sort(np.argsort(-z.mean(axis=(0, 1)), kind="stable")[:76]) + 4
-        np.testing.assert_array_equal(bounded.kv_positions[4:80], best)
+        np.testing.assert_array_equal(bounded.kv_indices[4:80], best)
 
 
 def test_the_oracle_rounds_to_the_traces_borders(random_model: Maker) -> None:

@@ -72,7 +72,7 @@ def test_a_policy_is_traced_trained_exported_and_used_by_chats(
         llm.eval(tokens_of(llm, book, llm.kv_stats.cells + 40))
         assert llm.kv_stats.evictions == 1
         assert llm.kv_stats.policy == ("onnx" if len(held) == 2 else "learned")
-        held.append(llm.kv_positions)
+        held.append(llm.kv_indices)
         logits.append(newest_logits(llm))
         llm.close()
     assert (held[0] == held[1]).all()

@@ -53,7 +53,7 @@ class Drawn(Policy):
     """Scores drawn for every head and token, the same at every eviction."""
 
     name = "drawn"
-    inputs = "positions"
+    inputs = "indices"
     scope = "cache"
 
     def score(self, keys: Any, values: Any, positions: Any) -> Any:
@@ -112,7 +112,7 @@ def read(
         assert llm.kv_stats.evictions == 2
         assert llm._kv is not None
         newest = llm._kv.cache.newest_position()
-        done = History(stops, np.stack(got), llm.kv_positions, newest)
+        done = History(stops, np.stack(got), llm.kv_indices, newest)
         if reference is None:
             return done
         seen, positions, key_positions = watch.visible()

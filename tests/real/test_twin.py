@@ -40,7 +40,7 @@ def test_the_twin_s_logits_are_llama_cpps_with_all_tokens_and_with_those_that_ar
     llm.eval(tokens[:border])
     complete = newest_logits(llm)
     llm.evict()
-    held = llm.kv_positions
+    held = llm.kv_indices
     assert held.shape[-1] == budget
     llm.eval(tokens[border:])
     after = newest_logits(llm)

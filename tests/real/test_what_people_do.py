@@ -159,7 +159,7 @@ def test_a_system_prompt_survives_long_code_and_many_evictions(real_model: Real)
         ]
         reply, _, _ = complete(llm, messages, max_tokens=8)
         assert llm.kv_stats.evictions > 3
-        held = llm.kv_positions.reshape(-1, llm.kv_positions.shape[-1])
+        held = llm.kv_indices.reshape(-1, llm.kv_indices.shape[-1])
         head = llm.tokenize(f"<|im_start|>system\n{system}".encode(), add_bos=False, special=True)
         assert llm.input_ids[: len(head)].tolist() == head
         for positions in held:

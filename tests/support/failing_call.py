@@ -37,7 +37,7 @@ except KVCacheError as error:
     assert "reset" in str(error), error
 answer = next(iter(llm.generate(tokens, temp=0.0)))
 assert answer == next(iter(fresh.generate(tokens, temp=0.0)))
-assert (llm.kv_positions == fresh.kv_positions).all()
+assert (llm.kv_indices == fresh.kv_indices).all()
 """
 
 

@@ -110,7 +110,7 @@ def any_history(
                 assert stats.kept + stats.dropped == stats.seen == llm.n_tokens
                 assert stats.kept <= stats.cells
                 if llm._kv is not None and llm.n_tokens:
-                    present = llm._kv.snapshot().present()
+                    present = llm._kv.snapshot().llama_positions()
                     known = llm._kv.cache.check_cells(present)  # against llama.cpp's own state
                     assert known == (stats.pack == "device") == (way != "state")
             if llm.n_tokens == 0:

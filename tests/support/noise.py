@@ -13,7 +13,7 @@ class Noise(Policy):
     """Scores that differ in every head and at every token, so that heads choose differently."""
 
     name = "noise"
-    inputs = "positions"
+    inputs = "indices"
 
     def score(self, keys: Any, values: Any, positions: Any) -> Any:
         rng = [np.random.default_rng(int(p)) for p in positions]

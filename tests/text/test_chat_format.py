@@ -194,7 +194,7 @@ def test_the_system_prompt_stays_while_a_handler_completes_a_second_time(
                 messages, tools=[TOOL], tool_choice="auto", temperature=0, max_tokens=90
             )
         if llm.kv_stats.evictions:
-            held = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_positions)
+            held = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_indices)
             assert system.strip().encode() in held
             evicted = True
     assert evicted
@@ -219,7 +219,7 @@ def test_definitions_of_tools_stay_with_the_system_prompt(
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     llm.create_chat_completion(messages, tools=[TOOL], max_tokens=2)
     assert llm.kv_stats.evictions > 0
-    held = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_positions)
+    held = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_indices)
     head = f"<|im_start|>system\nYou keep notes.{json.dumps([TOOL])}<|im_end|>\n<|im_start|>user\n"
     assert held.startswith(head.encode())
 
@@ -263,11 +263,11 @@ def test_what_is_completed_after_a_chat_protects_nothing(
         assert chunks
         llm.create_completion(book[:6000], max_tokens=1)
         assert llm.kv_stats.evictions > 0
-        assert llm.kv_positions.tolist() == [
+        assert llm.kv_indices.tolist() == [
             *range(4),
-            *range(llm.n_tokens - len(llm.kv_positions) + 4, llm.n_tokens),
+            *range(llm.n_tokens - len(llm.kv_indices) + 4, llm.n_tokens),
         ]
-    assert np.all(np.diff(llm.kv_positions) > 0)
+    assert np.all(np.diff(llm.kv_indices) > 0)
 
 
 # -- arguments -----------------------------------------------------------------------------------

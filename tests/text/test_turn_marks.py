@@ -40,7 +40,7 @@ def talk(llm: Llama, rng: np.random.Generator, turns: int) -> list[Any]:
             llm.reset()
         llm.eval(tokens[llm.n_tokens :])
         table = llm._kv.snapshot()
-        found.append((llm.kv_positions.tolist(), table.settled, table.newest_turn))
+        found.append((llm.kv_indices.tolist(), table.settled, table.newest_turn))
     return found
 
 

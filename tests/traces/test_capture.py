@@ -124,7 +124,7 @@ def test_keys_and_values_are_the_references(
         error = np.abs(getattr(got, name).astype(np.float32) - want).max() / want.std()
         assert error < tolerance, name
         assert getattr(got, name).dtype == np.float16
-    np.testing.assert_array_equal(got.positions, np.arange(N_TOKENS))
+    np.testing.assert_array_equal(got.indices, np.arange(N_TOKENS))
     np.testing.assert_array_equal(got.tokens, tokens)
 
 
@@ -197,7 +197,7 @@ def by_hand(llm: Tracer, got: Captured) -> Sums:
     group: [n_layer, n_head_kv, n_query, n_token]."""
     n, keys = len(got.tokens), got.keys.astype(np.float64)
     logged = llm._attention._log.read(n)
-    assert logged.positions.tolist() == list(range(n))
+    assert logged.indices.tolist() == list(range(n))
     group = logged.queries.shape[1] // keys.shape[1]
     paid = np.zeros((len(keys), logged.queries.shape[1], n, n))
     for layer, head, j in np.ndindex(*paid.shape[:3]):
@@ -227,8 +227,8 @@ def test_sums_from_queries_are_those_of_the_traces_own_keys(
         )
     # a head size of 64 lets llama.cpp rotate what it quantises
     turned = shape.startswith("qwen2")
-    assert (llm.shape.k_rotation > 0) == (turned and type_k != F16)
-    assert (llm.shape.v_rotation > 0) == (turned and type_v != F16)
+    assert (llm.shape.k_hadamard_block > 0) == (turned and type_k != F16)
+    assert (llm.shape.v_hadamard_block > 0) == (turned and type_v != F16)
     assert (llm.shape.type_k, llm.shape.type_v) == (type_k, type_v)
     assert llm._native is not None
     _, keys, values = llm._native.read(0, N_TOKENS, N_TOKENS)

@@ -289,7 +289,7 @@ def test_a_chat_ranks_as_validation_did(learned: tuple[Path, Any], tmp_path: Pat
     scorer, whole = scorer_of(agents, 1024)
     policy = Learned(tmp_path / "gates.gguf")
     keys, values = (x[:, :, :n].astype(np.float32) for x in (trace.keys, trace.values))
-    worth = policy.worth(policy.score(keys, values, trace.positions[:n]), n - trace.positions[:n])
+    worth = policy.worth(policy.score(keys, values, trace.indices[:n]), n - trace.indices[:n])
     np.testing.assert_allclose(worth.reshape(4, n), scorer(trace, n), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
         policy.whole_tokens(worth), whole(scorer(trace, n)), rtol=1e-4, atol=1e-4

@@ -45,7 +45,7 @@ def test_with_equal_counts_the_loss_is_that_of_a_real_eviction(
         tokens = subject.tokenize(book[5000:9000].encode())[:400]
         subject.read(tokens[:border])
         subject.evict()
-        held = np.broadcast_to(subject.kv_positions, (5, 2, min(budget, border)))
+        held = np.broadcast_to(subject.kv_indices, (5, 2, min(budget, border)))
         real = subject.losses(tokens[border:]).mean()
     finally:
         subject.close()

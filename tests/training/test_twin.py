@@ -231,7 +231,7 @@ def test_keys_hidden_by_the_bias_are_as_if_evicted_from_llama_cpps_cache(
     )
     llm.eval(TOKENS[:border])
     llm.evict()
-    held = llm.kv_positions
+    held = llm.kv_indices
     assert held.shape[2] == 40
     llm.eval(TOKENS[border:])
     keep = torch.zeros(*held.shape[:2], N, dtype=torch.bool)
