@@ -179,8 +179,8 @@ def _checked_shift(rope_shift: RopeShift | None, keep: IntArray) -> RopeShift | 
     )
     if checked.distance.shape != keep.shape or checked.frequency.shape[:1] != keep.shape[:1]:
         raise ValueError(
-            f"frequency {rope_shift.frequency.shape} and distance {rope_shift.distance.shape} do not "
-            "fit rows "
+            f"frequency {rope_shift.frequency.shape} and distance {rope_shift.distance.shape} "
+            "do not fit rows "
             f"{keep.shape}"
         )
     return checked

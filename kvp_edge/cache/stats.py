@@ -30,8 +30,8 @@ class KVStats:
             llama.cpp's state; None when it is not bounded.
         where: the devices that it lies on, with commas; with "state", why that is not known; None
             when it is not bounded.
-        transferred_bytes: bytes carried between the cache and the host so far: cell numbers and scores
-            of layers on a device, nothing for layers in host memory; whole states where an eviction
+        transferred_bytes: bytes carried between the cache and the host so far: cell numbers and
+            scores of layers on a device, nothing for layers in host memory; whole states where an eviction
             went through one.
         evictions_as_state: of the evictions, those that went through llama.cpp's state.
     """
@@ -94,7 +94,8 @@ class Eviction:
             state: always so with KVStats.pack "state", else when positions are compacted, once
             after load_state, and where a sliding window would lose tokens that it still sees (a
             budget that without the recent window is smaller than the sliding one).
-        transferred_bytes: bytes it carried between the cache and the host (KVStats.transferred_bytes).
+        transferred_bytes: bytes it carried between the cache and the host
+            (KVStats.transferred_bytes).
     """
 
     dropped: tuple[tuple[int, int], ...]
