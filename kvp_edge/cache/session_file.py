@@ -30,7 +30,7 @@ from kvp_edge.errors import SessionError
 from kvp_edge.files.json_values import parse, require, shortened
 
 MAGIC = b"kvpsess\n"
-VERSION = 3
+VERSION = 4
 
 _HEAD = struct.Struct("<8sIQ")
 _DIGEST_BYTES = 32
@@ -55,9 +55,9 @@ _MOST = 2**31 - 1
 #: Arrays of a conversation: type and number of dimensions.
 _ARRAYS = {
     "tokens": ("int32", 1),
-    "packed": ("int32", 3),
-    "rotated": ("int32", 3),
-    "cells": ("int32", 1),
+    "packed_indices": ("int32", 3),
+    "packed_rope_positions": ("int32", 3),
+    "packed_llama_positions": ("int32", 1),
     "scores": ("float32", 3),
     "spans": ("int32", 2),
     "state": ("uint8", 1),

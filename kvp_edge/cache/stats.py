@@ -31,8 +31,8 @@ class KVStats:
         where: the devices that it lies on, with commas; with "state", why that is not known; None
             when it is not bounded.
         transferred_bytes: bytes carried between the cache and the host so far: cell numbers and
-            scores of layers on a device, nothing for layers in host memory; whole states where an eviction
-            went through one.
+            scores of layers on a device, nothing for layers in host memory; whole states where an
+            eviction went through one.
         evictions_as_state: of the evictions, those that went through llama.cpp's state.
     """
 

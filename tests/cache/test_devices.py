@@ -179,7 +179,7 @@ _SERVER_DIES = """
 import sys
 from kvp_edge import Llama
 from makers.devices import RpcServer, placed, rpc_device
-from test_packing import Noise
+from support.noise import Noise
 
 model, rescue, when, *tokens = sys.argv[1:]
 server = RpcServer()

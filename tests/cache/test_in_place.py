@@ -718,7 +718,7 @@ import os, sys
 del os.environ["LD_PRELOAD"]  # the servers shall not fail
 from kvp_edge import Llama
 from makers.devices import RpcServer, placed, rpc_device
-from test_packing import Noise
+from support.noise import Noise
 bound = dict(n_ctx=3000, kv_budget=100, recent=20, reserve=60, verbose=False)
 bound["policy"] = Noise()  # no graphs of its own: the first one packs
 with placed([rpc_device(RpcServer().endpoint) for _ in range(2)]):
@@ -762,7 +762,7 @@ _ROWS_READ = """
 import os, sys
 import numpy as np
 from kvp_edge import Llama
-from kvp_edge.native import NativeCache, NotInPlace
+from kvp_edge.binding.cache import NativeCache, NotInPlace
 del os.environ["LD_PRELOAD"]
 read, kept = [], []
 was = NativeCache.read

@@ -38,7 +38,7 @@ SETUP = """
 import ctypes, faulthandler, gc, os, sys, threading, time
 from llama_cpp import llama_cpp
 import kvp_edge
-from kvp_edge.last_words import before_abort
+from kvp_edge.llamacpp.abort_hook import before_abort
 
 faulthandler.disable()
 ggml = llama_cpp._lib
