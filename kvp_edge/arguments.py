@@ -9,7 +9,7 @@ import operator
 import os
 from typing import Any
 
-from kvp_edge.errors import BudgetError, UnsupportedModelError
+from kvp_edge.errors import BudgetError, OptionError, UnsupportedModelError
 
 #: GGML_MAX_N_THREADS in ggml.h
 MAX_THREADS = 512
@@ -37,11 +37,11 @@ def check_threads(**counts: Any) -> None:
 
     Raises:
         TypeError: not a whole number.
-        ValueError: negative, or more than ggml can run.
+        OptionError: negative, or more than ggml can run.
     """
     for name, count in counts.items():
         if count is not None and not 0 <= whole_number(name, count, "of threads") <= MAX_THREADS:
-            raise ValueError(
+            raise OptionError(
                 f"{name} must be from 1 to {MAX_THREADS} (ggml's most), or 0 for the default, not "
                 f"{count}"
             )

@@ -1,37 +1,62 @@
-"""What can go wrong, as exceptions whose message is a sentence for the person who reads it."""
+"""What can go wrong, as exceptions whose message is a sentence for the person who reads it.
+
+Every class is a ``KVPError``, and a ValueError if something given was wrong or a RuntimeError if
+something failed. Besides these, a value of the wrong type is a TypeError, a file of the system's
+an OSError, and a package that is missing an ImportError, as usual in Python.
+"""
 
 
-class KVCacheError(RuntimeError):
+class KVPError(Exception):
+    """Anything that kvp_edge itself refuses or cannot do."""
+
+
+class KVCacheError(KVPError, RuntimeError):
     """The cache could not be read, thinned or trusted; the message says what to do."""
 
 
-class InUseError(RuntimeError):
+class InUseError(KVPError, RuntimeError):
     """The model serves another call; nothing was changed."""
 
 
-class UnsupportedModelError(ValueError):
-    """The model file cannot be read, or its cache cannot be bounded safely."""
+class ClosedError(KVPError, RuntimeError):
+    """The model was closed, and its memory is free."""
 
 
-class BudgetError(ValueError):
+class OptionError(KVPError, ValueError):
+    """An option has a value that it does not know."""
+
+
+class BudgetError(KVPError, ValueError):
     """The numbers for the bounded cache (budget, sinks, recent...) do not fit together."""
 
 
-class ContextLengthError(ValueError):
+class UnsupportedModelError(KVPError, ValueError):
+    """The model file cannot be read, or its cache cannot be bounded safely."""
+
+
+class ContextLengthError(KVPError, ValueError):
     """The text is longer than the logical context ``n_ctx``."""
 
 
-class SessionError(ValueError):
-    """A session file cannot be written or read, or does not belong to this model and settings."""
+class SessionError(KVPError, ValueError):
+    """A session cannot be written or read, or does not belong to this model and settings."""
 
 
-class TraceError(ValueError):
-    """Traces that are damaged, incomplete or foreign, or that cannot be made of what was given."""
+class PolicyError(KVPError, ValueError):
+    """A policy that does not exist, cannot decide here, or gives back what are no scores."""
 
 
-class PolicyFileError(ValueError):
+class PolicyFileError(PolicyError):
     """The policy file cannot be read, or belongs to another model."""
 
 
-class TrainingError(ValueError):
+class TraceError(KVPError, ValueError):
+    """Traces that are damaged, incomplete or foreign, or that cannot be made of what was given."""
+
+
+class TrainingError(KVPError, ValueError):
     """Traces, model, settings or folder do not allow (more) training; what was done is kept."""
+
+
+class RecordError(KVPError, ValueError):
+    """A record of an evaluation is damaged, or records do not fit together."""

@@ -45,6 +45,7 @@ from kvp_edge.errors import (
     BudgetError,
     ContextLengthError,
     KVCacheError,
+    OptionError,
     SessionError,
     UnsupportedModelError,
 )
@@ -111,7 +112,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     (kv_stats, kv_indices, tokenize, n_ctx) can be called at any time, from anywhere; saving, at
     any time by the same thread. A stream is one call for each of its pieces: in between the model
     may be used, and once something else was read, the stream cannot go on. A stream may be
-    forgotten at any time. After ``close`` every call is refused (RuntimeError).
+    forgotten at any time. After ``close`` every call is refused (ClosedError).
 
     Args:
         model_path: GGUF file.
@@ -153,8 +154,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     Raises:
         UnsupportedModelError: missing, truncated or foreign file, or a model whose cache cannot be
             bounded (recurrent, hybrid, encoder, M-RoPE...), or not in the way asked for; the
-            message says what to ask for instead. It is a ValueError.
-        BudgetError: numbers that contradict each other. It is a ValueError.
+            message says what to ask for instead.
+        BudgetError: numbers that contradict each other.
+        OptionError: an option that has no such value.
+        PolicyError: no such policy; PolicyFileError: one that cannot be read or is another model's.
+        TypeError: a value of the wrong type.
+
+        The methods raise ContextLengthError, KVCacheError, InUseError and ClosedError, those for
+        sessions SessionError, and an eviction PolicyError if the policy returns no scores. All but
+        TypeError are KVPError; which are ValueError and which RuntimeError: kvp_edge.errors.
     """
 
     _kv: EvictionManager | None = None
@@ -216,17 +224,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             repack,
         )
         if granularity not in ("head", "token", "auto"):
-            raise ValueError(f"granularity must be 'head', 'token' or 'auto', not '{granularity}'")
+            raise OptionError(f"granularity must be 'head', 'token' or 'auto', not '{granularity}'")
         if positions not in ("keep", "compact"):
-            raise ValueError(f"positions must be 'keep' or 'compact', not '{positions}'")
+            raise OptionError(f"positions must be 'keep' or 'compact', not '{positions}'")
         if keep_whole not in KEEP_WHOLE:
-            raise ValueError(
+            raise OptionError(
                 f"keep_whole must be 'tokens', 'words' or 'sentences', not '{keep_whole}'"
             )
         if pack not in ("auto", "device", "state"):
-            raise ValueError(f"pack must be 'auto', 'device' or 'state', not '{pack}'")
+            raise OptionError(f"pack must be 'auto', 'device' or 'state', not '{pack}'")
         if repack not in REPACK:
-            raise ValueError(f"repack must be 'auto', 'on' or 'off', not '{repack}'")
+            raise OptionError(f"repack must be 'auto', 'on' or 'off', not '{repack}'")
         self._granularity = granularity  # "auto" until it is settled
         # a budget may be memory, "256MiB", too
         tokens = {} if isinstance(kv_budget, str) else {"kv_budget": kv_budget}

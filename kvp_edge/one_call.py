@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any, Literal
 
-from kvp_edge.errors import InUseError
+from kvp_edge.errors import ClosedError, InUseError
 
 CLOSED = "this model was closed, and its memory is free: load it again"
 
@@ -48,7 +48,7 @@ class Calls:
 
         Raises:
             InUseError: on entering, when another call is at work.
-            RuntimeError: likewise, when the object is closed.
+            ClosedError: likewise, when the object is closed.
         """
         return Own(self, name, changes)
 
@@ -56,7 +56,7 @@ class Calls:
         """``with calls.look():`` around what reads, in whatever state a call at work leaves it.
 
         Raises:
-            RuntimeError: on entering, when the object is closed.
+            ClosedError: on entering, when the object is closed.
         """
         return Look(self)
 
@@ -136,7 +136,7 @@ class Own:
         calls = self._calls
         with calls._lock:
             if calls.closed:
-                raise RuntimeError(CLOSED)
+                raise ClosedError(CLOSED)
             owner = calls._owner()
             if owner is None:
                 calls._owner = weakref.ref(self)
@@ -176,7 +176,7 @@ class Look:
         calls = self._calls
         with calls._lock:
             if calls.closed:
-                raise RuntimeError(CLOSED)
+                raise ClosedError(CLOSED)
             calls._lookers.add(self)
 
     def __exit__(self, *_: object) -> None:
@@ -199,4 +199,4 @@ class Closed:
     """Stands where a closed object's parts were."""
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(CLOSED)
+        raise ClosedError(CLOSED)

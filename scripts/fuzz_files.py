@@ -48,10 +48,9 @@ from kvp_edge import KVCacheError, Llama, SessionError  # noqa: E402
 from kvp_edge.binding.fingerprint import model_fingerprint  # noqa: E402
 from kvp_edge.binding.model import read_model_shape  # noqa: E402
 from kvp_edge.cache import session_file as session  # noqa: E402
-from kvp_edge.errors import PolicyFileError, TraceError, TrainingError  # noqa: E402
+from kvp_edge.errors import PolicyFileError, RecordError, TraceError, TrainingError  # noqa: E402
 from kvp_edge.evaluation.records import (  # noqa: E402
     Record,
-    RecordError,
     append_record,
     read_records,
 )

@@ -23,7 +23,7 @@ from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.cache.table import Granularity, Table
 from kvp_edge.cache.turns import choose_rows, choose_tokens
-from kvp_edge.errors import BudgetError, KVCacheError
+from kvp_edge.errors import BudgetError, KVCacheError, PolicyError
 from kvp_edge.policies import Policy
 from kvp_edge.text.spans import TEXT, Span
 
@@ -449,7 +449,7 @@ class EvictionManager:
                 new = self.policy.score(keys, no_values if values is None else values, indices)
         expected = (shape.n_layer, shape.n_head_kv, n)
         if new.shape != expected:
-            raise ValueError(
+            raise PolicyError(
                 f"policy '{self.policy.name}' returned scores of shape {new.shape}, not "
                 f"[n_layer, n_head_kv, n_tokens] = {expected}"
             )

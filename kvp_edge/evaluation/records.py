@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeAlias, get_type_hints
 
+from kvp_edge.errors import RecordError
 from kvp_edge.files import open_regular
 from kvp_edge.files.json_values import is_a, parse, shortened
 from kvp_edge.text.spans import KEEP_WHOLE
@@ -34,10 +35,6 @@ _CHOICES = {
     "measure": ("accuracy", "loss"),
     "keep_whole": KEEP_WHOLE,
 }
-
-
-class RecordError(ValueError):
-    """A record is not what it should be, or records do not fit together."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from kvp_edge.errors import PolicyError
 from kvp_edge.policies.base import Policy
 from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policies.expected_attention import ExpectedAttention
@@ -43,7 +44,7 @@ def get_policy(
         model_path: the model's file, which "auto" looks at.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones. Or a policy file that cannot be
+        PolicyError: unknown name; the message lists the known ones. Or a policy file that cannot be
             used (PolicyFileError).
     """
     if isinstance(policy, Policy):
@@ -56,7 +57,7 @@ def get_policy(
     if policy.endswith(".onnx"):
         return Onnx(policy)
     if policy not in POLICIES:
-        raise ValueError(
+        raise PolicyError(
             f"there is no policy '{policy}'; choose one of auto, {', '.join(POLICIES)}, or a "
             "policy file (.gguf, .onnx)"
         )

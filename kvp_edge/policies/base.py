@@ -11,6 +11,7 @@ import numpy as np
 
 from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.binding.cache import NotInPlace
+from kvp_edge.errors import PolicyError
 
 if TYPE_CHECKING:
     from kvp_edge.binding.cache import NativeCache
@@ -90,10 +91,10 @@ class Policy(ABC):
         """The newest ``queries`` queries of the log, fewer if there are not so many.
 
         Raises:
-            ValueError: nobody has set the log.
+            PolicyError: nobody has set the log.
         """
         if self.query_log is None:
-            raise ValueError(
+            raise PolicyError(
                 f"policy '{self.name}' looks at queries, which exist only in a bounded chat: load "
                 "the model with kv_budget and this policy"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.errors import PolicyError
 from kvp_edge.policies.attention import ByAttention, Pays
 
 
@@ -27,7 +28,7 @@ class SnapKV(ByAttention):
 
     def __init__(self, window: int = queries, kernel: int = 5) -> None:
         if window < 1 or kernel % 2 == 0:
-            raise ValueError(f"SnapKV needs a window >= 1 and an odd kernel: {window}, {kernel}")
+            raise PolicyError(f"SnapKV needs a window >= 1 and an odd kernel: {window}, {kernel}")
         self.queries = window
         self.kernel = kernel
 

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvp_edge.cli import main
+from kvp_edge.errors import RecordError
 from kvp_edge.evaluation import readers, run
 from kvp_edge.evaluation.item import Continuation, Item, in_order, words_of
 from kvp_edge.evaluation.readers import OWN
@@ -28,7 +29,6 @@ from kvp_edge.evaluation.records import (
     PARTS,
     SHIFT,
     Record,
-    RecordError,
     parse_record,
     read_records,
 )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvp_edge.errors import RecordError
 from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.grouping import group
 from kvp_edge.evaluation.kept_tokens import KeptTokens, html_page, write_html
@@ -23,7 +24,6 @@ from kvp_edge.evaluation.kept_tokens_image import write_png
 from kvp_edge.evaluation.plots import accuracy_plot, cost_per_head_plot, loss_increase_plot
 from kvp_edge.evaluation.records import (
     Record,
-    RecordError,
     append_record,
     latest,
     parse_record,
