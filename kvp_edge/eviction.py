@@ -225,11 +225,7 @@ class Table:
         new = np.array(found, np.int32).reshape(-1, 3)
         start = min([self.unsure_from, *new[:1, 0].tolist()])
         spans = np.concatenate((self.spans[self.spans[:, 1] <= start], new))
-        held = np.zeros(self.seen + 1, np.int32)
-        held[self.tokens() + 1] = 1
-        before = np.cumsum(held)
-        n_held = before[spans[:, 1]] - before[spans[:, 0]]
-        stays = (n_held > 1) | (spans[:, 1] > self.tail)
+        stays = several_held(self.tokens(), spans) | (spans[:, 1] > self.tail)
         stays[np.flatnonzero((spans[:, 2] == TURN) & (spans[:, 1] <= self.tail))[-1:]] = True
         return replace(self, spans=spans[stays], marked=self.seen)
 
@@ -249,13 +245,32 @@ def units(tokens: IntArray, spans: IntArray) -> IntArray:
     """
     if len(spans) == 0:
         return tokens
-    n = max(int(tokens.max()) + 1, int(spans[-1, 1]))
-    step = np.zeros(n + 1, np.int32)
-    step[spans[:, 0] + 1] += 1
-    step[spans[:, 1]] -= 1
-    behind_a_first = np.cumsum(step[:n]) > 0
-    first = np.where(behind_a_first, 0, np.arange(n, dtype=np.int32))
-    return np.maximum.accumulate(first)[tokens]
+    i, inside = _span_of(tokens, spans)
+    return np.where(inside, spans[i, 0], tokens).astype(np.int32)
+
+
+def several_held(tokens: IntArray, spans: IntArray) -> BoolArray:
+    """bool [k]: whether more than one of each span's tokens are held, all heads together.
+
+    Args:
+        tokens: int32 [..., n], held.
+        spans: int32 [k, 2 or more], [start, end), ascending, disjoint.
+    """
+    if len(spans) == 0:
+        return np.zeros(0, np.bool_)
+    i, inside = _span_of(tokens, spans)
+    oldest = np.full(len(spans), np.iinfo(np.int32).max, np.int32)
+    newest = np.full(len(spans), -1, np.int32)
+    np.minimum.at(oldest, i[inside], tokens[inside])
+    np.maximum.at(newest, i[inside], tokens[inside])
+    return oldest < newest
+
+
+def _span_of(tokens: IntArray, spans: IntArray) -> tuple[IntArray, BoolArray]:
+    """The number of the span that each token may lie in, and whether it does. The work depends on
+    what is held alone, not on how long the conversation is; so with all that an eviction does."""
+    i = np.minimum(np.searchsorted(spans[:, 1], tokens, side="right"), len(spans) - 1)
+    return i.astype(np.int32), (spans[i, 0] <= tokens) & (tokens < spans[i, 1])
 
 
 def clipped(spans: IntArray, first: int, end: int) -> IntArray:
@@ -544,7 +559,7 @@ class EvictionManager:
         in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
         self.evictions_as_state += not in_place
         if self.on_evict is not None:
-            dropped = _no_longer_held(tokens, self._table.tokens(), before.seen)
+            dropped = _no_longer_held(tokens, self._table.tokens())
             self.on_evict(
                 Eviction(
                     spans(dropped),
@@ -698,9 +713,6 @@ class EvictionManager:
         self._table = replace(t, scores=scores)
 
 
-def _no_longer_held(before: IntArray, after: IntArray, seen: int) -> IntArray:
+def _no_longer_held(before: IntArray, after: IntArray) -> IntArray:
     """Tokens that some head held before and none does now, ascending."""
-    held = np.zeros(seen, np.bool_)
-    held[before] = True
-    held[after] = False
-    return np.flatnonzero(held).astype(np.int32)
+    return np.setdiff1d(before, after).astype(np.int32)
