@@ -41,6 +41,7 @@ from kvp_edge.errors import (
 )
 from kvp_edge.eviction import EvictionManager, Granularity, Table
 from kvp_edge.fingerprint import model_fingerprint
+from kvp_edge.growing_chat import remember_messages
 from kvp_edge.last_words import before_abort
 from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.llama_log import LlamaLog, listen
@@ -412,6 +413,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
         if self._logits_all:
             self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
+        for handler in self._chat_handlers.values():
+            remember_messages(handler)
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
         self._token_memory: TokenMemory | None = None
