@@ -58,10 +58,11 @@ from kvp_edge.processor.repack import REPACK, use_extra_buffers
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_head import Head
 from kvp_edge.text.chat_markers import template_markers
+from kvp_edge.text.growing_chat import remember_messages
 from kvp_edge.text.pieces import token_text
 from kvp_edge.text.retokenize import begin_as_known
 from kvp_edge.text.spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
-from kvp_edge.text.token_memory import WORTH_BYTES, TokenMemory, marks
+from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, marks
 
 _GGML_TYPE_F16 = 1
 #: Bytes of a session besides its tokens, keys and values.
@@ -418,6 +419,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
         if self._logits_all:
             self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
+        for handler in self._chat_handlers.values():
+            remember_messages(handler)
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
         self._token_memory: TokenMemory | None = None
@@ -700,7 +703,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if how.get("logits_processor") is not None:
             how["logits_processor"] = [self._calls.lent(f) for f in how["logits_processor"]]
         if self._kv is not None:
-            tokens = list(how["tokens"])
+            # in create_completion its own list, that nobody changes
+            given = how["tokens"]
+            tokens = given if isinstance(given, PromptTokens) else PromptTokens(given)
             self._protect_head(tokens)
             if how.get("reset", True):
                 # the base class would compare both texts again, number by number
@@ -718,8 +723,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         prefix = self._equal_beginning(tokens)
         if not kv.can_rewind(min(prefix, len(tokens) - 1)):
             known = self._input_ids[prefix:].tolist()
-            tokens[prefix:] = begin_as_known(known, tokens[prefix:], self._piece)
-            prefix = self._equal_beginning(tokens)
+            tokens = tokens[:prefix] + begin_as_known(known, tokens[prefix:], self._piece)
+            prefix = self._equal_beginning(tokens, prefix)
         all_read = prefix == len(tokens)
         live = not self._requires_eval and kv.trusted
         if all_read and live and int(self.n_tokens) == prefix:
@@ -734,15 +739,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._follow()
         return tokens
 
-    def _equal_beginning(self, tokens: list[int]) -> int:
-        """How many of the first tokens are those that were read."""
+    def _equal_beginning(self, tokens: list[int], start: int = 0) -> int:
+        """How many of the first tokens are those that were read; the first ``start`` are."""
         known = self._input_ids
         n = min(len(known), len(tokens))
         ids = self._token_memory.ids(tokens) if self._token_memory is not None else None
-        if ids is None:
-            ids = np.asarray(tokens[:n], np.intc)
-        differ = np.flatnonzero(known[:n] != ids[:n])
-        return int(differ[0]) if len(differ) else n
+        new = np.asarray(tokens[start:n], np.intc) if ids is None else ids[start:n]
+        differ = np.flatnonzero(known[start:n] != new)
+        return start + int(differ[0]) if len(differ) else n
 
     def evict(self) -> None:
         """Drop tokens now, down to the budget, and not only when the cells are full: after a long
@@ -760,6 +764,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         return self._calls.steps("create_completion", self._complete(args, kwargs))
 
     def _complete(self, args: Any, kwargs: Any) -> Generator[Any, None, None]:
+        if self._kv is not None and isinstance(kwargs.get("prompt"), list):
+            kwargs["prompt"] = PromptTokens(kwargs["prompt"])
         completion = super()._create_completion(*args, **kwargs)
         while True:
             try:

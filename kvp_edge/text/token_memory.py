@@ -16,9 +16,11 @@ cut, too, if S itself strips none before it and begins and ends with none.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -87,14 +89,27 @@ def _can_overlap(a: bytes, b: bytes) -> bool:
     return any(a[:n] == b[-n:] or b[:n] == a[-n:] for n in range(1, shorter))
 
 
-@dataclass(frozen=True)
+class PromptTokens(list[int]):
+    """A list that nobody changes any more, so that nothing needs to be copied to add nothing.
+
+    llama_cpp puts prompts together from parts, most of which are empty.
+    """
+
+    def __add__(self, other: Any) -> Any:
+        return super().__add__(other) if other else self
+
+    def __radd__(self, other: list[int]) -> list[int]:
+        return other + self.copy() if other else self
+
+
+@dataclass
 class _Known:
-    """A text and its tokens."""
+    """A text and its tokens. Whoever has it may change it, and nobody else has it."""
 
     text: bytes
     add_bos: bool
     tokens: list[int]
-    ids: IntArray  # the same
+    ids: IntArray  # the same, never changed in place
     cuts: list[tuple[int, int]]  # bytes and tokens before each piece but the first
 
 
@@ -117,30 +132,44 @@ class TokenMemory:
         self._piece = piece
         self._mark = re.compile(b"|".join(map(re.escape, marks)))
         self._longest = max(map(len, marks))
-        self._known = _Known(b"", False, [], np.empty(0, np.int32), [])
+        # At most one. To take it out and to put it back are single steps, so a thread or a signal
+        # handler that comes in between finds nothing, and remembers nothing.
+        self._known: deque[_Known] = deque(maxlen=1)
 
     def tokens(self, text: bytes, add_bos: bool) -> list[int]:
         """What ``tokenize`` gives for a text, of which only what is new is tokenized."""
-        known = self._known  # read once: another thread may put another one in its place
-        at, n_known, cuts = 0, 0, known.cuts[:0]
-        if known.add_bos == add_bos:
-            same = _equal_beginning(known.text, text) - self._longest
-            cuts = known.cuts[: _count(known.cuts, same)]
-            if cuts:
-                at, n_known = cuts[-1]
-        tokens = known.tokens[:n_known]
+        known = self._take()
+        if known is None or known.add_bos != add_bos:
+            known = _Known(b"", add_bos, [], np.empty(0, np.int32), [])
+        same = _equal_beginning(known.text, text) - self._longest
+        del known.cuts[_count(known.cuts, same) :]
+        at, n_known = known.cuts[-1] if known.cuts else (0, 0)
+        del known.tokens[n_known:]
         for start, end in self._pieces(text, at):
             if start > at:
-                cuts.append((start, len(tokens)))
-            tokens += self._tokenize(text[start:end], add_bos and start == 0)
-        ids = np.concatenate((known.ids[:n_known], np.asarray(tokens[n_known:], np.int32)))
-        self._known = _Known(text, add_bos, tokens, ids, cuts)
-        return tokens.copy()
+                known.cuts.append((start, len(known.tokens)))
+            known.tokens += self._tokenize(text[start:end], add_bos and start == 0)
+        new = np.asarray(known.tokens[n_known:], np.int32)
+        known.ids = np.concatenate((known.ids[:n_known], new))
+        known.text = text
+        tokens = known.tokens.copy()
+        self._known.append(known)
+        return tokens
 
     def ids(self, tokens: list[int]) -> IntArray | None:
         """The same tokens as int32 [n], if they are those given last."""
-        known = self._known
-        return known.ids if known.tokens == tokens else None
+        known = self._take()
+        if known is None:
+            return None
+        ids = known.ids if known.tokens == tokens else None
+        self._known.append(known)
+        return ids
+
+    def _take(self) -> _Known | None:
+        try:
+            return self._known.pop()
+        except IndexError:
+            return None
 
     def _pieces(self, text: bytes, start: int) -> Iterable[tuple[int, int]]:
         """``text`` from ``start`` on, cut before some of its marks."""
@@ -160,8 +189,9 @@ def _count(cuts: list[tuple[int, int]], most: int) -> int:
 
 
 def _equal_beginning(a: bytes, b: bytes) -> int:
+    """How many of the first bytes are equal."""
     n = min(len(a), len(b))
-    if n == 0:
-        return 0
+    if b.startswith(a) or n == 0:  # a chat that went on, most often
+        return n
     differ = np.flatnonzero(np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n))
     return int(differ[0]) if len(differ) else n
