@@ -11,7 +11,6 @@ import warnings
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -24,8 +23,6 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 from kvp_edge.arguments import (
     check_adapter_file,
     check_cache_types,
-    check_callable,
-    check_counts,
     check_threads,
 )
 from kvp_edge.arrays import FloatArray
@@ -45,48 +42,29 @@ from kvp_edge.errors import (
     BudgetError,
     ContextLengthError,
     KVCacheError,
-    OptionError,
     SessionError,
     UnsupportedModelError,
 )
 from kvp_edge.llamacpp.abort_hook import before_abort
 from kvp_edge.llamacpp.log import LlamaLog, listen
 from kvp_edge.one_call import Calls, Closed
+from kvp_edge.options import CacheOptions
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
-from kvp_edge.processor.repack import REPACK, use_extra_buffers
+from kvp_edge.processor.repack import use_extra_buffers
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_head import Head
 from kvp_edge.text.chat_markers import template_markers
 from kvp_edge.text.growing_chat import remember_messages
 from kvp_edge.text.pieces import token_text
 from kvp_edge.text.retokenize import begin_as_known
-from kvp_edge.text.spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
+from kvp_edge.text.spans import LOOK_BACK, Span, find_spans
 from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, marks
 
 _GGML_TYPE_F16 = 1
 #: Bytes of a session besides its tokens, keys and values.
 _SESSION_OVERHEAD = 2**24
 _PLAIN_TYPES = (0, 1, 30)  # f32, f16, bf16: enum ggml_type in ggml.h
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """What the caller asked for, kept for pickling."""
-
-    kv_budget: int | str | None
-    policy: str | Policy
-    granularity: str
-    positions: str
-    keep_whole: str
-    isolate_turns: bool
-    sinks: int
-    recent: int | None
-    reserve: int | None
-    protect_system: bool
-    on_evict: Callable[[Eviction], None] | None
-    pack: str
-    repack: str
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
@@ -189,8 +167,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self,
         model_path: str,
         *,
-        n_ctx: int | None = None,
         kv_budget: int | str | None = None,
+        n_ctx: int | None = None,
         policy: str | Policy = "auto",
         granularity: str = "head",
         positions: str = "keep",
@@ -209,42 +187,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     ) -> None:
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
         self._calls = Calls()
-        self._bound = _Bound(
-            kv_budget,
-            policy,
-            granularity,
-            positions,
-            keep_whole,
-            isolate_turns,
-            sinks,
-            recent,
-            reserve,
-            protect_system,
-            on_evict,
-            pack,
-            repack,
-        )
-        if granularity not in ("head", "token", "auto"):
-            raise OptionError(f"granularity must be 'head', 'token' or 'auto', not '{granularity}'")
-        if positions not in ("keep", "compact"):
-            raise OptionError(f"positions must be 'keep' or 'compact', not '{positions}'")
-        if keep_whole not in KEEP_WHOLE:
-            raise OptionError(
-                f"keep_whole must be 'tokens', 'words' or 'sentences', not '{keep_whole}'"
-            )
-        if pack not in ("auto", "device", "state"):
-            raise OptionError(f"pack must be 'auto', 'device' or 'state', not '{pack}'")
-        if repack not in REPACK:
-            raise OptionError(f"repack must be 'auto', 'on' or 'off', not '{repack}'")
+        self.options = CacheOptions.among(locals())  # the arguments, before there is a variable
         self._granularity = granularity  # "auto" until it is settled
-        # a budget may be memory, "256MiB", too
-        tokens = {} if isinstance(kv_budget, str) else {"kv_budget": kv_budget}
-        check_counts(
-            n_ctx=n_ctx, sinks=sinks, recent=recent, reserve=reserve, n_batch=n_batch, **tokens
-        )
         check_threads(**{n: kwargs.get(n) for n in ("n_threads", "n_threads_batch")})
         check_cache_types(**{n: kwargs.get(n) for n in ("type_k", "type_v")})
-        check_callable(on_evict=on_evict)
         check_adapter_file(kwargs.get("lora_path"))
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
@@ -375,7 +321,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     @context_params.setter
     def context_params(self, params: Any) -> None:
-        if self._bound.kv_budget is not None:
+        if self.options.kv_budget is not None:
             params.n_seq_max = 2
             params.kv_unified = True
         if self._query_log is not None:
@@ -409,9 +355,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             policy,
             cache,
             self._find_spans,
-            None if self._bound.on_evict is None else self._calls.lent(self._bound.on_evict),
+            None if self.options.on_evict is None else self._calls.lent(self.options.on_evict),
             granularity=granularity,
-            isolate_turns=self._bound.isolate_turns,
+            isolate_turns=self.options.isolate_turns,
             compact_at=compact_at,
             frequencies=frequencies,
         )
@@ -461,7 +407,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         return "head"
 
     def _check_place(self, place: CacheLocation, granularity: Granularity) -> None:
-        if self._bound.pack != "device" or place.packs(granularity):
+        if self.options.pack != "device" or place.packs(granularity):
             return
         reason = place.where
         if place.known:
@@ -473,7 +419,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def _plan_compaction(
         self, cache: NativeCache, granularity: Granularity
     ) -> tuple[int | None, KeyFrequencies | None]:
-        if self._bound.positions == "keep":
+        if self.options.positions == "keep":
             return None, None
         if granularity == "head" and cache.shape.has_window:
             raise UnsupportedModelError(
@@ -797,7 +743,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 stacklevel=2,
             )
         head = None
-        if self._bound.protect_system:
+        if self.options.protect_system:
             by_place = any(args[:3:2])  # (functions, function_call, tools, ...)
             tools = by_place or kwargs.get("functions") or kwargs.get("tools")
             head = Head.of(messages, bool(tools))
@@ -857,7 +803,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def _template_markers(self) -> list[bytes]:
         if self._markers is None:
             self._markers = template_markers(self.chat_completion_handler())
-            if self._bound.isolate_turns and not self._markers:
+            if self.options.isolate_turns and not self._markers:
                 warnings.warn(
                     "isolate_turns has no effect: this model's chat template has no markers "
                     "between messages, so turns cannot be told apart",
@@ -871,7 +817,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         # a marker that reaches into the range begins no more tokens before it than it has bytes
         first = max(0, start - max(LOOK_BACK, *map(len, markers), 0))
         pieces = [self._piece(int(t)) for t in self.input_ids[first:end]]
-        found = find_spans(pieces, markers, self._bound.keep_whole, start - first)
+        found = find_spans(pieces, markers, self.options.keep_whole, start - first)
         return [(first + a, first + b, kind) for a, b, kind in found]
 
     def _protect_head(self, tokens: list[int]) -> None:
@@ -1099,7 +1045,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         session.require_same(path, header, {"model": self._model_identity()})
         tokens = arrays["tokens"]
         self._require_tokens(path, tokens)
-        asked = header["protected_prefix"] if self._bound.protect_system else 0
+        asked = header["protected_prefix"] if self.options.protect_system else 0
         protected = self._protectable(path, asked)
         self.reset()
         kv.protect_prefix(protected)
@@ -1157,9 +1103,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "lora": [session.file_identity(lora), self.lora_scale] if lora else None,
             "policy": kv.policy.identity(),
             "granularity": kv.granularity,
-            "positions": self._bound.positions,
-            "keep_whole": self._bound.keep_whole,
-            "isolate_turns": self._bound.isolate_turns,
+            **self.options.asked_of_sessions(),
             "cells": limits.cells,
             "budget": limits.budget,
             "sinks": limits.sinks,
@@ -1183,7 +1127,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        state.update(vars(self._bound), n_ctx=self._n_ctx)
+        state.update(self.options.asked(), n_ctx=self._n_ctx)
         if self.lacks_chat_template:
             state["chat_format"] = None  # the copy shall know that nobody asked for it
         return state

@@ -114,8 +114,8 @@ class Subject(Llama):
         self._kv.limits = CacheLimits.plan(
             n_ctx=limits.n_ctx,
             kv_budget=budget,
-            sinks=self._bound.sinks,
-            recent=self._bound.recent,
+            sinks=self.options.sinks,
+            recent=self.options.recent,
             reserve=max(1, limits.n_ctx - budget),
             n_batch=limits.n_batch,
             bytes_per_cell=0,  # the budget is in tokens

@@ -19,11 +19,11 @@ from kvp_edge.evaluation import estimate, plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
-from kvp_edge.evaluation.setting import Setting, budget_of
+from kvp_edge.evaluation.setting import CHOICES, Setting, budget_of
 from kvp_edge.evaluation.tasks import GENERATION, RULER, TASKS, data_tasks
 from kvp_edge.llama import Llama
+from kvp_edge.options import EVALUATED, OPTIONS
 from kvp_edge.text.chat_prompt import transcribe_without_template
-from kvp_edge.text.spans import KEEP_WHOLE
 
 _ITEMS = 20
 _LENGTHS = "1024"
@@ -126,20 +126,8 @@ def add_eval(commands: Any) -> None:
     group.add_argument(
         "--question", choices=("unseen", "seen"), default="unseen", help="default: unseen"
     )
-    group.add_argument(
-        "--granularity", choices=("head", "token"), default="head", help="default: head"
-    )
-    group.add_argument(
-        "--keep-whole",
-        choices=KEEP_WHOLE,
-        default="tokens",
-        help="what stays or goes as a whole (default: tokens)",
-    )
-    group.add_argument(
-        "--isolate-turns",
-        action="store_true",
-        help="do not thin out what was kept of finished messages again for new ones",
-    )
+    for name in EVALUATED:
+        options.add_option(group, OPTIONS[name], choices=CHOICES[name])
     group.add_argument(
         "--unprotected",
         action="store_true",
@@ -292,7 +280,7 @@ def _jobs(args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]) ->
     for policy in policies:
         run.check_policy(policy, the_run.model)
     lengths = [_length(text) for text in _names(args.lengths)]
-    how = {"mode": args.mode, "question": args.question, "granularity": args.granularity}
+    how = {name: getattr(args, name) for name in ("mode", "question", *EVALUATED)}
     jobs: list[run.Job] = []
     with closing(Llama(the_run.model, n_ctx=256, repack=args.repack, verbose=False)) as llm:
         if transcribe_without_template(llm):
@@ -313,8 +301,6 @@ def _jobs(args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]) ->
                     budget=budget,
                     policy=policy,
                     protected=not args.unprotected,
-                    keep_whole=args.keep_whole,
-                    isolate_turns=args.isolate_turns,
                 )
                 jobs += [(setting, todo) for todo in groups]
     return jobs

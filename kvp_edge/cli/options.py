@@ -7,15 +7,15 @@ import importlib
 import os
 import secrets
 import warnings
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 from kvp_edge.binding.model import read_model_shape
-from kvp_edge.cache.limits import DEFAULT_SINKS, parse_budget
+from kvp_edge.cache.limits import parse_budget
 from kvp_edge.cli.progress import WatchedLlama
 from kvp_edge.llamacpp.log import listen
-from kvp_edge.policies import FALLBACK, POLICIES
-from kvp_edge.processor.repack import REPACK
+from kvp_edge.options import OPTIONS, Option
 
 DEFAULT_BUDGET = "512"
 _MOST_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h
@@ -31,6 +31,9 @@ _CACHE_TYPES = {
     "q4_1": 3,
     "q4_0": 2,
 }
+
+#: Those of ``chat`` and ``run``; --repack stands with the model's.
+_CACHE_OPTIONS = [o for o in OPTIONS.values() if o.command_line and o.name != "repack"]
 
 
 def count(text: str) -> int:
@@ -55,6 +58,10 @@ def threads(text: str) -> int:
 def text(argument: str) -> str:
     """An argparse type: bytes that are no UTF-8 become replacement marks, as in a file."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+#: Options that are read in a way of their own; else an int or a text.
+_CLI_TYPES: dict[str, Any] = {"n_ctx": count, "kv_budget": str}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -94,95 +101,45 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_repack_option(group: Any) -> None:
+def add_option(
+    group: Any,
+    option: Option,
+    default: Any = None,
+    says: str | None = None,
+    choices: Sequence[str] | None = None,
+) -> None:
+    """An option of Llama's as one of a command.
+
+    Args:
+        default: the command's own; None: Llama's.
+        says: the default in words; None: as it is.
+        choices: what it may be in this command; None: Llama decides that.
+    """
+    default = option.default if default is None else default
+    if option.type == "bool":
+        group.add_argument(option.flag, action="store_true", help=option.help)
+        return
     group.add_argument(
-        "--repack",
-        choices=REPACK,
-        default="auto",
-        help="lay out weights on the CPU anew for this processor, mostly for more speed; "
-        "auto: if that works here, which is tried once in a process of its own (default: auto; see "
-        "kvp-edge doctor)",
+        option.flag,
+        type=_CLI_TYPES.get(option.name, int if option.type.startswith("int") else str),
+        default=default,
+        choices=choices,
+        metavar=option.metavar,
+        help=f"{option.help} (default: {says or option.means or default})",
     )
+
+
+def add_repack_option(group: Any) -> None:
+    add_option(group, OPTIONS["repack"])
 
 
 def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> None:
     group = parser.add_argument_group("bounded cache")
-    group.add_argument(
-        "--kv-budget",
-        default=DEFAULT_BUDGET,
-        metavar="N",
-        help="tokens that stay after an eviction, or the memory of the whole cache like 256MiB "
-        f"(default: {DEFAULT_BUDGET})",
-    )
-    group.add_argument(
-        "--n-ctx",
-        type=count,
-        metavar="N",
-        help="logical context: the longest conversation, in tokens; it costs next to no memory "
-        f"(default: {n_ctx_default})",
-    )
-    group.add_argument(
-        "--policy",
-        default="auto",
-        metavar="NAME",
-        help=f"who chooses: {', '.join(POLICIES)}, a policy file, or auto: the policy trained for "
-        f"the model, if there is one, else {FALLBACK} (default: auto; see kvp-edge policies)",
-    )
-    group.add_argument(
-        "--granularity",
-        default="head",
-        metavar="WHO",
-        help="head: every attention head keeps its own tokens; token: a token is dropped from all "
-        "layers and heads at once; auto: head where model and cache allow it (default: head)",
-    )
-    group.add_argument(
-        "--positions",
-        default="keep",
-        metavar="HOW",
-        help="keep: for life; compact: moved to the front when they would pass what the model was "
-        "trained for, so that a conversation never has to end (default: keep)",
-    )
-    group.add_argument(
-        "--keep-whole",
-        default="tokens",
-        metavar="WHAT",
-        help="what stays or goes as a whole, besides the marks of the chat template: tokens "
-        "(nothing), words or sentences (default: tokens)",
-    )
-    group.add_argument(
-        "--isolate-turns",
-        action="store_true",
-        help="do not thin out what was kept of finished messages again, as long as new ones find a "
-        "quarter of the room",
-    )
-    group.add_argument(
-        "--sinks",
-        type=int,
-        default=DEFAULT_SINKS,
-        metavar="N",
-        help=f"first tokens that are never dropped (default: {DEFAULT_SINKS})",
-    )
-    group.add_argument(
-        "--recent",
-        type=int,
-        metavar="N",
-        help="newest tokens that are never dropped (default: a quarter of the budget, at most 256)",
-    )
-    group.add_argument(
-        "--reserve",
-        type=int,
-        metavar="N",
-        help="free cells after an eviction (default: a quarter of the budget, at least 256; a "
-        "fifth of the cells where the budget is memory)",
-    )
-    group.add_argument(
-        "--pack",
-        choices=["auto", "device", "state"],
-        default="auto",
-        help="device: score and pack the cache where it lies, so that on a GPU only cell numbers "
-        "and scores cross the bus; state: through llama.cpp's state, out and back in; auto: device "
-        "where possible (default: auto)",
-    )
+    for option in _CACHE_OPTIONS:
+        if option.name == "kv_budget":
+            add_option(group, option, DEFAULT_BUDGET, DEFAULT_BUDGET)
+        else:
+            add_option(group, option, says=n_ctx_default if option.name == "n_ctx" else None)
 
 
 def add_system_options(parser: argparse.ArgumentParser) -> None:
@@ -296,18 +253,14 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cache_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of kvp_edge.Llama that bound the cache, but for ``n_ctx``."""
+    """Keyword arguments of kvp_edge.Llama that bound the cache.
+
+    Raises:
+        OptionError, BudgetError: see CacheOptions.
+    """
     return {
+        **{option.name: getattr(args, option.name) for option in _CACHE_OPTIONS},
         "kv_budget": parse_budget(args.kv_budget),
-        "policy": args.policy,
-        "granularity": args.granularity,
-        "positions": args.positions,
-        "keep_whole": args.keep_whole,
-        "isolate_turns": args.isolate_turns,
-        "sinks": args.sinks,
-        "recent": args.recent,
-        "reserve": args.reserve,
-        "pack": args.pack,
     }
 
 
@@ -315,9 +268,8 @@ def load(path: str, n_ctx: int | None, args: argparse.Namespace) -> WatchedLlama
     """The bounded model that the options describe."""
     return WatchedLlama(
         path,
-        n_ctx=n_ctx,
         protect_system=bool(args.system) and not args.no_protect_system,
-        **cache_options(args),
+        **{**cache_options(args), "n_ctx": n_ctx},
         **engine_options(args),
     )
 

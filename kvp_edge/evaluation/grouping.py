@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from kvp_edge.errors import RecordError
 from kvp_edge.evaluation.records import GOLDEN, ORACLE, SHIFT, Record, latest
 from kvp_edge.evaluation.statistics import GATE, ItemId, Scores, gate
+from kvp_edge.options import OPTIONS
 
 Measure = Literal["accuracy", "loss"]
 
@@ -17,6 +18,11 @@ Cell: TypeAlias = dict[str, dict[ItemId, Record]]
 
 #: Policies that go last in a table: llama.cpp's own rule, and what no policy can be.
 _LAST = (SHIFT, ORACLE, GOLDEN)
+
+
+#: How an option of the cache is told that has not its default value, but for the granularity, which
+#: is always told.
+_UNUSUAL = {"keep_whole": "whole {}", "isolate_turns": "turns isolated"}
 
 
 class Setting(NamedTuple):
@@ -35,11 +41,12 @@ class Setting(NamedTuple):
     @property
     def unusual(self) -> str:
         """What is not as by default, to be added to a description."""
-        return (
-            ("" if self.protected else ", no tokens protected")
-            + ("" if self.keep_whole == "tokens" else f", whole {self.keep_whole}")
-            + (", turns isolated" if self.isolate_turns else "")
-        )
+        found = [] if self.protected else [", no tokens protected"]
+        for name, words in _UNUSUAL.items():
+            value = getattr(self, name)
+            if value != OPTIONS[name].default:
+                found.append(f", {words.format(value)}")
+        return "".join(found)
 
     def __str__(self) -> str:
         return (

@@ -307,9 +307,7 @@ def _named(policy: str, model: str) -> str:
 def _how(setting: Setting) -> dict[str, Any]:
     """Arguments of kvp_edge.Llama that settings which share their reading have in common."""
     return {
-        "granularity": setting.granularity,
-        "keep_whole": setting.keep_whole,
-        "isolate_turns": setting.isolate_turns,
+        **setting.how,
         **({} if setting.protected else {"sinks": 0, "recent": 1}),
     }
 

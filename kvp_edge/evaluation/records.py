@@ -14,9 +14,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeAlias, get_type_hints
 
 from kvp_edge.errors import RecordError
+from kvp_edge.evaluation.setting import CHOICES
 from kvp_edge.files import open_regular
 from kvp_edge.files.json_values import is_a, parse, shortened
-from kvp_edge.text.spans import KEEP_WHOLE
+from kvp_edge.options import EVALUATED, OPTIONS
 
 #: The policy of the full cache, which drops nothing; llama.cpp's own rule; true future attention,
 #: by its sum and by its largest block.
@@ -31,9 +32,8 @@ Key: TypeAlias = tuple[str | int | bool | None, ...]
 _CHOICES = {
     "mode": ("bounded", "one-shot"),
     "question": ("unseen", "seen"),
-    "granularity": ("head", "token"),
     "measure": ("accuracy", "loss"),
-    "keep_whole": KEEP_WHOLE,
+    **{name: choices for name, choices in CHOICES.items() if choices},
 }
 
 
@@ -44,7 +44,6 @@ class Record:
     Attributes:
         mode: "one-shot": read everything, drop once; "bounded": drop again and again.
         question: whether it was read before tokens were dropped: "seen" or "unseen".
-        granularity: "head": every (layer, KV head) keeps its own tokens; "token": the same in all.
         type_k, type_v: types of the cache, like "f16".
         length: tokens of a conversation, about, as asked for.
         budget, share: tokens kept, and their share of ``length``; None for the full cache.
@@ -65,7 +64,7 @@ class Record:
             it, and in both modes tracing it for the oracles do not count; in files from before they
             were shared they do.
         kv_bytes: keys and values of the most tokens held at once.
-        keep_whole, isolate_turns: see kvp_edge.Llama.
+        granularity, keep_whole, isolate_turns: see kvp_edge.options.CacheOptions.
         losses: of a reading, the mean loss of each of PARTS parts in a row, as equal as can be,
             that together are the tokens of ``score``; [] for items and for endings of fewer tokens.
 
@@ -98,8 +97,8 @@ class Record:
     score: float
     seconds: float
     kv_bytes: int
-    keep_whole: str = "tokens"
-    isolate_turns: bool = False
+    keep_whole: str = OPTIONS["keep_whole"].default
+    isolate_turns: bool = OPTIONS["isolate_turns"].default
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -132,11 +131,9 @@ class Record:
         how = (
             self.mode,
             self.question,
-            self.granularity,
             self.budget,
             self.protected,
-            self.keep_whole,
-            self.isolate_turns,
+            *(getattr(self, name) for name in EVALUATED),
         )
         return (
             self.policy,

@@ -132,7 +132,6 @@ class Run:
         return Record(
             mode=s.mode,
             question=s.question,
-            granularity=s.granularity,
             type_k=self.type_k,
             type_v=self.type_v,
             length=s.length,
@@ -143,8 +142,7 @@ class Run:
             item=prompt.number,
             seed=self.seed,
             protected=s.protected,
-            keep_whole=s.keep_whole,
-            isolate_turns=s.isolate_turns,
+            **s.how,
             prompt=prompt.digest,
             n_prompt=len(prompt.tokens),
             measure="loss" if prompt.item is None else "accuracy",

@@ -6,13 +6,22 @@ import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import IntArray
+from kvp_edge.errors import OptionError
 from kvp_edge.evaluation.item import Item
+from kvp_edge.options import EVALUATED, OPTIONS
+
+#: What the cache's options may be in an evaluation, (): anything of their type. What is decided
+#: anew for each model cannot be compared.
+CHOICES = {
+    name: tuple(choice for choice in OPTIONS[name].choices if choice != "auto")
+    for name in EVALUATED
+}
 
 #: The smallest budget: sinks, newest tokens, and a few to choose.
 SMALLEST = 16
@@ -62,7 +71,7 @@ class Setting:
         longest: tokens of the longest one, with its reply.
         budget: most tokens that are held (bounded), or that stay (one-shot). None: all of them.
         protected: whether the first and the newest tokens stay, whatever their score.
-        keep_whole, isolate_turns: see kvp_edge.Llama.
+        granularity, keep_whole, isolate_turns: see kvp_edge.options.CacheOptions.
     """
 
     mode: Literal["bounded", "one-shot"]
@@ -73,15 +82,26 @@ class Setting:
     budget: int | None
     policy: str
     protected: bool
-    keep_whole: str = "tokens"
-    isolate_turns: bool = False
+    keep_whole: str = OPTIONS["keep_whole"].default
+    isolate_turns: bool = OPTIONS["isolate_turns"].default
 
     def __post_init__(self) -> None:
+        for name in EVALUATED:
+            if CHOICES[name] and getattr(self, name) not in CHOICES[name]:
+                raise OptionError(
+                    f"{name} must be {' or '.join(map(repr, CHOICES[name]))} in an evaluation, not "
+                    f"'{getattr(self, name)}'"
+                )
         if self.mode == "bounded" and self.question == "seen":
             raise ValueError(
                 "in bounded mode tokens are dropped while the conversation is read, before its "
                 "question is: --question seen is for --mode one-shot"
             )
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The options of the cache that an evaluation compares, as arguments of kvp_edge.Llama."""
+        return {name: getattr(self, name) for name in EVALUATED}
 
     def cut(self, prompt: Prompt) -> int:
         """How many tokens are read before the question, or with it where it is to be seen."""

@@ -1,0 +1,280 @@
+"""The options of a bounded cache, each declared in one place: ``CacheOptions``.
+
+A field there says what the option is by default, what it may be, what it means, and where it
+counts. The command line, sessions and evaluations take their options from these fields, README's
+table is made of them (scripts/options_table.py), and tests hold ``Llama``'s signature to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from kvp_edge.arguments import check_callable, check_counts
+from kvp_edge.cache.limits import DEFAULT_SINKS
+from kvp_edge.cache.stats import Eviction
+from kvp_edge.errors import OptionError
+from kvp_edge.policies import FALLBACK, POLICIES, Policy
+from kvp_edge.processor.repack import REPACK
+from kvp_edge.text.spans import KEEP_WHOLE
+
+#: What a saved session is checked against: what was "asked" for, what became of it when the model
+#: was loaded ("settled": the limits, the policy's identity...), or nothing, as sessions go on with
+#: any value.
+Session = Literal["asked", "settled", "any"]
+
+
+def _about(
+    help: str,
+    *,
+    session: Session,
+    choices: tuple[str, ...] = (),
+    means: str = "",
+    metavar: str = "",
+    command_line: bool = True,
+    evaluated: bool = False,
+) -> dict[str, Any]:
+    """What is told of a field of CacheOptions; see Option."""
+    return dict(locals())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """How a cache is to be bounded, as ``Llama`` was asked. It is checked as far as that is
+    possible without the model.
+
+    Raises:
+        OptionError: a value that is none of the option's choices.
+        BudgetError: more tokens than llama.cpp can count.
+        TypeError: not a whole number, or no function.
+    """
+
+    kv_budget: int | str | None = field(
+        default=None,
+        metadata=_about(
+            "tokens that stay after an eviction, or the memory of the whole cache like 256MiB",
+            means="none: llama_cpp's own cache",
+            metavar="N",
+            session="settled",
+        ),
+    )
+    n_ctx: int | None = field(
+        default=None,
+        metadata=_about(
+            "logical context: the longest conversation, in tokens; it costs next to no memory",
+            means="what the model was trained for",
+            metavar="N",
+            session="any",
+        ),
+    )
+    policy: str | Policy = field(
+        default="auto",
+        metadata=_about(
+            f"who chooses: {', '.join(POLICIES)}; a policy file; in Python a Policy object; or "
+            "auto: the policy trained for the model (kvp-*.gguf beside it), if there is one, else "
+            f"{FALLBACK}",
+            metavar="NAME",
+            session="settled",
+        ),
+    )
+    granularity: str = field(
+        default="head",
+        metadata=_about(
+            "head: every attention head keeps its own tokens; token: a token is dropped from all "
+            "layers and heads at once; auto: head where model and cache allow it, else token",
+            choices=("head", "token", "auto"),
+            metavar="WHO",
+            session="settled",
+            evaluated=True,
+        ),
+    )
+    positions: str = field(
+        default="keep",
+        metadata=_about(
+            "keep: a token keeps its position for life; compact: tokens are moved to the front "
+            "when positions would pass what the model was trained for, so that a conversation "
+            "never has to end",
+            choices=("keep", "compact"),
+            metavar="HOW",
+            session="asked",
+        ),
+    )
+    keep_whole: str = field(
+        default="tokens",
+        metadata=_about(
+            "what stays or goes as a whole, besides the marks of the chat template: tokens "
+            "(nothing), words or sentences",
+            choices=KEEP_WHOLE,
+            metavar="WHAT",
+            session="asked",
+            evaluated=True,
+        ),
+    )
+    isolate_turns: bool = field(
+        default=False,
+        metadata=_about(
+            "do not thin out what was kept of finished messages again, as long as new ones find a "
+            "quarter of the room",
+            session="asked",
+            evaluated=True,
+        ),
+    )
+    sinks: int = field(
+        default=DEFAULT_SINKS,
+        metadata=_about("first tokens that are never dropped", metavar="N", session="settled"),
+    )
+    recent: int | None = field(
+        default=None,
+        metadata=_about(
+            "newest tokens that are never dropped",
+            means="a quarter of the budget, at most 256",
+            metavar="N",
+            session="settled",
+        ),
+    )
+    reserve: int | None = field(
+        default=None,
+        metadata=_about(
+            "free cells after an eviction; more where a sliding window needs them",
+            means="a quarter of the budget, at least 256; a fifth of the cells where the budget is "
+            "memory",
+            metavar="N",
+            session="settled",
+        ),
+    )
+    protect_system: bool = field(
+        default=False,
+        metadata=_about(
+            "never drop the system prompt of a chat, nor the definitions of tools that its "
+            "template shows before the first message, if these fit as well",
+            command_line=False,  # there it is the default: --no-protect-system
+            session="any",
+        ),
+    )
+    on_evict: Callable[[Eviction], None] | None = field(
+        default=None,
+        metadata=_about(
+            "called after each eviction with an Eviction: what stays, and what no head holds any "
+            "more",
+            means="nothing",
+            command_line=False,
+            session="any",
+        ),
+    )
+    pack: str = field(
+        default="auto",
+        metadata=_about(
+            "device: score and pack the cache where it lies, so that on a GPU only cell numbers "
+            "and scores cross the bus; state: through llama.cpp's state, out and back in; auto: "
+            "device where possible",
+            choices=("auto", "device", "state"),
+            metavar="WHERE",
+            session="any",
+        ),
+    )
+    repack: str = field(
+        default="auto",
+        metadata=_about(
+            "lay out weights on the CPU anew for this processor, mostly for more speed: on, off, "
+            "or auto: if that works here, which is tried once in a process of its own (see "
+            "kvp-edge doctor)",
+            choices=REPACK,
+            metavar="WHEN",
+            session="any",
+        ),
+    )
+    n_batch: int | None = field(
+        default=None,
+        metadata=_about(
+            "most tokens that are decoded at once",
+            means="512, or what fits into the reserve and beside a sliding window",
+            metavar="N",
+            command_line=False,
+            session="settled",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for option in OPTIONS.values():
+            value = getattr(self, option.name)
+            if option.choices and value not in option.choices:
+                *others, last = map(repr, option.choices)
+                raise OptionError(
+                    f"{option.name} must be {', '.join(others)} or {last}, not '{value}'"
+                )
+        counts = ("n_ctx", "kv_budget", "sinks", "recent", "reserve", "n_batch")
+        # a budget may be memory, "256MiB", too
+        numbers = {name: getattr(self, name) for name in counts}
+        if isinstance(self.kv_budget, str):
+            del numbers["kv_budget"]
+        check_counts(**numbers)
+        check_callable(on_evict=self.on_evict)
+
+    @property
+    def bounded(self) -> bool:
+        return self.kv_budget is not None
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> CacheOptions:
+        """Those of the arguments that are options."""
+        return cls(**{name: arguments[name] for name in OPTIONS if name in arguments})
+
+    def asked(self) -> dict[str, Any]:
+        """All options, as they were given."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def asked_of_sessions(self) -> dict[str, Any]:
+        """Those whose value decides how a saved session goes on."""
+        return {o.name: getattr(self, o.name) for o in OPTIONS.values() if o.session == "asked"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of CacheOptions, told of.
+
+    Attributes:
+        name: of ``Llama``'s argument.
+        type: its annotation, like "int | None".
+        default: see ``default_text``, too.
+        help: what it means, in words for README and ``--help``.
+        choices: all it may be; (): anything of its type.
+        means: what a default of None stands for.
+        metavar: stands for the value in ``--help``; "" of a switch.
+        command_line: whether it is an option of ``kvp-edge chat`` and ``run``.
+        evaluated: whether evaluations compare its values: then it is a field of
+            evaluation.setting.Setting, evaluation.records.Record and evaluation.grouping.Setting,
+            and an option of ``kvp-edge eval``.
+        session: see Session.
+    """
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    means: str
+    metavar: str
+    command_line: bool
+    evaluated: bool
+    session: Session
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default_text(self) -> str:
+        """The default in words."""
+        return self.means or str(self.default)
+
+
+#: Every option by its name, in the order of ``Llama``'s signature.
+OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {f.name: Option(f.name, str(f.type), f.default, **f.metadata) for f in fields(CacheOptions)}
+)
+
+#: Those that evaluations compare.
+EVALUATED = tuple(option.name for option in OPTIONS.values() if option.evaluated)

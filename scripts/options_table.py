@@ -1,0 +1,48 @@
+"""Write README's table of options anew, from kvp_edge.options.
+
+python scripts/options_table.py
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kvp_edge.options import OPTIONS, Option  # noqa: E402
+
+BEGIN, END = "<!-- scripts/options_table.py writes this table -->", "<!-- end of the table -->"
+
+
+def row(option: Option) -> str:
+    text = option.help
+    for choice in option.choices:
+        text = re.sub(rf"(?<![\w`]){choice}(?=:)", f"`{choice}`", text)
+    default = option.means or f"`{option.default}`"
+    return f"| `{option.name}` | {text} | {default} |"
+
+
+def table() -> str:
+    rows = [row(option) for option in OPTIONS.values()]
+    return "\n".join(["| argument | meaning | default |", "|---|---|---|", *rows])
+
+
+def renewed(readme: str) -> str:
+    """The text with the table as it should be."""
+    before, _, rest = readme.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    if not (old and after):
+        raise ValueError(f"README.md lacks the lines '{BEGIN}' and '{END}'")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
