@@ -54,7 +54,7 @@ class CacheOptions:
     kv_budget: int | str | None = field(
         default=None,
         metadata=_about(
-            "tokens that stay after an eviction, or the memory of the whole cache like 256MiB",
+            "tokens kept after an eviction, or the memory of the whole cache, like 256MiB",
             means="none: llama_cpp's own cache",
             metavar="N",
             session="settled",
@@ -93,9 +93,8 @@ class CacheOptions:
     positions: str = field(
         default="keep",
         metadata=_about(
-            "keep: a token keeps its position for life; compact: tokens are moved to the front "
-            "when positions would pass what the model was trained for, so that a conversation "
-            "never has to end",
+            "keep: a token keeps its position for life; compact: kept tokens move to the front "
+            "before positions pass the trained length, so a conversation never has to end",
             choices=("keep", "compact"),
             metavar="HOW",
             session="asked",
@@ -104,8 +103,8 @@ class CacheOptions:
     keep_whole: str = field(
         default="tokens",
         metadata=_about(
-            "what stays or goes as a whole, besides the marks of the chat template: tokens "
-            "(nothing), words or sentences",
+            "what is kept or dropped as a whole, besides the marks of the chat template: words, "
+            "sentences, or tokens, which are nothing more",
             choices=KEEP_WHOLE,
             metavar="WHAT",
             session="asked",
@@ -115,8 +114,8 @@ class CacheOptions:
     isolate_turns: bool = field(
         default=False,
         metadata=_about(
-            "do not thin out what was kept of finished messages again, as long as new ones find a "
-            "quarter of the room",
+            "tokens kept of finished messages are not thinned out again for new ones, as long as "
+            "these find a quarter of the room",
             session="asked",
             evaluated=True,
         ),
@@ -147,8 +146,8 @@ class CacheOptions:
     protect_system: bool = field(
         default=False,
         metadata=_about(
-            "never drop the system prompt of a chat, nor the definitions of tools that its "
-            "template shows before the first message, if these fit as well",
+            "never drop the system prompt of a chat, nor the definitions of tools if these fit as "
+            "well",
             command_line=False,  # there it is the default: --no-protect-system
             session="any",
         ),
@@ -156,8 +155,8 @@ class CacheOptions:
     on_evict: Callable[[Eviction], None] | None = field(
         default=None,
         metadata=_about(
-            "called after each eviction with an Eviction: what stays, and what no head holds any "
-            "more",
+            "called with an Eviction after each of them: what stays, and which tokens no head "
+            "holds any more",
             means="nothing",
             command_line=False,
             session="any",
@@ -166,9 +165,8 @@ class CacheOptions:
     pack: str = field(
         default="auto",
         metadata=_about(
-            "device: score and pack the cache where it lies, so that on a GPU only cell numbers "
-            "and scores cross the bus; state: through llama.cpp's state, out and back in; auto: "
-            "device where possible",
+            "device: score and pack the cache in place, on a GPU too; state: through llama.cpp's "
+            "state, out and back in; auto: in place where possible",
             choices=("auto", "device", "state"),
             metavar="WHERE",
             session="any",
@@ -177,9 +175,8 @@ class CacheOptions:
     repack: str = field(
         default="auto",
         metadata=_about(
-            "lay out weights on the CPU anew for this processor, mostly for more speed: on, off, "
-            "or auto: if that works here, which is tried once in a process of its own (see "
-            "kvp-edge doctor)",
+            "reorder weights on the CPU for this processor, for speed: on, off, or auto: if a "
+            "trial in a child process works (see kvp-edge doctor)",
             choices=REPACK,
             metavar="WHEN",
             session="any",
