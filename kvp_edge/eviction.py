@@ -365,6 +365,13 @@ class EvictionManager:
             return False
         return length == t.seen or self.cache.can_continue_at(length - t.shift)
 
+    def can_return(self, length: int) -> bool:
+        """Whether the cache can be taken back to what it was when the conversation had ``length``
+        tokens: no eviction came after that, so nothing is lost that was there then."""
+        t = self._table
+        last_eviction = t.tail + self.limits.recent if t.tail else 0  # see _next_tail
+        return self.can_rewind(length) and (length >= last_eviction or length in (0, t.seen))
+
     def snapshot(self) -> Table:
         """The table, to be stored beside a copy of llama.cpp's state."""
         return self._table
@@ -573,7 +580,8 @@ class EvictionManager:
 
     def _next_tail(self) -> int:
         """The newest ``recent`` tokens are all held, so the conversation can be cut anywhere among
-        them; fewer only after a rewind, which may leave less than that of the old tail."""
+        them; fewer only after a rewind, which may leave less than that of the old tail. So an
+        eviction with n tokens read leaves a tail that begins at n - recent or after."""
         return max(self._table.tail, self._table.seen - self.limits.recent)
 
     def _must_compact(self, n_keep: int) -> bool:

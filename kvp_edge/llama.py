@@ -683,7 +683,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama. Equal beginnings are not read again, if the cache can go back to
-        where the texts part; if tokens before that point were dropped meanwhile, all is re-read."""
+        what it was where the texts part; if tokens were dropped since then, all is read again."""
         how = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
         del how["self"]
         return self._calls.steps("generate", self._generate(how))
@@ -710,7 +710,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         kv = self._kv
         assert kv is not None
         prefix = self._equal_beginning(tokens)
-        if not kv.can_rewind(min(prefix, len(tokens) - 1)):
+        if not kv.can_return(min(prefix, len(tokens) - 1)):
             known = self._input_ids[prefix:].tolist()
             tokens[prefix:] = begin_as_known(known, tokens[prefix:], self._piece)
             prefix = self._equal_beginning(tokens)
@@ -720,7 +720,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             return tokens  # the logits are there already
         if all_read:
             prefix -= 1  # one token is read again for its logits
-        if prefix < 1 or not kv.can_rewind(prefix):
+        if prefix < 1 or not kv.can_return(prefix):
             self.reset()
         else:
             self.n_tokens = prefix
