@@ -285,7 +285,7 @@ class EvictionManager:
     - an eviction protects the first ``protected_prefix`` tokens and the newest ``limits.recent``,
       and beyond these at most the rest of a marker at either border, never of a word or sentence;
     - ``trusted`` is False if any of this may have been broken by an error or an interrupt in the
-      middle of a change; then only ``clear`` mends it.
+      middle of a change, or by somebody else; then only ``clear`` mends it.
 
     Args:
         find_spans: tokens that stay or go together.
@@ -448,8 +448,9 @@ class EvictionManager:
             return
         if not self.trusted:
             raise KVCacheError(
-                "a change of the cache was interrupted, so it is not known what it holds. Call "
-                "reset() and read the conversation again"
+                "a change of the cache was interrupted, or something else has used the model's "
+                "context, so it is not known what it holds. Call reset() and read the conversation "
+                "again"
             )
         if not self.can_rewind(length):
             raise KVCacheError(
