@@ -13,7 +13,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 import kvp_edge
 from conftest import RandomModel, random_tokens
 from kvp_edge import KVCacheError, Llama
-from support.gguf_models import ModelShape
+from makers.gguf_models import ModelShape
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]
@@ -82,7 +82,7 @@ def test_what_others_did_to_the_context_is_noticed_and_the_conversation_read_aga
             save()
     one.reset()
     one.eval(prompt)
-    np.testing.assert_array_equal(one.kv_positions[0, 0], np.arange(120))
+    np.testing.assert_array_equal(one.kv_indices[0, 0], np.arange(120))
 
 
 def test_also_after_evictions_and_a_compaction(random_model: Maker, load: Loader) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import Llama, SessionError
-from support.gguf_models import ModelShape
+from makers.gguf_models import ModelShape
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]
@@ -90,7 +90,7 @@ def test_a_pickled_state_goes_on_elsewhere_token_for_token_with_its_statistics(
     other.load_state(pickle.loads(state))
     for name in ("seen", "kept", "evictions", "eviction_ms"):
         assert other.kv_stats[name] == one.kv_stats[name]
-    np.testing.assert_array_equal(other.kv_positions, one.kv_positions)
+    np.testing.assert_array_equal(other.kv_indices, one.kv_indices)
     assert go_on(other) == go_on(one)
 
 
@@ -152,7 +152,7 @@ def test_a_prompt_cache_filled_with_other_settings_is_passed_over_and_the_prompt
 
     def answer(llm: Llama) -> tuple[str, Any]:
         result: Any = llm.create_completion(prompt, max_tokens=20, temperature=0.0)
-        return result["choices"][0]["text"], llm.kv_positions
+        return result["choices"][0]["text"], llm.kv_indices
 
     disk = kind == "disk"
     cache = llama_cpp.LlamaDiskCache(str(tmp_path)) if disk else llama_cpp.LlamaRAMCache()
