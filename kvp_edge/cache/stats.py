@@ -91,9 +91,9 @@ class Eviction:
         policy: who chose.
         ms: milliseconds it took.
         pack: "device" if the cache was packed where it lies, "state" if it went through llama.cpp's
-            state: always so with KVStats.pack "state", else when positions are compacted, once
-            after load_state, and where a sliding window would lose tokens that it still sees (a
-            budget that without the recent window is smaller than the sliding one).
+            state: always so with KVStats.pack "state", else when positions are compacted and where
+            a sliding window would lose tokens that it still sees (a budget that without the recent
+            window is smaller than the sliding one).
         transferred_bytes: bytes it carried between the cache and the host
             (KVStats.transferred_bytes).
     """

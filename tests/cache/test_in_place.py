@@ -540,8 +540,9 @@ def test_cells_are_followed_through_eviction_rewind_and_clearing(
     assert llm.kv_stats.kept == 30
 
 
-def test_a_state_of_another_time_loses_the_cells_and_the_next_eviction_finds_them(
-    random_model: Maker, load: Loader, place: str
+@pytest.mark.parametrize("loses", [False, True])
+def test_a_state_brings_its_cells_along_and_lost_ones_are_found_by_the_next_eviction(
+    random_model: Maker, load: Loader, place: str, loses: bool
 ) -> None:
     told: list[Eviction] = []
     llm = load(
@@ -556,10 +557,13 @@ def test_a_state_of_another_time_loses_the_cells_and_the_next_eviction_finds_the
     state = llm.save_state()
     llm.eval(random_tokens(20, seed=1))
     llm.load_state(state)
-    assert not cells_are_followed(llm)
+    assert cells_are_followed(llm)
+    if loses:
+        cache_of(llm).forget_cells()
+        assert not cells_are_followed(llm)
     llm.eval(random_tokens(200, seed=2))
     assert cells_are_followed(llm)
-    assert [e.pack for e in told].count("state") == 1
+    assert [e.pack for e in told].count("state") == loses
     assert told[-1].pack == "device"
 
 
