@@ -135,7 +135,7 @@ class _Run:
     def _items(self, items: Any, values: list[Any]) -> list[Any]:
         """What the loop goes over."""
         first = len(self._messages) - len(items) if type(items) is list else -1
-        if first < 0 or items != self._messages[first:]:
+        if first < 0 or not (items is self._messages or items == self._messages[first:]):
             raise _CannotTell
         names = (first, *map(_frozen, values))
         if self.names is not None and self.names != names:

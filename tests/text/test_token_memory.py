@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvp_edge import Llama
-from kvp_edge.text.token_memory import WORTH_BYTES, TokenMemory, isolated, marks
+from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, isolated, marks
 from makers.gguf_models import write_vocabulary
 from support.properties import examples
 
@@ -218,3 +219,43 @@ def test_what_was_given_may_be_changed(bundled_model: str, load: Loader) -> None
     want = first.copy()
     first.clear()
     assert llm.tokenize(text, special=True) == want
+
+
+def test_nothing_is_copied_to_put_a_prompt_together_from_empty_parts() -> None:
+    prompt = PromptTokens([1, 2])
+    empty: list[int] = []
+    assert empty + (prompt + empty) + empty is prompt
+    for parts, want in (((prompt, [3]), [1, 2, 3]), (([0], prompt), [0, 1, 2])):
+        both = operator.add(*parts)
+        assert both == want
+        assert type(both) is list
+    assert prompt == [1, 2]
+
+
+def test_a_prompt_belongs_to_its_caller(bundled_model: str, load: Loader) -> None:
+    llm = load(bundled_model, n_ctx=1000, kv_budget=256)
+    prompt = llm.tokenize(b"My dog is")
+    given = prompt.copy()
+    llm.create_completion(prompt, max_tokens=3, temperature=0.0)
+    assert prompt == given
+
+
+def test_a_thread_that_comes_in_between_gets_the_right_tokens() -> None:
+    def tokenize(text: bytes, _: bool) -> list[int]:
+        if not inside:
+            inside.append(1)
+            nested.append(memory.tokens(b"<a>other<a>text", False))
+        return list(text)
+
+    nested: list[list[int]] = []
+    inside: list[int] = []
+    memory = TokenMemory(tokenize, [b"<a>"], piece=1)
+    for text in (b"x<a>y", b"x<a>y<a>z"):
+        nested.clear()
+        inside.clear()
+        got = memory.tokens(text, False)
+        assert got == list(text)
+        assert nested == [list(b"<a>other<a>text")]
+        ids = memory.ids(got)
+        assert ids is not None
+        assert ids.tolist() == got
