@@ -58,14 +58,16 @@ const char * kvp_built_for(void) { return KVP_BUILT_FOR; }
 const char * kvp_built_llama_version(void) { return KVP_BUILT_LLAMA_VERSION; }
 const char * kvp_loaded_llama_version(void) { return llama_version(); }
 
-int32_t kvp_cache_open(llama_context * ctx, kvp_watch * watch, kvp_cache ** cache, kvp_error * err) {
+int32_t kvp_cache_open(llama_context * ctx, kvp_observer * observer, kvp_cache ** cache, kvp_error * err) {
     return guard(err, [&] {
         if (!ctx || !cache) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_open: ctx and cache must not be NULL");
         }
         std::unique_ptr<kvp_cache> opened(new kvp_cache{});
-        opened->ctx   = ctx;
-        opened->watch = watch;
+        opened->ctx = ctx;
+        if (observer) {
+            opened->watcher = std::make_unique<cell_watcher>(observer->shared);
+        }
         opened->open();
         *cache = opened.release();
     });
@@ -281,7 +283,7 @@ int32_t kvp_cache_appended(kvp_cache * cache, int32_t first, uint32_t n, kvp_err
             fail(KVP_ERR_ARGUMENT, "kvp_cache_appended: there is no cache, or position %d", first);
         }
         if (cache->place) {
-            cache->place->cells.append(first, n, cache->watch->take(n));
+            cache->place->cells.append(first, n, cache->watcher->take(n));
         }
     });
 }

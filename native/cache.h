@@ -5,10 +5,10 @@
 #include "error.h"
 #include "in_place.h"
 #include "kvp_edge.h"
+#include "observe/cell_watcher.h"
 #include "pack.h"
 #include "rows.h"
 #include "state_blob.h"
-#include "watch.h"
 
 #include "llama.h"
 
@@ -65,7 +65,7 @@ struct kvp_cache {
     kvp::byte_buffer   blob; // reused between reads
     std::vector<float> rows; // one layer's keys or values
 
-    kvp_watch *                  watch = nullptr;
+    std::unique_ptr<kvp::cell_watcher> watcher; // of an observed context
     std::optional<kvp::in_place> place;       // where the cache lies, if that is known
     std::string                  why_not;     // else
     uint64_t                     bytes_transferred = 0; // bytes of llama.cpp's states, taken and given

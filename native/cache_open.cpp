@@ -152,8 +152,8 @@ void kvp_cache::open() {
         bos = 0;
     }
     llama_token tokens[3] = { bos, bos, bos };
-    if (watch) {
-        watch->look();
+    if (watcher) {
+        watcher->look();
     }
     decode(tokens, 3);
     const state_blob before = read_blob(0, 3);
@@ -174,12 +174,12 @@ void kvp_cache::open() {
 }
 
 void kvp_cache::find_place(const blob_cache & trial) {
-    if (!watch) {
-        why_not = "nobody watches where it lies";
+    if (!watcher) {
+        why_not = "the context is not observed";
         return;
     }
     try {
-        place.emplace(*watch, trial, shape, llama_n_ctx(ctx));
+        place.emplace(*watcher, trial, shape, llama_n_ctx(ctx));
     } catch (const error & e) {
         if (e.code != KVP_ERR_UNSUPPORTED) {
             throw;

@@ -21,13 +21,13 @@ std::vector<uint8_t> bytes_of(const ggml_tensor * t, size_t size) {
 
 } // namespace
 
-in_place::in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells)
+in_place::in_place(cell_watcher & watcher, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells)
     : shape(shape), n_cells(n_cells) {
     const size_t value = ggml_type_size(ggml_type(shape.type_v));
     if (shape.v_transposed && value != sizeof(uint16_t) && value != sizeof(uint32_t)) {
         fail(KVP_ERR_UNSUPPORTED, "transposed values of type %s cannot be packed where they lie", ggml_type_name(ggml_type(shape.type_v)));
     }
-    auto                  seen = watch.follow(kvp_watch::NONE);
+    auto                  seen = watcher.follow(cell_watcher::NONE);
     std::vector<uint32_t> order(trial.pos.size());
     std::iota(order.begin(), order.end(), 0u); // the trial's positions ascend
     // Both caches of a model with sliding-window layers give their tensors names of the same kind, each with
@@ -44,7 +44,7 @@ in_place::in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_
         }
         layers.push_back({ at->second.k, at->second.v });
         if (layers.size() == 1) {
-            watch.follow(at->first); // the same cells in all layers
+            watcher.follow(at->first); // the same cells in all layers
         }
         ++at;
     }

@@ -4,11 +4,11 @@
 
 #include "cells.h"
 #include "device.h"
+#include "observe/cell_watcher.h"
 #include "pack.h"
 #include "policy.h"
 #include "state_blob.h"
 #include "tensor_space.h"
-#include "watch.h"
 
 #include <memory>
 #include <string>
@@ -37,9 +37,9 @@ struct device_part {
 
 class in_place {
 public:
-    // Finds the base cache's layers, of n_cells each, among all that `watch` saw by what `trial` says of the
+    // Finds the base cache's layers, of n_cells each, among all that `watcher` saw by what `trial` says of the
     // tokens decoded since. Throws KVP_ERR_UNSUPPORTED where they are not found, or a device cannot pack them.
-    in_place(kvp_watch & watch, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells);
+    in_place(cell_watcher & watcher, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells);
 
     cell_map cells;
 

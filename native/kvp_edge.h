@@ -37,7 +37,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 8
+#define KVP_ABI_VERSION 9
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -89,18 +89,20 @@ KVP_API int32_t kvp_model_bytes_per_cell(const kvp_model_shape * shape, int32_t 
  * included; with fewer (0, say) nothing is written. */
 KVP_API int32_t kvp_model_tensors(const char * path, char * text, uint64_t size, uint64_t * needed, kvp_error * err);
 
-/* Sees where llama.cpp keeps a context's keys and values, and to which cell each new token goes: every node
- * of a running graph is shown to a callback, which never asks for one. Set it before the context is made:
- *     params.cb_eval = kvp_watch_callback();  params.cb_eval_user_data = watch;
- * The watch must outlive the context and its kvp_cache. */
+/* Observes a context while it computes: shows the nodes of its graphs to all who subscribe to it, which are caches
+ * (kvp_cache_open), logs of queries (kvp_queries_create) and captures of attention (kvp_capture_create), in any
+ * order, and any number of them. Attach it before the context is made:
+ *     params.cb_eval = kvp_observer_callback();  params.cb_eval_user_data = observer;
+ * The observer must outlive the context. A subscriber is created and freed while the context does not compute, and
+ * may be freed before the observer or after it. */
 struct ggml_tensor;
-typedef struct kvp_watch kvp_watch;
+typedef struct kvp_observer kvp_observer;
 typedef bool (*kvp_eval_callback)(struct ggml_tensor * node, bool ask, void * user_data);
 
-/* next: another callback that shall see the nodes, too, with next_data; or NULL. */
-KVP_API int32_t           kvp_watch_create(kvp_eval_callback next, void * next_data, kvp_watch ** watch, kvp_error * err);
-KVP_API void              kvp_watch_free(kvp_watch * watch); /* NULL is allowed */
-KVP_API kvp_eval_callback kvp_watch_callback(void);
+/* next: a callback of somebody else that is shown the nodes, too, with next_data; or NULL. */
+KVP_API int32_t           kvp_observer_create(kvp_eval_callback next, void * next_data, kvp_observer ** observer, kvp_error * err);
+KVP_API void              kvp_observer_free(kvp_observer * observer); /* NULL is allowed */
+KVP_API kvp_eval_callback kvp_observer_callback(void);
 
 typedef struct kvp_cache kvp_cache;
 
@@ -124,11 +126,11 @@ typedef struct kvp_cache_shape {
  * tokens, reads them back, removes the middle one, checks every count, and clears the cache again.
  * So a model that opens is a model whose blob was understood and whose cache can lose its middle.
  *
- * With a watch on the context (or NULL) the cache is found where it lies, and scored and packed there: through
- * pointers in host memory, by ggml graphs on a device, so that only cell numbers and scores cross. Where that
- * is not possible, or a token's cell is not known, it goes through llama.cpp's state as it does without a
- * watch: the result is the same, and the cells are known again after a state has been packed. */
-KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_watch * watch, kvp_cache ** cache, kvp_error * err);
+ * With the context's observer the cache is found where it lies, and the cell of every new token is known: it is
+ * scored and packed there, through pointers in host memory, by ggml graphs on a device, so that only cell numbers
+ * and scores cross. Where that is not possible, or a token's cell is not known, or `observer` is NULL, it goes
+ * through llama.cpp's state: the result is the same, and the cells are known again after a state has been packed. */
+KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_observer * observer, kvp_cache ** cache, kvp_error * err);
 KVP_API void    kvp_cache_close(kvp_cache * cache); /* NULL is allowed */
 KVP_API void    kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * shape);
 
@@ -145,7 +147,7 @@ typedef struct kvp_cache_location {
 
 KVP_API void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location * place);
 
-/* The owner of a watched context tells what it does itself: after a llama_decode that went well, that it
+/* The owner of an observed context tells what it does itself: after a llama_decode that went well, that it
  * read n tokens at positions first, first + 1, ...; and to forget all cells after it has put tokens into the
  * cache in any other way (llama_state_set_data). Removed and cleared tokens need not be told. */
 KVP_API int32_t kvp_cache_appended(kvp_cache * cache, int32_t first, uint32_t n, kvp_error * err);
@@ -352,11 +354,9 @@ KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint
  * block of queries the sum over the block's queries of the LARGEST attention that any query head of the
  * KV head's group pays to the token (arXiv:2602.10238, section 3: the maximum comes before the sum).
  *
- * Flash attention must be off: llama.cpp then computes nodes "kq_soft_max-<layer>", and lets a callback
- * see them. Set the callback before the context is made:
- *     params.cb_eval = kvp_capture_callback();  params.cb_eval_user_data = capture;
- * The capture must outlive the context. Between begin and end decode ONE sequence from an empty cache,
- * token by token or in batches; outside them the callback asks for nothing. */
+ * Flash attention must be off: llama.cpp then computes nodes "kq_soft_max-<layer>", which the context's observer
+ * shows. Between begin and end decode ONE sequence from an empty cache, token by token or in batches; outside
+ * them the capture asks for nothing. */
 typedef struct kvp_capture kvp_capture;
 
 typedef struct kvp_capture_plan {
@@ -370,10 +370,9 @@ typedef struct kvp_capture_plan {
     float    scale;      /* sums are multiplied by it before they become f16; block * scale <= 65504       */
 } kvp_capture_plan;
 
-KVP_API int32_t           kvp_capture_create(kvp_capture ** capture, kvp_error * err);
-KVP_API void              kvp_capture_free(kvp_capture * capture); /* NULL is allowed */
-KVP_API kvp_eval_callback kvp_capture_callback(void);
-KVP_API int32_t           kvp_capture_begin(kvp_capture * capture, const kvp_capture_plan * plan, kvp_error * err);
+KVP_API int32_t kvp_capture_create(kvp_observer * observer, kvp_capture ** capture, kvp_error * err);
+KVP_API void    kvp_capture_free(kvp_capture * capture); /* NULL is allowed */
+KVP_API int32_t kvp_capture_begin(kvp_capture * capture, const kvp_capture_plan * plan, kvp_error * err);
 
 /* Ends a capture of n_tokens tokens and writes its sums: f16 bits [n_layer, n_head_kv, P]. P holds the
  * blocks one after the other; the block of queries [s, e) has e values, for tokens 0 to e - 1 (no query
@@ -384,9 +383,8 @@ KVP_API int32_t kvp_capture_end(kvp_capture * capture, uint32_t n_tokens, uint16
 
 /* Logs the queries of the newest tokens that a running context reads, as its attention sees them: after
  * norm and RoPE, with flash attention or without. They are found at the operation that multiplies them with
- * the cached keys, whatever the model calls them. Set the callback before the context is made:
- *     params.cb_eval = kvp_queries_callback();  params.cb_eval_user_data = log;
- * The log must outlive the context and asks for nothing until it is started:
+ * the cached keys, whatever the model calls them. The log asks the context's observer for nothing until it is
+ * started:
  *     1. kvp_queries_try(log, n, err); decode n tokens into the EMPTY context, at positions 0 to n - 1
  *     2. kvp_queries_start with the keys of these n tokens, as kvp_cache_read gives them; clear the context
  * Layers are those of the base cache, found by their keys. KVP_ERR_UNSUPPORTED: a model whose queries are not
@@ -397,14 +395,13 @@ typedef struct kvp_queries_shape {
     uint32_t n_layer;
     uint32_t n_head;    /* query heads of a layer; head h uses KV head h / (n_head / n_head_kv)      */
     uint32_t head_size;
-    uint32_t rotation;  /* block of the Hadamard rotation that attention multiplies under (0 = none);
-                           it is undone when queries are read                                         */
+    uint32_t k_hadamard_block; /* of the rotation that attention multiplies under (0 = none); it is undone
+                                  when queries are read                                               */
 } kvp_queries_shape;
 
-KVP_API int32_t           kvp_queries_create(kvp_queries ** log, kvp_error * err);
-KVP_API void              kvp_queries_free(kvp_queries * log); /* NULL is allowed */
-KVP_API kvp_eval_callback kvp_queries_callback(void);
-KVP_API int32_t           kvp_queries_try(kvp_queries * log, uint32_t n_tokens, kvp_error * err);
+KVP_API int32_t kvp_queries_create(kvp_observer * observer, kvp_queries ** log, kvp_error * err);
+KVP_API void    kvp_queries_free(kvp_queries * log); /* NULL is allowed */
+KVP_API int32_t kvp_queries_try(kvp_queries * log, uint32_t n_tokens, kvp_error * err);
 
 /*   cache     what kvp_cache_get_shape says of the context's cache
  *   keys      f32 [n_layer, n_head_kv, n, head_size_k] of the n tokens tried
@@ -426,8 +423,8 @@ KVP_API uint32_t kvp_queries_size(const kvp_queries * log);
 
 /* The newest n of them.
  *   queries    f32 [n_layer, n_head, n, head_size]
- *   positions  int32 [n], ascending: numbers in the conversation */
-KVP_API int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, int32_t * positions, kvp_error * err);
+ *   indices    int32 [n], ascending: in the conversation */
+KVP_API int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, int32_t * indices, kvp_error * err);
 
 #ifdef __cplusplus
 }

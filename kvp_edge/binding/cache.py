@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     pass
 
 from kvp_edge.binding.library import call, lib
+from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.policy import NativePolicy
-from kvp_edge.binding.watch import Watch
 
 #: Scorers that run inside the library: name -> enum kvp_scorer.
 SCORERS = {"knorm": 0, "keydiff": 1}
@@ -249,7 +249,7 @@ class NativeCache:
 
     Args:
         ctx: llama_context pointer.
-        watch: the context's, so that the cache is scored and packed where it lies; None: through
+        observer: the context's, so that the cache is scored and packed where it lies; None: through
             llama.cpp's state.
 
     Raises:
@@ -259,14 +259,14 @@ class NativeCache:
         ValueError: the context is not empty, or was made without n_seq_max >= 2.
     """
 
-    def __init__(self, ctx: Any, watch: Watch | None = None) -> None:
+    def __init__(self, ctx: Any, observer: Observer | None = None) -> None:
         self._ctx = ctx
-        self._watch = watch
+        self._observer = observer
         self._handle = ctypes.c_void_p()
         call(
             "kvp_cache_open",
             ctypes.cast(ctx, ctypes.c_void_p),
-            watch.handle if watch is not None else None,
+            observer.handle if observer is not None else None,
             ctypes.byref(self._handle),
         )
         self.shape = CacheShape()
@@ -286,7 +286,7 @@ class NativeCache:
 
     def appended(self, first: int, n: int) -> None:
         """The ``n`` tokens decoded last are at llama.cpp's positions first, first + 1, ..."""
-        if self._watch is not None:  # else nobody asks for cells; called for every token
+        if self._observer is not None:  # else nobody asks for cells; called for every token
             call("kvp_cache_appended", self._handle, first, n)
 
     def forget_cells(self) -> None:

@@ -13,6 +13,7 @@ from kvp_edge.arrays import FloatArray, HalfArray
 from kvp_edge.binding.blocks import Blocks
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.library import call, lib
+from kvp_edge.binding.observer import Observer
 
 
 class _Plan(ctypes.Structure):
@@ -30,28 +31,27 @@ class _Plan(ctypes.Structure):
 
 
 _PTR = ctypes.c_void_p
-lib.kvp_capture_create.argtypes = [_PTR, _PTR]
+lib.kvp_capture_create.argtypes = [_PTR, _PTR, _PTR]
 lib.kvp_capture_free.argtypes = [_PTR]
 lib.kvp_capture_free.restype = None
-lib.kvp_capture_callback.argtypes = []
-lib.kvp_capture_callback.restype = _PTR
 lib.kvp_capture_begin.argtypes = [_PTR, _PTR, _PTR]
 lib.kvp_capture_end.argtypes = [_PTR, ctypes.c_uint32, _PTR, ctypes.c_uint64, _PTR]
 
 
 class AttentionAsComputed:
     """The sums over blocks of queries of the attention that llama.cpp has in memory when it runs
-    without flash attention (kvp_capture in native/kvp_edge.h)."""
+    without flash attention (kvp_capture in native/kvp_edge.h).
 
-    def __init__(self) -> None:
+    Args:
+        observer: of the context that computes it.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
         self._handle = ctypes.c_void_p()
-        call("kvp_capture_create", ctypes.byref(self._handle))
+        call("kvp_capture_create", observer.handle, ctypes.byref(self._handle))
         # The finalizer holds the handle alone, so it cannot keep this object alive.
         weakref.finalize(self, lib.kvp_capture_free, self._handle)
-
-    def set_callback(self, params: Any) -> None:
-        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lib.kvp_capture_callback())
-        params.cb_eval_user_data = self._handle
 
     def start(self, context: Any, cache: NativeCache, batch: int) -> None:
         self._shape = s = cache.shape

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     pass
 
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
 
@@ -37,9 +37,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [PTR, ctypes.c_int32, ctypes.c_int32, PTR, _ERR],
     ),
-    "kvp_watch_create": (ctypes.c_int32, [PTR, PTR, PTR, _ERR]),
-    "kvp_watch_free": (None, [PTR]),
-    "kvp_watch_callback": (PTR, []),
+    "kvp_observer_create": (ctypes.c_int32, [PTR, PTR, PTR, _ERR]),
+    "kvp_observer_free": (None, [PTR]),
+    "kvp_observer_callback": (PTR, []),
     "kvp_cache_open": (ctypes.c_int32, [PTR, PTR, PTR, _ERR]),
     "kvp_cache_close": (None, [PTR]),
     "kvp_cache_get_shape": (None, [PTR, PTR]),

@@ -1,4 +1,4 @@
-"""The newest tokens' queries, logged while llama.cpp computes them (native/queries.cpp).
+"""The newest tokens' queries, logged while llama.cpp computes them (native/observe/queries.cpp).
 
 Policies that look at queries find them here: they set ``Policy.queries``, and Llama does the rest.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.library import call, lib
+from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.errors import UnsupportedModelError
 
@@ -30,7 +31,7 @@ class _Shape(ctypes.Structure):
         ("n_layer", ctypes.c_uint32),
         ("n_head", ctypes.c_uint32),
         ("head_size", ctypes.c_uint32),
-        ("rotation", ctypes.c_uint32),
+        ("k_hadamard_block", ctypes.c_uint32),
     ]
 
     n_layer: int
@@ -39,11 +40,9 @@ class _Shape(ctypes.Structure):
 
 
 _PTR = ctypes.c_void_p
-lib.kvp_queries_create.argtypes = [_PTR, _PTR]
+lib.kvp_queries_create.argtypes = [_PTR, _PTR, _PTR]
 lib.kvp_queries_free.argtypes = [_PTR]
 lib.kvp_queries_free.restype = None
-lib.kvp_queries_callback.argtypes = []
-lib.kvp_queries_callback.restype = _PTR
 lib.kvp_queries_try.argtypes = [_PTR, ctypes.c_uint32, _PTR]
 lib.kvp_queries_start.argtypes = [_PTR, _PTR, _PTR, ctypes.c_uint32, _PTR, _PTR, _PTR]
 lib.kvp_queries_append.argtypes = [_PTR, ctypes.c_int32, ctypes.c_uint32, _PTR]
@@ -78,27 +77,25 @@ class Queries:
 class QueryLog:
     """A ring of the newest tokens' queries of one context.
 
-    Its owner gives ``set_callback`` the context's parameters before the context is made, calls
-    ``start`` while the cache is empty, and then tells what it does with the conversation:
-    ``append`` after every batch, ``rewind`` when it goes back.
+    Its owner calls ``start`` while the cache is empty, and then tells what it does with the
+    conversation: ``append`` after every batch, ``rewind`` when it goes back.
+
+    Args:
+        observer: of the context.
 
     Attributes:
         frequencies: of RoPE, for policies that need them (Policy.needs_frequencies).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
         self.frequencies: KeyFrequencies | None = None
         self._shape = _Shape()
         self._scale = np.empty(0, np.float32)
         self._handle = ctypes.c_void_p()
-        call("kvp_queries_create", ctypes.byref(self._handle))
+        call("kvp_queries_create", observer.handle, ctypes.byref(self._handle))
         # The finalizer holds the handle alone, so it cannot keep this object alive.
         weakref.finalize(self, lib.kvp_queries_free, self._handle)
-
-    def set_callback(self, params: Any) -> None:
-        """Let a context made with these llama_context_params show its nodes to the log."""
-        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lib.kvp_queries_callback())
-        params.cb_eval_user_data = self._handle
 
     def start(
         self,

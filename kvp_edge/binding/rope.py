@@ -118,6 +118,9 @@ def _probe(model: Any, context_params: Any) -> Iterator[_Probe]:
     params.n_batch = params.n_ubatch = 32
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    # whoever observes the context that will be used has no business with this one
+    params.cb_eval = type(params.cb_eval)()
+    params.cb_eval_user_data = None
     context = llama_cpp.llama_init_from_model(model, params)
     if context is None:
         raise UnsupportedModelError(

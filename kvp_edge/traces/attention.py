@@ -17,6 +17,7 @@ from kvp_edge.errors import KVCacheError
 if TYPE_CHECKING:
     from kvp_edge.binding.blocks import Blocks
     from kvp_edge.binding.cache import NativeCache
+    from kvp_edge.binding.observer import Observer
 
 
 #: Queries whose attention is in memory at once, in one layer: few enough for a processor's cache.
@@ -32,11 +33,13 @@ class AttentionFromQueries:
     Queries are those that llama.cpp computed, keys those that it attended to: de-quantised, and the
     Hadamard rotation undone on both. What llama.cpp rounds inside its operation (queries to the
     keys' precision) is not in the sums.
+
+    Args:
+        observer: of the context that computes them.
     """
 
-    def __init__(self) -> None:
-        self._log = QueryLog()
-        self.set_callback = self._log.set_callback
+    def __init__(self, observer: Observer) -> None:
+        self._log = QueryLog(observer)
 
     def start(self, context: Any, cache: NativeCache, batch: int) -> None:
         """Find the model's queries; ``batch``: the most tokens that are decoded at once.

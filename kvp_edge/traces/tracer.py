@@ -1,6 +1,6 @@
 """Read a text with a GGUF model and keep what later tokens paid to earlier ones.
 
-Attention comes from llama.cpp itself, as it is computed (native/capture.cpp), or with flash
+Attention comes from llama.cpp itself, as it is computed (native/observe/capture.cpp), or with flash
 attention from llama.cpp's own queries and keys; keys and values come from the cache at the end. So
 a trace has the model's quantisation and peculiarities in it, and no other implementation of the
 model is needed.
@@ -20,6 +20,7 @@ from kvp_edge.arrays import HalfArray, IntArray
 from kvp_edge.binding.blocks import Blocks
 from kvp_edge.binding.cache import CacheShape, NativeCache
 from kvp_edge.binding.capture import AttentionAsComputed
+from kvp_edge.binding.observer import Observer
 from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
@@ -84,7 +85,6 @@ class Tracer(Llama):
         self.flash_attn = bool(engine.pop("flash_attn", False)) or (
             engine.get("type_v") not in _PLAIN_TYPES
         )
-        self._attention = AttentionFromQueries() if self.flash_attn else AttentionAsComputed()
         try:
             # llama.cpp aborts when its micro-batch is smaller than the number of sequences
             engine["n_ubatch"] = n_ubatch = max(2, engine.get("n_ubatch") or 512)
@@ -96,6 +96,9 @@ class Tracer(Llama):
                 flash_attn=self.flash_attn,
                 **engine,
             )
+            attention = AttentionFromQueries if self.flash_attn else AttentionAsComputed
+            assert self._observer is not None  # of the context that the base class made
+            self._attention = attention(self._observer)
             self._native = NativeCache(self._ctx.ctx)
             self._attention.start(self._ctx.ctx, self._native, self.n_batch)
         except BaseException:
@@ -113,7 +116,7 @@ class Tracer(Llama):
     @context_params.setter
     def context_params(self, params: Any) -> None:
         params.n_seq_max, params.kv_unified = 2, True  # see native/kvp_edge.h
-        self._attention.set_callback(params)
+        self._observer = Observer(params)
         self._context_params = params
 
     def _size_context(self, window: int) -> None:

@@ -1,7 +1,8 @@
 // kvp_capture: sees every node of a running graph and keeps the sums of its attention.
-#include "capture.h"
+#include "observe/capture.h"
 
 #include "error.h"
+#include "observe/observer.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -11,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <utility>
 
 namespace kvp {
 
@@ -120,14 +122,21 @@ void layer_sums::finish(uint16_t * out, size_t per_head) {
 
 using namespace kvp;
 
-struct kvp_capture {
+struct kvp_capture : kvp::subscriber {
+    explicit kvp_capture(std::shared_ptr<observer> on) : subscriber(std::move(on)) {}
+
+    bool begun() const { return plan.has_value(); }
+    void begin(const kvp_capture_plan & what);
+    void end(uint32_t n_tokens, uint16_t * sums, uint64_t n_sums);
+
+protected:
+    bool wants(const ggml_tensor * node) override;
+    void see(const ggml_tensor * node) override;
+
+private:
     std::optional<kvp_capture_plan> plan;   // set between begin and end
     std::vector<layer_sums>         layers; // in the order of the model
-    std::optional<error>            failed; // the first thing that went wrong inside llama.cpp's call
     std::vector<char>               copy;   // a node's data, where it lies on a device
-
-    bool wants(const ggml_tensor * node) const;
-    void see(const ggml_tensor * node);
 };
 
 namespace {
@@ -146,29 +155,10 @@ int64_t cells_behind(const ggml_tensor * node) {
     return keys ? keys->ne[1] : 0; // llama_kv_cache: [n_embd_k_gqa, n_cells, n_stream]
 }
 
-bool on_node(ggml_tensor * node, bool ask, void * user_data) {
-    auto & capture = *static_cast<kvp_capture *>(user_data);
-    if (ask) {
-        return capture.wants(node);
-    }
-    // llama.cpp has no way to hear of an error here, and stopping its graph would leave nonsense in the
-    // cache: it runs on, and kvp_capture_end tells.
-    try {
-        capture.see(node);
-    } catch (const error & e) {
-        capture.failed = e;
-    } catch (const std::bad_alloc &) {
-        capture.failed.emplace(KVP_ERR_MEMORY, "out of memory");
-    } catch (const std::exception & e) {
-        capture.failed.emplace(KVP_ERR_RUNTIME, e.what());
-    }
-    return true;
-}
-
 } // namespace
 
-bool kvp_capture::wants(const ggml_tensor * node) const {
-    if (!plan || failed || std::strncmp(node->name, NODE, sizeof(NODE) - 1) != 0) {
+bool kvp_capture::wants(const ggml_tensor * node) {
+    if (!plan || std::strncmp(node->name, NODE, sizeof(NODE) - 1) != 0) {
         return false;
     }
     return plan->base_cells == 0 || cells_behind(node) == plan->base_cells;
@@ -198,72 +188,75 @@ void kvp_capture::see(const ggml_tensor * node) {
     layer->add(data, (size_t) node->ne[0], (size_t) node->ne[1], (size_t) node->ne[2], node->nb[1], node->nb[2]);
 }
 
+void kvp_capture::begin(const kvp_capture_plan & what) {
+    if (what.n_layer < 1 || what.n_layer > KVP_MAX_LAYERS || what.n_head_kv < 1 || what.n_tokens < 1) {
+        fail(KVP_ERR_ARGUMENT, "a capture needs layers, KV heads and tokens, not %u, %u and %u", what.n_layer, what.n_head_kv,
+             what.n_tokens);
+    }
+    if (what.block < 1 || what.first < 1 || what.first > what.block || !(what.scale > 0.0f)) {
+        fail(KVP_ERR_ARGUMENT, "a block of %u queries cannot begin with one of %u, scaled by %g", what.block, what.first,
+             (double) what.scale);
+    }
+    layers.clear();
+    layers.reserve(what.n_layer);
+    take_failure();
+    plan = what;
+}
+
+void kvp_capture::end(uint32_t n_tokens, uint16_t * sums, uint64_t n_sums) {
+    const kvp_capture_plan  what = *std::exchange(plan, std::nullopt);
+    std::vector<layer_sums> seen = std::exchange(layers, {});
+    if (const auto failure = take_failure()) {
+        throw *failure;
+    }
+    if (seen.size() != what.n_layer) {
+        fail(KVP_ERR_UNSUPPORTED,
+             "llama.cpp showed the attention of %zu layers, but the cache has %u: the model computes it in another way (flash "
+             "attention must be off)",
+             seen.size(), what.n_layer);
+    }
+    const size_t per_head = sums_per_head(what.first, what.block, n_tokens);
+    if (n_sums != per_head * what.n_head_kv * what.n_layer) {
+        fail(KVP_ERR_ARGUMENT, "%u tokens make %zu sums, not %llu", n_tokens, per_head * what.n_head_kv * what.n_layer,
+             (unsigned long long) n_sums);
+    }
+    for (auto & layer : seen) {
+        if (layer.n_seen() != n_tokens) {
+            fail(KVP_ERR_RUNTIME, "layer %d attended with %zu tokens, but %u were read", layer.layer(), layer.n_seen(), n_tokens);
+        }
+        layer.finish(sums, per_head);
+        sums += per_head * what.n_head_kv;
+    }
+}
+
 extern "C" {
 
-int32_t kvp_capture_create(kvp_capture ** capture, kvp_error * err) {
+int32_t kvp_capture_create(kvp_observer * observer, kvp_capture ** capture, kvp_error * err) {
     return guard(err, [&] {
-        if (!capture) {
-            fail(KVP_ERR_ARGUMENT, "kvp_capture_create: capture must not be NULL");
+        if (!observer || !capture) {
+            fail(KVP_ERR_ARGUMENT, "kvp_capture_create: observer and capture must not be NULL");
         }
-        *capture = new kvp_capture{};
+        *capture = new kvp_capture(observer->shared);
     });
 }
 
 void kvp_capture_free(kvp_capture * capture) { delete capture; }
-
-kvp_eval_callback kvp_capture_callback(void) { return on_node; }
 
 int32_t kvp_capture_begin(kvp_capture * capture, const kvp_capture_plan * plan, kvp_error * err) {
     return guard(err, [&] {
         if (!capture || !plan) {
             fail(KVP_ERR_ARGUMENT, "kvp_capture_begin: capture and plan must not be NULL");
         }
-        if (plan->n_layer < 1 || plan->n_layer > KVP_MAX_LAYERS || plan->n_head_kv < 1 || plan->n_tokens < 1) {
-            fail(KVP_ERR_ARGUMENT, "a capture needs layers, KV heads and tokens, not %u, %u and %u", plan->n_layer,
-                 plan->n_head_kv, plan->n_tokens);
-        }
-        if (plan->block < 1 || plan->first < 1 || plan->first > plan->block || !(plan->scale > 0.0f)) {
-            fail(KVP_ERR_ARGUMENT, "a block of %u queries cannot begin with one of %u, scaled by %g", plan->block, plan->first,
-                 (double) plan->scale);
-        }
-        capture->layers.clear();
-        capture->layers.reserve(plan->n_layer);
-        capture->failed.reset();
-        capture->plan = *plan;
+        capture->begin(*plan);
     });
 }
 
 int32_t kvp_capture_end(kvp_capture * capture, uint32_t n_tokens, uint16_t * sums, uint64_t n_sums, kvp_error * err) {
     return guard(err, [&] {
-        if (!capture || !capture->plan || !sums) {
+        if (!capture || !capture->begun() || !sums) {
             fail(KVP_ERR_ARGUMENT, "kvp_capture_end: there is no capture to end, or no room for its sums");
         }
-        const kvp_capture_plan plan = *capture->plan;
-        capture->plan.reset();
-        std::vector<layer_sums> layers = std::move(capture->layers);
-        capture->layers.clear();
-        if (capture->failed) {
-            throw *capture->failed;
-        }
-        if (layers.size() != plan.n_layer) {
-            fail(KVP_ERR_UNSUPPORTED,
-                 "llama.cpp showed the attention of %zu layers, but the cache has %u: the model computes it in another "
-                 "way (flash attention must be off)",
-                 layers.size(), plan.n_layer);
-        }
-        const size_t per_head = sums_per_head(plan.first, plan.block, n_tokens);
-        if (n_sums != per_head * plan.n_head_kv * plan.n_layer) {
-            fail(KVP_ERR_ARGUMENT, "%u tokens make %zu sums, not %llu", n_tokens, per_head * plan.n_head_kv * plan.n_layer,
-                 (unsigned long long) n_sums);
-        }
-        for (auto & layer : layers) {
-            if (layer.n_seen() != n_tokens) {
-                fail(KVP_ERR_RUNTIME, "layer %d attended with %zu tokens, but %u were read", layer.layer(), layer.n_seen(),
-                     n_tokens);
-            }
-            layer.finish(sums, per_head);
-            sums += per_head * plan.n_head_kv;
-        }
+        capture->end(n_tokens, sums, n_sums);
     });
 }
 

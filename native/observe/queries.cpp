@@ -1,9 +1,10 @@
 // kvp_queries: sees every node of a running graph and keeps what attention reads as queries.
-#include "queries.h"
+#include "observe/queries.h"
 
 #include "error.h"
+#include "observe/cache_nodes.h"
+#include "observe/observer.h"
 #include "rows.h"
-#include "watch.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -22,7 +23,7 @@ query_ring::query_ring(uint32_t n_layer, uint32_t n_head, uint32_t head_size, ui
       head_size(head_size),
       capacity(capacity),
       written(n_layer),
-      position(capacity),
+      index(capacity),
       data(size_t(n_layer) * capacity * n_head * head_size) {}
 
 float * query_ring::next(uint32_t layer) {
@@ -39,7 +40,7 @@ bool query_ring::has_new(uint32_t n) const {
 
 void query_ring::commit(int32_t first, uint32_t n) {
     for (uint32_t i = 0; i < n; ++i) {
-        position[(committed + i) % capacity] = first + int32_t(i);
+        index[(committed + i) % capacity] = first + int32_t(i);
     }
     committed += n;
     oldest = std::min(oldest, committed);
@@ -47,16 +48,16 @@ void query_ring::commit(int32_t first, uint32_t n) {
 
 void query_ring::rewind(int32_t length) {
     oldest = std::min(oldest, committed); // more than a ring of uncommitted tokens may have passed over all
-    while (committed > oldest && position[(committed - 1) % capacity] >= length) {
+    while (committed > oldest && index[(committed - 1) % capacity] >= length) {
         --committed;
     }
     std::fill(written.begin(), written.end(), committed);
 }
 
-void query_ring::read(uint32_t n, float * queries, int32_t * positions) const {
+void query_ring::read(uint32_t n, float * queries, int32_t * indices) const {
     const uint64_t begin = committed - n;
     for (uint32_t i = 0; i < n; ++i) {
-        positions[i] = position[(begin + i) % capacity];
+        indices[i] = index[(begin + i) % capacity];
     }
     for (uint32_t l = 0; l < n_layer; ++l) {
         const float * layer = data.data() + size_t(l) * capacity * n_head * head_size;
@@ -151,47 +152,44 @@ struct seen_layer {
 
 } // namespace
 
-struct kvp_queries {
+struct kvp_queries : kvp::subscriber {
+    explicit kvp_queries(std::shared_ptr<observer> on) : subscriber(std::move(on)) {}
+
+    // Looks at the products of the next n tokens, those of an empty cache.
+    void try_with(uint32_t n);
+    // Ends the trial and logs from now on: see kvp_queries_start.
+    void start(const kvp_cache_shape & cache, const float * keys, uint32_t capacity, float * scales);
+    void append(int32_t first, uint32_t n);
+    void rewind(int32_t length);
+    uint32_t size() const { return ring ? ring->size() : 0; }
+    void     read(uint32_t n, float * queries, int32_t * indices) const;
+
+    bool                      on_trial() const { return now == state::trial; }
+    bool                      started() const { return ring.has_value(); }
+    const kvp_queries_shape & logged_shape() const { return shape; }
+
+protected:
+    bool wants(const ggml_tensor * node) override;
+    void see(const ggml_tensor * node) override;
+
+private:
     enum class state { off, trial, on } now = state::off;
 
     uint32_t                      trial_tokens = 0;
     std::map<int32_t, seen_layer> layers;   // by number in the model; filled by the trial
     std::map<int32_t, uint32_t>   row_of;   // layer in the model -> layer of the base cache
     kvp_queries_shape             shape{};
-    std::vector<float>            scales;   // [n_layer]
     std::optional<query_ring>     ring;
-    std::optional<error>          failed;   // the first thing that went wrong inside llama.cpp's call
-    std::vector<char>             copy;
+    std::vector<char>             copy;     // of queries that lie on a device
 
-    bool wants(const ggml_tensor * node);
-    void see(const ggml_tensor * node);
     void try_out(const product & p, seen_layer & layer);
     void take(const product & p, uint32_t layer);
 };
 
 namespace {
 
-bool on_query_node(ggml_tensor * node, bool ask, void * user_data) {
-    auto & log = *static_cast<kvp_queries *>(user_data);
-    // llama.cpp has no way to hear of an error here, and stopping its graph would leave nonsense in the
-    // cache: it runs on, and the next call of the log tells.
-    try {
-        if (ask) {
-            return log.wants(node);
-        }
-        log.see(node);
-    } catch (const error & e) {
-        log.failed = e;
-    } catch (const std::bad_alloc &) {
-        log.failed.emplace(KVP_ERR_MEMORY, "out of memory");
-    } catch (const std::exception & e) {
-        log.failed.emplace(KVP_ERR_RUNTIME, e.what());
-    }
-    return !ask;
-}
-
-kvp_queries & running(kvp_queries * log, const char * who) {
-    if (!log || !log->ring) {
+template <typename Log> Log & running(Log * log, const char * who) {
+    if (!log || !log->started()) {
         fail(KVP_ERR_ARGUMENT, "%s: the log of queries was not started", who);
     }
     return *log;
@@ -200,7 +198,7 @@ kvp_queries & running(kvp_queries * log, const char * who) {
 } // namespace
 
 bool kvp_queries::wants(const ggml_tensor * node) {
-    if (now == state::off || failed) {
+    if (now == state::off) {
         return false;
     }
     if (now == state::trial) {
@@ -266,139 +264,147 @@ void kvp_queries::take(const product & p, uint32_t layer) {
     }
 }
 
+void kvp_queries::try_with(uint32_t n) {
+    layers.clear();
+    row_of.clear();
+    ring.reset();
+    take_failure();
+    trial_tokens = n;
+    now          = state::trial;
+}
+
+void kvp_queries::start(const kvp_cache_shape & cache, const float * keys, uint32_t capacity, float * scales) {
+    now = state::off;
+    if (const auto failure = take_failure()) {
+        throw *failure;
+    }
+    const size_t head = cache.head_size_k, row = head * cache.n_head_kv, n = trial_tokens;
+    // The base cache's layer l is the layer of the model, behind that of l - 1, that holds its keys.
+    auto at = layers.begin();
+    for (uint32_t l = 0; l < cache.n_layer; ++l, ++at) {
+        const auto same = [&](std::vector<float> stored) {
+            if (stored.size() != n * row) {
+                return false;
+            }
+            if (cache.k_hadamard_block) {
+                hadamard(stored.data(), stored.size(), cache.k_hadamard_block);
+            }
+            for (size_t h = 0; h < cache.n_head_kv; ++h) {
+                for (size_t i = 0; i < n; ++i) {
+                    const float * want = keys + ((l * cache.n_head_kv + h) * n + i) * head;
+                    if (!std::equal(want, want + head, stored.data() + i * row + h * head)) {
+                        return false;
+                    }
+                }
+            }
+            return true;
+        };
+        at = std::find_if(at, layers.end(), [&](const auto & layer) { return same(layer.second.keys); });
+        if (at == layers.end()) {
+            fail(KVP_ERR_UNSUPPORTED,
+                 "this model's queries cannot be logged: llama.cpp shows no attention with the keys of layer %u of its "
+                 "cache",
+                 l);
+        }
+        const seen_layer & seen = at->second;
+        if (!seen.f32 || seen.head_size != cache.head_size_k || seen.products != 1 || seen.n_head < 1 ||
+            seen.n_head % cache.n_head_kv != 0) {
+            fail(KVP_ERR_UNSUPPORTED,
+                 "this model's queries cannot be logged: those of layer %d (%lld heads of %lld) are not one f32 row for "
+                 "every token and head",
+                 at->first, (long long) seen.n_head, (long long) seen.head_size);
+        }
+        if (!seen.weigh.plain) {
+            fail(KVP_ERR_UNSUPPORTED,
+                 "this model's queries are of no use: the attention of layer %d is more than softmax(scale * q.k)", at->first);
+        }
+        if (l > 0 && seen.n_head != shape.n_head) {
+            fail(KVP_ERR_UNSUPPORTED, "this model's queries cannot be logged: its layers have %u and %lld query heads",
+                 shape.n_head, (long long) seen.n_head);
+        }
+        shape             = { cache.n_layer, uint32_t(seen.n_head), uint32_t(seen.head_size), cache.k_hadamard_block };
+        row_of[at->first] = l;
+        scales[l]         = seen.weigh.scale;
+    }
+    layers.clear();
+    ring.emplace(shape.n_layer, shape.n_head, shape.head_size, capacity);
+    now = state::on;
+}
+
+void kvp_queries::append(int32_t first, uint32_t n) {
+    if (const auto failure = take_failure()) {
+        ring->rewind(first);
+        throw *failure;
+    }
+    if (!ring->has_new(n)) {
+        ring->rewind(first);
+        fail(KVP_ERR_RUNTIME, "llama.cpp did not show the queries of the %u tokens from %d on in every layer", n, first);
+    }
+    ring->commit(first, n);
+}
+
+void kvp_queries::rewind(int32_t length) {
+    take_failure();
+    ring->rewind(length);
+}
+
+void kvp_queries::read(uint32_t n, float * queries, int32_t * indices) const {
+    ring->read(n, queries, indices);
+    if (shape.k_hadamard_block) {
+        hadamard(queries, size_t(shape.n_layer) * shape.n_head * n * shape.head_size, shape.k_hadamard_block);
+    }
+}
+
 extern "C" {
 
-int32_t kvp_queries_create(kvp_queries ** log, kvp_error * err) {
+int32_t kvp_queries_create(kvp_observer * observer, kvp_queries ** log, kvp_error * err) {
     return guard(err, [&] {
-        if (!log) {
-            fail(KVP_ERR_ARGUMENT, "kvp_queries_create: log must not be NULL");
+        if (!observer || !log) {
+            fail(KVP_ERR_ARGUMENT, "kvp_queries_create: observer and log must not be NULL");
         }
-        *log = new kvp_queries{};
+        *log = new kvp_queries(observer->shared);
     });
 }
 
 void kvp_queries_free(kvp_queries * log) { delete log; }
-
-kvp_eval_callback kvp_queries_callback(void) { return on_query_node; }
 
 int32_t kvp_queries_try(kvp_queries * log, uint32_t n_tokens, kvp_error * err) {
     return guard(err, [&] {
         if (!log || n_tokens < 1) {
             fail(KVP_ERR_ARGUMENT, "kvp_queries_try: there is no log, or no token to try");
         }
-        log->layers.clear();
-        log->row_of.clear();
-        log->ring.reset();
-        log->failed.reset();
-        log->trial_tokens = n_tokens;
-        log->now          = kvp_queries::state::trial;
+        log->try_with(n_tokens);
     });
 }
 
 int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, const float * keys, uint32_t capacity,
                           kvp_queries_shape * shape, float * scales, kvp_error * err) {
     return guard(err, [&] {
-        if (!log || log->now != kvp_queries::state::trial || !cache || !keys || !shape || !scales || capacity < 1) {
+        if (!log || !log->on_trial() || !cache || !keys || !shape || !scales || capacity < 1) {
             fail(KVP_ERR_ARGUMENT, "kvp_queries_start: there was no trial, or something is missing");
         }
-        log->now = kvp_queries::state::off;
-        if (log->failed) {
-            throw *log->failed;
-        }
-        const size_t head = cache->head_size_k, row = head * cache->n_head_kv, n = log->trial_tokens;
-        // The base cache's layer l is the layer of the model, behind that of l - 1, that holds its keys.
-        auto at = log->layers.begin();
-        for (uint32_t l = 0; l < cache->n_layer; ++l, ++at) {
-            const auto same = [&](std::vector<float> stored) {
-                if (stored.size() != n * row) {
-                    return false;
-                }
-                if (cache->k_hadamard_block) {
-                    hadamard(stored.data(), stored.size(), cache->k_hadamard_block);
-                }
-                for (size_t h = 0; h < cache->n_head_kv; ++h) {
-                    for (size_t i = 0; i < n; ++i) {
-                        const float * want = keys + ((l * cache->n_head_kv + h) * n + i) * head;
-                        if (!std::equal(want, want + head, stored.data() + i * row + h * head)) {
-                            return false;
-                        }
-                    }
-                }
-                return true;
-            };
-            at = std::find_if(at, log->layers.end(), [&](const auto & layer) { return same(layer.second.keys); });
-            if (at == log->layers.end()) {
-                fail(KVP_ERR_UNSUPPORTED,
-                     "this model's queries cannot be logged: llama.cpp shows no attention with the keys of layer %u of its "
-                     "cache",
-                     l);
-            }
-            const seen_layer & seen = at->second;
-            if (!seen.f32 || seen.head_size != cache->head_size_k || seen.products != 1 || seen.n_head < 1 ||
-                seen.n_head % cache->n_head_kv != 0) {
-                fail(KVP_ERR_UNSUPPORTED,
-                     "this model's queries cannot be logged: those of layer %d (%lld heads of %lld) are not one f32 row for "
-                     "every token and head",
-                     at->first, (long long) seen.n_head, (long long) seen.head_size);
-            }
-            if (!seen.weigh.plain) {
-                fail(KVP_ERR_UNSUPPORTED,
-                     "this model's queries are of no use: the attention of layer %d is more than softmax(scale * q.k)",
-                     at->first);
-            }
-            if (l > 0 && seen.n_head != log->shape.n_head) {
-                fail(KVP_ERR_UNSUPPORTED,
-                     "this model's queries cannot be logged: its layers have %u and %lld query heads", log->shape.n_head,
-                     (long long) seen.n_head);
-            }
-            log->shape         = { cache->n_layer, uint32_t(seen.n_head), uint32_t(seen.head_size), cache->k_hadamard_block };
-            log->row_of[at->first] = l;
-            scales[l]          = seen.weigh.scale;
-        }
-        log->layers.clear();
-        log->ring.emplace(log->shape.n_layer, log->shape.n_head, log->shape.head_size, capacity);
-        *shape   = log->shape;
-        log->now = kvp_queries::state::on;
+        log->start(*cache, keys, capacity, scales);
+        *shape = log->logged_shape();
     });
 }
 
 int32_t kvp_queries_append(kvp_queries * log, int32_t first, uint32_t n, kvp_error * err) {
-    return guard(err, [&] {
-        auto & l = running(log, "kvp_queries_append");
-        if (l.failed) {
-            const error e = *l.failed;
-            l.failed.reset();
-            l.ring->rewind(first);
-            throw e;
-        }
-        if (!l.ring->has_new(n)) {
-            l.ring->rewind(first);
-            fail(KVP_ERR_RUNTIME, "llama.cpp did not show the queries of the %u tokens from %d on in every layer", n, first);
-        }
-        l.ring->commit(first, n);
-    });
+    return guard(err, [&] { running(log, "kvp_queries_append").append(first, n); });
 }
 
 int32_t kvp_queries_rewind(kvp_queries * log, int32_t length, kvp_error * err) {
-    return guard(err, [&] {
-        auto & l = running(log, "kvp_queries_rewind");
-        l.failed.reset();
-        l.ring->rewind(length);
-    });
+    return guard(err, [&] { running(log, "kvp_queries_rewind").rewind(length); });
 }
 
-uint32_t kvp_queries_size(const kvp_queries * log) { return log && log->ring ? log->ring->size() : 0; }
+uint32_t kvp_queries_size(const kvp_queries * log) { return log ? log->size() : 0; }
 
-int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, int32_t * positions, kvp_error * err) {
+int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, int32_t * indices, kvp_error * err) {
     return guard(err, [&] {
-        const auto & l = running(const_cast<kvp_queries *>(log), "kvp_queries_read");
-        if (n > l.ring->size() || (n > 0 && (!queries || !positions))) {
-            fail(KVP_ERR_ARGUMENT, "the log has the queries of %u tokens, not %u, or there is no room", l.ring->size(), n);
+        running(log, "kvp_queries_read");
+        if (n > log->size() || (n > 0 && (!queries || !indices))) {
+            fail(KVP_ERR_ARGUMENT, "the log has the queries of %u tokens, not %u, or there is no room", log->size(), n);
         }
-        l.ring->read(n, queries, positions);
-        if (l.shape.rotation) {
-            hadamard(queries, size_t(l.shape.n_layer) * l.shape.n_head * n * l.shape.head_size, l.shape.rotation);
-        }
+        log->read(n, queries, indices);
     });
 }
 

@@ -27,14 +27,14 @@ public:
 
     uint32_t size() const { return uint32_t(committed - oldest); }
     // The newest n: [n_layer, n_head, n, head_size] and [n], ascending.
-    void read(uint32_t n, float * queries, int32_t * positions) const;
+    void read(uint32_t n, float * queries, int32_t * indices) const;
 
 private:
     uint32_t              n_layer, n_head, head_size, capacity;
     uint64_t              committed = 0; // tokens so far; token number i lies in slot i % capacity
     uint64_t              oldest    = 0; // the first that was not overwritten yet
     std::vector<uint64_t> written;       // per layer, >= committed
-    std::vector<int32_t>  position;      // per slot
+    std::vector<int32_t>  index;         // per slot: of its token in the conversation
     std::vector<float>    data;          // [n_layer, capacity, n_head, head_size]
 };
 
