@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from kvp_edge.llama import Llama
+    from kvp_edge.options import CacheOptions
     from kvp_edge.policies import POLICIES, Policy
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "POLICIES",
     "BudgetError",
+    "CacheOptions",
     "ClosedError",
     "ContextLengthError",
     "Eviction",
@@ -71,6 +73,7 @@ _FROM = {
     "TrainingError": "errors",
     "UnsupportedModelError": "errors",
     "Llama": "llama",
+    "CacheOptions": "options",
     "POLICIES": "policies",
     "Policy": "policies",
     "Eviction": "cache.stats",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from kvp_edge.errors import BudgetError, OptionError, UnsupportedModelError
@@ -30,6 +31,19 @@ def check_counts(**counts: Any) -> None:
             raise BudgetError(
                 f"{name}={count} is more than the {MAX_CONTEXT} tokens that llama.cpp can count"
             )
+
+
+def check_engine(arguments: Mapping[str, Any]) -> None:
+    """Arguments of llama_cpp.Llama that it would hand on to llama.cpp as they are.
+
+    Raises:
+        TypeError: not a whole number.
+        OptionError: more threads than ggml can run.
+        UnsupportedModelError: there is no such adapter.
+    """
+    check_threads(**{n: arguments.get(n) for n in ("n_threads", "n_threads_batch")})
+    check_cache_types(**{n: arguments.get(n) for n in ("type_k", "type_v")})
+    check_adapter_file(arguments.get("lora_path"))
 
 
 def check_threads(**counts: Any) -> None:

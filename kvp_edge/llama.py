@@ -3,82 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import json
 import os
-import threading
 import warnings
-import weakref
-from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
-from itertools import accumulate
+from functools import cached_property, partial
 from typing import Any
 
-import llama_cpp
 import numpy as np
-from llama_cpp import llama_chat_format
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from kvp_edge.arguments import (
-    check_adapter_file,
-    check_cache_types,
-    check_threads,
-)
-from kvp_edge.arrays import FloatArray
-from kvp_edge.binding.cache import CacheLocation, NativeCache
-from kvp_edge.binding.fingerprint import model_fingerprint
-from kvp_edge.binding.library import BUILT_FOR
-from kvp_edge.binding.model import read_model_shape, require_model_file
-from kvp_edge.binding.observer import Observer
-from kvp_edge.binding.queries import QueryLog
-from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
-from kvp_edge.cache import session_file as session
+from kvp_edge import sessions
+from kvp_edge.arguments import check_engine
+from kvp_edge.binding.model import require_model_file
 from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
+from kvp_edge.cache.opening import Opening, queries_needed
 from kvp_edge.cache.saved_state import SavedState
+from kvp_edge.cache.session_file import file_identity
 from kvp_edge.cache.stats import Eviction, KVStats
-from kvp_edge.cache.table import Granularity, Table
 from kvp_edge.errors import (
-    BudgetError,
     ContextLengthError,
-    KVCacheError,
     SessionError,
     UnsupportedModelError,
 )
-from kvp_edge.llamacpp.abort_hook import before_abort
-from kvp_edge.llamacpp.log import LlamaLog, listen
-from kvp_edge.one_call import Calls, Closed
+from kvp_edge.llamacpp.base import BaseLlama, generate_arguments, tokens_beyond_context
+from kvp_edge.llamacpp.log import listen
+from kvp_edge.one_call import Calls
 from kvp_edge.options import CacheOptions
 from kvp_edge.policies import Policy, get_policy
-from kvp_edge.policy_file import check_model
 from kvp_edge.processor.repack import use_extra_buffers
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_head import Head
-from kvp_edge.text.chat_markers import template_markers
+from kvp_edge.text.chat_text import ChatText
 from kvp_edge.text.growing_chat import remember_messages
-from kvp_edge.text.pieces import token_text
 from kvp_edge.text.retokenize import begin_as_known
-from kvp_edge.text.spans import LOOK_BACK, Span, find_spans
+from kvp_edge.text.spans import Span
 from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, marks
 
-_GGML_TYPE_F16 = 1
-#: Bytes of a session besides its tokens, keys and values.
-_SESSION_OVERHEAD = 2**24
-_PLAIN_TYPES = (0, 1, 30)  # f32, f16, bf16: enum ggml_type in ggml.h
 
-
-_GENERATE = inspect.signature(llama_cpp.Llama.generate)
-
-#: What is kept of llama.cpp's objects, "_model" under another name.
-_FREED = ("_loaded", "_ctx", "_batch", "tokenizer_")
-
-#: The base class sends stdout, stderr and the level of its logger somewhere else for the process
-#: while a model is loaded, and back. Two at once would not find the way back.
-_loading = threading.RLock()
-
-
-class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
+class Llama(BaseLlama):
     """A llama_cpp.Llama whose KV cache never holds more than a fixed number of cells.
 
     Without ``kv_budget`` it is llama_cpp.Llama. With it, ``n_ctx`` is the LOGICAL context, the
@@ -96,40 +59,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     Args:
         model_path: GGUF file.
-        n_ctx: logical context in tokens; 0, or None with ``kv_budget``: what the model was trained
-            for. With ``positions="keep"`` a conversation beyond the trained length leaves what the
-            model has learned, however small the cache.
-        kv_budget: tokens kept after an eviction (int), or the memory of the cache ("256MiB").
-        policy: a name in kvp_edge.policies.POLICIES, a policy file (.gguf), a Policy object, or
-            "auto": the policy trained for this model if it lies beside it (kvp-*.gguf) or comes
-            with the package, else "keydiff".
-        granularity: "head": every (layer, KV head) keeps its own tokens. "token": a token is
-            dropped from every layer and head at once. "auto": "head" where the model, the cache's
-            types and a budget in memory allow it, else "token".
-        positions: "keep": every token keeps its position for life. "compact": when positions would
-            pass what the model was trained for, the tokens held are moved to the front, so that a
-            conversation can go on for ever.
-        keep_whole: what stays or goes as a whole, besides the markers of the chat template:
-            "tokens" (nothing), "words" or "sentences" (kvp_edge.text.spans).
-        isolate_turns: what was kept of a finished message is not thinned out again for new ones, as
-            long as these find a quarter of the room (kvp_edge.cache.turns). A text without the
-            markers of the chat template is one message.
-        sinks: first tokens that are never dropped.
-        recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
-        reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
-            n_batch; where the budget is memory, a fifth of the cells. More where a model's sliding
-            window needs cells (kvp_edge.cache.limits).
-        protect_system: never drop the system prompt of create_chat_completion, nor the definitions
-            of tools that the chat template shows before the first message, if these fit as well.
-        pack: "device": the cache is scored and packed where it lies, in host memory or on a device
-            (CUDA, Metal, ...), where only cell numbers and scores cross to the host. "state": it
-            goes through llama.cpp's state, out and back in. "auto": "device" where possible.
-        on_evict: called with an Eviction after each eviction.
-        repack: "on": weights on the CPU are laid out anew for this processor, as llama.cpp does by
-            default; "off": they are not. "auto": "on" if that has been tried on this machine, in a
-            child process, and works (kvp_edge.processor.repack).
-        n_batch: most tokens decoded at once; None: 512, or what fits into the reserve and beside a
-            sliding window.
+        kv_budget, n_ctx, ..., n_batch: how the cache is bounded: help(kvp_edge.CacheOptions).
+        kwargs: of llama_cpp.Llama.
+
+    Attributes:
+        options: the cache's options, as they were given.
+        on_batch: called after every batch that ``eval`` reads into a bounded cache, with the
+            numbers of its first token and of the one after its last.
 
     Raises:
         UnsupportedModelError: missing, truncated or foreign file, or a model whose cache cannot be
@@ -145,29 +81,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         TypeError are KVPError; which are ValueError and which RuntimeError: kvp_edge.errors.
     """
 
-    _kv: EvictionManager | None = None
-    _query_log: QueryLog | None = None  # for a policy that looks at queries
-    _observed = False  # whether somebody looks at what the context computes
-    _observer: Observer | None = None
-    _plan: Callable[..., CacheLimits] | None = None  # what was asked for; takes the window
-    _limits: CacheLimits | None = None  # what came of it
-    _query_shift = 0  # the table's when the logged queries were computed
-    _rescue: tuple[Callable[[], str], Callable[[], Any] | None] | None = None  # where, what besides
-    _stop_rescue: Callable[[], None] | None = None
-    _head: Head | None = None  # of the chat that is completed just now
-    _completing = False  # so a state that is loaded comes from a prompt cache
-    _decoding = False  # a batch that the table may not have yet
-    _fell_back = False  # neither the model file nor the caller has a chat template
+    on_batch: Callable[[int, int], None] | None = None
 
-    # set by the base class
-    n_tokens: int
-    n_batch: int
-    _requires_eval: bool
-    lora_path: str | None
-    _lora_adapter: Any
-    _logits_all: bool
-    _seed: int
-    scores: FloatArray
+    _opening: Opening | None = None  # while a bounded cache comes about
+    _kv: EvictionManager | None = None
+    _rescue: sessions.Rescue | None = None
+    _head: Head | None = None  # of the chat that is completed just now
+    _decoding = False  # so the end of a batch was not reached: see EvictionManager.follow
+    _completing = False  # inside create_completion
 
     def __init__(
         self,
@@ -194,318 +115,105 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
         self._calls = Calls()
         self.options = CacheOptions.among(locals())  # the arguments, before there is a variable
-        self._granularity = granularity  # "auto" until it is settled
-        check_threads(**{n: kwargs.get(n) for n in ("n_threads", "n_threads_batch")})
-        check_cache_types(**{n: kwargs.get(n) for n in ("type_k", "type_v")})
-        check_adapter_file(kwargs.get("lora_path"))
+        check_engine(kwargs)
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
             raise UnsupportedModelError(f"there is no model file '{model_path}'")
         require_model_file(model_path)
-
         with listen(pass_on=verbose):
-            chosen = get_policy(policy, model_path if kv_budget is not None else None)
-        self._observed = kv_budget is not None and (pack != "state" or chosen.queries > 0)
-        self._n_ubatch = kwargs.get("n_ubatch", 512)
-        cells, batch = 512 if n_ctx is None else n_ctx, 512 if n_batch is None else n_batch
-        if kv_budget is not None:
-            if kwargs.get("embedding"):
-                raise BudgetError(
-                    "embedding=True needs a sequence for every text, and a bounded cache has one: "
-                    "leave kv_budget out"
-                )
-            with listen(pass_on=verbose):
-                shape = read_model_shape(model_path)
-            told = kwargs.get("kv_overrides") or {}
-            n_ctx_train = int(told.get(f"{shape.architecture}.context_length", shape.n_ctx_train))
-            self._plan = partial(
-                CacheLimits.plan,
-                n_ctx=n_ctx or n_ctx_train,
-                kv_budget=kv_budget,
-                sinks=sinks,
-                recent=recent,
-                reserve=reserve,
-                n_batch=n_batch,
-                bytes_per_cell=shape.bytes_per_cell(
-                    _or_f16(kwargs.get("type_k")), _or_f16(kwargs.get("type_v"))
-                ),
-            )
-            # What contradicts itself is refused before the model is loaded, which may take long.
-            cells = self._plan().cells  # more for a window: _size_context
-            if positions == "compact" and cells > n_ctx_train:
-                raise BudgetError(
-                    f"positions='compact' keeps positions below the {n_ctx_train} tokens "
-                    f"that the model was trained for, and {cells} cells are more: lower kv_budget "
-                    "or reserve"
-                )
-
-        with listen(pass_on=verbose):
+            if self.options.bounded:
+                self._opening = Opening(self.options, model_path, kwargs)
+                n_ctx = self._opening.cells
+            else:
+                get_policy(policy)  # if there is one of this name
             self._repacks = use_extra_buffers(
                 repack,
                 model_path,
                 n_gpu_layers=kwargs.get("n_gpu_layers", 0),
                 vocab_only=kwargs.get("vocab_only", False),
             )
-        # Quiet, llama_cpp would still print llama.cpp's warning that the cells are fewer than the
-        # trained context, which is the point here; errors become the exception's message.
-        with _loading, listen(pass_on=verbose) as log:
+        super().__init__(
+            model_path,
+            n_ctx=512 if n_ctx is None else n_ctx,
+            n_batch=512 if n_batch is None else n_batch,
+            verbose=verbose,
+            **kwargs,
+        )
+        self._kv_bytes = self.reported_kv_bytes
+        if self._opening is not None:
             try:
-                super().__init__(model_path, n_ctx=cells, n_batch=batch, verbose=verbose, **kwargs)
-            except BudgetError:
+                self._open(self._opening)
+            except BaseException:
                 self.close()
                 raise
-            except ValueError as error:
-                reason = log.first_error()
-                if reason is None:
-                    raise
-                raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
-            self._kv_bytes = _kv_bytes(log)
-        self._require_adapter(log)
-        asked = kwargs.get("chat_format") or kwargs.get("chat_handler")
-        self._fell_back = not asked and "tokenizer.chat_template" not in self.metadata
-        if self._limits is not None:
-            self._bind(self._limits, chosen, shape.architecture)
 
-    # The base class makes the context from what it says in context_params and n_batch right after
-    # it has stored the model, and only then it is known what llama.cpp makes of sliding windows: it
-    # ignores some that a file names (phi3), and knows some that no file does (llama4).
-    @property
-    def _model(self) -> Any:
-        return self._loaded
-
-    @_model.setter
-    def _model(self, model: Any) -> None:
-        self._loaded = model
-        self._size_context(int(llama_cpp.llama_model_n_swa(model.model)))
-
-    def _size_context(self, window: int) -> None:
-        """Decide how many cells the context gets, now that the model is loaded.
-
-        Args:
-            window: tokens that its layers with a sliding window see; 0: it has none.
-
-        Raises:
-            BudgetError: what was asked for has no room for the window.
-        """
-        if self._plan is None:
-            return
-        if self._granularity == "token":
-            window = 0  # whose tokens go, too
-        try:
-            limits = self._plan(window=window)
-        except BudgetError:
-            if self._granularity != "auto":
-                raise
-            limits, self._granularity = self._plan(), "token"
-        self._limits = limits
-        # llama.cpp aborts when its micro-batch is smaller than the number of sequences, here 2 (see
-        # context_params); eval() still reads no more than limits.n_batch at once.
-        self.n_batch = max(2, limits.n_batch)
-        params = self.context_params
-        params.n_ctx, params.n_batch = limits.cells, self.n_batch
-        params.n_ubatch = max(2, min(self.n_batch, self._n_ubatch))
-
-    # The base class makes its parameters from llama.cpp's defaults and offers no way to change
-    # these, so they are set the moment it stores them.
-    @property
-    def model_params(self) -> Any:
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: Any) -> None:
+    def adjust_model(self, params: Any) -> None:
         params.use_extra_bufts = self._repacks
-        self._model_params = params
 
-    # The two that are set here let a second sequence tag cells of the one cache
-    # (native/kvp_edge.h), and change nothing for the first.
-    @property
-    def context_params(self) -> Any:
-        return self._context_params
+    def adjust_context(self, params: Any) -> None:
+        if self._opening is not None:
+            self._opening.adjust_context(params)
 
-    @context_params.setter
-    def context_params(self, params: Any) -> None:
-        if self.options.kv_budget is not None:
-            params.n_seq_max = 2
-            params.kv_unified = True
-        if self._observed:
-            self._observer = Observer(params)
-        self._context_params = params
+    def size_context(self, window: int) -> None:
+        if self._opening is not None:
+            self.n_batch = self._opening.size_context(self.context_params, window)
 
-    def _bind(self, limits: CacheLimits, policy: Policy, architecture: str) -> None:
-        try:
-            observer = self._observer if self._bound.pack != "state" else None
-            cache = NativeCache(self._ctx.ctx, observer)
-        except BaseException:
-            self.close()
-            raise
-        self._stack.callback(cache.close)  # runs before the context is freed
-        if not cache.shape.has_window:
-            self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
-        try:
-            self._architecture = architecture
-            self._check_policy(policy, cache)
-            granularity = self._settle_granularity(cache)
-            self._check_place(cache.location, granularity)
-            compact_at, frequencies = self._plan_compaction(cache, granularity)
-            if policy.queries and self._observer is not None:
-                log = self._query_log = QueryLog(self._observer)
-                policy = self._start_query_log(log, policy, cache, limits, frequencies)
-        except BaseException:
-            self.close()
-            raise
-        self._kv = EvictionManager(
-            limits,
-            policy,
-            cache,
-            self._find_spans,
-            None if self.options.on_evict is None else self._calls.lent(self.options.on_evict),
-            granularity=granularity,
-            isolate_turns=self.options.isolate_turns,
-            compact_at=compact_at,
-            frequencies=frequencies,
+    def _open(self, opening: Opening) -> None:
+        on_evict = self.options.on_evict
+        kv = opening.open(
+            self.ctx,
+            self.context_params,
+            self.find_spans,
+            None if on_evict is None else self._calls.lent(on_evict),
+            self.queries_to_log,
+            self._stack,
         )
-        self._n_ctx = limits.n_ctx
+        if not kv.cache.shape.has_window:
+            self._kv_bytes = kv.cache.shape.bytes_per_cell * self.n_cells
+        self._n_ctx = opening.limits.n_ctx
         # read by other libraries (LlamaIndex) as what fits into the context, which exists by now
-        self.context_params.n_ctx = limits.n_ctx
-        self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
+        self.context_params.n_ctx = self._n_ctx
+        self.input_ids = np.ndarray((self._n_ctx,), dtype=np.intc)
         for handler in self._chat_handlers.values():
             remember_messages(handler)
-        self._markers: list[bytes] | None = None
-        self._pieces: dict[int, bytes] = {}
+        o = self.options
+        self._chat_text = ChatText(
+            self.vocab, self.chat_completion_handler, o.keep_whole, o.isolate_turns
+        )
         self._token_memory: TokenMemory | None = None
         self._remembers = True  # as far as is known
-        self._file_identity: str | None = None
+        self._kv = kv
 
-    def _require_adapter(self, log: LlamaLog) -> None:
-        """The base class does not notice an adapter that llama.cpp could not load."""
-        if self.lora_path and not self._lora_adapter:
-            path, reason = self.lora_path, log.first_error() or "it is no adapter for this model"
-            self._lora_adapter = None  # there is nothing to free
-            self.close()
-            raise UnsupportedModelError(f"the LoRA adapter '{path}' cannot be loaded: {reason}")
-
-    def _check_policy(self, policy: Policy, cache: NativeCache) -> None:
-        """That it was made for this model, if for any."""
-        if policy.info is not None:
-            c = cache.shape
-            check_model(
-                policy.info,
-                architecture=self._architecture,
-                n_layer=c.n_layer,
-                n_head_kv=c.n_head_kv,
-                head_size_k=c.head_size_k,
-                head_size_v=c.head_size_v,
-                fingerprint=model_fingerprint(self.model_path),
-            )
-
-    def _settle_granularity(self, cache: NativeCache) -> Granularity:
-        if self._granularity == "token":
-            return "token"
-        try:
-            cache.check_packing()
-        except UnsupportedModelError:
-            if self._granularity == "auto":
-                return "token"
-            raise
-        return "head"
-
-    def _check_place(self, place: CacheLocation, granularity: Granularity) -> None:
-        if self.options.pack != "device" or place.packs(granularity):
-            return
-        reason = place.where
-        if place.known:
-            reason = f"heads of this cache's types are no whole 32-bit words on {place.where}"
-        raise UnsupportedModelError(
-            f"pack='device' is not possible here: {reason}. Use pack='auto' or pack='state'"
-        )
-
-    def _plan_compaction(
-        self, cache: NativeCache, granularity: Granularity
-    ) -> tuple[int | None, KeyFrequencies | None]:
-        if self.options.positions == "keep":
-            return None, None
-        if granularity == "head" and cache.shape.has_window:
-            raise UnsupportedModelError(
-                "positions='compact' is not possible at head granularity with a model that has "
-                "sliding-window layers. Use granularity='token' or positions='keep'"
-            )
-        # llama.cpp's shift reads a null pointer when keys are quantised but not Hadamard-rotated
-        # (build_rope_shift in src/llama-kv-cache.cpp), and shifts whole quantised heads only.
-        if granularity == "token" and cache.shape.type_k not in _PLAIN_TYPES:
-            raise UnsupportedModelError(
-                "positions='compact' at token granularity needs keys that are not quantised. Use "
-                "granularity='head', an f16 type_k, or positions='keep'"
-            )
-        model = self._model.model
-        frequencies = measure_frequencies(
-            model, self.context_params, own_shift=granularity == "token"
-        )
-        return int(llama_cpp.llama_model_n_ctx_train(model)), frequencies
-
-    def _start_query_log(
-        self,
-        log: QueryLog,
-        policy: Policy,
-        cache: NativeCache,
-        limits: CacheLimits,
-        frequencies: KeyFrequencies | None,
-    ) -> Policy:
-        """The policy as it serves this model."""
-        if policy.needs_frequencies:
-            try:
-                log.frequencies = frequencies or measure_frequencies(
-                    self._model.model, self.context_params, own_shift=False
-                )
-            except UnsupportedModelError as error:
-                raise UnsupportedModelError(
-                    f"policy '{policy.name}' takes RoPE off queries, which is not possible with "
-                    f"this model. Choose another policy (the reason: {error})"
-                ) from error
-        log.start(self._ctx.ctx, cache, self._queries_to_log(policy, limits))
-        mine = policy.serving(log)
-        self._stack.callback(mine.released)
-        return mine
-
-    def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
-        """Of how many of the newest tokens."""
-        return min(policy.queries, limits.cells)
+    def queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
+        """For a policy that looks at queries: of how many of the newest tokens they are logged. A
+        subclass may want more."""
+        return queries_needed(policy, limits)
 
     # -- what it tells -----------------------------------------------------------------------
 
     def n_ctx(self) -> int:
         """The logical context in tokens. The cells are ``kv_stats.cells``."""
-        return int(self._n_ctx) if self._kv is not None else int(super().n_ctx())
+        return int(self._n_ctx) if self._kv is not None else self.n_cells
+
+    @property
+    def kv(self) -> EvictionManager | None:
+        """The eviction manager, None without ``kv_budget``. Who changes anything through it calls
+        ``sync`` before."""
+        return self._kv
+
+    @cached_property
+    def model_identity(self) -> str:
+        """Tells this model file from others (session_file.file_identity)."""
+        return file_identity(self.model_path)
 
     @property
     def kv_stats(self) -> KVStats:
         """What the cache holds and what eviction has cost so far."""
         with self._calls.look():
-            return self._kv_stats()
-
-    def _kv_stats(self) -> KVStats:
-        kv, cells = self._kv, int(super().n_ctx())
-        if kv is None:
+            if self._kv is not None:
+                return self._kv.stats(self._kv_bytes, self.n_cells)
             n = int(self.n_tokens)
-            return KVStats(
-                n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None, None, None, 0, 0
-            )
-        place = kv.cache.location
-        return KVStats(
-            seen=kv.seen,
-            kept=kv.kept,
-            dropped=kv.seen - kv.kept,
-            evictions=kv.evictions,
-            cells=cells,
-            kv_bytes=self._kv_bytes,
-            eviction_ms=kv.eviction_ms,
-            budget=kv.limits.budget,
-            policy=kv.policy.name,
-            granularity=kv.granularity,
-            pack="device" if kv.packs_in_place else "state",
-            where=place.where,
-            transferred_bytes=place.bytes_transferred,
-            evictions_as_state=kv.evictions_as_state,
-        )
+            return KVStats(n, n, 0, 0, cells=self.n_cells, kv_bytes=self._kv_bytes)
 
     @property
     def kv_indices(self) -> Any:
@@ -538,7 +246,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if self._token_memory is None and self._remembers:
             self._remembers = False
             if type(self.tokenizer_) is LlamaTokenizer:
-                cut_at = marks(self._model.vocab, b"\0".join(self._template_markers()))
+                cut_at = marks(self.vocab, b"\0".join(self._chat_text.markers))
                 if cut_at:
                     tokenize = partial(self._model.tokenize, special=True)
                     self._token_memory = TokenMemory(tokenize, cut_at)
@@ -565,108 +273,35 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 f"{self.n_tokens} tokens were read and {len(tokens)} more are too many for the "
                 f"logical context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
             )
-        self._follow()
+        self.sync()
+        on_batch = self.on_batch and self._calls.lent(self.on_batch)
         at = 0
         while at < len(tokens):
             n = kv.make_room(len(tokens) - at)
-            log = self._query_log
-            if log is not None and kv.shift != self._query_shift:
-                log.clear()  # the keys held were turned, each by another angle
-                self._query_shift = kv.shift
             self._decoding = True
-            self._decode(list(tokens[at : at + n]), kv.shift)
-            if log is not None:
-                log.append(kv.seen, n)
+            self.read_batch(list(tokens[at : at + n]), kv.seen - kv.shift)
             kv.append(n)
             self._decoding = False
             at += n
+            if on_batch is not None:
+                on_batch(kv.seen - n, kv.seen)
 
-    def _decode(self, tokens: list[int], shift: int) -> None:
-        """What the base class's eval does for one batch, at positions of our own."""
-        start, n = self.n_tokens, len(tokens)
-        self._batch.set_batch(batch=tokens, n_past=start - shift, logits_all=self._logits_all)
-        self._ctx.decode(self._batch)
-        self.input_ids[start : start + n] = tokens
-        if self._logits_all:
-            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
-            self._keep_logits(start, logits.reshape(n, -1))
-        self.n_tokens += n
-        self._requires_eval = False
-
-    def _keep_logits(self, start: int, logits: FloatArray) -> None:
-        """With ``logits_all``: those of the tokens from ``start`` on, f32 [n, n_vocab], which are
-        valid until the next batch."""
-        end = start + len(logits)
-        if end > len(self.scores):
-            self._make_rows(end)
-        self.scores[start:end] = logits
-
-    def _make_rows(self, n: int) -> None:
-        """Let ``scores`` have rows for n tokens at least, and more than it had by half: the logical
-        context may be far longer than there is memory for rows."""
-        rows = min(self._n_ctx, max(n, len(self.scores) * 3 // 2))
-        try:
-            scores = np.empty((rows, self._n_vocab), np.single)
-        except MemoryError as error:
-            raise MemoryError(
-                f"the logits of {rows} tokens take {rows * self._n_vocab * 4 / 2**30:.1f} GiB, and "
-                "with logits_all or a draft_model those of all tokens are kept: leave them out, or "
-                "read less (a lower n_ctx says so at once)"
-            ) from error
-        scores[: len(self.scores)] = self.scores
-        self.scores = scores
-
-    def _newest_logits(self) -> FloatArray:
-        """f32 [n_vocab] after the last token read, valid until the next batch."""
-        row = llama_cpp.llama_get_logits_ith(self.ctx, -1)
-        return np.ctypeslib.as_array(row, shape=(self._n_vocab,))
-
-    def _likeliest(self) -> int:
-        """The likeliest token to come.
+    def sync(self) -> None:
+        """Bring table and cells to ``n_tokens``, which the base class sets freely.
 
         Raises:
-            KVCacheError: there is none.
+            KVCacheError: they cannot be brought there; ``reset`` and read the conversation again.
         """
-        logits = self._newest_logits()
-        if not np.isfinite(logits).any():
-            raise KVCacheError("the model gives no token a finite likelihood: it cannot write")
-        return int(np.nanargmax(logits))
-
-    def _follow(self) -> None:
-        """Bring table and cells to ``n_tokens``, which the base class sets freely."""
-        kv = self._kv
-        assert kv is not None
-        self._notice_others()
-        if self.n_tokens > kv.seen and kv.trusted:
-            # An interrupt came between decoding and append(): n_tokens only grows after a decode.
-            kv.append(self.n_tokens - kv.seen)
-        kv.rewind(self.n_tokens)
-        if self._query_log is not None:
-            self._query_log.rewind(self.n_tokens)
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens - kv.shift, -1)
-        self._decoding = False
-
-    def _notice_others(self) -> None:
-        """Trust the cache no longer if its newest token is not that of the conversation: then
-        something else has used the context (a library that calls llama.cpp below this class). What
-        it did is noticed only if it left another number of tokens."""
-        kv = self._kv
-        assert kv is not None
-        if self.n_tokens == 0 or not kv.trusted:
-            return
-        there = kv.cache.newest_position() + 1 + kv.shift  # tokens, after llama.cpp
-        if self._decoding:  # an interrupt or an error came: some of a batch may be there as well
-            known = there >= self.n_tokens
-        else:  # who sets n_tokens back may remove the cells, too
-            known = there in (kv.seen, self.n_tokens) and there >= self.n_tokens
-        kv.trusted = known
+        if self._kv is not None:
+            self._kv.follow(self.n_tokens, self._decoding)
+            self.remove_cells(self.n_tokens - self._kv.shift)
+            self._decoding = False
 
     def reset(self) -> None:
         """Forget the conversation."""
         with self._calls.own("reset"):
             super().reset()
-            if self._kv is not None:
-                self._follow()
+            self.sync()
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         with self._calls.own("sample", "cache"):
@@ -679,8 +314,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama. Equal beginnings are not read again, if the cache can go back to
         what it was where the texts part; if tokens were dropped since then, all is read again."""
-        how = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
-        del how["self"]
+        how = generate_arguments(self, tokens, args, kwargs)
         return self._calls.steps("generate", self._generate(how))
 
     def _generate(self, how: dict[str, Any]) -> Generator[int, Sequence[int] | None, None]:
@@ -692,7 +326,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             # in create_completion its own list, that nobody changes
             given = how["tokens"]
             tokens = given if isinstance(given, PromptTokens) else PromptTokens(given)
-            self._protect_head(tokens)
+            protected = self._chat_text.protected(self._head, tokens, self._kv.protectable)
+            self._kv.protect_prefix(protected)
             if how.get("reset", True):
                 # the base class would compare both texts again, number by number
                 how["tokens"], how["reset"] = self._reuse_prefix(tokens)[self.n_tokens :], False
@@ -706,11 +341,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         kv = self._kv
         assert kv is not None
-        self._notice_others()
+        kv.notice_others(self.n_tokens, self._decoding)
         prefix = self._equal_beginning(tokens)
         if not kv.can_return(min(prefix, len(tokens) - 1)):
             known = self._input_ids[prefix:].tolist()
-            tokens = tokens[:prefix] + begin_as_known(known, tokens[prefix:], self._piece)
+            tokens = tokens[:prefix] + begin_as_known(known, tokens[prefix:], self._chat_text.piece)
             prefix = self._equal_beginning(tokens, prefix)
         all_read = prefix == len(tokens)
         live = not self._requires_eval and kv.trusted
@@ -723,7 +358,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         else:
             self.n_tokens = prefix
             self._requires_eval = True
-            self._follow()
+            self.sync()
         return tokens
 
     def _equal_beginning(self, tokens: list[int], start: int = 0) -> int:
@@ -740,7 +375,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         document, say, before the first question about it. No effect without ``kv_budget``."""
         with self._calls.own("evict", "cache"):
             if self._kv is not None:
-                self._follow()
+                self.sync()
                 self._kv.evict()
 
     # -- completions -------------------------------------------------------------------------
@@ -761,9 +396,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             except StopIteration:
                 return
             except ValueError as error:
-                if self._kv is not None and "exceed context window" in str(error):
+                n = tokens_beyond_context(error)
+                if self._kv is not None and n is not None:
                     # the base class names the cells here, which are not the limit
-                    n = str(error).partition("(")[2].partition(")")[0]
                     raise ContextLengthError(
                         f"the prompt has {n} tokens, too many for the logical context "
                         f"n_ctx={self._n_ctx}: load the model with a larger n_ctx"
@@ -821,81 +456,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         finally:
             self._head = None
 
-    # -- chat templates ----------------------------------------------------------------------
-
-    @property
-    def lacks_chat_template(self) -> bool:
-        """The model file has no chat template, and none was asked for: it may be a base model,
-        which continues texts. llama_cpp takes "llama-2" then."""
-        return self._fell_back and self.chat_handler is None and self.chat_format == "llama-2"
-
-    def chat_completion_handler(self) -> Any:
-        """llama_cpp's chat completion handler that ``create_chat_completion`` calls."""
-        return (
-            self.chat_handler
-            or self._chat_handlers.get(self.chat_format)
-            or llama_chat_format.get_chat_completion_handler(self.chat_format)
-        )
-
-    def _piece(self, token: int) -> bytes:
-        """A token's text, special tokens included."""
-        piece = self._pieces.get(token)
-        if piece is None:
-            piece = self._pieces[token] = token_text(self._model.vocab, token)
-        return piece
-
-    def _template_markers(self) -> list[bytes]:
-        if self._markers is None:
-            self._markers = template_markers(self.chat_completion_handler())
-            if self.options.isolate_turns and not self._markers:
-                warnings.warn(
-                    "isolate_turns has no effect: this model's chat template has no markers "
-                    "between messages, so turns cannot be told apart",
-                    stacklevel=2,
-                )
-        return self._markers
-
-    def _find_spans(self, start: int, end: int) -> list[Span]:
-        """Spans that hold any of the conversation's tokens [start, end); see SpanFinder."""
-        markers = self._template_markers()
-        # a marker that reaches into the range begins no more tokens before it than it has bytes
-        first = max(0, start - max(LOOK_BACK, *map(len, markers), 0))
-        pieces = [self._piece(int(t)) for t in self.input_ids[first:end]]
-        found = find_spans(pieces, markers, self.options.keep_whole, start - first)
-        return [(first + a, first + b, kind) for a, b, kind in found]
-
-    def _protect_head(self, tokens: list[int]) -> None:
-        kv, head = self._kv, self._head
-        assert kv is not None
-        if head is not None and head.first is not None:
-            with_tools = self._head_tokens(tokens, head)
-            try:
-                if with_tools is not None:
-                    kv.protect_prefix(with_tools)
-                    return
-            except BudgetError as error:
-                warnings.warn(f"the definitions of tools are not protected: {error}", stacklevel=2)
-            head = head._replace(first=None)
-        length = 0 if head is None else self._head_tokens(tokens, head)
-        if length is None:
-            warnings.warn(
-                "the chat template does not show the system prompt to the model, so there is "
-                "nothing to protect",
-                stacklevel=2,
-            )
-        kv.protect_prefix(length or 0)
-
-    def _head_tokens(self, tokens: list[int], head: Head) -> int | None:
-        """How many of the first tokens of a chat hold its head; None if it is not there."""
-        n = 128
-        while True:  # it is one of the first things in a long chat
-            pieces = [self._piece(t) for t in tokens[:n]]
-            end = head.end(b"".join(pieces), self._template_markers())
-            if end is not None:
-                return bisect_left(list(accumulate(map(len, pieces))), end) + 1 if end else 0
-            if n >= len(tokens):
-                return None
-            n *= 2
+    def find_spans(self, start: int, end: int) -> list[Span]:
+        """Spans that hold any of the conversation's tokens [start, end), which evictions keep or
+        drop as a whole; see SpanFinder."""
+        return self._chat_text.spans(self.input_ids, start, end)
 
     # -- states and copies -------------------------------------------------------------------
 
@@ -909,9 +473,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         with self._calls.own("save_state", "nothing"):
             if self._kv is None:
                 return super().save_state()
-            header, arrays = self._conversation("save_state")
-            rows = self.n_tokens if self._logits_all else 0
-            return SavedState(header, arrays, self.scores[:rows].copy(), self._seed)
+            return sessions.state(self, self._seed)
 
     def load_state(self, state: Any) -> None:
         """Go on where ``save_state`` was called, in place of the conversation read so far.
@@ -928,7 +490,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         with self._calls.own("load_state"):
             try:
-                self._load_state(state)
+                if self._kv is None:
+                    self._load_unbounded(state)
+                else:
+                    sessions.load_state(self, state)
             except SessionError as error:
                 if not self._completing:
                     raise
@@ -936,25 +501,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     f"what the prompt cache holds is of no use here, so all is read: {error}",
                     stacklevel=2,
                 )
-
-    def _load_state(self, state: Any) -> None:
-        if self._kv is None:
-            self._load_unbounded(state)
-            return
-        if not isinstance(state, SavedState):
-            raise SessionError(
-                "this state was saved without a bounded cache: it does not say which tokens it has"
-            )
-        scores = state.scores if self._logits_all else state.scores[:0]
-        if len(scores) < state.n_tokens and self._logits_all:
-            raise SessionError(
-                "this state was saved without logits_all, and here the logits of all tokens are "
-                "kept: a state can only be resumed with what it was made with"
-            )
-        self._resume("this state", state.header, state.arrays)
-        self._seed = state.seed
-        if len(scores):
-            self._keep_logits(0, scores)
 
     def _load_unbounded(self, state: Any) -> None:
         if isinstance(state, SavedState):
@@ -985,33 +531,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             KVCacheError: llama.cpp's state is not that of the tokens read; no file was touched.
         """
         with self._calls.own("save_session", "nothing"):
-            self._save_session(path, extra)
-
-    def _save_session(self, path: str | os.PathLike[str], extra: Any) -> None:
-        header, arrays = self._conversation("save_session")
-        if len(arrays["tokens"]) == 0:
-            raise SessionError("there is nothing to save: no token was read yet")
-        session.write(path, {**header, "extra": extra}, arrays)
-
-    def _conversation(self, name: str) -> tuple[dict[str, Any], dict[str, session.Array]]:
-        """What was read and what is kept of it, for ``_resume``: header and arrays of a session."""
-        kv = self._bounded(name)
-        self._follow()
-        table = kv.snapshot()
-        header = {
-            "made_with": self._session_settings(),
-            "table": table.numbers(),
-            "protected_prefix": kv.protected_prefix,
-            "evictions": kv.evictions,
-            "evictions_as_state": kv.evictions_as_state,
-            "eviction_ms": kv.eviction_ms,
-            "extra": None,
-        }
-        arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
-        state = kv.cache.state() if kv.seen else np.empty(0, np.uint8)
-        if kv.seen:
-            kv.cache.check_state(state, table.llama_positions())
-        return header, {**arrays, "state": state}
+            sessions.save(self, path, extra)
 
     def load_session(
         self, path: str | os.PathLike[str], *, accept: Callable[[Any], object] | None = None
@@ -1038,62 +558,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 now.
         """
         with self._calls.own("load_session"):
-            return self._load_session(path, accept)
-
-    def _load_session(
-        self, path: str | os.PathLike[str], accept: Callable[[Any], object] | None
-    ) -> Any:
-        self._require_bounded("load_session")
-        # a state has keys and values of no more than all cells, and a few numbers of each
-        most = 2 * self._kv_bytes + 64 * self._n_ctx + _SESSION_OVERHEAD
-        header, arrays = session.read(path, most)
-        if accept is not None:
-            accept(header.get("extra"))
-        name = f"the session '{path}'"
-        if "rescue" in header:
-            return self._read_again(name, header, arrays)
-        self._resume(name, header, arrays)
-        return header["extra"]
-
-    def _resume(self, name: str, header: dict[str, Any], arrays: dict[str, session.Array]) -> None:
-        """Take over what ``_conversation`` gave, here or in another process.
-
-        Args:
-            name: what it is called in a sentence.
-
-        Raises:
-            SessionError, KVCacheError: see load_session.
-        """
-        kv = self._bounded("load_session")
-        session.require_conversation(name, header, arrays)
-        session.require_same(name, header["made_with"], self._session_settings())
-        tokens, state = arrays.pop("tokens"), arrays.pop("state")
-        self._require_tokens(name, tokens)
-        try:
-            table = Table.of(header["table"], arrays)
-        except ValueError as error:
-            raise SessionError(f"{name} does not add up: {error}") from error
-        if table.seen == len(tokens) == 0:
-            self.reset()
-            return
-        if table.seen != len(tokens) or not table.adds_up(kv.empty_table()):
-            raise SessionError(f"{name} does not add up: its table of kept tokens")
-        if table.kept > kv.limits.cells:
-            raise SessionError(f"{name} does not add up: more rows than cells")
-        protected = self._protectable(name, header["protected_prefix"])
-        try:
-            kv.restore_with(table, state)
-        except (ValueError, KVCacheError) as error:
-            if kv.trusted:
-                raise SessionError(f"{name} does not fit: {error}") from error
-            self.reset()
-            raise
-        self._requires_eval = True  # the logits were not saved
-        self.n_tokens = len(tokens)
-        self.input_ids[: len(tokens)] = tokens
-        kv.evictions, kv.eviction_ms = header["evictions"], header["eviction_ms"]
-        kv.evictions_as_state = header["evictions_as_state"]
-        kv.protect_prefix(protected)
+            return sessions.load(self, path, accept)
 
     def rescue_to(
         self,
@@ -1115,15 +580,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         Raises:
             SessionError: the cache is not bounded.
         """
-        if self._stop_rescue is not None:
-            self._stop_rescue()
-        self._rescue = self._stop_rescue = None
+        if self._rescue is not None:
+            self._rescue.stop()
+        self._rescue = None
         if path is not None:
-            self._require_bounded("rescue_to")
-            self._model_identity()  # now, while the file can surely be read
             where = path if callable(path) else partial(str, os.path.abspath(path))
-            self._rescue = where, extra
-            self._stop_rescue = before_abort(partial(_write_rescue, weakref.ref(self)))
+            self._rescue = sessions.Rescue(self, where, extra)
 
     def rescue(self, reason: str) -> None:
         """Write now what ``rescue_to`` asks for, before the process ends for another reason.
@@ -1133,7 +595,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         if self._rescue is None:
             raise SessionError("there is nowhere to write the conversation to: see rescue_to")
-        _write_rescue(weakref.ref(self), reason)
+        self._rescue.write(reason)
 
     def close(self) -> None:
         """Free the model and its cache, and rescue nothing any more. Closing again has no effect.
@@ -1143,99 +605,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         self._calls.close()
         self.rescue_to(None)
-        self._sampler = None
         super().close()
-        for part in _FREED:  # whoever uses what was freed gets a sentence
-            setattr(self, part, Closed())
-
-    def _read_again(
-        self, name: str, header: dict[str, Any], arrays: dict[str, session.Array]
-    ) -> Any:
-        """``load_session`` of what ``rescue_to`` wrote."""
-        kv = self._require_bounded("load_session")
-        session.require_rescued(name, header, arrays)
-        session.require_same(name, header, {"model": self._model_identity()})
-        tokens = arrays["tokens"]
-        self._require_tokens(name, tokens)
-        asked = header["protected_prefix"] if self.options.protect_system else 0
-        protected = self._protectable(name, asked)
-        self.reset()
-        kv.protect_prefix(protected)
-        self.eval(tokens.tolist())
-        return header["extra"]
-
-    def _require_tokens(self, name: str, tokens: Any) -> None:
-        if len(tokens) > self._n_ctx:
-            raise SessionError(
-                f"{name} holds {len(tokens)} tokens, too many for the logical "
-                f"context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
-            )
-        session.require_tokens(name, tokens, self._n_vocab)
-
-    def _protectable(self, name: str, n_first: int) -> int:
-        """How many first tokens a session's conversation protects here."""
-        kv = self._require_bounded("load_session")
-        try:
-            return kv.protectable(n_first)
-        except BudgetError as error:
-            raise SessionError(f"{name} does not fit: {error}") from error
-
-    def _require_bounded(self, name: str) -> EvictionManager:
-        if self._kv is None:
-            raise SessionError(
-                f"{name} is for a bounded cache: load the model with kv_budget, or use save_state"
-            )
-        return self._kv
-
-    def _bounded(self, name: str) -> EvictionManager:
-        kv = self._require_bounded(name)
-        self._require_no_queries(name)
-        return kv
-
-    def _require_no_queries(self, name: str) -> None:
-        if self._kv is not None and self._query_log is not None:
-            raise SessionError(
-                f"{name} is not possible with policy '{self._kv.policy.name}': what it saw of "
-                "queries is not kept. Choose a policy that does not look at queries"
-            )
-
-    def _model_identity(self) -> str:
-        if self._file_identity is None:
-            self._file_identity = session.file_identity(self.model_path)
-        return self._file_identity
-
-    def _session_settings(self) -> dict[str, Any]:
-        """Everything that decides what the cache's numbers mean and how they go on."""
-        kv = self._bounded("a session")
-        limits, shape, params = kv.limits, kv.cache.shape, self.context_params
-        lora = getattr(self, "lora_path", None)
-        return {
-            "llama-cpp-python": BUILT_FOR,
-            "model": self._model_identity(),
-            "lora": [session.file_identity(lora), self.lora_scale] if lora else None,
-            "policy": kv.policy.identity(),
-            "granularity": kv.granularity,
-            **self.options.asked_of_sessions(),
-            "cells": limits.cells,
-            "budget": limits.budget,
-            "sinks": limits.sinks,
-            "recent": limits.recent,
-            "n_batch": limits.n_batch,
-            "type_k": shape.type_k,
-            "type_v": shape.type_v,
-            "v_transposed": shape.v_transposed,
-            "rotation": [shape.k_hadamard_block, shape.v_hadamard_block],
-            "rope": [
-                params.rope_scaling_type,
-                params.rope_freq_base,
-                params.rope_freq_scale,
-                params.yarn_ext_factor,
-                params.yarn_attn_factor,
-                params.yarn_beta_fast,
-                params.yarn_beta_slow,
-                params.yarn_orig_ctx,
-            ],
-        }
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -1243,33 +613,3 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if self.lacks_chat_template:
             state["chat_format"] = None  # the copy shall know that nobody asked for it
         return state
-
-
-def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
-    """What ``rescue_to`` has done before ggml ends the process; ``holder`` keeps no model alive."""
-    llm = holder()
-    if llm is None or llm._rescue is None or llm._kv is None:
-        return
-    where, extra = llm._rescue
-    header = {
-        "rescue": message,
-        "model": llm._file_identity,
-        "protected_prefix": llm._kv.protected_prefix,
-        "extra": None,
-    }
-    tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
-    try:
-        if extra is not None:
-            # what is no JSON fails here, and not when all is written
-            header["extra"] = json.loads(json.dumps(extra(), allow_nan=False))
-    finally:  # the tokens shall not be lost with what the caller adds to them
-        # the name was free when it was chosen; who has put a link there since means no good
-        session.write(where(), header, {"tokens": tokens}, follow_link=False)
-
-
-def _or_f16(ggml_type: int | None) -> int:
-    return _GGML_TYPE_F16 if ggml_type is None else ggml_type
-
-
-def _kv_bytes(log: LlamaLog) -> int:
-    return round(sum(mib for mib, _ in log.kv_mib()) * 2**20)

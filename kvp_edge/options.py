@@ -7,6 +7,7 @@ table is made of them (scripts/options_table.py), and tests hold ``Llama``'s sig
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -63,7 +64,8 @@ class CacheOptions:
     n_ctx: int | None = field(
         default=None,
         metadata=_about(
-            "logical context: the longest conversation, in tokens; it costs next to no memory",
+            "logical context: the longest conversation, in tokens; it costs next to no memory (0: "
+            "what the model was trained for)",
             means="what the model was trained for",
             metavar="N",
             session="any",
@@ -275,3 +277,15 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
 
 #: Those that evaluations compare.
 EVALUATED = tuple(option.name for option in OPTIONS.values() if option.evaluated)
+
+
+def _described(option: Option) -> str:
+    text = f"{option.name}: {option.help} (default: {option.default_text})."
+    return textwrap.fill(text, 96, initial_indent=" " * 8, subsequent_indent=" " * 12)
+
+
+# help(CacheOptions) tells what the fields mean, from the fields
+CacheOptions.__doc__ = (CacheOptions.__doc__ or "").replace(
+    "\n    Raises:",
+    "\n    Args:\n" + "\n".join(map(_described, OPTIONS.values())) + "\n\n    Raises:",
+)

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import FloatArray
-from kvp_edge.binding.queries import SharedLog
 from kvp_edge.cache.limits import CacheLimits
+from kvp_edge.cache.manager import EvictionManager
+from kvp_edge.cache.opening import check_policy
 from kvp_edge.cache.table import Table
 from kvp_edge.llama import Llama
 from kvp_edge.llamacpp.context_shift import ContextShift
@@ -39,7 +40,7 @@ class Bookmark:
     state: npt.NDArray[np.uint8]
 
 
-class Subject(Llama):
+class ScoringLlama(Llama):
     """A bounded Llama that holds at most ``cells`` tokens, whatever their number.
 
     llama.cpp makes caches of 256 cells and multiples of that; for an evaluation in 1/8 of 1,024
@@ -55,7 +56,6 @@ class Subject(Llama):
     """
 
     def __init__(self, model_path: str, n_ctx: int, cells: int, budget: int, **engine: Any) -> None:
-        self._rows: list[FloatArray] | None = None  # logits, while they are collected
         self._logits_then: FloatArray | None = None  # at the bookmark, until more is read
         bounded = cells < n_ctx
         super().__init__(
@@ -68,30 +68,33 @@ class Subject(Llama):
         )
         transcribe_without_template(self)
         if bounded:
-            assert self._kv is not None
-            self._kv.limits = self._kv.limits.with_cells(cells)
+            self._manager.replace_limits(self._manager.limits.with_cells(cells))
+
+    @property
+    def _manager(self) -> EvictionManager:
+        assert self.kv is not None  # there is always a budget
+        return self.kv
 
     @classmethod
-    def whole(cls, model_path: str, n_ctx: int, **engine: Any) -> Subject:
+    def whole(cls, model_path: str, n_ctx: int, **engine: Any) -> ScoringLlama:
         """One that drops nothing."""
-        return Subject(
+        return ScoringLlama(
             model_path, n_ctx, n_ctx, n_ctx, policy="recency", granularity="token", **engine
         )
 
     @property
     def policy(self) -> Policy:
-        assert self._kv is not None
-        return self._kv.policy
+        return self._manager.policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
         """From now on another one decides. One that looks at queries finds those that were logged:
-        all of them, if the subject was made with such a policy and drops nothing by itself."""
-        assert self._kv is not None
-        if policy.queries:
-            assert self._query_log is not None
-            policy.query_log = SharedLog(self._query_log)
-        self._kv.policy = policy
+        all of them, if this was made with such a policy and drops nothing by itself.
+
+        Raises:
+            PolicyError: see EvictionManager.replace_policy.
+        """
+        self._manager.replace_policy(policy)
 
     def check(self, policy: Policy) -> None:
         """That this policy can decide here.
@@ -99,8 +102,8 @@ class Subject(Llama):
         Raises:
             PolicyFileError: it was trained for another model.
         """
-        assert self._kv is not None
-        self._check_policy(policy, self._kv.cache)
+        architecture = self.metadata["general.architecture"]
+        check_policy(policy, self._manager.cache.shape, architecture, self.model_path)
 
     def limit(self, budget: int) -> None:
         """Let ``budget`` tokens stay after an eviction from now on, of a subject that drops nothing
@@ -109,9 +112,8 @@ class Subject(Llama):
         Raises:
             BudgetError: the budget leaves nothing to choose.
         """
-        assert self._kv is not None
-        limits = self._kv.limits
-        self._kv.limits = CacheLimits.plan(
+        limits = self._manager.limits
+        planned = CacheLimits.plan(
             n_ctx=limits.n_ctx,
             kv_budget=budget,
             sinks=self.options.sinks,
@@ -120,38 +122,32 @@ class Subject(Llama):
             n_batch=limits.n_batch,
             bytes_per_cell=0,  # the budget is in tokens
         )
+        self._manager.replace_limits(planned)
 
     def scored(self, at: Bookmark) -> Bookmark:
         """``at``, where the subject is now, with all tokens scored by its policy: evictions to one
         budget after the other then score nothing again."""
-        assert self._kv is not None
-        self._kv.score()
-        return replace(at, table=self._kv.snapshot())
+        self._manager.score()
+        return replace(at, table=self._manager.snapshot())
 
     def bookmark(self) -> Bookmark:
         """What was read so far, to ``go_back`` to."""
-        assert self._kv is not None
         n = int(self.n_tokens)
         return Bookmark(
             self.input_ids[:n].copy(),
-            self._newest_logits().copy(),
-            self._kv.snapshot(),
-            self._kv.cache.state(),
+            self.newest_logits().copy(),
+            self._manager.snapshot(),
+            self._manager.cache.state(),
         )
 
     def go_back(self, to: Bookmark) -> None:
         """Be what this subject was at the bookmark, before anything was dropped. Since then it must
         have read no other conversation: the log of queries is taken back by forgetting what was
         logged after it."""
-        assert self._kv is not None
-        n = len(to.tokens)
-        self._kv.restore_with(to.table, to.state)
-        self._kv.evictions = 0
-        self.n_tokens = n
-        self.input_ids[:n] = to.tokens
+        self._manager.restore_with(to.table, to.state)
+        self._manager.restore_counts(0, 0, 0.0)
+        self.take_over(to.tokens)
         self._logits_then = to.logits
-        if self._query_log is not None:
-            self._query_log.rewind(n)
 
     @property
     def held(self) -> int:
@@ -165,8 +161,7 @@ class Subject(Llama):
 
     def protected(self, n: int) -> npt.NDArray[np.bool_]:
         """bool [n]: of the first ``n`` tokens, those that no eviction after them could drop."""
-        assert self._kv is not None
-        limits, at = self._kv.limits, np.arange(n)
+        limits, at = self._manager.limits, np.arange(n)
         return (at < limits.sinks) | (at >= n - limits.recent)
 
     def text_of(self, token: int) -> str:
@@ -181,14 +176,14 @@ class Subject(Llama):
         if len(tokens):
             self._logits_then = None
 
-    def _newest_logits(self) -> FloatArray:
-        return super()._newest_logits() if self._logits_then is None else self._logits_then
+    def newest_logits(self) -> FloatArray:
+        return super().newest_logits() if self._logits_then is None else self._logits_then
 
-    def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
+    def queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
         """Those of all tokens where nothing is dropped but by ``evict``: ``go_back`` needs them."""
         if limits.cells >= limits.n_ctx:
             return limits.cells
-        return super()._queries_to_log(policy, limits)
+        return super().queries_to_log(policy, limits)
 
     def forget(self) -> None:
         """Start a new conversation."""
@@ -198,7 +193,7 @@ class Subject(Llama):
         """The likeliest reply to what was read, of at most ``most`` tokens; it is read, too."""
         tokens: list[int] = []
         while len(tokens) < most:
-            token = self._likeliest()
+            token = self.likeliest()
             if ends_reply(self, token):
                 break
             tokens.append(token)
@@ -217,10 +212,10 @@ class Subject(Llama):
     def draw(self, count: int, rng: np.random.Generator) -> list[int]:
         """``count`` tokens drawn one after the other at temperature 1, which are read, too. Tokens
         that end a reply are never drawn."""
-        ends = [llama_cpp.llama_vocab_is_eog(self._model.vocab, t) for t in range(self._n_vocab)]
+        ends = [llama_cpp.llama_vocab_is_eog(self.vocab, t) for t in range(self.n_vocab())]
         tokens: list[int] = []
         while len(tokens) < count:
-            logits = self._newest_logits().astype(np.float64)
+            logits = self.newest_logits().astype(np.float64)
             logits[ends] = -np.inf
             likely = np.exp(logits - logits.max()).cumsum()
             tokens.append(int(np.searchsorted(likely, rng.random() * likely[-1], side="right")))
@@ -234,26 +229,17 @@ class Subject(Llama):
     def losses(self, ending: Sequence[int]) -> npt.NDArray[np.float64]:
         """The loss in nats of each token of ``ending``, at least one, after what was read: f64 [n].
         They are read, too."""
-        self._rows = [self._newest_logits()[None].copy()]
-        usual, self._logits_all = self._logits_all, True
-        try:
+        rows = [self.newest_logits()[None].copy()]
+        with self.logits_to(lambda _, found: rows.append(found.copy())):
             self.read(ending)
-            logits = np.concatenate(self._rows)[:-1].astype(np.float64)
-        finally:
-            self._rows, self._logits_all = None, usual
+        logits = np.concatenate(rows)[:-1].astype(np.float64)
         top = logits.max(1)
         total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
         losses: npt.NDArray[np.float64] = total - logits[np.arange(len(ending)), np.asarray(ending)]
         return losses
 
-    def _keep_logits(self, start: int, logits: FloatArray) -> None:
-        if self._rows is None:
-            super()._keep_logits(start, logits)
-        else:
-            self._rows.append(logits.copy())
 
-
-class Shifted(Subject):
+class Shifted(ScoringLlama):
     """The same model with llama.cpp's own rule for a full cache: drop the oldest half."""
 
     def __init__(self, model_path: str, n_ctx: int, cells: int, **engine: Any) -> None:

@@ -76,7 +76,7 @@ def fill(llm: kvp_edge.Llama, rows: int, seen: int, state: np.ndarray | None = N
     If that is more than `rows`, an eviction has left its budget, and the others were read since.
     ``state`` is a synthetic_state of `rows` tokens, if there is one already.
     """
-    kv = llm._kv
+    kv = llm.kv
     assert kv is not None
     empty, limits = kv.empty_table(), kv.limits
     packed_rows, scores, marked = 0, empty.scores, seen
@@ -111,7 +111,7 @@ def fill(llm: kvp_edge.Llama, rows: int, seen: int, state: np.ndarray | None = N
 def rows_to_keep(llm: kvp_edge.Llama) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a full cache may be packed to, as NativeCache.pack takes it: the recent window, and of
     the older rows every head its own at random."""
-    kv = llm._kv
+    kv = llm.kv
     assert kv is not None
     limits, shape = kv.limits, kv.cache.shape
     present = np.arange(limits.cells, dtype=np.int32)

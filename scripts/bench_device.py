@@ -173,7 +173,7 @@ def evictions(
     llm: kvp_edge.Llama, device: Device, state: np.ndarray, new: int, repeat: int
 ) -> list[Costs]:
     """The costs of packing, of scoring `new` tokens and all of them, and of a whole eviction."""
-    kv = llm._kv
+    kv = llm.kv
     cache, shape, limits = kv.cache, kv.cache.shape, kv.limits
     cells, kept, per_cell = limits.cells, limits.budget, shape.bytes_per_cell
     learned, tokens = kv.policy.native_scorer, np.arange(cells, dtype=np.int32)
@@ -212,10 +212,10 @@ def speeds(
     llm: kvp_edge.Llama, plain: llama_cpp.Llama, whole: Costs, tokens: int, repeat: int
 ) -> list[str]:
     """Rows of a table: milliseconds per token, writing and reading, without evictions and with."""
-    limits = llm._kv.limits
+    limits = llm.kv.limits
     held = (limits.cells + limits.budget) // 2
     batch = min(limits.n_batch, limits.cells - held)
-    state = synthetic_state(llm._kv.cache.shape, held)
+    state = synthetic_state(llm.kv.cache.shape, held)
     fill(llm, held, 2 * limits.cells, state)
     source = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     if llama_cpp.llama_state_seq_set_data(plain.ctx, source, len(state), 0) == 0:
@@ -294,8 +294,8 @@ def main() -> int:
                 flash_attn=True,
             )
             open_models.callback(llm.close)
-            assert llm._kv.cache.location.on_device != device.is_host
-            state = synthetic_state(llm._kv.cache.shape, args.cells)
+            assert llm.kv.cache.location.on_device != device.is_host
+            state = synthetic_state(llm.kv.cache.shape, args.cells)
             speed = device.copy_speed(1 + args.repeat)
             costs = evictions(llm, device, state, args.new, args.repeat)
             held = len(state)
@@ -315,7 +315,7 @@ def main() -> int:
                 plain = PlainLlama(
                     model,
                     n_ctx=args.cells,
-                    n_batch=llm._kv.limits.n_batch,
+                    n_batch=llm.kv.limits.n_batch,
                     flash_attn=True,
                     verbose=False,
                     n_threads=args.threads,

@@ -88,8 +88,8 @@ class Bench:
         with closing(self.bounded(2048)) as llm:
             text = TEXT.read_bytes()[:20_000]
             llm.eval(llm.tokenize(text)[:N_READ])
-            assert llm._kv is not None
-            self._state = llm._kv.cache.state().tobytes()
+            assert llm.kv is not None
+            self._state = llm.kv.cache.state().tobytes()
 
     def bounded(self, cells: int) -> kvp_edge.Llama:
         """As a user opens it; a model with a window may have more cells."""
@@ -114,8 +114,8 @@ class Bench:
 
 def eviction_row(bench: Bench, name: str, cells: int, repeat: int, n: int) -> str:
     with closing(bench.bounded(cells)) as llm:
-        assert llm._kv is not None
-        kv, limits = llm._kv, llm._kv.limits
+        assert llm.kv is not None
+        kv, limits = llm.kv, llm.kv.limits
         n_batch, kept, cells = limits.n_batch, limits.budget, limits.cells
         middle, seen = (kept + cells) // 2, 4 * cells
         evictions, write, read = [], [], []
@@ -154,13 +154,13 @@ def long_rows(bench: Bench, name: str, small: int, fulls: list[int], repeat: int
     ways: dict[str, tuple[Any, Callable[[], None]]] = {}
     trained = read_model_shape(bench.path).n_ctx_train
     bounded = bench.bounded(small)
-    assert bounded._kv is not None
-    cells, held = bounded._kv.limits.cells, bounded._kv.limits.budget
+    assert bounded.kv is not None
+    cells, held = bounded.kv.limits.cells, bounded.kv.limits.budget
     for full in fulls:
         if full <= trained:
             plain = bench.plain(full)
             ways[f"full, {full}"] = plain, lambda p=plain, f=full: bench.fill_plain(p, f - 520)
-    fresh = bench.plain(cells, bounded._kv.limits.n_batch)
+    fresh = bench.plain(cells, bounded.kv.limits.n_batch)
     ways[f"fresh, {cells}"] = fresh, lambda: bench.fill_plain(fresh, held)
     at = max([f for f in fulls if f <= trained], default=8192)
     ways[f"bounded, {cells} at {at}"] = bounded, lambda: bench.fill_bounded(bounded, held, at)
@@ -169,9 +169,9 @@ def long_rows(bench: Bench, name: str, small: int, fulls: list[int], repeat: int
         for way, (llm, fill_it) in ways.items():
             fill_it()
             times[way][0].append(write_ms(llm, n))
-            times[way][1].append(read_ms(llm, bounded._kv.limits.n_batch))
+            times[way][1].append(read_ms(llm, bounded.kv.limits.n_batch))
     base = times[f"bounded, {cells} at {at}"]
-    shape = bounded._kv.cache.shape
+    shape = bounded.kv.cache.shape
     for way, (write, read) in times.items():
         size = int(way.split()[1].rstrip(","))
         print(

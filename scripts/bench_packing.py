@@ -61,7 +61,7 @@ def packing_row(name: str, model: str, cells: int, flash: bool, repeat: int, thr
         for pack in ("device", "state")
     }
     present, keep, positions = rows_to_keep(llms["device"])
-    shape = llms["device"]._kv.cache.shape
+    shape = llms["device"].kv.cache.shape
     state = synthetic_state(shape, cells)
     source = state[: kept * shape.bytes_per_cell]
     target = source.copy()  # its pages are there
@@ -70,7 +70,7 @@ def packing_row(name: str, model: str, cells: int, flash: bool, repeat: int, thr
     evictions: dict[str, list[float]] = {pack: [] for pack in llms}
     for _ in range(repeat):  # in turn, so that noise meets all
         for pack, llm in llms.items():
-            kv = llm._kv
+            kv = llm.kv
             kv.cache.restore(state, present)
             copies.append(ms(np.copyto, target, source))
             packs[pack].append(ms(kv.cache.pack, present, keep, positions))
@@ -82,7 +82,7 @@ def packing_row(name: str, model: str, cells: int, flash: bool, repeat: int, thr
     evict = {pack: statistics.median(times) for pack, times in evictions.items()}
     writing, reading = {}, {}
     for pack, llm in llms.items():
-        limits = llm._kv.limits
+        limits = llm.kv.limits
         fill(llm, cells - 40, 2 * cells)
         until_next = limits.reserve * write_ms(llm, 12)
         writing[pack] = evict[pack] / (evict[pack] + until_next)

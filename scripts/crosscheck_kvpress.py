@@ -133,7 +133,7 @@ class Transformers:
             out = self._model(_batch(unread), past_key_values=cache, position_ids=positions)
             at += len(unread)
             token = int(out.logits[0, -1].argmax())
-            if llama_cpp.llama_vocab_is_eog(self._llm._model.vocab, token):
+            if llama_cpp.llama_vocab_is_eog(self._llm.vocab, token):
                 break
             reply.append(token)
             unread = np.array([token], np.int32)

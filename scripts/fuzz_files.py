@@ -42,7 +42,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 
-import kvp_edge  # noqa: E402
 import mutations  # noqa: E402
 from kvp_edge import KVCacheError, Llama, SessionError  # noqa: E402
 from kvp_edge.binding.fingerprint import model_fingerprint  # noqa: E402
@@ -137,13 +136,13 @@ class _Conversation(Target):
     def make_other(self, path: Path) -> None: ...
 
     def remember(self) -> None:
-        kv = self.llm._kv
+        kv = self.llm.kv
         assert kv is not None
         self.before = (kv.snapshot(), kv.protected_prefix, kv.evictions, kv.eviction_ms)
         self.n_tokens, self.newest = int(self.llm.n_tokens), kv.cache.newest_position()
 
     def refused(self) -> None:
-        llm, kv = self.llm, self.llm._kv
+        llm, kv = self.llm, self.llm.kv
         assert kv is not None
         now = (kv.snapshot(), kv.protected_prefix, kv.evictions, kv.eviction_ms)
         same = all(a is b or a == b for a, b in zip(now[1:], self.before[1:], strict=True))
@@ -162,7 +161,7 @@ class _Conversation(Target):
         self.llm.eval([7] * min(8, self.llm.n_ctx() - self.llm.n_tokens))
         self.llm.evict()
         with contextlib.suppress(KVCacheError):  # keys that are no numbers give no likeliest token
-            self.llm._likeliest()
+            self.llm.likeliest()
         self.llm.load_session(self.folder / "mine")
         self.remember()
 
@@ -219,7 +218,7 @@ class Rescue(_Conversation):
     def make_other(self, path: Path) -> None:
         self.llm.eval(self.tokens[:20][::-1])
         self.llm.rescue_to(path, lambda: {"messages": []})
-        kvp_edge.llama._write_rescue(lambda: self.llm, "a device failed")  # type: ignore[arg-type]
+        self.llm.rescue("a device failed")
         self.llm.rescue_to(None)
 
 

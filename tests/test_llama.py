@@ -19,6 +19,7 @@ import kvp_edge
 from conftest import RandomModel, beside, random_tokens
 from kvp_edge import BudgetError, ContextLengthError, KVCacheError, UnsupportedModelError
 from kvp_edge.policies import POLICIES, KeyDiff, KNorm, Policy
+from kvp_edge.text.pieces import token_text
 from makers.gguf_models import ModelShape, write_bert, write_mamba
 from support.properties import examples
 
@@ -131,16 +132,12 @@ class Reader:
     def __init__(self, llm: kvp_edge.Llama) -> None:
         self.llm = llm
         self.visible: list[np.ndarray] = []
-        llm_append = llm._kv.append
+        llm.on_batch = self.see
 
-        def append(n: int) -> None:
-            before = set(llm.kv_indices.tolist())
-            seen = llm._kv.seen
-            for j in range(n):
-                self.visible.append(np.array(sorted(before | set(range(seen, seen + j + 1)))))
-            llm_append(n)
-
-        llm._kv.append = append
+    def see(self, start: int, end: int) -> None:
+        held = self.llm.kv_indices
+        for j in range(start, end):
+            self.visible.append(held[held <= j])
 
     def matrix(self) -> np.ndarray:
         n = len(self.visible)
@@ -281,7 +278,7 @@ def test_scores_that_look_at_neighbours_see_them_across_batches_evictions_and_re
     )
 
     def check() -> None:
-        table = llm._kv.snapshot()
+        table = llm.kv.snapshot()
         tokens = np.broadcast_to(table.indices(), (2, 2, table.kept))
         final = tokens[:, :, : table.scores.shape[2]]
         assert final.shape[2] >= table.n_packed
@@ -345,13 +342,13 @@ def test_any_reading_rewinding_and_clearing_keeps_table_and_cells_equal(
                 llm.reset()
             else:
                 length = data.draw(st.integers(0, llm.n_tokens))
-                if llm._kv.can_rewind(length):
+                if llm.kv.can_rewind(length):
                     llm.n_tokens = length
                     llm.eval([9])
             check_stats(llm)
-            held = llm._kv.snapshot().llama_positions()
+            held = llm.kv.snapshot().llama_positions()
             assert llm.kv_indices.shape[-1] == len(held)
-            positions, _, _ = llm._kv.cache.read(0, 10**6, len(held), values=False)
+            positions, _, _ = llm.kv.cache.read(0, 10**6, len(held), values=False)
             np.testing.assert_array_equal(positions, held)
     finally:
         llm.close()
@@ -433,7 +430,7 @@ def test_models_with_a_sliding_window_are_bounded_too(random_model: Maker, load:
     reader = Reader(llm)
     tokens = random_tokens(300)
     llm.eval(tokens)
-    assert llm._kv.cache.shape.has_window == 1
+    assert llm.kv.cache.shape.has_window == 1
     assert llm.kv_stats.evictions >= 1
     want = model.reference.logits(tokens, visible=reader.matrix())
     assert np.abs(llm.scores[:300] - want).max() / want.std() < 2 * F16_LOGITS
@@ -630,13 +627,13 @@ def test_half_of_a_template_marker_is_never_kept(
 
     def check(_: kvp_edge.Eviction) -> None:
         nonlocal checked
-        held = np.zeros(llm._kv.seen, np.bool_)
+        held = np.zeros(llm.kv.seen, np.bool_)
         held[llm.kv_indices] = True
-        for start, end, _ in llm._find_spans(0, llm._kv.seen):
+        for start, end, _ in llm.find_spans(0, llm.kv.seen):
             assert held[start:end].all() or not held[start:end].any()
             checked += end - start > 4
 
-    llm._kv.on_evict = check
+    llm.kv.on_evict = check
     for dialogue in dialogues[3:]:
         llm.create_chat_completion(dialogue, max_tokens=4, temperature=0.0)
     assert checked > 10
@@ -660,7 +657,7 @@ def test_a_protected_system_prompt_is_kept_whole(
     ]
     chat(llm, messages)
     assert llm.kv_stats.evictions > 0
-    text = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_indices)
+    text = b"".join(token_text(llm.vocab, int(llm.input_ids[p])) for p in llm.kv_indices)
     assert text.startswith(b"<s><|im_start|>system\n" + system.encode())
 
 
@@ -728,7 +725,7 @@ def test_an_interrupt_around_a_removal_ends_in_a_clean_re_read(
 ) -> None:
     llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, recent=8)
     untouched = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, recent=8)
-    remove = llm._kv.cache.remove
+    remove = llm.kv.cache.remove
 
     def interrupted(*args: Any) -> int:
         if where == "after":
@@ -736,10 +733,10 @@ def test_an_interrupt_around_a_removal_ends_in_a_clean_re_read(
         raise KeyboardInterrupt
 
     tokens = random_tokens(700)
-    llm._kv.cache.remove = interrupted
+    llm.kv.cache.remove = interrupted
     with pytest.raises(KeyboardInterrupt):
         llm.eval(tokens)
-    llm._kv.cache.remove = remove
+    llm.kv.cache.remove = remove
     for model in (llm, untouched):
         model.create_completion(tokens, max_tokens=5, temperature=0.0)
     np.testing.assert_array_equal(llm.kv_indices, untouched.kv_indices)
@@ -748,15 +745,15 @@ def test_an_interrupt_around_a_removal_ends_in_a_clean_re_read(
 
 def test_an_interrupt_right_after_decoding_is_made_good(random_model: Maker, load: Loader) -> None:
     llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100)
-    append = llm._kv.append
+    append = llm.kv.append
 
     def interrupted(n: int) -> None:
         raise KeyboardInterrupt
 
-    llm._kv.append = interrupted
+    llm.kv.append = interrupted
     with pytest.raises(KeyboardInterrupt):
         llm.eval(random_tokens(30))
-    llm._kv.append = append
+    llm.kv.append = append
     llm.eval([7])
     assert llm.kv_stats.seen == 31
     check_stats(llm)
@@ -827,7 +824,7 @@ def test_a_model_object_can_be_pickled(random_model: Maker, load: Loader) -> Non
     try:
         assert copy.n_ctx() == 999
         assert copy.kv_stats == llm.kv_stats
-        assert copy._kv.limits == llm._kv.limits
+        assert copy.kv.limits == llm.kv.limits
     finally:
         copy.close()
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-import kvp_edge
-from kvp_edge import BudgetError, Llama, OptionError
+from kvp_edge import BudgetError, CacheOptions, Llama, OptionError, sessions
 from kvp_edge.evaluation import grouping
 from kvp_edge.evaluation.records import Record
 from kvp_edge.evaluation.setting import Setting
-from kvp_edge.options import EVALUATED, OPTIONS, CacheOptions
+from kvp_edge.options import EVALUATED, OPTIONS
 from options_table import renewed
 from support.cli_options import options_of
 
@@ -96,7 +95,7 @@ def test_sessions_are_checked_against_every_option_that_says_so(
     bundled_model: str, load: Loader
 ) -> None:
     llm = load(bundled_model, kv_budget=80, n_ctx=900)
-    settings = llm._session_settings()
+    settings = sessions.settings(llm)
     asked = {o.name for o in OPTIONS.values() if o.session == "asked"}
     assert len(asked) > 1
     assert {name: settings[name] for name in asked} == llm.options.asked_of_sessions()
@@ -120,8 +119,9 @@ def test_the_readme_has_the_table() -> None:
         assert f"| `{name}` |" in before
 
 
-def test_what_llama_says_of_itself_names_every_option() -> None:
-    about = inspect.getdoc(kvp_edge.Llama)
+def test_what_the_options_say_of_themselves_names_all_of_them() -> None:
+    about = inspect.getdoc(CacheOptions)
     assert about is not None
-    for name in OPTIONS:
-        assert f"\n    {name}: " in about, name
+    for option in OPTIONS.values():
+        assert f"{option.name}: {option.help}" in " ".join(about.split()), option.name
+    assert "CacheOptions" in (inspect.getdoc(Llama) or "")

@@ -90,8 +90,8 @@ def test_also_after_evictions_and_a_compaction(random_model: Maker, load: Loader
     bound = {**BOUND, "positions": "compact"}
     one, fresh = load(path, **bound), load(path, **bound)
     one.eval(random_tokens(1000))
-    assert one._kv is not None
-    assert one._kv.shift > 0
+    assert one.kv is not None
+    assert one.kv.shift > 0
     one.eval([7])  # nothing was noticed that is not so
     decode_below(one, 20)
     prompt = [*random_tokens(1000), 7, 8]

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import struct
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import kvp_edge
 from conftest import RandomModel, random_tokens
 from kvp_edge import KVCacheError, Llama, SessionError
 from kvp_edge.cache import session_file as session
@@ -311,7 +309,7 @@ HOSTILE: list[tuple[str, Change]] = [
 
 def _accepted(llm: Llama, path: Path, hostile: list[tuple[str, Change]]) -> list[str]:
     """Those that are not refused with a sentence, or change anything all the same."""
-    kv = llm._kv
+    kv = llm.kv
     assert kv is not None
     state = (kv.snapshot(), kv.protected_prefix, kv.evictions, kv.eviction_ms, llm.n_tokens)
     good, accepted = path.read_bytes(), []
@@ -397,7 +395,7 @@ def test_whatever_is_wrong_with_a_rescued_conversation_is_refused(
 def _rescue(llm: Llama, path: Path, extra: Callable[[], Any] | None = None) -> None:
     """As if a device failed."""
     llm.rescue_to(path, extra)
-    kvp_edge.llama._write_rescue(weakref.ref(llm), "a device failed")
+    llm.rescue("a device failed")
     llm.rescue_to(None)
 
 
@@ -482,8 +480,8 @@ def test_a_state_that_llama_cpp_itself_refuses_leaves_the_conversation_as_it_was
     llm, path = saved
     llm.reset()
     llm.eval(random_tokens(200, seed=3))
-    assert llm._kv is not None
-    real, refused = llm._kv.cache.restore, []
+    assert llm.kv is not None
+    real, refused = llm.kv.cache.restore, []
 
     def fails_once(*args: Any) -> None:
         if refused:
@@ -493,7 +491,7 @@ def test_a_state_that_llama_cpp_itself_refuses_leaves_the_conversation_as_it_was
         llm._ctx.kv_cache_seq_rm(0, -1, -1)
         raise KVCacheError("llama.cpp took 0 of the bytes")
 
-    monkeypatch.setattr(llm._kv.cache, "restore", fails_once)
+    monkeypatch.setattr(llm.kv.cache, "restore", fails_once)
     with pytest.raises(SessionError, match="does not fit: llama.cpp does not take its state"):
         llm.load_session(path)
     assert llm.kv_stats.seen == llm.n_tokens == 200
@@ -557,8 +555,8 @@ def test_a_state_that_llama_cpp_does_not_take_leaves_nothing_and_says_so(
     saved: tuple[Llama, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm, path = saved
-    assert llm._kv is not None
-    cache = llm._kv.cache
+    assert llm.kv is not None
+    cache = llm.kv.cache
 
     def fails(*args: Any) -> None:
         llm._ctx.kv_cache_seq_rm(0, -1, -1)

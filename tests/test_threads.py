@@ -265,9 +265,9 @@ def test_a_streamed_chat_does_not_lose_its_system_prompt_to_another(
     messages = [{"role": "system", "content": "You are a very old dog."}, user]
     stream = llm.create_chat_completion(messages, max_tokens=3, stream=True)
     llm.create_chat_completion([user], max_tokens=3)
-    assert llm._kv.protected_prefix == 4
+    assert llm.kv.protected_prefix == 4
     list(stream)
-    assert llm._kv.protected_prefix > 8
+    assert llm.kv.protected_prefix > 8
 
 
 def test_forgotten_streams_cost_nothing(bundled_model: str, load: Loader) -> None:
@@ -346,11 +346,11 @@ def test_a_policy_object_serves_itself_again_when_its_model_is_closed(
 ) -> None:
     policy = get_policy("snapkv")
     llm = load(path, policy=policy, **LIMITS)
-    assert llm._kv.policy is policy
-    assert load(path, policy=policy, **LIMITS)._kv.policy is not policy
+    assert llm.kv.policy is policy
+    assert load(path, policy=policy, **LIMITS).kv.policy is not policy
     llm.close()
     assert policy.query_log is None
-    assert load(path, policy=policy, **LIMITS)._kv.policy is policy
+    assert load(path, policy=policy, **LIMITS).kv.policy is policy
 
 
 def test_a_learned_policy_is_shared_by_models_in_threads(bundled_model: str, load: Loader) -> None:

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray
 from kvp_edge.binding.cache import NativeCache, NotInPlace, RopeShift
+from kvp_edge.binding.queries import QueryLog, SharedLog
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
-from kvp_edge.cache.stats import Eviction
+from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.cache.table import Granularity, Table
 from kvp_edge.cache.turns import choose_rows, choose_tokens
 from kvp_edge.errors import BudgetError, KVCacheError, PolicyError
@@ -37,8 +38,8 @@ SpanFinder = Callable[[int, int], list[Span]]
 class EvictionManager:
     """Keeps one context's cache inside its limits.
 
-    The owner calls, for every batch: ``rewind`` to the length it continues from, ``make_room``,
-    decode, ``append``. Invariants between these calls:
+    The owner calls ``follow`` with the length it continues from, then, for every batch,
+    ``make_room``, decode, ``append``. Invariants between these calls:
 
     - the cache holds exactly the rows of the table, and at most ``limits.cells`` of them;
     - the newest token read is held, so that the next batch can follow it;
@@ -54,6 +55,13 @@ class EvictionManager:
         isolate_turns: do not thin out finished turns again for new ones (kvp_edge.cache.turns).
         compact_at: positions are compacted before they would reach this many, None: never.
         frequencies: of RoPE, needed to compact at head granularity.
+        query_log: for a policy that looks at queries.
+
+    Attributes:
+        limits, policy: see ``replace_limits`` and ``replace_policy``.
+        cache: llama.cpp's.
+        trusted: see above.
+        evictions, evictions_as_state, eviction_ms: see KVStats.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class EvictionManager:
         isolate_turns: bool = False,
         compact_at: int | None = None,
         frequencies: KeyFrequencies | None = None,
+        query_log: QueryLog | None = None,
     ) -> None:
         self.limits = limits
         self.policy = policy
@@ -75,6 +84,8 @@ class EvictionManager:
         self.on_evict = on_evict
         self.trusted = True
         self.cache = cache
+        self.query_log = query_log
+        self._log_shift = 0  # the table's when the logged queries were computed
         self._find_spans = find_spans
         self._isolate_turns = isolate_turns
         self._compact_at = compact_at
@@ -142,8 +153,11 @@ class EvictionManager:
         return self._protected_prefix
 
     def restore(self, table: Table) -> None:
-        """Take over a table stored by ``snapshot``; llama.cpp's state must be that of its time."""
+        """Take over a table stored by ``snapshot``; llama.cpp's state must be that of its time.
+        Queries logged of its tokens stay, so they must be of the same conversation."""
         self._table = table
+        if self.query_log is not None:
+            self.query_log.rewind(table.seen)
         self._shift_pending = False
         self.trusted = True
 
@@ -179,6 +193,60 @@ class EvictionManager:
         self.trusted = self.cache.newest_position() == newest
         return emptied and self.trusted
 
+    def restore_counts(self, evictions: int, evictions_as_state: int, eviction_ms: float) -> None:
+        """Take over what was counted when the table was stored."""
+        self.evictions = evictions
+        self.evictions_as_state = evictions_as_state
+        self.eviction_ms = eviction_ms
+
+    def stats(self, kv_bytes: int, cells: int) -> KVStats:
+        """What the cache holds and what evictions have cost.
+
+        Args:
+            kv_bytes: of llama.cpp's cache.
+            cells: likewise.
+        """
+        location = self.cache.location
+        return KVStats(
+            seen=self.seen,
+            kept=self.kept,
+            dropped=self.seen - self.kept,
+            evictions=self.evictions,
+            cells=cells,
+            kv_bytes=kv_bytes,
+            eviction_ms=self.eviction_ms,
+            budget=self.limits.budget,
+            policy=self.policy.name,
+            granularity=self.granularity,
+            pack="device" if self.packs_in_place else "state",
+            where=location.where,
+            transferred_bytes=location.bytes_transferred,
+            evictions_as_state=self.evictions_as_state,
+        )
+
+    # -- what decides ------------------------------------------------------------------------
+
+    def replace_policy(self, policy: Policy) -> None:
+        """Let another policy decide from now on, which fits this model (opening.check_policy). One
+        that looks at queries finds those that were logged: enough of them if the cache was opened
+        with a policy that needs as many.
+
+        Raises:
+            PolicyError: it looks at queries, and none are logged.
+        """
+        if policy.queries:
+            if self.query_log is None:
+                raise PolicyError(
+                    f"policy '{policy.name}' looks at queries, and none are logged: load the model "
+                    "with a policy that looks at queries, too"
+                )
+            policy.query_log = SharedLog(self.query_log)
+        self.policy = policy
+
+    def replace_limits(self, limits: CacheLimits) -> None:
+        """Let these limits hold from now on, which llama.cpp's cells and batch allow."""
+        self.limits = limits
+
     # -- changes -----------------------------------------------------------------------------
 
     @contextmanager
@@ -191,10 +259,38 @@ class EvictionManager:
     def clear(self) -> None:
         """Forget every token and begin to count anew. The owner removes the cells
         (llama_memory_seq_rm from 0 on)."""
-        self.evictions = 0
-        self.evictions_as_state = 0  # of these, through llama.cpp's state
-        self.eviction_ms = 0.0
+        self.restore_counts(0, 0, 0.0)
         self.restore(self.empty_table())
+
+    def follow(self, length: int, interrupted: bool) -> None:
+        """Be at the first ``length`` tokens, where the owner is. The owner removes the cells of
+        those after them.
+
+        Args:
+            interrupted: an interrupt or an error may have come between ``make_room`` and the end
+                of ``append``, and what came of the batch is not known.
+
+        Raises:
+            KVCacheError: see ``rewind``.
+        """
+        self.notice_others(length, interrupted)
+        if length > self.seen and self.trusted:
+            # An interrupt came between decoding and append(): a token counts when it is decoded.
+            self._append(length - self.seen)
+        self.rewind(length)
+
+    def notice_others(self, length: int, interrupted: bool) -> None:
+        """Trust the cache no longer if its newest token is not that of the conversation: then
+        something else has used the context (a library that calls llama.cpp by itself). What it did
+        is noticed only if it left another number of tokens. The arguments are those of
+        ``follow``."""
+        if length == 0 or not self.trusted:
+            return
+        there = self.cache.newest_position() + 1 + self.shift  # tokens, after llama.cpp
+        if interrupted:  # some of a batch may be there as well
+            self.trusted = there >= length
+        else:  # who goes back may remove the cells, too
+            self.trusted = there in (self.seen, length) and there >= length
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from ``length`` on. The owner removes their cells.
@@ -222,9 +318,20 @@ class EvictionManager:
             t = self._table.cut(length)
             # what follows will be other tokens, and scores may look at those
             self._table = replace(t, scores=self._final(t.scores, t.n_packed, t.kept))
+        if self.query_log is not None:
+            self.query_log.rewind(length)
 
     def append(self, n: int) -> None:
-        """``n`` more tokens were decoded."""
+        """``n`` more tokens were decoded.
+
+        Raises:
+            KVCacheError: llama.cpp did not show their queries to the log.
+        """
+        if self.query_log is not None:
+            self.query_log.append(self.seen, n)
+        self._append(n)
+
+    def _append(self, n: int) -> None:
         self.cache.appended(self.seen - self.shift, n)
         self._table = replace(self._table, seen=self._table.seen + n)
         if self._shift_pending:
@@ -274,6 +381,9 @@ class EvictionManager:
                 f"all {self.limits.cells} cells hold protected tokens: raise kv_budget, or protect "
                 "less"
             )
+        if self.query_log is not None and self.shift != self._log_shift:
+            self.query_log.clear()  # the keys held were turned, each by another angle
+            self._log_shift = self.shift
         return min(n, free)
 
     # -- eviction ----------------------------------------------------------------------------

@@ -42,14 +42,14 @@ class KVStats:
     evictions: int
     cells: int
     kv_bytes: int
-    eviction_ms: float
-    budget: int | None
-    policy: str | None
-    granularity: str | None
-    pack: str | None
-    where: str | None
-    transferred_bytes: int
-    evictions_as_state: int
+    eviction_ms: float = 0.0
+    budget: int | None = None
+    policy: str | None = None
+    granularity: str | None = None
+    pack: str | None = None
+    where: str | None = None
+    transferred_bytes: int = 0
+    evictions_as_state: int = 0
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)]

@@ -19,7 +19,7 @@ from kvp_edge.evaluation.readers import shares_reading, shares_trace, subject_of
 from kvp_edge.evaluation.records import SHIFT
 from kvp_edge.evaluation.run import Job, Run, groups
 from kvp_edge.evaluation.setting import Prompt, Setting
-from kvp_edge.scoring import Subject
+from kvp_edge.scoring import ScoringLlama
 
 # Tokens: before the clock starts, so that all of the model was touched; read at once at first;
 # read one by one, as a reply is written.
@@ -210,9 +210,9 @@ def measure_parts(run: Run, todo: Sequence[Part], seconds: float) -> dict[int | 
     return found
 
 
-def _subject(run: Run, part: Part) -> Subject:
+def _subject(run: Run, part: Part) -> ScoringLlama:
     if _way(part) is None:
-        return Subject.whole(run.model, part.setting.longest, **run.engine)
+        return ScoringLlama.whole(run.model, part.setting.longest, **run.engine)
     return subject_of(run.model, part.setting, run.engine)
 
 

@@ -19,7 +19,7 @@ from kvp_edge.evaluation.records import GOLDEN, ORACLE, PARTS, SHIFT
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.policies import Learned, Policy, get_policy
 from kvp_edge.policies.discovery import own_policy
-from kvp_edge.scoring import Bookmark, Shifted, Subject
+from kvp_edge.scoring import Bookmark, ScoringLlama, Shifted
 from kvp_edge.traces.format import Trace
 from kvp_edge.traces.tracer import Tracer
 
@@ -46,17 +46,17 @@ def reader_of(model: str, settings: Sequence[Setting], engine: Mapping[str, Any]
     return BoundedReader(model, settings, engine)
 
 
-def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> Subject:
+def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> ScoringLlama:
     """What reads in a setting of bounded mode, or in one that drops nothing. For the oracles, which
     must see a conversation first, its policy is another one."""
     n_ctx = setting.longest
     if setting.budget is None or shares_reading(setting):
-        return Subject.whole(model, n_ctx, **engine)
+        return ScoringLlama.whole(model, n_ctx, **engine)
     budget = min(setting.budget, n_ctx)
     if setting.policy == SHIFT:
         return Shifted(model, n_ctx, budget, **engine)
     policy = "recency" if shares_trace(setting) else setting.policy
-    return Subject(
+    return ScoringLlama(
         model,
         n_ctx,
         budget,
@@ -86,7 +86,7 @@ class Reader(ABC):
         ``read_context`` is that of its own setting."""
 
     @abstractmethod
-    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[ScoringLlama, int]:
         """All that comes before the question, or the question too where it is to be seen, is read
         and what is to be dropped is dropped: the subject, and how many tokens it was given."""
 
@@ -150,13 +150,13 @@ class BoundedReader(Reader):
     def prepare(self, setting: Setting, prompt: Prompt) -> None:
         self._decide(setting, prompt)
 
-    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[ScoringLlama, int]:
         subject, cut = self._decide(setting, prompt), setting.cut(prompt)
         subject.forget()
         subject.read(prompt.tokens[:cut].tolist())
         return subject, cut
 
-    def _decide(self, setting: Setting, prompt: Prompt) -> Subject:
+    def _decide(self, setting: Setting, prompt: Prompt) -> ScoringLlama:
         """The subject with the policy that is to decide."""
         subject = self._subjects[setting.budget]
         if shares_trace(setting):
@@ -191,7 +191,7 @@ class SharedReader(Reader):
         self._read: tuple[Prompt, Bookmark] | None = None  # the newest conversation
         self._scored: tuple[str, Bookmark] | None = None  # the same by the newest policy
         if not chosen:
-            self._subject = Subject.whole(model, n_ctx, **engine)
+            self._subject = ScoringLlama.whole(model, n_ctx, **engine)
             return
         # the policy that needs the most of what is prepared at load
         most = max(
@@ -199,7 +199,7 @@ class SharedReader(Reader):
             key=lambda policy: (policy.needs_frequencies, policy.queries),
             default=get_policy("recency"),
         )
-        self._subject = Subject(
+        self._subject = ScoringLlama(
             model, n_ctx, n_ctx, n_ctx, policy=most, **_how(settings[0]), **engine
         )
         for policy in self._policies.values():
@@ -212,7 +212,7 @@ class SharedReader(Reader):
     def prepare(self, setting: Setting, prompt: Prompt) -> None:
         self._start_of(setting, prompt)
 
-    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[ScoringLlama, int]:
         subject = self._subject
         subject.go_back(self._start_of(setting, prompt))
         if setting.budget is not None:
@@ -249,7 +249,7 @@ class _Oracles:
     def __init__(self, model: str, n_ctx: int, engine: Mapping[str, Any]) -> None:
         self._model, self._n_ctx, self._engine = model, n_ctx, engine
         self._tracer: Tracer | None = None
-        self._full: Subject | None = None  # reads the replies before the last question
+        self._full: ScoringLlama | None = None  # reads the replies before the last question
         self._traced: tuple[Prompt, Trace] | None = None
 
     def close(self) -> None:
@@ -290,7 +290,7 @@ class _Oracles:
         if not prompt.turns:
             return tokens
         if self._full is None:
-            self._full = Subject.whole(self._model, self._n_ctx, **self._engine)
+            self._full = ScoringLlama.whole(self._model, self._n_ctx, **self._engine)
         self._full.forget()
         self._full.read(tokens)
         replies = self._full.converse(prompt.turns, prompt.reply_tokens)
@@ -312,7 +312,7 @@ def _how(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _kv_bytes(subject: Subject, setting: Setting) -> int:
+def _kv_bytes(subject: ScoringLlama, setting: Setting) -> int:
     """Of the most tokens held at once. Cells that no token was in do not count."""
     stats, held = subject.kv_stats, subject.n_tokens
     if setting.mode == "bounded" and setting.budget is not None and subject.evictions:

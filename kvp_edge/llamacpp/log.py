@@ -38,6 +38,10 @@ class LlamaLog:
         found = (_KV_SIZE.search(text) for _, text in self.lines)
         return [(float(m.group(1)), int(m.group(2))) for m in found if m]
 
+    def kv_bytes(self) -> int:
+        """Bytes of all KV caches together."""
+        return round(sum(mib for mib, _ in self.kv_mib()) * 2**20)
+
 
 class _Ears:
     """llama.cpp has one log callback for the process. Ours is made once and never freed: another

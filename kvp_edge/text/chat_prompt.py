@@ -36,7 +36,7 @@ class _PromptTaker:
         raise _Prompt(self._llm.tokenize(text, **how))
 
     def create_completion(self, prompt: str, **_: Any) -> None:
-        add_bos = self._llm._model.add_bos_token()
+        add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._llm.vocab))
         self.tokenize(prompt.encode(), add_bos=add_bos, special=True)
 
 
@@ -51,9 +51,9 @@ def transcribe_without_template(llm: Llama) -> bool:
 def ends_reply(llm: Llama, token: int) -> bool:
     """Whether the model's reply is over with this token, which is no part of it: one that ends
     generation, or, in a transcript, one with the end of the line, where the user's would begin."""
-    if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+    if llama_cpp.llama_vocab_is_eog(llm.vocab, token):
         return True
-    return llm.chat_format == transcript.NAME and b"\n" in token_text(llm._model.vocab, token)
+    return llm.chat_format == transcript.NAME and b"\n" in token_text(llm.vocab, token)
 
 
 def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
@@ -74,13 +74,13 @@ def next_turn(llm: Llama, text: str) -> list[int]:
         llm,
         [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(conversation)],
     )
-    ends = list(accumulate(len(token_text(llm._model.vocab, t)) for t in tokens))
-    pieces = b"".join(token_text(llm._model.vocab, t) for t in tokens)
+    ends = list(accumulate(len(token_text(llm.vocab, t)) for t in tokens))
+    pieces = b"".join(token_text(llm.vocab, t) for t in tokens)
     return tokens[bisect_left(ends, pieces.find(reply.encode()) + len(reply)) + 1 :]
 
 
 def last_begin(llm: Llama, tokens: Sequence[int], text: str) -> int:
     """The number of the token in which ``text`` begins the last time; 0 if it does not occur."""
-    pieces = [token_text(llm._model.vocab, t) for t in tokens]
+    pieces = [token_text(llm.vocab, t) for t in tokens]
     at = b"".join(pieces).rfind(text.encode())
     return bisect_right(list(accumulate(map(len, pieces))), at) if at >= 0 else 0

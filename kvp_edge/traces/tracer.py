@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
@@ -97,10 +98,9 @@ class Tracer(Llama):
                 **engine,
             )
             attention = AttentionFromQueries if self.flash_attn else AttentionAsComputed
-            assert self._observer is not None  # of the context that the base class made
             self._attention = attention(self._observer)
-            self._native = NativeCache(self._ctx.ctx)
-            self._attention.start(self._ctx.ctx, self._native, self.n_batch)
+            self._native = NativeCache(self.ctx)
+            self._attention.start(self.ctx, self._native, self.n_batch)
         except BaseException:
             self.close()
             raise
@@ -109,17 +109,11 @@ class Tracer(Llama):
         self.shape: CacheShape = self._native.shape
         self.block = smallest_block(self.shape, length) if block is None else block
 
-    @property
-    def context_params(self) -> Any:
-        return self._context_params
-
-    @context_params.setter
-    def context_params(self, params: Any) -> None:
+    def adjust_context(self, params: Any) -> None:
         params.n_seq_max, params.kv_unified = 2, True  # see native/kvp_edge.h
         self._observer = Observer(params)
-        self._context_params = params
 
-    def _size_context(self, window: int) -> None:
+    def size_context(self, window: int) -> None:
         # A window cache must be smaller than the base cache, to be told from it by its size (2
         # sequences' windows and a micro-batch: llama_kv_cache_iswa).
         if window:
@@ -157,7 +151,7 @@ class Tracer(Llama):
         for at in range(0, len(tokens), self.n_batch):
             self._read(tokens[at : at + self.n_batch])
         while self.n_tokens < most:
-            token = self._likeliest()
+            token = self.likeliest()
             if ends_reply(self, token):
                 break
             self._read([token])
@@ -183,7 +177,7 @@ class Tracer(Llama):
     def forget(self) -> None:
         """Empty the cache, so that the next text begins in its first cell."""
         self.reset()
-        self._ctx.kv_cache_clear()
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), True)
 
 
 def smallest_block(shape: CacheShape, length: int) -> int:

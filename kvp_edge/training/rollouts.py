@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies import Policy
-from kvp_edge.scoring import Subject
+from kvp_edge.scoring import ScoringLlama
 from kvp_edge.text.spans import Span
 from kvp_edge.training.agent import Agents, position_features
 from kvp_edge.training.data import Protected
@@ -85,11 +85,11 @@ class Reading:
     entropies: FloatArray
 
 
-class _Reader(Subject):
+class _Reader(ScoringLlama):
     """A subject that tells the loss of every token of a text. Template markers are tokens like
     others, so that an action is what was drawn."""
 
-    def _find_spans(self, start: int, end: int) -> list[Span]:
+    def find_spans(self, start: int, end: int) -> list[Span]:
         return []
 
     def follow(self, tokens: Sequence[int]) -> Reading:
@@ -98,19 +98,16 @@ class _Reader(Subject):
         self._losses: list[FloatArray] = []
         self._entropies: list[FloatArray] = []
         self.forget()
-        usual, self._logits_all = self._logits_all, True
-        try:
+        assert self.kv is not None
+        budget = self.kv.limits.budget
+        with self.logits_to(self._see):
             # the budget first, or the first eviction would drop another number than later ones
-            assert self._kv is not None
-            budget = self._kv.limits.budget
             self.read(tokens[:budget])
             self.read(tokens[budget:])
-        finally:
-            self._logits_all = usual
         found = np.concatenate(self._losses), np.concatenate(self._entropies)
         return Reading(*(x.astype(np.float32) for x in found))
 
-    def _keep_logits(self, start: int, logits: FloatArray) -> None:
+    def _see(self, start: int, logits: FloatArray) -> None:
         following = self._text[start + 1 : start + 1 + len(logits)]
         x = logits[: len(following)].astype(np.float64)
         x -= x.max(1, keepdims=True)

@@ -40,7 +40,7 @@ def test_a_state_is_checked_without_touching_the_cache(
 ) -> None:
     llm = load(bundled_model, n_ctx=999, kv_budget=128)
     llm.eval([1, 5, 6, 7, 8])
-    cache, present = llm._kv.cache, np.arange(5, dtype=np.int32)
+    cache, present = llm.kv.cache, np.arange(5, dtype=np.int32)
     state = cache.state()
     cache.check_state(state, present)
     for wrong in (present[:4], present + 1, np.empty(0, np.int32)):

@@ -46,7 +46,7 @@ Maker = Callable[[ModelShape], RandomModel]
 def opened(load: Loader, model: RandomModel, **kwargs: Any) -> tuple[Any, NativeCache]:
     """A bounded Llama that never evicts here, and its native cache."""
     llm = load(model.path, n_ctx=512, kv_budget=512, **kwargs)
-    return llm, llm._kv.cache
+    return llm, llm.kv.cache
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -127,8 +127,8 @@ def test_reading_leaves_the_conversation_as_it_was(random_model: Maker, load: Lo
     untouched, _ = opened(load, model, logits_all=True)
     for llm in (read, untouched):
         llm.eval(tokens[:30])
-    read._kv.cache.read(5, 20, 15)
-    read._kv.cache.score("keydiff", 0, 30, np.arange(30, dtype=np.int32))
+    read.kv.cache.read(5, 20, 15)
+    read.kv.cache.score("keydiff", 0, 30, np.arange(30, dtype=np.int32))
     for llm in (read, untouched):
         llm.eval(tokens[30:])
     np.testing.assert_array_equal(read.scores[:40], untouched.scores[:40])

@@ -97,7 +97,7 @@ def test_another_model_s_cache_is_refused(
     llm = load(random_model(ModelShape("llama", head_dim=32)).path, kv_budget=400, n_ctx=512)
     llm.eval(list(range(3, 20)))
     with pytest.raises(ValueError, match=r"the policy scores 2 layers x 3 KV heads x 32\+64"):
-        llm._kv.cache.score(NativePolicy(random_weights(INFO)), 0, 17, np.arange(17))
+        llm.kv.cache.score(NativePolicy(random_weights(INFO)), 0, 17, np.arange(17))
 
 
 @pytest.mark.parametrize("granularity", ["token", "head"])
@@ -134,6 +134,6 @@ def test_a_chat_keeps_the_same_tokens_natively_and_in_numpy(
         )
         llm.eval([1, *np.random.default_rng(0).integers(300, 2000, 700).tolist()])
         assert llm.kv_stats.evictions > 3
-        held.append(llm._kv.indices)
+        held.append(llm.kv.indices)
     # Rounding may put two equal scores in the other order, and what is kept decides what follows.
     assert np.mean(held[0] == held[1]) > 0.98

@@ -55,8 +55,8 @@ TYPES = {
 
 
 def cache_of(llm: Llama) -> NativeCache:
-    assert llm._kv is not None
-    return llm._kv.cache
+    assert llm.kv is not None
+    return llm.kv.cache
 
 
 def held(llm: Llama) -> list[blobs.Cache]:
@@ -91,8 +91,8 @@ def assert_same_cache(a: Llama, b: Llama) -> None:
 
 def cells_are_followed(llm: Llama) -> bool:
     """Whether they are known; they are then llama.cpp's, or this raises."""
-    assert llm._kv is not None
-    return cache_of(llm).check_cells(llm._kv.snapshot().llama_positions())
+    assert llm.kv is not None
+    return cache_of(llm).check_cells(llm.kv.snapshot().llama_positions())
 
 
 # -- packing ---------------------------------------------------------------------------------
@@ -145,8 +145,8 @@ def test_in_place_and_state_leave_the_same_bytes(
             llm.eval(random_tokens(40, seed=2)[1:])
         shared = cache_of(state).state()
         for llm in (in_place, state):
-            assert llm._kv is not None
-            llm._kv.restore_with(state._kv.snapshot(), shared)  # type: ignore[union-attr]
+            assert llm.kv is not None
+            llm.kv.restore_with(state.kv.snapshot(), shared)  # type: ignore[union-attr]
             llm.evict()
         np.testing.assert_array_equal(in_place.kv_indices, state.kv_indices)
         assert_same_cache(in_place, state)
@@ -332,8 +332,8 @@ def test_scores_in_place_are_those_of_the_state_and_of_numpy(
     types: tuple[str, str, bool],
 ) -> None:
     llm = evicted(load, random_model(shape).path, *types)
-    assert llm._kv is not None
-    cache, present = cache_of(llm), llm._kv.snapshot().llama_positions()
+    assert llm.kv is not None
+    cache, present = cache_of(llm), llm.kv.snapshot().llama_positions()
     tokens = llm.kv_indices
     s = cache.shape
     info = PolicyInfo("llama", s.n_layer, s.n_head_kv, s.head_size_k, s.head_size_v, 8, 5)
@@ -387,8 +387,8 @@ def test_what_rules_look_at_is_the_same_in_place_and_in_numpy(
     types: tuple[str, str, bool],
 ) -> None:
     llm = evicted(load, random_model(shape).path, *types)
-    assert llm._kv is not None
-    cache, present = cache_of(llm), llm._kv.snapshot().llama_positions()
+    assert llm.kv is not None
+    cache, present = cache_of(llm), llm.kv.snapshot().llama_positions()
     s, n = cache.shape, len(present)
     p0, p1 = int(present[0]), int(present[-1]) + 1
     rng = np.random.default_rng(1)
@@ -594,8 +594,8 @@ def test_compacted_positions_are_followed(
     for step in range(8):
         llm.eval(random_tokens(90, seed=step)[1:])
         assert cells_are_followed(llm)
-    assert llm._kv is not None
-    assert llm._kv.shift > 0
+    assert llm.kv is not None
+    assert llm.kv.shift > 0
     # turned keys go through the state at head granularity; llama.cpp turns them itself at the other
     assert (cache_of(llm).location.packed_as_state > 0) == (granularity == "head")
 
@@ -730,7 +730,7 @@ with placed([rpc_device(RpcServer().endpoint) for _ in range(2)]):
 fresh = Llama(sys.argv[1], **bound)
 failed = "the device RPC"
 {failing_call.READ_AGAIN}
-assert llm._kv.cache.check_cells(llm._kv.snapshot().llama_positions())
+assert llm.kv.cache.check_cells(llm.kv.snapshot().llama_positions())
 print("survived")
 """
 

@@ -78,8 +78,8 @@ def text(n: int, seed: int = 0) -> list[int]:
 
 
 def native(llm: Llama) -> NativeCache:
-    assert llm._kv is not None
-    return llm._kv.cache
+    assert llm.kv is not None
+    return llm.kv.cache
 
 
 def some_rows(
@@ -238,7 +238,7 @@ def test_permuting_all_rows_of_every_head_leaves_logits_unchanged(
         llm.eval([7])
         want = np.array(llm.scores[n])
         llm.n_tokens = n
-        llm._follow()
+        llm.sync()
         shape = native(llm).shape
         rows = some_rows(shape.n_layer, shape.n_head_kv, n, n, np.random.default_rng(3))
         native(llm).pack(np.arange(n), rows, np.arange(n))
@@ -256,9 +256,9 @@ def run(llm: Llama) -> int:
     for token in text(90, seed=1):
         llm.eval([token])
     llm.eval(text(100, seed=2))
-    assert llm._kv is not None
+    assert llm.kv is not None
     assert llm.kv_stats.granularity == "head"
-    return llm._kv.evictions
+    return llm.kv.evictions
 
 
 @pytest.mark.parametrize("policy", [Noise, CacheNoise])

@@ -62,8 +62,8 @@ def test_rewinding_inside_the_recent_window_is_exact(
     assert llm.kv_stats.evictions == 1
     oldest = llm.kv_stats.seen - 60 - BOUND["recent"] + 1
     for length in (llm.n_tokens - 1, llm.n_tokens - 30, oldest):
-        assert llm._kv is not None
-        assert llm._kv.can_rewind(length)
+        assert llm.kv is not None
+        assert llm.kv.can_rewind(length)
         llm.n_tokens = length
         llm.eval(random_tokens(40, seed=length))
         want = watch.expected(model.reference)
@@ -102,11 +102,11 @@ def test_a_window_cache_that_moved_on_is_not_rewound_into(
     watch = Watch(llm, WINDOW)
     llm.eval(random_tokens(200))
     llm.eval(random_tokens(60, seed=1))
-    assert llm._kv is not None
-    allowed = [n for n in range(1, llm.n_tokens) if llm._kv.can_rewind(n)]
+    assert llm.kv is not None
+    allowed = [n for n in range(1, llm.n_tokens) if llm.kv.can_rewind(n)]
     assert allowed
     for length in (allowed[-1], allowed[len(allowed) // 2], allowed[0]):
-        if not llm._kv.can_rewind(length):
+        if not llm.kv.can_rewind(length):
             continue
         llm.n_tokens = length
         llm.eval(random_tokens(9, seed=length))
@@ -120,8 +120,8 @@ def test_an_interrupt_around_packing_ends_in_a_clean_re_read(
     random_model: Maker, load: Loader, where: str
 ) -> None:
     llm, untouched = (load(random_model(LLAMA).path, **BOUND, granularity="head") for _ in range(2))
-    assert llm._kv is not None
-    pack = llm._kv.cache.pack
+    assert llm.kv is not None
+    pack = llm.kv.cache.pack
 
     def interrupted(*args: Any) -> None:
         if where == "after":
@@ -129,10 +129,10 @@ def test_an_interrupt_around_packing_ends_in_a_clean_re_read(
         raise KeyboardInterrupt
 
     tokens = random_tokens(700)
-    llm._kv.cache.pack = interrupted  # type: ignore[method-assign]
+    llm.kv.cache.pack = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         llm.eval(tokens)
-    llm._kv.cache.pack = pack  # type: ignore[method-assign]
+    llm.kv.cache.pack = pack  # type: ignore[method-assign]
     with pytest.raises(KVCacheError, match="interrupted"):
         llm.eval([7])
     answers = [next(iter(of.generate(tokens, temp=0.0))) for of in (llm, untouched)]
@@ -172,7 +172,7 @@ def test_no_more_cells_than_the_context_has_ever_hold_tokens(
     )
     for seed in range(6):
         llm.eval(random_tokens(150, seed=seed))
-        held = llm._kv.cache.read(0, 10**6, llm.kv_stats.kept, values=False)[0]  # type: ignore[union-attr]
+        held = llm.kv.cache.read(0, 10**6, llm.kv_stats.kept, values=False)[0]  # type: ignore[union-attr]
         assert len(held) == llm.kv_stats.kept <= llm.kv_stats.cells == 256
     assert seen
     assert set(seen) == {BOUND["kv_budget"]}

@@ -42,8 +42,8 @@ F32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
 
 
 def newest_position(llm: Llama) -> int:
-    assert llm._kv is not None
-    return llm._kv.cache.newest_position()
+    assert llm.kv is not None
+    return llm.kv.cache.newest_position()
 
 
 @pytest.mark.parametrize("granularity", ["head", "token"])
@@ -59,8 +59,8 @@ def test_logits_equal_attention_with_keys_at_the_compacted_positions(
     for token in random_tokens(60, seed=1):
         llm.eval([token])
     llm.eval(random_tokens(130, seed=2))
-    assert llm._kv is not None
-    assert llm._kv.shift > 0
+    assert llm.kv is not None
+    assert llm.kv.shift > 0
     assert llm.kv_stats.evictions >= 2
     limit = 0.02 if name == "gemma3" else 3e-4
     assert difference(llm.scores[: llm.n_tokens], watch.expected(model.reference)) < limit
@@ -102,8 +102,8 @@ def test_rewinding_after_a_compaction_is_exact(
     llm = load(model.path, **BOUND, **F32, granularity=granularity, policy=Noise(), logits_all=True)
     watch = Watch(llm, model.shape)
     llm.eval(random_tokens(330))
-    assert llm._kv is not None
-    assert llm._kv.shift > 0
+    assert llm.kv is not None
+    assert llm.kv.shift > 0
     llm.n_tokens -= 15
     llm.eval(random_tokens(60, seed=3))
     assert difference(llm.scores[: llm.n_tokens], watch.expected(model.reference)) < 3e-4
@@ -114,20 +114,20 @@ def test_an_interrupt_before_llama_cpp_turned_the_keys_ends_in_a_re_read(
 ) -> None:
     """At token granularity llama.cpp turns keys at the next decode; until then they are wrong."""
     llm = load(random_model(SHAPES["llama"]).path, **BOUND, granularity="token")
-    decode = llm._decode
+    read_batch = llm.read_batch
 
-    def interrupted(tokens: list[int], shift: int) -> None:
-        if shift > 0:
+    def interrupted(tokens: list[int], position: int) -> None:
+        if position < llm.n_tokens:
             raise KeyboardInterrupt
-        decode(tokens, shift)
+        read_batch(tokens, position)
 
-    llm._decode = interrupted
+    llm.read_batch = interrupted
     tokens = random_tokens(700)
     with pytest.raises(KeyboardInterrupt):
         llm.eval(tokens)
-    assert llm._kv is not None
-    assert not llm._kv.can_rewind(llm.n_tokens)
-    llm._decode = decode
+    assert llm.kv is not None
+    assert not llm.kv.can_rewind(llm.n_tokens)
+    llm.read_batch = read_batch
     fresh = load(random_model(SHAPES["llama"]).path, **BOUND, granularity="token")
     answers = [next(iter(of.generate(tokens, temp=0.0))) for of in (llm, fresh)]
     assert answers[0] == answers[1]
@@ -203,15 +203,15 @@ def test_keys_after_a_compaction_are_those_of_the_token_at_the_new_position(
     llm = load(str(tmp_path / "m.gguf"), **{**BOUND, **kind}, policy=Noise(), granularity="head")
     tokens = random_tokens(560)
     llm.eval(tokens)
-    assert llm._kv is not None
-    table = llm._kv.snapshot()
+    assert llm.kv is not None
+    table = llm.kv.snapshot()
     assert table.shift > 0
     n = table.kept
     rotated = table.rope_positions()[0]
-    _, keys, _ = llm._kv.cache.read(0, 10**6, n, values=False)
+    _, keys, _ = llm.kv.cache.read(0, 10**6, n, values=False)
 
     exact = load(str(tmp_path / "m.gguf"), **{**BOUND, **options, **F32, "positions": "keep"})
-    assert exact._kv is not None
+    assert exact.kv is not None
     want: dict[tuple[int, int], Any] = {}
     for head, row in np.ndindex(table.indices().shape[1:]):
         token, position = tokens[table.indices()[0, head, row]], int(rotated[head, row])
@@ -219,7 +219,7 @@ def test_keys_after_a_compaction_are_those_of_the_token_at_the_new_position(
             exact._ctx.kv_cache_seq_rm(-1, 0, -1)
             exact._batch.set_batch(batch=[token], n_past=position, logits_all=False)
             exact._ctx.decode(exact._batch)
-            _, one, _ = exact._kv.cache.read(position, position + 1, 1, values=False)
+            _, one, _ = exact.kv.cache.read(position, position + 1, 1, values=False)
             want[token, position] = one[0, :, 0]
         key = want[token, position][head]
         error = np.linalg.norm(keys[0, head, row] - key) / np.linalg.norm(key)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import BudgetError, Llama
-from kvp_edge.scoring import Subject
+from kvp_edge.scoring import ScoringLlama
 from makers.gguf_models import ModelShape, write_model
 from support.cache_types import CACHE_TYPES
 from support.closeness import EXACT, difference
@@ -135,8 +135,8 @@ def test_positions_are_compacted_beside_a_window_larger_than_the_cells(
     )
     read_in_pieces(llm)
     assert llm.n_tokens == 1000
-    assert llm._kv is not None
-    assert llm._kv.shift > 0
+    assert llm.kv is not None
+    assert llm.kv.shift > 0
 
 
 @examples(12)
@@ -167,7 +167,7 @@ def test_an_evaluation_in_fewer_cells_than_the_window_sees_the_window_whole(
 ) -> None:
     model = random_model(windowed(LARGE))
     options: dict[str, Any] = {"verbose": False, "n_threads": 1, "logits_all": True, **F32}
-    subject = Subject(
+    subject = ScoringLlama(
         model.path, 3000, 64, 40, recent=10, policy=Noise(), swa_full=swa_full, **options
     )
     watch = Watch(subject, model.shape)
@@ -266,8 +266,8 @@ def test_windows_of_other_architectures_work_past_the_full_cache(
             logits_all=True,
             pack=pack,
         )
-        assert llm._kv is not None
-        assert llm._kv.cache.shape.has_window
+        assert llm.kv is not None
+        assert llm.kv.cache.shape.has_window
         read_in_pieces(llm)
         assert llm.kv_stats.evictions >= 2
         logits.append(np.array(llm.scores[: llm.n_tokens]))

@@ -22,7 +22,9 @@ from kvp_edge.cache.selection import clipped, no_longer_held, several_held, unit
 from kvp_edge.cache.table import Table
 from kvp_edge.cache.turns import settled_share
 from kvp_edge.policies import Policy
+from kvp_edge.text.chat_markers import template_markers
 from kvp_edge.text.chat_prompt import prompt_tokens
+from kvp_edge.text.pieces import token_text
 from kvp_edge.text.spans import KEEP_WHOLE, TEXT, TURN, Span, find_spans
 from support.properties import examples
 
@@ -78,8 +80,8 @@ class Watch:
     def __init__(self, llm: Llama, keep_whole: str, isolate_turns: bool) -> None:
         self.llm, self.keep_whole, self.isolate = llm, keep_whole, isolate_turns
         self.evictions, self.divided, self.unused = 0, 0, 0
-        assert llm._kv is not None
-        self.kv = llm._kv
+        assert llm.kv is not None
+        self.kv = llm.kv
         inner = self.kv._evict
 
         def evict() -> None:
@@ -90,8 +92,10 @@ class Watch:
         self.kv._evict = evict  # type: ignore[method-assign]
 
     def spans(self, seen: int) -> list[Span]:
-        pieces = [self.llm._piece(int(t)) for t in self.llm.input_ids[:seen]]
-        return find_spans(pieces, self.llm._template_markers(), self.keep_whole, 0)
+        pieces = [token_text(self.llm.vocab, int(t)) for t in self.llm.input_ids[:seen]]
+        return find_spans(
+            pieces, template_markers(self.llm.chat_completion_handler()), self.keep_whole, 0
+        )
 
     def check(self, before: Table, after: Table) -> None:
         limits, seen = self.kv.limits, before.seen
@@ -265,8 +269,8 @@ def test_sentences_leave_little_of_a_budget_unused(
 ) -> None:
     llm = load(bundled_model, **TIGHT, policy="keydiff", keep_whole="sentences")
     kept: list[int] = []
-    assert llm._kv is not None
-    llm._kv.on_evict = lambda e: kept.append(e.kept)
+    assert llm.kv is not None
+    llm.kv.on_evict = lambda e: kept.append(e.kept)
     llm.eval(llm.tokenize(book[3000:12000].encode()))
     assert len(kept) > 5
     assert np.mean(kept) > 0.95 * 120
@@ -278,8 +282,8 @@ def test_the_table_of_spans_does_not_grow_with_the_text(
 ) -> None:
     llm = load(bundled_model, **TIGHT, policy="keydiff", keep_whole=keep_whole)
     llm.eval(llm.tokenize(book.encode())[:4000])
-    assert llm._kv is not None
-    assert len(llm._kv.snapshot().spans) <= 256  # no more than there are cells
+    assert llm.kv is not None
+    assert len(llm.kv.snapshot().spans) <= 256  # no more than there are cells
 
 
 def test_what_is_clipped_away_is_no_span_and_borders_may_cross() -> None:
@@ -375,7 +379,7 @@ def test_new_turns_leave_settled_tokens_three_quarters_of_the_room(
         granularity=granularity,
         isolate_turns=isolate_turns,
     )
-    kv = llm._kv
+    kv = llm.kv
     assert kv is not None
     tokens = conversation(llm, [0, 1, 2, 1] * 10)
     llm.eval(tokens[:257])
@@ -397,8 +401,8 @@ def test_a_turn_that_goes_on_after_going_back_is_not_settled(
     llm = load(bundled_model, **TIGHT, policy="recency", isolate_turns=True)
     llm.eval(conversation(llm, [2, 1] * 6)[:300])
     llm.evict()
-    assert llm._kv is not None
-    table = llm._kv.snapshot()
+    assert llm.kv is not None
+    table = llm.kv.snapshot()
     (one, _), (newest, end) = [s[:2] for s in table.spans.tolist() if s[2] == TURN][-2:]
     # the border of what is protected lies in the turn before the newest
     assert one < table.rewind_from == 277 < newest

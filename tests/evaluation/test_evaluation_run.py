@@ -23,7 +23,7 @@ from kvp_edge.evaluation.setting import Prompt, Setting, budget_of
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
 from kvp_edge.policies import POLICIES
-from kvp_edge.scoring import Shifted, Subject
+from kvp_edge.scoring import ScoringLlama, Shifted
 from kvp_edge.text.chat_prompt import prompt_tokens
 
 ENGINE: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
@@ -32,11 +32,11 @@ LENGTH = 512
 
 @pytest.fixture
 def subject(bundled_model: str) -> Iterator[Any]:
-    """subject(...) -> Subject, closed after the test."""
-    made: list[Subject] = []
+    """subject(...) -> ScoringLlama, closed after the test."""
+    made: list[ScoringLlama] = []
 
-    def make(n_ctx: int, cells: int, budget: int, **kwargs: Any) -> Subject:
-        made.append(Subject(bundled_model, n_ctx, cells, budget, **{**ENGINE, **kwargs}))
+    def make(n_ctx: int, cells: int, budget: int, **kwargs: Any) -> ScoringLlama:
+        made.append(ScoringLlama(bundled_model, n_ctx, cells, budget, **{**ENGINE, **kwargs}))
         return made[-1]
 
     yield make

@@ -26,7 +26,7 @@ from kvp_edge.policies import H2O, SnapKV
 from kvp_edge.policies.attention import ByAttention
 from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policy_file import read_policy, write_policy
-from kvp_edge.scoring import Subject
+from kvp_edge.scoring import ScoringLlama
 from kvp_edge.traces.tracer import Tracer
 from makers.gguf_models import ModelShape
 
@@ -68,9 +68,9 @@ def read_anew(model: str, setting: Setting, prompt: Prompt) -> dict[str, Any]:
     }
     whole = budget is None or setting.policy == SHIFT
     with closing(
-        Subject.whole(model, n, **ENGINE)
+        ScoringLlama.whole(model, n, **ENGINE)
         if whole
-        else Subject(model, n, n, budget or n, policy=policy, **how, **ENGINE)
+        else ScoringLlama(model, n, n, budget or n, policy=policy, **how, **ENGINE)
     ) as subject:
         shift = ContextShift(subject, cells=budget) if setting.policy == SHIFT else None
         if shift is not None:
@@ -175,13 +175,13 @@ def test_a_conversation_is_read_once_and_only_if_a_record_of_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read: list[int] = []
-    evaluate = Subject.eval
+    evaluate = ScoringLlama.eval
 
-    def counted(self: Subject, tokens: Sequence[int]) -> None:
+    def counted(self: ScoringLlama, tokens: Sequence[int]) -> None:
         read.append(len(tokens))
         evaluate(self, tokens)
 
-    monkeypatch.setattr(Subject, "eval", counted)
+    monkeypatch.setattr(ScoringLlama, "eval", counted)
     command = ["eval", "--threads", "1", "--mode", "one-shot", "--tasks", "fact", "--items", "2"]
     command += ["--lengths", "400", "--budgets", "1/4,1/8", "--out", str(tmp_path)]
 
@@ -235,25 +235,27 @@ def test_a_context_is_scored_once_for_all_budgets_of_a_policy(
 
 
 @pytest.fixture
-def subject(bundled_model: str) -> Iterator[Subject]:
+def subject(bundled_model: str) -> Iterator[ScoringLlama]:
     with closing(
-        Subject(bundled_model, 700, 700, 700, policy="expected-attention", **ENGINE)
+        ScoringLlama(bundled_model, 700, 700, 700, policy="expected-attention", **ENGINE)
     ) as made:
         yield made
 
 
-def test_after_going_back_logits_queries_and_cells_are_those_of_reading(subject: Subject) -> None:
+def test_after_going_back_logits_queries_and_cells_are_those_of_reading(
+    subject: ScoringLlama,
+) -> None:
     tokens = random_tokens(600)
     subject.read(tokens)
-    assert subject._query_log is not None
-    mark, read = subject.bookmark(), subject._newest_logits().copy()
-    queries = subject._query_log.read(600)
+    assert subject.kv.query_log is not None
+    mark, read = subject.bookmark(), subject.newest_logits().copy()
+    queries = subject.kv.query_log.read(600)
     kept = []
     for policy in (SnapKV(), H2O(), H2O()):
         subject.go_back(mark)
         subject.policy = policy
         subject.limit(100)
-        np.testing.assert_array_equal(subject._newest_logits(), read)
+        np.testing.assert_array_equal(subject.newest_logits(), read)
         subject.evict()
         assert (subject.held, subject.evictions) == (100, 1)
         kept.append(subject.kv_indices)
@@ -263,17 +265,17 @@ def test_after_going_back_logits_queries_and_cells_are_those_of_reading(subject:
     subject.go_back(mark)
     subject.limit(700)
     assert (subject.held, subject.evictions, subject.n_tokens) == (600, 0, 600)
-    again = subject._query_log.read(600)
+    again = subject.kv.query_log.read(600)
     np.testing.assert_array_equal(again.queries, queries.queries)
     np.testing.assert_array_equal(again.indices, queries.indices)
-    assert subject._kv is not None
-    assert subject._kv.cache.check_cells(np.arange(600, dtype=np.int32))  # scored where they lie
+    assert subject.kv is not None
+    assert subject.kv.cache.check_cells(np.arange(600, dtype=np.int32))  # scored where they lie
     subject.read(tokens[:64])
-    went_on = subject._newest_logits().copy()
+    went_on = subject.newest_logits().copy()
     subject.forget()
     subject.read(tokens)
     subject.read(tokens[:64])
-    np.testing.assert_array_equal(subject._newest_logits(), went_on)
+    np.testing.assert_array_equal(subject.newest_logits(), went_on)
 
 
 @pytest.mark.parametrize("granularity", ["head", "token"])
@@ -300,13 +302,13 @@ def test_so_are_they_in_other_caches(
     n, path, how = 300, random_model(shape).path, {"granularity": granularity, **cache, **ENGINE}
     for seed in (0, 1):
         tokens, more = random_tokens(n, seed), random_tokens(20, seed + 9)
-        with closing(Subject(path, 400, 400, 80, policy="snapkv", **how)) as anew:
+        with closing(ScoringLlama(path, 400, 400, 80, policy="snapkv", **how)) as anew:
             anew.read(tokens)
             anew.evict()
             kept = anew.kv_indices
             anew.read(more)
-            wanted = anew._newest_logits().copy()
-        with closing(Subject(path, 400, 400, 400, policy="h2o", **how)) as shared:
+            wanted = anew.newest_logits().copy()
+        with closing(ScoringLlama(path, 400, 400, 400, policy="h2o", **how)) as shared:
             shared.read(random_tokens(n, seed=5))
             shared.forget()
             shared.read(tokens)
@@ -319,7 +321,7 @@ def test_so_are_they_in_other_caches(
                 held = shared.kv_indices
                 shared.read(more)
             np.testing.assert_array_equal(held, kept)
-            got = shared._newest_logits()
+            got = shared.newest_logits()
             if shape.sliding_window:  # cells in another order: other rounding
                 np.testing.assert_allclose(got, wanted, atol=5e-3)
             else:

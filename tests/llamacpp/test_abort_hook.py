@@ -256,7 +256,7 @@ def test_a_rescued_conversation_goes_on_as_if_read_here(
     assert llm.load_session(file) == {"messages": ["hi"]}
     assert llm.input_ids[: llm.n_tokens].tolist() == random_tokens(N_READ)
     np.testing.assert_array_equal(llm.kv_indices, direct.kv_indices)
-    np.testing.assert_array_equal(llm._newest_logits(), direct._newest_logits())
+    np.testing.assert_array_equal(llm.newest_logits(), direct.newest_logits())
 
 
 @pytest.fixture(scope="module")

@@ -230,7 +230,7 @@ def test_a_log_and_a_trace_tell_the_same(
     policy = Learned(random_policy(tmp_path / "p.gguf", window=16))
     llm = load(seen.model.path, n_ctx=999, kv_budget=200, policy=policy, type_k=0, type_v=0)
     llm.eval(seen.tokens[:58])
-    _, keys, _ = llm._kv.cache.read(0, 58, 58, values=False)
+    _, keys, _ = llm.kv.cache.read(0, 58, 58, values=False)
     got = attention_statistics(policy.logged(), keys, np.arange(58, dtype=np.int32), 16)
     want = statistics_of(seen.trace, 58, HEADS, 0, 16)
     np.testing.assert_allclose(got.reshape(L * H, 58, 2), want, atol=2e-2)

@@ -316,7 +316,7 @@ def test_logged_queries_pay_the_attention_that_llama_computed(
     llm.eval(tokens)
     logged = policy.logged()
     np.testing.assert_array_equal(logged.indices, np.arange(N_TOKENS))
-    _, keys, _ = llm._kv.cache.read(0, N_TOKENS, N_TOKENS, values=False)
+    _, keys, _ = llm.kv.cache.read(0, N_TOKENS, N_TOKENS, values=False)
     got = np.array(
         [paid.max(axis=1).sum(axis=1) for paid in attention(logged, keys, logged.indices)]
     )
@@ -461,8 +461,8 @@ def test_compacted_positions_go_on(name: str, granularity: str, tmp_path: Path, 
     )  # fmt: skip
     for turn in range(5):
         llm.eval(random_tokens(300, seed=turn))
-        logged = len(llm._query_log)
-    assert llm._kv.shift > 0
+        logged = len(llm.kv.query_log)
+    assert llm.kv.shift > 0
     assert 0 < logged <= 256
 
 

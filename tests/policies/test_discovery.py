@@ -162,12 +162,12 @@ def test_at_token_granularity_heads_count_by_their_learned_weights(
     tokens = np.random.default_rng(1).integers(3, 60, 256).tolist()
     llm.eval(tokens)
     assert llm.kv_stats.evictions == 0
-    _, keys, values = llm._kv.cache.read(0, 256, 256)
+    _, keys, values = llm.kv.cache.read(0, 256, 256)
     scores = get_policy(str(path)).score(keys, values, np.arange(256, dtype=np.int32))[1, 0]
     llm.eval(tokens[:1])
     best = 2 + np.argsort(-scores[2:248], kind="stable")[: 100 - 10]
     expected = sorted({0, 1, *best.tolist(), *range(248, 257)})
-    assert llm._kv.indices.tolist() == expected
+    assert llm.kv.indices.tolist() == expected
 
 
 def test_the_small_model_comes_with_a_policy_that_fits_it(

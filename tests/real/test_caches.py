@@ -70,8 +70,8 @@ def test_in_place_and_through_the_state_the_same_stays(
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(*(newest_logits(llm) for llm in both))
     for llm in both:  # the table is right about where the rows lie
-        assert llm._kv is not None
-        known = llm._kv.cache.check_cells(llm._kv.snapshot().llama_positions())
+        assert llm.kv is not None
+        known = llm.kv.cache.check_cells(llm.kv.snapshot().llama_positions())
         assert known == (llm is both[0])
 
 
@@ -136,8 +136,8 @@ def test_native_scores_are_those_of_numpy_on_the_keys_read(
 ) -> None:
     llm = opened(name, types, pack=pack)
     read_past_evictions(llm, book)
-    assert llm._kv is not None
-    cache, n = llm._kv.cache, llm.kv_stats.kept
+    assert llm.kv is not None
+    cache, n = llm.kv.cache, llm.kv_stats.kept
     p1 = cache.newest_position() + 1
     _, keys, values = cache.read(0, p1, n)
     for policy in (KeyDiff(), KNorm()):

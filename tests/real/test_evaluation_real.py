@@ -31,7 +31,7 @@ def test_conversations_are_written_as_the_model_knows_them(
     with closing(Llama(real_model(name), n_ctx=256, **ENGINE)) as llm:
         for prompt in run.prompts(llm, TASKS, ["fact", "recall", "quiz"], 400, 1, seed=0):
             assert prompt.item is not None
-            pieces = [token_text(llm._model.vocab, t) for t in prompt.tokens.tolist()]
+            pieces = [token_text(llm.vocab, t) for t in prompt.tokens.tolist()]
             written = b"".join(pieces).decode()
             assert written.startswith(begin)
             assert written.endswith(model)

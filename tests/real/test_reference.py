@@ -110,8 +110,8 @@ def read(
                 llm.eval([token])
             got.append(newest_logits(llm))
         assert llm.kv_stats.evictions == 2
-        assert llm._kv is not None
-        newest = llm._kv.cache.newest_position()
+        assert llm.kv is not None
+        newest = llm.kv.cache.newest_position()
         done = History(stops, np.stack(got), llm.kv_indices, newest)
         if reference is None:
             return done

@@ -48,9 +48,9 @@ def read(llm: Llama, book: str, n: int) -> None:
     """Read n tokens, and write a few."""
     llm.eval(llm.tokenize(book.encode())[:n])
     for _ in range(4):
-        llm.eval([llm._likeliest()])
+        llm.eval([llm.likeliest()])
     assert llm.n_tokens == n + 4
-    assert np.isfinite(llm._newest_logits()).all()
+    assert np.isfinite(llm.newest_logits()).all()
 
 
 @pytest.mark.parametrize("budget", [64, 128, 256, 400, 512, 700])
@@ -90,7 +90,7 @@ def mean_loss(llm: Llama, book: str, n_read: int, n_scored: int) -> float:
     llm.eval(tokens[:n_read])
     losses = []
     for token in tokens[n_read:]:
-        logits = llm._newest_logits().astype(np.float64)
+        logits = llm.newest_logits().astype(np.float64)
         losses.append(np.logaddexp.reduce(logits) - logits[token])
         llm.eval([token])
     return float(np.mean(losses))

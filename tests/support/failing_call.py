@@ -30,7 +30,7 @@ except KVCacheError as error:
     assert failed in str(error) and "The cache is empty now" in str(error), error
 else:
     raise SystemExit("it did not fail")
-assert int(llm._kv.cache.newest_position()) == -1
+assert int(llm.kv.cache.newest_position()) == -1
 try:
     llm.eval([5])
 except KVCacheError as error:

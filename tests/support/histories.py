@@ -92,7 +92,7 @@ def any_history(
                         llm.eval([token])
                 elif action == "rewind" and llm.n_tokens:
                     back = draw(st.integers(0, min(llm.n_tokens - 1, 25)))
-                    if llm._kv is not None and llm._kv.can_rewind(llm.n_tokens - back):
+                    if llm.kv is not None and llm.kv.can_rewind(llm.n_tokens - back):
                         llm.n_tokens -= back
                         llm.eval([11])
                 elif action == "save" and llm.n_tokens:
@@ -109,9 +109,9 @@ def any_history(
                 stats = llm.kv_stats
                 assert stats.kept + stats.dropped == stats.seen == llm.n_tokens
                 assert stats.kept <= stats.cells
-                if llm._kv is not None and llm.n_tokens:
-                    present = llm._kv.snapshot().llama_positions()
-                    known = llm._kv.cache.check_cells(present)  # against llama.cpp's own state
+                if llm.kv is not None and llm.n_tokens:
+                    present = llm.kv.snapshot().llama_positions()
+                    known = llm.kv.cache.check_cells(present)  # against llama.cpp's own state
                     assert known == (stats.pack == "device") == (way != "state")
             if llm.n_tokens == 0:
                 return

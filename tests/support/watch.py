@@ -16,7 +16,7 @@ from .reference import Reference
 
 @dataclass
 class Watch:
-    """Records the tokens held before each decode; rewound tokens are overwritten by later ones.
+    """Records the tokens held before each batch; rewound tokens are overwritten by later ones.
 
     It trusts the eviction manager's own table of what each head holds: if rows in llama.cpp's cache
     are not what the table says, logits differ from the reference's.
@@ -30,18 +30,15 @@ class Watch:
     """by token: first token of its batch, tokens held [..., n], their RoPE positions, shift"""
 
     def __post_init__(self) -> None:
-        decode = self.llm._decode
+        self.llm.on_batch = self._record
 
-        def recording(tokens: list[int], shift: int) -> None:
-            manager = self.llm._kv
-            assert manager is not None
-            table = manager.snapshot()
-            start = self.llm.n_tokens
-            for token in range(start, start + len(tokens)):
-                self.held[token] = (start, table.indices(), table.rope_positions(), shift)
-            decode(tokens, shift)
-
-        self.llm._decode = recording  # type: ignore[method-assign]
+    def _record(self, start: int, end: int) -> None:
+        manager = self.llm.kv
+        assert manager is not None
+        table, n_new = manager.snapshot(), end - start
+        held, rotated = table.indices()[..., :-n_new], table.rope_positions()[..., :-n_new]
+        for token in range(start, end):
+            self.held[token] = (start, held, rotated, manager.shift)
 
     def visible(self) -> tuple[NDArray[np.bool_], NDArray[np.int32], NDArray[np.int32]]:
         """For the tokens read so far: [n_layer, n_head_kv, n, n] what each query sees, [n] its RoPE

@@ -21,6 +21,7 @@ from kvp_edge.text import transcript
 from kvp_edge.text.chat_head import Head
 from kvp_edge.text.chat_markers import template_markers
 from kvp_edge.text.chat_prompt import prompt_tokens
+from kvp_edge.text.pieces import token_text
 from support.command_line import FEW_CELLS, GREEDY, Type
 
 Loader = Callable[..., kvp_edge.Llama]
@@ -194,7 +195,7 @@ def test_the_system_prompt_stays_while_a_handler_completes_a_second_time(
                 messages, tools=[TOOL], tool_choice="auto", temperature=0, max_tokens=90
             )
         if llm.kv_stats.evictions:
-            held = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_indices)
+            held = b"".join(token_text(llm.vocab, int(llm.input_ids[p])) for p in llm.kv_indices)
             assert system.strip().encode() in held
             evicted = True
     assert evicted
@@ -219,7 +220,7 @@ def test_definitions_of_tools_stay_with_the_system_prompt(
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     llm.create_chat_completion(messages, tools=[TOOL], max_tokens=2)
     assert llm.kv_stats.evictions > 0
-    held = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_indices)
+    held = b"".join(token_text(llm.vocab, int(llm.input_ids[p])) for p in llm.kv_indices)
     head = f"<|im_start|>system\nYou keep notes.{json.dumps([TOOL])}<|im_end|>\n<|im_start|>user\n"
     assert held.startswith(head.encode())
 

@@ -31,15 +31,17 @@ def talk(llm: Llama, rng: np.random.Generator, turns: int) -> list[Any]:
     for turn in range(turns):
         text += f"<|user|>My dog {turn} is Rex.<|end|><|assistant|>Yes, he is old.<|end|>"
         tokens = llm.tokenize(text.encode(), False, True)
-        same = int(llm._equal_beginning(tokens))
+        read = llm.input_ids[: llm.n_tokens].tolist()
+        pairs = enumerate(zip(read, tokens, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), len(read))
         back = int(rng.integers(0, 30))
         length = max(same - back, 0) if turn % 3 == 2 else same
-        if llm._kv.can_rewind(length):
+        if llm.kv.can_rewind(length):
             llm.n_tokens = length
         else:
             llm.reset()
         llm.eval(tokens[llm.n_tokens :])
-        table = llm._kv.snapshot()
+        table = llm.kv.snapshot()
         found.append((llm.kv_indices.tolist(), table.settled, table.newest_turn))
     return found
 
@@ -51,12 +53,12 @@ def test_what_is_kept_does_not_depend_on_turns_long_gone(
     how = {"n_ctx": 5000, "kv_budget": 100, "reserve": 156, "isolate_turns": isolate_turns}
     llm = load(bundled_model, **how)
     got = talk(llm, np.random.default_rng(0), 60)
-    n_marks = int((llm._kv.snapshot().spans[:, 2] == TURN).sum())
+    n_marks = int((llm.kv.snapshot().spans[:, 2] == TURN).sum())
     monkeypatch.setattr(Table, "with_spans", with_every_turn)
     everything = load(bundled_model, **how)
     assert talk(everything, np.random.default_rng(0), 60) == got
     assert everything.kv_stats.evictions > 5
-    assert n_marks < 60 < int((everything._kv.snapshot().spans[:, 2] == TURN).sum())
+    assert n_marks < 60 < int((everything.kv.snapshot().spans[:, 2] == TURN).sum())
 
 
 def test_spans_do_not_grow_with_turns(bundled_model: str, load: Loader) -> None:
@@ -64,6 +66,6 @@ def test_spans_do_not_grow_with_turns(bundled_model: str, load: Loader) -> None:
     most = 0
     for _ in range(240):
         llm.eval(llm.tokenize(b"<|user|>Who?<|end|><|assistant|>I.<|end|>", False, True))
-        most = max(most, len(llm._kv.snapshot().spans))
+        most = max(most, len(llm.kv.snapshot().spans))
     assert llm.kv_stats.evictions > 10
     assert most <= llm.kv_stats.cells

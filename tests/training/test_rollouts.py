@@ -80,7 +80,7 @@ def seeded(seed: int) -> torch.Generator:
 @pytest.fixture
 def held(rollouts: Rollouts) -> Iterator[list[tuple[int, NDArray[np.int32]]]]:
     """After every eviction: tokens read, and what each head holds, int32 [N, budget]."""
-    kv = rollouts._small._kv
+    kv = rollouts._small.kv
     assert kv is not None
     found: list[tuple[int, NDArray[np.int32]]] = []
 

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
 
 from conftest import RandomModel, random_tokens  # noqa: E402
-from kvp_edge.scoring import Subject  # noqa: E402
+from kvp_edge.scoring import ScoringLlama  # noqa: E402
 from kvp_edge.training.simulator import equal_counts, ragged_counts, simulated_loss  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402
 from makers.gguf_models import ModelShape  # noqa: E402
@@ -40,7 +40,9 @@ def test_with_equal_counts_the_loss_is_that_of_a_real_eviction(
     border, f32 = 300, llama_cpp.GGML_TYPE_F32
     exact = str(write_exact(bundled_model, tmp_path / "exact.gguf"))
     engine: dict[str, Any] = {"type_k": f32, "type_v": f32, "n_threads": 1, "n_threads_batch": 1}
-    subject = Subject(exact, 512, 512, budget, policy=Noise(), recent=16, verbose=False, **engine)
+    subject = ScoringLlama(
+        exact, 512, 512, budget, policy=Noise(), recent=16, verbose=False, **engine
+    )
     try:
         tokens = subject.tokenize(book[5000:9000].encode())[:400]
         subject.read(tokens[:border])

@@ -193,8 +193,8 @@ def test_the_bias_gets_the_keys_and_values_that_llama_cpp_caches(
     model = random_model(SHAPES[name])
     llm = load(model.path, n_ctx=512, kv_budget=256, **F32)
     llm.eval(TOKENS)
-    assert llm._kv is not None
-    cache = llm._kv.cache
+    assert llm.kv is not None
+    cache = llm.kv.cache
     _, keys, values = cache.read(0, N, N)
     twin, got = Twin.load(model.path), {}
 

@@ -1,0 +1,269 @@
+"""From what was asked for to a bounded cache, while its model is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import llama_cpp
+
+from kvp_edge.binding.cache import CacheLocation, CacheShape, NativeCache
+from kvp_edge.binding.fingerprint import model_fingerprint
+from kvp_edge.binding.model import read_model_shape
+from kvp_edge.binding.observer import Observer
+from kvp_edge.binding.queries import QueryLog
+from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
+from kvp_edge.cache.limits import CacheLimits
+from kvp_edge.cache.manager import EvictionManager, SpanFinder
+from kvp_edge.cache.stats import Eviction
+from kvp_edge.cache.table import Granularity
+from kvp_edge.errors import BudgetError, UnsupportedModelError
+from kvp_edge.options import CacheOptions
+from kvp_edge.policies import Policy, get_policy
+from kvp_edge.policy_file import check_model
+
+_F16 = llama_cpp.GGML_TYPE_F16
+_BF16 = 30  # enum ggml_type in ggml.h; llama_cpp has no name for it
+_PLAIN_TYPES = (llama_cpp.GGML_TYPE_F32, _F16, _BF16)
+
+#: Given a policy and the limits: of how many of the newest tokens queries are logged for it.
+QueryCount = Callable[[Policy, CacheLimits], int]
+
+
+def queries_needed(policy: Policy, limits: CacheLimits) -> int:
+    """A QueryCount: what the policy looks at."""
+    return min(policy.queries, limits.cells)
+
+
+class Opening:
+    """What has been decided of one bounded cache so far. The steps, in their order:
+
+    1. ``Opening(...)`` refuses what contradicts itself before the model is loaded, which may take
+       long, and says how many ``cells`` there will be;
+    2. ``adjust_context``, before the model is loaded;
+    3. ``size_context``, when it is loaded and before its context is made: now ``limits`` are known;
+    4. ``open``, when the context is there and empty.
+
+    Args:
+        options: with a ``kv_budget``.
+        engine: arguments of llama_cpp.Llama.
+
+    Attributes:
+        cells: of the cache; more beside a sliding window.
+        limits: see ``size_context``.
+
+    Raises:
+        UnsupportedModelError: the model file cannot be read.
+        PolicyError: there is no such policy.
+        BudgetError: the numbers contradict each other.
+    """
+
+    limits: CacheLimits
+
+    def __init__(self, options: CacheOptions, model_path: str, engine: Mapping[str, Any]) -> None:
+        self._options = options
+        self._model_path = model_path
+        self._policy = get_policy(options.policy, model_path)
+        self._observed = options.pack != "state" or self._policy.queries > 0
+        self._observer: Observer | None = None
+        self._granularity = options.granularity  # "auto" until it is settled
+        self._n_ubatch = engine.get("n_ubatch", 512)
+        if engine.get("embedding"):
+            raise BudgetError(
+                "embedding=True needs a sequence for every text, and a bounded cache has one: "
+                "leave kv_budget out"
+            )
+        shape = read_model_shape(model_path)
+        self._architecture = shape.architecture
+        told = engine.get("kv_overrides") or {}
+        trained = int(told.get(f"{shape.architecture}.context_length", shape.n_ctx_train))
+        self._n_ctx = options.n_ctx or trained
+        types = (engine.get("type_k"), engine.get("type_v"))
+        self._bytes_per_cell = shape.bytes_per_cell(*(_F16 if t is None else t for t in types))
+        self.cells = self._plan().cells
+        if options.positions == "compact" and self.cells > trained:
+            raise BudgetError(
+                f"positions='compact' keeps positions below the {trained} tokens that the model "
+                f"was trained for, and {self.cells} cells are more: lower kv_budget or reserve"
+            )
+
+    def _plan(self, window: int = 0) -> CacheLimits:
+        o = self._options
+        assert o.kv_budget is not None
+        return CacheLimits.plan(
+            n_ctx=self._n_ctx,
+            kv_budget=o.kv_budget,
+            sinks=o.sinks,
+            recent=o.recent,
+            reserve=o.reserve,
+            n_batch=o.n_batch,
+            bytes_per_cell=self._bytes_per_cell,
+            window=window,
+        )
+
+    def adjust_context(self, params: Any) -> None:
+        """Let a second sequence tag cells of the one cache (native/kvp_edge.h), which changes
+        nothing for the first, and let those look on who must."""
+        params.n_seq_max = 2
+        params.kv_unified = True
+        if self._observed:
+            self._observer = Observer(params)
+
+    def size_context(self, params: Any, window: int) -> int:
+        """Decide how many cells the context gets.
+
+        Args:
+            params: llama_context_params of the context that is made next.
+            window: tokens that its layers with a sliding window see; 0: it has none.
+
+        Returns:
+            The largest batch of the context; what is read at once is never more than
+            ``limits.n_batch``.
+
+        Raises:
+            BudgetError: what was asked for has no room for the window.
+        """
+        if self._granularity == "token":
+            window = 0  # whose tokens go, too
+        try:
+            self.limits = self._plan(window)
+        except BudgetError:
+            if self._granularity != "auto":
+                raise
+            self.limits, self._granularity = self._plan(), "token"
+        # llama.cpp aborts when its micro-batch is smaller than the number of sequences, here 2
+        n_batch = max(2, self.limits.n_batch)
+        params.n_ctx, params.n_batch = self.limits.cells, n_batch
+        params.n_ubatch = max(2, min(n_batch, self._n_ubatch))
+        return n_batch
+
+    def open(
+        self,
+        context: Any,
+        params: Any,
+        find_spans: SpanFinder,
+        on_evict: Callable[[Eviction], None] | None,
+        query_count: QueryCount,
+        closing: contextlib.ExitStack,
+    ) -> EvictionManager:
+        """The manager of a context's cache.
+
+        Args:
+            context: llama_context pointer; its cache is empty, now and afterwards.
+            params: it was made with.
+            closing: is told what to do before the context is freed.
+
+        Raises:
+            UnsupportedModelError: the cache cannot be bounded, or not in the way asked for.
+            PolicyFileError: the policy is another model's.
+        """
+        in_place = self._options.pack != "state"
+        cache = NativeCache(context, self._observer if in_place else None)
+        closing.callback(cache.close)
+        check_policy(self._policy, cache.shape, self._architecture, self._model_path)
+        granularity = self._settle_granularity(cache)
+        self._check_location(cache.location, granularity)
+        compact_at, frequencies = self._plan_compaction(context, params, cache, granularity)
+        policy, log = self._policy, None
+        if policy.queries and self._observer is not None:
+            log = QueryLog(self._observer)
+            n = query_count(policy, self.limits)
+            policy = _with_queries(policy, log, context, params, cache, n, frequencies)
+            closing.callback(policy.released)
+        return EvictionManager(
+            self.limits,
+            policy,
+            cache,
+            find_spans,
+            on_evict,
+            granularity=granularity,
+            isolate_turns=self._options.isolate_turns,
+            compact_at=compact_at,
+            frequencies=frequencies,
+            query_log=log,
+        )
+
+    def _settle_granularity(self, cache: NativeCache) -> Granularity:
+        if self._granularity == "token":
+            return "token"
+        try:
+            cache.check_packing()
+        except UnsupportedModelError:
+            if self._granularity == "auto":
+                return "token"
+            raise
+        return "head"
+
+    def _check_location(self, location: CacheLocation, granularity: Granularity) -> None:
+        if self._options.pack != "device" or location.packs(granularity):
+            return
+        reason = location.where
+        if location.known:
+            reason = f"heads of this cache's types are no whole 32-bit words on {location.where}"
+        raise UnsupportedModelError(
+            f"pack='device' is not possible here: {reason}. Use pack='auto' or pack='state'"
+        )
+
+    def _plan_compaction(
+        self, context: Any, params: Any, cache: NativeCache, granularity: Granularity
+    ) -> tuple[int | None, KeyFrequencies | None]:
+        """Where positions end, and RoPE's frequencies; None: they are not compacted."""
+        if self._options.positions == "keep":
+            return None, None
+        if granularity == "head" and cache.shape.has_window:
+            raise UnsupportedModelError(
+                "positions='compact' is not possible at head granularity with a model that has "
+                "sliding-window layers. Use granularity='token' or positions='keep'"
+            )
+        # llama.cpp's shift reads a null pointer when keys are quantised but not Hadamard-rotated
+        # (build_rope_shift in src/llama-kv-cache.cpp), and shifts whole quantised heads only.
+        if granularity == "token" and cache.shape.type_k not in _PLAIN_TYPES:
+            raise UnsupportedModelError(
+                "positions='compact' at token granularity needs keys that are not quantised. Use "
+                "granularity='head', an f16 type_k, or positions='keep'"
+            )
+        model = llama_cpp.llama_get_model(context)
+        frequencies = measure_frequencies(model, params, own_shift=granularity == "token")
+        return int(llama_cpp.llama_model_n_ctx_train(model)), frequencies
+
+
+def check_policy(policy: Policy, shape: CacheShape, architecture: str, model_path: str) -> None:
+    """That a policy was made for this model, if for any.
+
+    Raises:
+        PolicyFileError: for another one.
+    """
+    if policy.info is not None:
+        check_model(
+            policy.info,
+            architecture=architecture,
+            n_layer=shape.n_layer,
+            n_head_kv=shape.n_head_kv,
+            head_size_k=shape.head_size_k,
+            head_size_v=shape.head_size_v,
+            fingerprint=model_fingerprint(model_path),
+        )
+
+
+def _with_queries(
+    policy: Policy,
+    log: QueryLog,
+    context: Any,
+    params: Any,
+    cache: NativeCache,
+    n_queries: int,
+    frequencies: KeyFrequencies | None,
+) -> Policy:
+    """Start to log queries; the policy as it serves this context."""
+    if policy.needs_frequencies:
+        model = llama_cpp.llama_get_model(context)
+        try:
+            log.frequencies = frequencies or measure_frequencies(model, params, own_shift=False)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"policy '{policy.name}' takes RoPE off queries, which is not possible with "
+                f"this model. Choose another policy (the reason: {error})"
+            ) from error
+    log.start(context, cache, n_queries)
+    return policy.serving(log)
