@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from kvp_edge import InUseError, Llama
+from kvp_edge import ClosedError, InUseError, Llama
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.one_call import CLOSED
 from kvp_edge.policies import get_policy
@@ -100,7 +100,7 @@ class Stress:
                     llm.eval(llm.tokenize(TEXT)[:100])
                     llm.reset()
                     time.sleep(self.rng.random() / 100)
-            except (InUseError, RuntimeError) as error:
+            except (InUseError, ClosedError) as error:
                 seen.append(error)
 
         thread = threading.Thread(target=reads)
@@ -113,7 +113,7 @@ class Stress:
                 self.counts["close was refused"] += 1
                 time.sleep(self.rng.random() / 1000)
         thread.join()
-        if str(seen) != str([RuntimeError(CLOSED)]):
+        if str(seen) != str([ClosedError(CLOSED)]):
             raise AssertionError(seen)
 
     def repeat(self, what: Callable[[], None]) -> None:
