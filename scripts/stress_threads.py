@@ -12,7 +12,7 @@ Every thread does one of the following until the time is over, or so many times,
     looking   reads the statistics of the model that is writing, and tokenizes with it
     closing   closes a model that another thread reads with
 
-A call at the wrong time must be refused with InUseError, or after close() with RuntimeError. All
+A call at the wrong time must be refused with InUseError, or after close() with ClosedError. All
 else ends the run with status 1; a crash ends it by itself.
 """
 
