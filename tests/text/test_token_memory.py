@@ -125,7 +125,7 @@ def test_cutting_at_a_token_that_others_overlap_would_be_wrong(tmp_path: Path) -
 def test_a_tokenizer_that_ends_texts_is_not_cut(tmp_path: Path) -> None:
     write_vocabulary(tmp_path / "v.gguf", "bpe", {"<|end|>": CONTROL}, add_eos=True)
     llm = llama_cpp.Llama(str(tmp_path / "v.gguf"), vocab_only=True, verbose=False)
-    assert marks(llm.vocab, b"<|end|>") == []
+    assert marks(llm._model.vocab, b"<|end|>") == []
     llm.close()
 
 
