@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kvp_edge.cli import chat_format, options
+from kvp_edge.cli.chat_format import ChatFormatOptions
+from kvp_edge.cli.commands import Command
 from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.rescue import rescuing, start_again
 from kvp_edge.cli.shown import note, say
@@ -19,9 +21,7 @@ from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_prompt import Message
 
-_DEFAULT_MAX_TOKENS = 512
-
-_COMMANDS = """\
+_LINES = """\
   /stats   what the cache holds
   /regen   another reply to your last message
   /undo    take back your last message and its reply
@@ -33,7 +33,7 @@ _COMMANDS = """\
 
 _EPILOG = f"""\
 in the chat:
-{_COMMANDS}
+{_LINES}
   Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes on in the next one,
   and so do lines between two lines of \"\"\". A blank before it makes a line that begins with / a
   message.
@@ -71,23 +71,13 @@ This is the small model that comes along. It recalls what you tell it ("My dog i
 later "What is my dog called?") and babbles otherwise. For a real conversation name a GGUF file."""
 
 
-def add_chat(commands: Any) -> None:
-    parser = commands.add_parser(
-        "chat",
-        help="chat with a model; the cache stays small",
-        description="Chat with a model whose KV cache stays small however long the chat becomes.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    options.add_model_options(parser)
-    options.add_cache_options(parser, n_ctx_default="what the model was trained for")
-    options.add_system_options(parser)
-    chat_format.add_chat_format_options(parser, "without one, transcript")
-    options.add_sampling_options(parser, temperature=0.7, max_tokens=_DEFAULT_MAX_TOKENS)
-    parser.set_defaults(command=_main)
+@dataclass(frozen=True, kw_only=True)
+class Options(options.SamplingOptions, ChatFormatOptions, options.BoundedOptions):
+    n_ctx: int | None = options.n_ctx_option("what the model was trained for")
+    chat_format: str | None = chat_format.chat_format_option("without one, transcript")
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     path = options.model_path(args)
     llm = options.load(path, args.n_ctx, args)
     options.warn_beyond_training(llm.n_ctx(), path, args)
@@ -102,7 +92,7 @@ def _main(args: argparse.Namespace) -> int:
         return _at_terminal(chat)
 
 
-def _greet(llm: WatchedLlama, path: str, args: argparse.Namespace) -> None:
+def _greet(llm: WatchedLlama, path: str, args: Options) -> None:
     stats = llm.kv_stats
     note(
         f"{os.path.basename(path)}: up to {llm.n_ctx()} tokens of conversation, in {stats.cells} "
@@ -113,14 +103,14 @@ def _greet(llm: WatchedLlama, path: str, args: argparse.Namespace) -> None:
         note(_ABOUT_BUNDLED_MODEL)
 
 
-def _names_model(args: argparse.Namespace) -> bool:
+def _names_model(args: Options) -> bool:
     return args.model is not None or bool(args.hf_repo)
 
 
 class Chat:
     """One conversation. Replies go to stdout, everything else to stderr."""
 
-    def __init__(self, llm: WatchedLlama, args: argparse.Namespace) -> None:
+    def __init__(self, llm: WatchedLlama, args: Options) -> None:
         self._llm = llm
         self._args = args
         self._sampling = options.sampling(args)
@@ -168,7 +158,7 @@ class Chat:
         if command == "/stats":
             note(str(self._llm.kv_stats))
         elif command == "/help":
-            note(_COMMANDS)
+            note(_LINES)
         elif command == "/clear":
             self._messages = list(self._system)
             self._llm.reset()
@@ -185,7 +175,7 @@ class Chat:
                 return False
         else:
             note(
-                f"There is no command '{command}'. There are:\n{_COMMANDS}\n"
+                f"There is no command '{command}'. There are:\n{_LINES}\n"
                 "To send it as a message, put a blank before it."
             )
             return False
@@ -401,3 +391,11 @@ def _read_line(prompt: str) -> str:
     # input() would write the prompt among the replies
     note(prompt, end="")
     return _next_line()
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Chat with a model whose KV cache stays small however long the chat becomes.",
+    _EPILOG,
+)

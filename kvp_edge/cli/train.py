@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-from dataclasses import fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from kvp_edge.cli import options
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.training.settings import Settings
@@ -84,34 +85,28 @@ _HELP: dict[str, str] = {
 }
 
 
-def add_train(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a policy on traces",
-        description="Train an eviction policy on the traces of a model (see kvp-edge trace).",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class _Run(options.RepackOption):
+    traces: str = argument(..., metavar="TRACES", help="folder that kvp-edge trace wrote")
+    out: str = option(..., metavar="DIR", help="folder for the run")
+    model: str | None = option(
+        None, metavar="GGUF", help="the traced model, for rollouts and distillation"
     )
-    parser.add_argument("traces", metavar="TRACES", help="folder that kvp-edge trace wrote")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the run")
-    for name, text in _HELP.items():
-        default = getattr(Settings, name)
-        kind = type(default)
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            type=kind,
-            default=default,
-            metavar="X" if kind is float else "N" if kind is int else "NAME",
-            help=f"{text} (default: {default})",
-        )
-    parser.add_argument(
-        "--model", metavar="GGUF", help="the traced model, for rollouts and distillation"
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    options.add_repack_option(parser)
-    parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
-    parser.set_defaults(command=_main)
+    device: str | None = option(None, metavar="NAME", shown="CUDA if there", help="cpu or cuda")
+    threads: int | None = option(None, metavar="N", shown="torch's", help="CPU threads")
+    verbose: bool = option(False, help="show tracebacks of errors")
+
+
+def _setting(name: str) -> tuple[str, type, Any]:
+    default = getattr(Settings, name)
+    metavar = {float: "X", int: "N"}.get(type(default), "NAME")
+    return name, type(default), option(default, panel="settings", metavar=metavar, help=_HELP[name])
+
+
+Options: Any = make_dataclass(
+    "Options", [_setting(one.name) for one in fields(Settings)], bases=(_Run,), frozen=True,
+    kw_only=True,
+)  # fmt: skip
 
 
 def open_traces(path: str) -> TraceSet:
@@ -128,7 +123,7 @@ def require_torch(what: str) -> None:
             raise ImportError(f"{what} needs {package}: pip install 'kvp_edge[train]'")
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Any) -> int:
     require_torch("training")
     import torch  # noqa: PLC0415
 
@@ -179,3 +174,11 @@ def comparison(result: Any) -> str:
             f"{before:+.4f} before"
         )
     return "\n".join(lines)
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Train an eviction policy on the traces of a model (see kvp-edge trace).",
+    _EPILOG,
+)
