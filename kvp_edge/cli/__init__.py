@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -68,8 +68,11 @@ def _version() -> str:
     )
 
 
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    note(f"kvp-edge: warning: {message}")
+def _warnings_of(command: Parsed) -> Callable[..., None]:
+    def warn(message: Warning | str, *_: object, **__: object) -> None:
+        note(f"kvp-edge: warning: {command.worded(message)}")
+
+    return warn
 
 
 def _run(command: Parsed) -> int:
@@ -88,12 +91,12 @@ def _run(command: Parsed) -> int:
         if getattr(command.options, "verbose", False):
             raise
         status = 2
-        message = str(error)
+        message = command.worded(error)
     except (RuntimeError, MemoryError, ImportError) as error:
         if getattr(command.options, "verbose", False):
             raise
         status = 1
-        message = f"{str(error) or 'out of memory'} (--verbose tells more)"
+        message = f"{command.worded(error) or 'out of memory'} (--verbose tells more)"
     finally:
         let_go_of_output()
     note(f"kvp-edge: {message}")
@@ -133,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note("kvp-edge: standard output is closed: there is nowhere to write to")
         return 2
     with warnings.catch_warnings(), _guard():
-        warnings.showwarning = _warn
+        warnings.showwarning = _warnings_of(command)
         return _run(command)
 
 

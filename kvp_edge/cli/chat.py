@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from kvp_edge.cli import chat_format, options
 from kvp_edge.cli.chat_format import ChatFormatOptions
 from kvp_edge.cli.commands import Command
+from kvp_edge.cli.option_names import as_options
 from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.rescue import rescuing, start_again
 from kvp_edge.cli.shown import note, say
@@ -263,7 +264,8 @@ class Chat:
         """Say what went wrong; of what was not foreseen also what kind of thing it is."""
         foreseen = isinstance(error, (ValueError, RuntimeError, MemoryError, OSError))
         kind = "" if foreseen and str(error) else f"{type(error).__name__}: "
-        note(f"{kind}{error}" if not isinstance(error, MemoryError) else "out of memory")
+        message = as_options(str(error), type(self._args))
+        note(f"{kind}{message}" if not isinstance(error, MemoryError) else "out of memory")
         if self._args.verbose:
             note("".join(traceback.format_exception(error)))
 

@@ -16,6 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from kvp_edge.cli.option_names import as_options
 from kvp_edge.cli.parameters import NO_VALUE, several, signature
 from kvp_edge.cli.shown import say
 
@@ -33,6 +34,10 @@ class Parsed:
 
     def __call__(self) -> int:
         return self.run(self.options)
+
+    def worded(self, message: object) -> str:
+        """A message of what it ran, which names arguments of Python, with its options instead."""
+        return as_options(str(message), type(self.options))
 
 
 @dataclass(frozen=True)

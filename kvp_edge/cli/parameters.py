@@ -46,6 +46,15 @@ def option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def names_of(cls: type) -> dict[str, str]:
+    """Field -> its option, of those that have one."""
+    return {
+        one.name: _names(cls, one)[-1]
+        for one in fields(cls)
+        if not _said(cls, one.name).get("argument")
+    }
+
+
 def several(cls: type) -> set[str]:
     """The names of the options of ``cls`` that take several values at once."""
     hints = get_type_hints(cls)
