@@ -39,12 +39,12 @@ do without, and the conversation goes on. Never dropped: the first tokens (--sin
 
 _EPILOG = """\
 examples:
-  kvp-edge demo                              what it is good for, in a table (a minute or two)
-  kvp-edge chat                              chat with the small model that comes along
-  kvp-edge chat model.gguf --kv-budget 1024  chat with yours
-  kvp-edge learn model.gguf                  train a policy for your model
+  kvp-edge demo              what it is good for, in a table (a minute or two)
+  kvp-edge chat              chat with the small model that comes along
+  kvp-edge chat model.gguf --kv-budget 1024    chat with yours
+  kvp-edge learn model.gguf  train a policy for your model
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
-  kvp-edge doctor                            does all of it work on this machine?
+  kvp-edge doctor            does all of it work on this machine?
 
 kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted;
 128 + N ended by signal N."""

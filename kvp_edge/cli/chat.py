@@ -35,12 +35,13 @@ _LINES = """\
 _EPILOG = f"""\
 in the chat:
 {_LINES}
-  Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes on in the next one,
-  and so do lines between two lines of \"\"\". A blank before it makes a line that begins with / a
-  message.
+  Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes
+  on in the next one, and so do lines between two lines of \"\"\". A blank
+  before it makes a line that begins with / a message.
 
-  What ends a chat unasked (a device that fails, SIGTERM, SIGHUP, a full disk, a fault) leaves the
-  conversation in a file in the folder for temporary files, which /load reads again.
+  What ends a chat unasked (a device that fails, SIGTERM, SIGHUP, a full disk, a
+  fault) leaves the conversation in a file in the folder for temporary files,
+  which /load reads again.
 
 When standard input is not a terminal, each line is a message (or what lies between two lines of
 \"\"\"); replies go to standard output and everything else to standard error.
@@ -55,9 +56,12 @@ never dropped: the first --sinks tokens, the newest --recent tokens, and the tex
 
 examples:
   kvp-edge chat
-  kvp-edge chat model.gguf --kv-budget 1024 --n-ctx 32768 --system "You answer briefly."
-  kvp-edge chat --hf-repo Qwen/Qwen2.5-0.5B-Instruct-GGUF --hf-file qwen2.5-0.5b-instruct-q8_0.gguf
-  printf 'My dog is called Rex.\\nWhat is my dog called?\\n' | kvp-edge chat --temperature 0"""
+  kvp-edge chat model.gguf --kv-budget 1024 --n-ctx 32768 \\
+      --system "You answer briefly."
+  kvp-edge chat --hf-repo Qwen/Qwen2.5-0.5B-Instruct-GGUF \\
+      --hf-file qwen2.5-0.5b-instruct-q8_0.gguf
+  printf 'My dog is called Rex.\\nWhat is my dog called?\\n' | kvp-edge chat \\
+      --temperature 0"""
 
 _AS_BEFORE = "The conversation is as it was before your message."
 _MAKE_ROOM = """\

@@ -43,11 +43,14 @@ by llama.cpp's own rule (the oldest half), or by a policy that chooses."""
 _EPILOG = """\
 The rows of the table:
   full context      every token stays in the cache
-  drop oldest half  llama.cpp's context shift, in as many cells as the policies have
+  drop oldest half  llama.cpp's context shift, in as many cells as the policies
+                    have
   learned           the policy that was trained for this model, if there is one
-  the others        policies that need no training (kvp-edge policies tells what they are)
-Replies are greedy, and right if they name the value asked for. "dropped" counts the tokens of an
-average conversation that were not in the cache any more at its end.
+  the others        policies that need no training (kvp-edge policies tells what
+                    they are)
+Replies are greedy, and right if they name the value asked for. "dropped" counts
+the tokens of an average conversation that were not in the cache any more at its
+end.
 
 examples:
   kvp-edge demo

@@ -17,7 +17,8 @@ Exit status: 0 everything needed works; 1 a fault was found; 2 there is no such 
 
 examples:
   kvp-edge doctor
-  kvp-edge doctor model.gguf        what the model is, too, and whether its cache can be bounded
+  kvp-edge doctor model.gguf  what the model is, too, and whether its cache can
+                              be bounded
   kvp-edge doctor --json"""
 
 

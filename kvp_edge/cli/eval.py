@@ -43,17 +43,21 @@ Every policy reads the same conversations; replies are greedy. Each task is firs
 full cache: a task that the model cannot do even then is shown and left out of the averages. In the
 report every comparison is of the same items, with a 95 % interval from paired bootstrap samples.
 
-  --mode bounded   never more than the budget is held, while reading and while writing: what a chat
-                   in a small cache is like. An eviction leaves three quarters of the budget.
-  --mode one-shot  the conversation is read into a full cache, and tokens are dropped once: the
-                   papers' setting. With --question seen they are dropped after the question.
+  --mode bounded   never more than the budget is held, while reading and while
+                   writing: what a chat in a small cache is like. An eviction
+                   leaves three quarters of the budget.
+  --mode one-shot  the conversation is read into a full cache, and tokens are
+                   dropped once: the papers' setting. With --question seen they
+                   are dropped after the question.
 
 policies besides those of kvp-edge policies:
   none             the full cache (always there)
   learned          the policy trained for this model, or give a policy file
-  oracle           by the attention that the rest of the conversation really pays: no policy can
-                   know it, so what it loses is not the policy's fault
-  golden           the same by the largest block of that attention (ForesightKV's golden eviction)
+  oracle           by the attention that the rest of the conversation really
+                   pays: no policy can know it, so what it loses is not the
+                   policy's fault
+  golden           the same by the largest block of that attention
+                   (ForesightKV's golden eviction)
   context-shift    llama.cpp's own rule: drop the oldest half
 
 In --out: records.jsonl (every item with its reply), report.md, accuracy.png, loss-increase.png. The
@@ -61,9 +65,11 @@ same command goes on where it stopped.
 
 examples:
   kvp-edge eval
-  kvp-edge eval model.gguf --mode one-shot --estimate       (how long that would take)
-  kvp-edge eval model.gguf --lengths 4096 --budgets 1/4,1/8 --items 50 --workers 2
-  kvp-edge eval model.gguf --tasks ruler --mode one-shot --policies learned,snapkv,keydiff,oracle
+  kvp-edge eval model.gguf --mode one-shot --estimate  (how long it would take)
+  kvp-edge eval model.gguf --lengths 4096 --budgets 1/4,1/8 --items 50 \\
+      --workers 2
+  kvp-edge eval model.gguf --tasks ruler --mode one-shot \\
+      --policies learned,snapkv,keydiff,oracle
   kvp-edge eval --tasks generation --policies learned,keydiff,oracle,golden
   kvp-edge eval --tasks books,dialogues --data DIR
   kvp-edge eval --list"""

@@ -19,7 +19,7 @@ The files are then scored against PyTorch; what does not agree is an error. The 
 output is the name of the policy file.
 
 examples:
-  kvp-edge export run                                 kvp-<model>-w<context>-F16.gguf in run
+  kvp-edge export run        (makes kvp-<model>-w<context>-F16.gguf in run)
   kvp-edge export run --outtype q8_0 --onnx --traces traces
   kvp-edge export run --outfile kvp-{ftype}.gguf --base model.gguf"""
 

@@ -32,7 +32,8 @@ on the traces kept for validation, this command says so.
 
 examples:
   kvp-edge learn model.gguf
-  kvp-edge learn model.gguf --chats chats.jsonl --text books/*.txt --traces 500 --steps 4000"""
+  kvp-edge learn model.gguf --chats chats.jsonl --text books/*.txt \\
+      --traces 500 --steps 4000"""
 
 
 _LEARNING = "learning"

@@ -30,7 +30,8 @@ never dropped: the first --sinks tokens, the newest --recent tokens, and the tex
 
 examples:
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
-  kvp-edge run model.gguf --kv-budget 2048 -f part1.txt -f part2.txt -p "What changed?"
+  kvp-edge run model.gguf --kv-budget 2048 -f part1.txt -f part2.txt \\
+      -p "What changed?"
   git log | kvp-edge run model.gguf -f - -p "What was done last week?" --json
   kvp-edge run model.gguf --raw -f story.txt          (no template: write on)"""
 

@@ -24,17 +24,20 @@ and KV head, the keys and values in its cache and the attention that later token
 ones. Any point of a trace can later be taken as the moment of an eviction.
 
 what to read (several may be given together):
-  --text   plain text, cut into traces of --length tokens; the end of each is its future
-  --chats  JSON lines, each a list of {"role": ..., "content": ...}; the last reply that fits into
-           --length tokens is the future
-  --tasks  generated questions about facts hidden in prose (that of --task-prose, or of the novel
-           that comes along); the question and its answer are the future
-Give texts like those that your chats will be about, and in the language they will be in.
+  --text   plain text, cut into traces of --length tokens; the end of each is
+           its future
+  --chats  JSON lines, each a list of {"role": ..., "content": ...}; the last
+           reply that fits into --length tokens is the future
+  --tasks  generated questions about facts hidden in prose (that of
+           --task-prose, or of the novel that comes along); the question and its
+           answer are the future
+Give texts like those that your chats will be about, and in the language they
+will be in.
 
 what the future is:
   --future text    what follows in the source
-  --future greedy  what the model itself goes on with: closer to a chat, and slower, because tokens
-                   are written one by one
+  --future greedy  what the model itself goes on with: closer to a chat, and
+                   slower, because tokens are written one by one
 
 The cache may have any type. Values of a quantised type (--type-v q8_0) turn flash attention on.
 With it attention is computed from queries and keys, which takes longer, and a model with soft caps,
@@ -46,10 +49,12 @@ model has per token, and the longer a trace, the larger the blocks of queries th
 An interrupted run goes on when the same command is given again, and gives the same files.
 
 examples:
-  kvp-edge trace --out traces --tasks 100                    with the small model that comes along
+  kvp-edge trace --out traces --tasks 100   (with the small model)
   kvp-edge trace model.gguf --out traces --text books/*.txt --traces 500
-  kvp-edge trace model.gguf --out traces --chats chats.jsonl --tasks 200 --length 4096
-  kvp-edge trace model.gguf --out traces --chats chats.jsonl --future greedy --future-tokens 300"""
+  kvp-edge trace model.gguf --out traces --chats chats.jsonl --tasks 200 \\
+      --length 4096
+  kvp-edge trace model.gguf --out traces --chats chats.jsonl --future greedy \\
+      --future-tokens 300"""
 
 
 _SOURCES, _TRACES = "what is read", "traces"

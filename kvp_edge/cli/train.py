@@ -21,13 +21,13 @@ policy as if it had not been interrupted. DIR then holds
   best.safetensors   the policy, for kvp-edge export
   last.safetensors   what a run needs to go on
   log.jsonl          every validation, head by head
-  report.json        the finished policy's cost and the heuristics', head by head
+  report.json        the policy's cost and the heuristics', head by head
 
 Several GPUs or machines:  torchrun --nproc-per-node 8 -m kvp_edge train TRACES --out DIR
 
 examples:
   kvp-edge train traces --out run
-  kvp-edge train traces --out run --objective kvp --context 1     (the agent of the KVP paper)
+  kvp-edge train traces --out run --objective kvp --context 1  (the KVP paper's)
   kvp-edge train traces --out run --objective foresight --model model.gguf"""
 
 #: setting -> what it does

@@ -67,13 +67,13 @@ def kvp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 class Terminal:
     """A command at a pseudo-terminal."""
 
-    def __init__(self, *argv: str) -> None:
+    def __init__(self, *argv: str, term: str = "dumb") -> None:
         import pty  # not on every system
 
         self._ahead = b""
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.execve(sys.executable, [*COMMAND, *argv], {**os.environ, "TERM": "dumb"})
+            os.execve(sys.executable, [*COMMAND, *argv], {**os.environ, "TERM": term})
 
     def read_until(self, text: str, seconds: float = 120) -> str:
         """What was printed since the last call, up to and with ``text``."""
@@ -114,8 +114,8 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
     pytest.importorskip("pty")
     opened: list[Terminal] = []
 
-    def open_terminal(*argv: str) -> Terminal:
-        opened.append(Terminal(*argv))
+    def open_terminal(*argv: str, term: str = "dumb") -> Terminal:
+        opened.append(Terminal(*argv, term=term))
         return opened[-1]
 
     yield open_terminal
