@@ -62,7 +62,8 @@ class _Help:
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         # typer takes everything for a terminal where CI runs; rich finds out
-        import_module("typer.rich_utils").FORCE_TERMINAL = None
+        rich_utils: Any = import_module("typer.rich_utils")
+        rich_utils.FORCE_TERMINAL = None
         super().format_help(ctx, formatter)  # type: ignore[misc]
         # rich has printed that already; what the formatter is given comes after it
         formatter.write(f"\n{_wrapped(self.verbatim, formatter.width)}" if self.verbatim else "")
