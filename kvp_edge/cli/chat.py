@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kvp_edge.cli import chat_format, options
 from kvp_edge.cli.chat_format import ChatFormatOptions
+from kvp_edge.cli.chat_line import Read, line_reader, next_line
 from kvp_edge.cli.commands import Command
 from kvp_edge.cli.option_names import as_options
 from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
@@ -22,7 +23,7 @@ from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_prompt import Message
 
-_LINES = """\
+_COMMAND_LIST = """\
   /stats   what the cache holds
   /regen   another reply to your last message
   /undo    take back your last message and its reply
@@ -32,12 +33,16 @@ _LINES = """\
   /help    this list
   /exit    leave (also Ctrl-D)"""
 
+_COMMAND_NAMES = tuple(re.findall(r"^  (/\w+)", _COMMAND_LIST, re.MULTILINE))
+
 _EPILOG = f"""\
 in the chat:
-{_LINES}
+{_COMMAND_LIST}
   Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes
   on in the next one, and so do lines between two lines of \"\"\". A blank
-  before it makes a line that begins with / a message.
+  before it makes a line that begins with / a message. Several lines that are
+  pasted are one message. Tab completes commands and the names of files; the
+  arrow keys and Ctrl-R find what was typed before in this chat.
 
   What ends a chat unasked (a device that fails, SIGTERM, SIGHUP, a full disk, a
   fault) leaves the conversation in a file in the folder for temporary files,
@@ -163,7 +168,7 @@ class Chat:
         if command == "/stats":
             note(str(self._llm.kv_stats))
         elif command == "/help":
-            note(_LINES)
+            note(_COMMAND_LIST)
         elif command == "/clear":
             self._messages = list(self._system)
             self._llm.reset()
@@ -180,7 +185,7 @@ class Chat:
                 return False
         else:
             note(
-                f"There is no command '{command}'. There are:\n{_LINES}\n"
+                f"There is no command '{command}'. There are:\n{_COMMAND_LIST}\n"
                 "To send it as a message, put a blank before it."
             )
             return False
@@ -338,46 +343,32 @@ def _piped(chat: Chat) -> int:
     failed = False
     try:
         while True:
-            failed |= not chat.hear(_read_message(lambda _: _next_line()))
+            failed |= not chat.hear(_read_message(next_line))
     except EOFError:
         return int(failed)
 
 
-def _next_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\r\n")
-
-
 def _at_terminal(chat: Chat) -> int:
-    with suppress(ImportError):  # arrow keys and history, where Python has them
-        importlib.import_module("readline")
+    read = line_reader(_COMMAND_NAMES)
     interrupted = False
     while True:
         try:
-            message = _read_message(_read_line)
+            message = _read_message(read)
             while message.endswith("\\"):
-                message = message[:-1] + "\n" + _read_line("... ")
+                message = message[:-1] + "\n" + read("... ")
             interrupted = False
             chat.hear(message)
         except EOFError:
-            note("")
             return 0
         except KeyboardInterrupt:
-            note("")
             if interrupted:
                 return 130
             interrupted = True
             note("(Ctrl-C again leaves, and so do Ctrl-D and /exit)")
 
 
-def _read_message(read: Callable[[str], str]) -> str:
-    """A line, or those between two lines of \"\"\" or up to the end of the input.
-
-    Args:
-        read: returns a line, given what to show before it.
-    """
+def _read_message(read: Read) -> str:
+    """A line, or those between two lines of \"\"\" or up to the end of the input."""
     line = read("> ")
     if line.strip() != '"""':
         return line
@@ -389,14 +380,6 @@ def _read_message(read: Callable[[str], str]) -> str:
         if not lines:
             raise
     return "\n".join(lines)
-
-
-def _read_line(prompt: str) -> str:
-    if sys.stdout.isatty():
-        return input(prompt)
-    # input() would write the prompt among the replies
-    note(prompt, end="")
-    return _next_line()
 
 
 COMMAND = Command(
