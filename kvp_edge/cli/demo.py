@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kvp_edge.cache.limits import CELL_UNIT, parse_budget
-from kvp_edge.cli import options
+from kvp_edge.cli import options, tables
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.commands import Command
 from kvp_edge.cli.demo_tasks import make_items
@@ -254,17 +254,25 @@ def greedy(reader: Reader, prompt: Sequence[int]) -> tuple[str, int]:
     return text, len(prompt) + len(reply)
 
 
+_HEAD = (("cache", 18), ("right", 8), ("cells", 8), ("KV MiB", 9), ("tokens/s", 10), ("dropped", 9))
+
+
 def table(rows: list[Row]) -> list[str]:
     """The table as lines of text."""
-    lines = [f"{'cache':18}{'right':>8}{'cells':>8}{'KV MiB':>9}{'tokens/s':>10}{'dropped':>9}"]
-    lines.append("-" * len(lines[0]))
-    for row in rows:
-        lines.append(
-            f"{row.cache:18}{f'{row.right}/{row.items}':>8}{row.cells:>8}"
-            f"{row.kv_bytes / 2**20:>9.2f}{row.tokens / row.seconds:>10.0f}"
-            f"{row.dropped / row.items:>9.0f}"
-        )
-    return lines
+    return tables.table(
+        _HEAD,
+        [
+            (
+                row.cache,
+                f"{row.right}/{row.items}",
+                f"{row.cells}",
+                f"{row.kv_bytes / 2**20:.2f}",
+                f"{row.tokens / row.seconds:.0f}",
+                f"{row.dropped / row.items:.0f}",
+            )
+            for row in rows
+        ],
+    )
 
 
 def reading(rows: list[Row]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.tables import named
 from kvp_edge.doctor.examination import Finding, examine
 
 _EPILOG = """\
@@ -40,7 +41,7 @@ def _main(args: Options) -> int:
         if finding.section != section:
             section = finding.section
             say(section)
-        say(f"  {finding.name:17}{finding.text}")
+        say(named(finding.name, finding.text, 17, indent=2))
     faults = [finding for finding in findings if finding.fault]
     say(_json(findings) if args.json else _told(faults))
     return 1 if faults else 0

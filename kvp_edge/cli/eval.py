@@ -17,6 +17,7 @@ from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.tables import named
 from kvp_edge.evaluation import estimate, plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
@@ -162,7 +163,8 @@ class Options(options.ModelOptions):
 def _main(args: Options) -> int:
     tasks = {**TASKS, **(data_tasks(Path(args.data)) if args.data else {})}
     if args.list:
-        print("\n".join(f"{name:18}{task.about}" for name, task in tasks.items()))
+        for name, task in tasks.items():
+            say(named(name, task.about, 18))
         return 0
     path = options.model_path(args)
     out = Path(args.out or f"kvp-eval-{Path(path).stem}")

@@ -9,7 +9,8 @@ import numpy as np
 
 from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import argument
-from kvp_edge.cli.shown import on_one_line, say
+from kvp_edge.cli.shown import say
+from kvp_edge.cli.tables import named
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 
 
@@ -21,7 +22,7 @@ class Options:
 def _main(args: Options) -> int:
     info, weights = read_policy(args.file)
     for name, value in _facts(args.file, info, weights):
-        say(f"{name:16}{on_one_line(value)}")
+        say(named(name, value, 16))
     return 0
 
 

@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass
 
 from kvp_edge.cli.commands import Command
+from kvp_edge.cli.shown import say
+from kvp_edge.cli.tables import named
 from kvp_edge.policies import FALLBACK, POLICIES
 
 
@@ -15,12 +17,12 @@ class Options:
 
 
 def _main(_: Options) -> int:
-    print(f"{'auto':19} The policy trained for the model (kvp-*.gguf beside it), else {FALLBACK}.")
+    about = {"auto": f"The policy trained for the model (kvp-*.gguf beside it), else {FALLBACK}."}
     for name, policy in POLICIES.items():
-        module = inspect.getmodule(policy)
-        about = (inspect.getdoc(module) or "").partition("\n")[0]
-        print(f"{name:19} {about}")
-    print(f"{'FILE':19} A policy file: what kvp-edge train and export made (.gguf, .onnx).")
+        about[name] = (inspect.getdoc(inspect.getmodule(policy)) or "").partition("\n")[0]
+    about["FILE"] = "A policy file: what kvp-edge train and export made (.gguf, .onnx)."
+    for name, text in about.items():
+        say(named(name, text, 20))
     return 0
 
 

@@ -11,6 +11,7 @@ from kvp_edge.cli import options
 from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.tables import table
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.training.settings import Settings
 
@@ -153,12 +154,19 @@ def comparison(result: Any) -> str:
     from kvp_edge.training.train import BASELINES  # noqa: PLC0415
 
     rows = {"policy": result.quality, **result.baselines}
-    lines = [f"{'':10}{'cost':>8}{'lost':>8}{'tokens: cost':>14}{'lost':>8}"]
-    for name, q in rows.items():
-        lines.append(
-            f"{name:10}{q.cost.mean():8.2f}{q.lost.mean():8.3f}"
-            f"{q.token_cost:14.2f}{q.token_lost:8.3f}"
-        )
+    lines = table(
+        (("", 10), ("cost", 8), ("lost", 8), ("tokens: cost", 14), ("lost", 8)),
+        [
+            (
+                name,
+                f"{q.cost.mean():.2f}",
+                f"{q.lost.mean():.3f}",
+                f"{q.token_cost:.2f}",
+                f"{q.token_lost:.3f}",
+            )
+            for name, q in rows.items()
+        ],
+    )
     heuristics = [result.baselines[name] for name in BASELINES]
     best = [min(costs) for costs in zip(*(q.cost for q in heuristics), strict=True)]
     won = sum(mine < theirs for mine, theirs in zip(result.quality.cost, best, strict=True))
