@@ -7,20 +7,20 @@ text once; a selector colours it by the share of heads that kept a token, or by 
 from __future__ import annotations
 
 import base64
-import html
-import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 
 from kvp_edge.arrays import BoolArray
 
-_TEMPLATE = Path(__file__).with_name("kept_tokens.html")
 _LEVELS = 10  # shades, besides white for what no head kept
 
 
@@ -89,16 +89,6 @@ def html_page(shown: KeptTokens) -> str:
     """The page. Its size is about 60 bytes for each token, and for each head one bit for each token
     (with scores nine)."""
     n_layer, n_head_kv, n = shown.kept.shape
-    levels = shown.levels()
-    tokens = "".join(
-        f'<span class="h{level}{" p" if protected else ""}">{_visible(text)}</span>'
-        for text, level, protected in zip(shown.texts, levels, shown.protected, strict=True)
-    )
-    options = "\n".join(
-        f'<option value="{layer * n_head_kv + head}">layer {layer}, head {head}</option>'
-        for layer in range(n_layer)
-        for head in range(n_head_kv)
-    )
     packed = np.packbits(shown.kept.astype(bool).reshape(-1, n), axis=1)
     data = {
         "n": n,
@@ -108,14 +98,13 @@ def html_page(shown: KeptTokens) -> str:
         "kept": _base64(packed),
         "ranks": None if shown.scores is None else _base64(_ranks(shown.scores)),
     }
-    return _fill(
-        {
-            "title": html.escape(_storable(shown.title)),
-            "about": html.escape(shown.about()),
-            "options": options,
-            "tokens": tokens,
-            "data": json.dumps(data),  # numbers and base64: nothing in it ends a script
-        }
+    return _template().render(
+        title=_storable(shown.title),
+        about=shown.about(),
+        n_layer=n_layer,
+        n_head_kv=n_head_kv,
+        tokens=zip(map(_storable, shown.texts), shown.levels(), shown.protected, strict=True),
+        data=data,
     )
 
 
@@ -124,22 +113,11 @@ def write_html(shown: KeptTokens, path: str | os.PathLike[str]) -> None:
     Path(path).write_text(html_page(shown), encoding="utf-8", newline="\n")
 
 
-def _fill(parts: dict[str, str]) -> str:
-    """The template with its ``{{names}}`` replaced. It is cut before anything is put in, so that
-    text with braces in it stays text."""
-    first, *others = _TEMPLATE.read_text(encoding="utf-8").split("{{")
-    page = [first]
-    for other in others:
-        name, rest = other.split("}}", 1)
-        page += [parts[name], rest]
-    return "".join(page)
-
-
-def _visible(text: str) -> str:
+def _marked(text: str) -> Markup:
     """A token as HTML whose text is the token: marks for white space are put in by the style
     sheet, so that copied text is the true one."""
-    escaped = html.escape(_storable(text))
-    return escaped.replace("\n", "<i></i>\n").replace("\t", '<i class="tab"></i>\t')
+    marks = {"\n": Markup("<i></i>\n"), "\t": Markup('<i class="tab"></i>\t')}
+    return Markup("").join(marks.get(part, part) for part in re.split(r"([\n\t])", text))
 
 
 def _storable(text: str) -> str:
@@ -157,6 +135,13 @@ def _ranks(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     below = np.stack([np.searchsorted(np.sort(row), row) for row in rows])
     ranks: npt.NDArray[np.uint8] = np.rint(100 * below / max(1, n - 1)).astype(np.uint8)
     return ranks.reshape(scores.shape)
+
+
+def _template() -> jinja2.Template:
+    source = Path(__file__).with_name("kept_tokens.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
+    environment.filters["marked"] = _marked
+    return environment.from_string(source)
 
 
 def _base64(array: npt.NDArray[np.uint8]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 
 import kvp_edge
 from kvp_edge.cli import main, options, parse
@@ -387,4 +388,13 @@ def test_every_command_that_loads_a_model_has_the_option(
 ) -> None:
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    assert re.search(r"--repack +[<[]auto\|on\|off[>\]] ", capsys.readouterr().out)
+    assert re.search(r"--repack +\{auto,on,off\} ", capsys.readouterr().out)
+
+
+def test_types_have_the_numbers_that_gguf_gives_them() -> None:
+    known = {one.name.lower(): one.value for one in GGMLQuantizationType}
+    ours = {name.lower(): number for name, number in buffer_types._WEIGHT_TYPES.items()}
+    assert ours.keys() - known.keys() <= {"mxfp4", "q1_0"}  # newer than some releases of gguf
+    assert {name: known[name] for name in ours.keys() & known.keys()} == {
+        name: ours[name] for name in ours.keys() & known.keys()
+    }
