@@ -24,6 +24,7 @@ from kvp_edge.evaluation.kept_tokens import write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
 from kvp_edge.evaluation.setting import Setting, budget_of
 from kvp_edge.evaluation.tasks import GENERATION, RULER, TASKS, data_tasks
+from kvp_edge.files import write_whole
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import transcribe_without_template
 from kvp_edge.text.spans import KEEP_WHOLE
@@ -205,7 +206,7 @@ def _main(args: Options) -> int:
     found = [known[key] for key in wanted]
     _draw(the_run, drawn, out / "kept")
     text = report.report(found, title=f"{Path(path).stem}: what a bounded cache costs")
-    (out / "report.md").write_text(text, encoding="utf-8")
+    write_whole(out / "report.md", text.encode())
     _plot(found, out)
     say(text)
     note(f"written: {out / 'report.md'}")

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from kvp_edge.arrays import BoolArray
+from kvp_edge.files import write_whole
 
 _LEVELS = 10  # shades, besides white for what no head kept
 
@@ -110,7 +111,7 @@ def html_page(shown: KeptTokens) -> str:
 
 def write_html(shown: KeptTokens, path: str | os.PathLike[str]) -> None:
     """Write the page to a file."""
-    Path(path).write_text(html_page(shown), encoding="utf-8", newline="\n")
+    write_whole(path, html_page(shown).encode())
 
 
 def _marked(text: str) -> Markup:
