@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvp_edge.cache.stats import Eviction, KVStats
     from kvp_edge.errors import (
         BudgetError,
         ContextLengthError,
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     )
     from kvp_edge.llama import Llama
     from kvp_edge.policies import POLICIES, Policy
-    from kvp_edge.stats import Eviction, KVStats
 
 __version__ = "0.1.0"
 
@@ -49,8 +49,8 @@ _FROM = {
     "Llama": "llama",
     "POLICIES": "policies",
     "Policy": "policies",
-    "Eviction": "stats",
-    "KVStats": "stats",
+    "Eviction": "cache.stats",
+    "KVStats": "cache.stats",
 }
 
 

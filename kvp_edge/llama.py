@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import inspect
 import json
 import os
@@ -22,7 +21,6 @@ import numpy as np
 from llama_cpp import llama_chat_format
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from kvp_edge import session, transcript
 from kvp_edge.arguments import (
     check_adapter_file,
     check_cache_types,
@@ -30,8 +28,19 @@ from kvp_edge.arguments import (
     check_counts,
     check_threads,
 )
-from kvp_edge.chat_head import Head
-from kvp_edge.chat_markers import template_markers
+from kvp_edge.arrays import FloatArray
+from kvp_edge.binding.cache import CacheLocation, NativeCache
+from kvp_edge.binding.fingerprint import model_fingerprint
+from kvp_edge.binding.library import BUILT_FOR
+from kvp_edge.binding.model import read_model_shape, require_model_file
+from kvp_edge.binding.queries import QueryLog
+from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
+from kvp_edge.binding.watch import Watch
+from kvp_edge.cache import session_file as session
+from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
+from kvp_edge.cache.manager import EvictionManager
+from kvp_edge.cache.stats import Eviction, KVStats
+from kvp_edge.cache.table import Granularity, Table
 from kvp_edge.errors import (
     BudgetError,
     ContextLengthError,
@@ -39,30 +48,19 @@ from kvp_edge.errors import (
     SessionError,
     UnsupportedModelError,
 )
-from kvp_edge.eviction import EvictionManager, Granularity, Table
-from kvp_edge.fingerprint import model_fingerprint
-from kvp_edge.last_words import before_abort
-from kvp_edge.limits import DEFAULT_SINKS, CacheLimits
-from kvp_edge.llama_log import LlamaLog, listen
-from kvp_edge.native import (
-    BUILT_FOR,
-    CachePlace,
-    FloatArray,
-    NativeCache,
-    Watch,
-    read_model_shape,
-    require_model_file,
-)
+from kvp_edge.llamacpp.abort_hook import before_abort
+from kvp_edge.llamacpp.log import LlamaLog, listen
 from kvp_edge.one_call import Calls, Closed
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.policy_file import check_model
-from kvp_edge.queries import QueryLog
-from kvp_edge.repack import REPACK, use_extra_buffers
-from kvp_edge.rope import KeyFrequencies, measure_frequencies
-from kvp_edge.same_text import begin_as_known
-from kvp_edge.stats import Eviction, KVStats
-from kvp_edge.token_memory import WORTH_BYTES, TokenMemory, marks
-from kvp_edge.whole_spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
+from kvp_edge.processor.repack import REPACK, use_extra_buffers
+from kvp_edge.text import transcript
+from kvp_edge.text.chat_head import Head
+from kvp_edge.text.chat_markers import template_markers
+from kvp_edge.text.pieces import token_text
+from kvp_edge.text.retokenize import begin_as_known
+from kvp_edge.text.spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
+from kvp_edge.text.token_memory import WORTH_BYTES, TokenMemory, marks
 
 _GGML_TYPE_F16 = 1
 #: Bytes of a session besides its tokens, keys and values.
@@ -110,7 +108,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     One object serves one call at a time; many objects may live in many threads. A call that comes
     while another one is at work is refused (InUseError), whatever thread it comes from, and so is
     one from a function that the other one calls (on_evict, a stopping criterion). What only tells
-    (kv_stats, kv_positions, tokenize, n_ctx) can be called at any time, from anywhere; saving, at
+    (kv_stats, kv_indices, tokenize, n_ctx) can be called at any time, from anywhere; saving, at
     any time by the same thread. A stream is one call for each of its pieces: in between the model
     may be used, and once something else was read, the stream cannot go on. A stream may be
     forgotten at any time. After ``close`` every call is refused (RuntimeError).
@@ -131,15 +129,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             pass what the model was trained for, the tokens held are moved to the front, so that a
             conversation can go on for ever.
         keep_whole: what stays or goes as a whole, besides the markers of the chat template:
-            "tokens" (nothing), "words" or "sentences" (kvp_edge.whole_spans).
+            "tokens" (nothing), "words" or "sentences" (kvp_edge.text.spans).
         isolate_turns: what was kept of a finished message is not thinned out again for new ones, as
-            long as these find a quarter of the room (kvp_edge.turns). A text without the markers of
-            the chat template is one message.
+            long as these find a quarter of the room (kvp_edge.cache.turns). A text without the
+            markers of the chat template is one message.
         sinks: first tokens that are never dropped.
         recent: newest tokens that are never dropped; None: a quarter of the budget, at most 256.
         reserve: free cells after an eviction; None: a quarter of the budget, but at least 256 and
             n_batch; where the budget is memory, a fifth of the cells. More where a model's sliding
-            window needs cells (kvp_edge.limits).
+            window needs cells (kvp_edge.cache.limits).
         protect_system: never drop the system prompt of create_chat_completion, nor the definitions
             of tools that the chat template shows before the first message, if these fit as well.
         pack: "device": the cache is scored and packed where it lies, in host memory or on a device
@@ -148,7 +146,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         on_evict: called with an Eviction after each eviction.
         repack: "on": weights on the CPU are laid out anew for this processor, as llama.cpp does by
             default; "off": they are not. "auto": "on" if that has been tried on this machine, in a
-            child process, and works (kvp_edge.repack).
+            child process, and works (kvp_edge.processor.repack).
         n_batch: most tokens decoded at once; None: 512, or what fits into the reserve and beside a
             sliding window.
 
@@ -390,7 +388,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._architecture = architecture
             self._check_policy(policy, cache)
             granularity = self._settle_granularity(cache)
-            self._check_place(cache.place, granularity)
+            self._check_place(cache.location, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
             if self._query_log is not None:
                 policy = self._start_query_log(self._query_log, policy, cache, limits, frequencies)
@@ -451,7 +449,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             raise
         return "head"
 
-    def _check_place(self, place: CachePlace, granularity: Granularity) -> None:
+    def _check_place(self, place: CacheLocation, granularity: Granularity) -> None:
         if self._bound.pack != "device" or place.packs(granularity):
             return
         reason = place.where
@@ -531,7 +529,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             return KVStats(
                 n, n, 0, 0, cells, self._kv_bytes, 0.0, None, None, None, None, None, 0, 0
             )
-        place = kv.cache.place
+        place = kv.cache.location
         return KVStats(
             seen=kv.seen,
             kept=kv.kept,
@@ -545,18 +543,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             granularity=kv.granularity,
             pack="device" if kv.packs_in_place else "state",
             where=place.where,
-            crossed_bytes=place.crossed,
+            transferred_bytes=place.bytes_transferred,
             evictions_as_state=kv.evictions_as_state,
         )
 
     @property
-    def kv_positions(self) -> Any:
+    def kv_indices(self) -> Any:
         """Tokens that the cache holds, as their indices in the conversation, ascending: int32
         [kept]; at head granularity [n_layer, n_head_kv, kept], as every head holds its own."""
         with self._calls.look():
             if self._kv is None:
                 return np.arange(self.n_tokens, dtype=np.int32)
-            return self._kv.positions
+            return self._kv.indices
 
     # -- text --------------------------------------------------------------------------------
 
@@ -839,7 +837,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """A token's text, special tokens included."""
         piece = self._pieces.get(token)
         if piece is None:
-            piece = self._pieces[token] = _token_text(self._model.vocab, token)
+            piece = self._pieces[token] = token_text(self._model.vocab, token)
         return piece
 
     def _template_markers(self) -> list[bytes]:
@@ -955,7 +953,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         }
         arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
         state = kv.cache.state()
-        kv.cache.check_state(state, table.present())
+        kv.cache.check_state(state, table.llama_positions())
         session.write(path, header, {**arrays, "state": state})
 
     def load_session(
@@ -1032,8 +1030,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     ) -> None:
         """Write the conversation down if a device that holds the model or the cache fails.
 
-        llama.cpp ends the process then (kvp_edge.last_words). The conversation's tokens are written
-        to ``path`` just before that, and nothing is written ever else; ``load_session`` reads them
+        llama.cpp ends the process then (kvp_edge.llamacpp.abort_hook). The conversation's tokens
+        are written to ``path`` just before that, and at no other time; ``load_session`` reads them
         again. The cache is lost with its device, so this is possible with every policy.
 
         Args:
@@ -1156,7 +1154,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "type_k": shape.type_k,
             "type_v": shape.type_v,
             "v_transposed": shape.v_transposed,
-            "rotation": [shape.k_rotation, shape.v_rotation],
+            "rotation": [shape.k_hadamard_block, shape.v_hadamard_block],
             "rope": [
                 params.rope_scaling_type,
                 params.rope_freq_base,
@@ -1197,17 +1195,6 @@ def _write_rescue(holder: weakref.ref[Llama], message: str) -> None:
     finally:  # the tokens shall not be lost with what the caller adds to them
         # the name was free when it was chosen; who has put a link there since means no good
         session.write(where(), header, {"tokens": tokens}, follow_link=False)
-
-
-def _token_text(vocab: Any, token: int) -> bytes:
-    """llama_cpp's token_to_piece returns its whole buffer, and only 32 bytes of a long token."""
-    size = 32
-    while True:
-        buffer = ctypes.create_string_buffer(size)
-        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, True)
-        if n >= 0:
-            return buffer.raw[:n]
-        size = -n
 
 
 def _or_f16(ggml_type: int | None) -> int:

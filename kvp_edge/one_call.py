@@ -160,7 +160,7 @@ class Own:
         return InUseError(
             f"'{name}' was called from inside '{self._name}', by a function given to it (on_evict, "
             "a stopping criterion, a logits processor...). There the model can be looked at "
-            "(kv_stats, kv_positions) and saved, but not be changed"
+            "(kv_stats, kv_indices) and saved, but not be changed"
         )
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import numpy as np
-import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.files import open_regular, replacing
-from kvp_edge.gguf_file import MAGIC, GGUFFile
-from kvp_edge.json_values import is_a, require, shortened
+from kvp_edge.files.gguf_file import MAGIC, GGUFFile
+from kvp_edge.files.json_values import is_a, require, shortened
 
-FloatArray = npt.NDArray[np.float32]
 OutType = Literal["f32", "f16", "q8_0"]
 
 FORMAT_VERSION = 1
@@ -57,8 +56,8 @@ _Q8_0_BLOCK = 32
 @dataclass(frozen=True)
 class PolicyInfo:
     """What a policy file says of itself. ``n_layer`` counts the layers of the base KV cache;
-    ``horizon`` is of gates (objective "global", kvp_edge.retention); ``statistics`` counts the
-    newest queries whose attention is looked at, 0: none."""
+    ``horizon`` is of gates (objective "global", kvp_edge.policies.retention); ``statistics`` counts
+    the newest queries whose attention is looked at, 0: none."""
 
     architecture: str
     n_layer: int

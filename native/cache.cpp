@@ -12,13 +12,13 @@ using namespace kvp;
 
 namespace {
 
-key_turn turning_of(const kvp_key_turn * turn, uint32_t rotation) {
-    key_turn how;
-    if (turn) {
-        if (!turn->frequency || !turn->turn || turn->n_pairs == 0) {
-            fail(KVP_ERR_ARGUMENT, "a turn of keys needs frequencies, turns and at least one pair");
+rope_shift shift_of(const kvp_rope_shift * shift, uint32_t rotation) {
+    rope_shift how;
+    if (shift) {
+        if (!shift->frequency || !shift->distance || shift->n_pairs == 0) {
+            fail(KVP_ERR_ARGUMENT, "a shift of keys needs frequencies, distances and at least one pair");
         }
-        how = { turn->frequency, turn->turn, turn->n_pairs, turn->neox != 0, rotation };
+        how = { shift->frequency, shift->distance, shift->n_pairs, shift->neox != 0, rotation };
     }
     return how;
 }
@@ -157,15 +157,15 @@ int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t 
     });
 }
 
-int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_asked * asked, const int32_t * held,
+int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_query_batch * queries, const int32_t * held,
                                   float * paid, kvp_error * err) {
     return guard(err, [&] {
-        if (!cache || !asked || !held || !paid || (asked->n > 0 && (!asked->queries || !asked->positions || !asked->scale))) {
-            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_attention: cache, asked, held and paid must not be NULL");
+        if (!cache || !queries || !held || !paid || (queries->n > 0 && (!queries->queries || !queries->indices || !queries->scale))) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_attention: cache, queries, held and paid must not be NULL");
         }
-        check_heads(*cache, asked->n_head);
+        check_heads(*cache, queries->n_head);
         cache->place_of(p0, p1, n, [&](in_place & place, const std::vector<uint32_t> & cells) {
-            place.score_attention(cells, *asked, held, llama_n_threads(cache->ctx), paid);
+            place.score_attention(cells, *queries, held, llama_n_threads(cache->ctx), paid);
         });
     });
 }
@@ -206,7 +206,7 @@ int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p
             [&](const token_rows & found) { cache->place->score(policy->network, slots, found.order, scores); },
             [&](const token_rows & found) {
                 cache->each_layer(found, false, [&](uint32_t il, const float * keys) {
-                    read_v(found.layers[il], found.v_trans, found.order, H * dv, c.v_rotation, values.data());
+                    read_v(found.layers[il], found.v_trans, found.order, H * dv, c.v_hadamard_block, values.data());
                     policy->network.score(il, { keys, H * dk, dk }, { values.data(), H * dv, dv }, slots.data(), slots.size(), n,
                                           llama_n_threads(cache->ctx), scores + il * H * n);
                 });
@@ -292,15 +292,15 @@ void kvp_cache_forget(kvp_cache * cache) {
     }
 }
 
-void kvp_cache_get_place(const kvp_cache * cache, kvp_cache_place * place) {
+void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location * place) {
     if (cache && place) {
         *place           = {};
         place->known     = cache->place.has_value();
         place->on_device = cache->place && !cache->place->on_host();
         place->can_pack  = cache->place && cache->place->can_pack();
-        place->packed    = cache->packed;
+        place->packed_in_place = cache->packed;
         place->packed_as_state = cache->packed_as_state;
-        place->crossed   = cache->crossed + (cache->place ? cache->place->crossed() : 0);
+        place->bytes_transferred   = cache->bytes_transferred + (cache->place ? cache->place->bytes_transferred() : 0);
         std::snprintf(place->where, sizeof(place->where), "%s", cache->place ? cache->place->devices().c_str() : cache->why_not.c_str());
     }
 }
@@ -324,13 +324,13 @@ int32_t kvp_cache_check_packing(kvp_cache * cache, kvp_error * err) {
 }
 
 int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions,
-                       uint32_t n_keep, const kvp_key_turn * turn, kvp_error * err) {
+                       uint32_t n_keep, const kvp_rope_shift * shift, kvp_error * err) {
     return guard(err, [&] {
         if (!cache || !present || !keep || !positions) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_pack: cache, present, keep and positions must not be NULL");
         }
         const kvp_cache_shape & s = cache->shape;
-        cache->pack({ s.n_layer, s.n_head_kv, n, n_keep, present, keep, positions, turning_of(turn, s.k_rotation) });
+        cache->pack({ s.n_layer, s.n_head_kv, n, n_keep, present, keep, positions, shift_of(shift, s.k_hadamard_block) });
     });
 }
 
@@ -356,13 +356,13 @@ int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, siz
 
 int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
                        const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions, uint32_t n_keep,
-                       const kvp_key_turn * turn, uint32_t rotation, size_t * packed_size, kvp_error * err) {
+                       const kvp_rope_shift * shift, uint32_t rotation, size_t * packed_size, kvp_error * err) {
     return guard(err, [&] {
         if (!blob || !present || !keep || !positions || !packed_size) {
             fail(KVP_ERR_ARGUMENT, "kvp_state_pack: blob, present, keep, positions and packed_size must not be NULL");
         }
         *packed_size = pack_state(blob, size, seq_id,
-                                  { n_layer, n_head_kv, n, n_keep, present, keep, positions, turning_of(turn, rotation) });
+                                  { n_layer, n_head_kv, n, n_keep, present, keep, positions, shift_of(shift, rotation) });
     });
 }
 

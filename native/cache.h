@@ -68,7 +68,7 @@ struct kvp_cache {
     kvp_watch *                  watch = nullptr;
     std::optional<kvp::in_place> place;       // where the cache lies, if that is known
     std::string                  why_not;     // else
-    uint64_t                     crossed = 0; // bytes of llama.cpp's states, taken and given
+    uint64_t                     bytes_transferred = 0; // bytes of llama.cpp's states, taken and given
     uint32_t                     packed = 0, packed_as_state = 0;
 
     // -- opening
@@ -107,9 +107,9 @@ struct kvp_cache {
                 continue;
             }
             if (want_v) {
-                kvp::read_v(layer, tokens.v_trans, tokens.order, n_values, shape.v_rotation, rows.data());
+                kvp::read_v(layer, tokens.v_trans, tokens.order, n_values, shape.v_hadamard_block, rows.data());
             } else {
-                kvp::read_k(layer, tokens.order, n_values, shape.k_rotation, rows.data());
+                kvp::read_k(layer, tokens.order, n_values, shape.k_hadamard_block, rows.data());
             }
             each(il, rows.data());
         }
@@ -141,7 +141,7 @@ private:
     size_t           blob_bound(uint32_t n) const;
     bool             pack_in_place(const kvp::pack_plan & plan, int32_t newest);
     bool             thins_window(const kvp::pack_plan & plan, const std::vector<uint32_t> & survivors) const;
-    void             close_up(const int32_t * positions, uint32_t n);
+    void             defragment(const int32_t * positions, uint32_t n);
     void             set_state(const uint8_t * bytes, size_t size, int32_t newest);
-    [[noreturn]] void lose_all(const kvp::error & e);
+    [[noreturn]] void clear_after_failure(const kvp::error & e);
 };

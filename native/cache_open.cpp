@@ -63,7 +63,7 @@ void kvp_cache::clear_again() {
         place->cells.clear();
     }
     packed_as_state = 0;
-    crossed         = 0;
+    bytes_transferred         = 0;
 }
 
 void kvp_cache::refuse_if_not_empty() const {
@@ -121,8 +121,8 @@ void kvp_cache::learn_shape(const state_blob & state, const llama_model * model,
     shape.type_v         = first.type_v;
     shape.v_transposed   = state.base.v_trans;
     shape.has_window     = state.has_window;
-    shape.k_rotation     = rot.k;
-    shape.v_rotation     = rot.v;
+    shape.k_hadamard_block     = rot.k;
+    shape.v_hadamard_block     = rot.v;
     shape.bytes_per_cell = uint64_t(shape.n_layer) * (first.k_row + first.v_row);
 }
 

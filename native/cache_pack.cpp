@@ -39,10 +39,10 @@ void kvp_cache::pack(const pack_plan & plan) {
              plan.n ? plan.present[plan.n - 1] : -1);
     }
     const int32_t last = plan.positions[plan.n_keep - 1];
-    if (plan.turning.frequency && shape.has_window) {
+    if (plan.shift.frequency && shape.has_window) {
         fail(KVP_ERR_UNSUPPORTED, "keys of a model with sliding-window layers cannot be turned while they are packed");
     }
-    if (!plan.turning.frequency && last != newest) {
+    if (!plan.shift.frequency && last != newest) {
         fail(KVP_ERR_ARGUMENT, "the newest token must stay at position %d, from which llama.cpp continues, not %d", newest, last);
     }
     if (pack_in_place(plan, newest)) {
@@ -60,7 +60,7 @@ void kvp_cache::pack(const pack_plan & plan) {
 
 // Whether it was possible; if not, nothing has changed.
 bool kvp_cache::pack_in_place(const pack_plan & plan, int32_t newest) {
-    if (!check_rows(plan) || !place || plan.turning.frequency) {
+    if (!check_rows(plan) || !place || plan.shift.frequency) {
         return false;
     }
     const auto cells     = place->cells.find(plan.present, plan.n);
@@ -78,7 +78,7 @@ bool kvp_cache::pack_in_place(const pack_plan & plan, int32_t newest) {
         if (e.code == KVP_ERR_UNSUPPORTED || e.code == KVP_ERR_MEMORY) {
             return false; // before anything was changed
         }
-        lose_all(e);
+        clear_after_failure(e);
     }
     try {
         for (uint32_t row = 0, i = 0; row < plan.n;) { // what is between two survivors goes in one range
@@ -90,14 +90,14 @@ bool kvp_cache::pack_in_place(const pack_plan & plan, int32_t newest) {
             remove(plan.present[row], plan.present[end - 1] + 1);
             row = end;
         }
-        close_up(plan.positions, plan.n_keep);
+        defragment(plan.positions, plan.n_keep);
     } catch (const error & e) {
-        lose_all(e);
+        clear_after_failure(e);
     }
     return true;
 }
 
-void kvp_cache::lose_all(const error & e) {
+void kvp_cache::clear_after_failure(const error & e) {
     llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
     llama_memory_seq_rm(mem, SEQ_CHAT, -1, -1);
     place->cells.clear();
@@ -127,7 +127,7 @@ bool kvp_cache::thins_window(const pack_plan & plan, const std::vector<uint32_t>
 // tensor's blocks for that of its values, and end the process where memory for them is lacking. Then these few
 // rows would go through the host, which is worth it only where more than half of the cells in use are holes:
 // the next tokens fill holes first, and at the next eviction these rows are old and move like others.
-void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
+void kvp_cache::defragment(const int32_t * positions, uint32_t n) {
     std::vector<uint32_t> cells = place->cells.find(positions, n);
     const auto   high   = std::find_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cell >= n; });
     const bool   pieces = shape.v_transposed && !place->on_host(); // one for every column: slower than the holes
@@ -178,7 +178,7 @@ void kvp_cache::close_up(const int32_t * positions, uint32_t n) {
         fail(KVP_ERR_RUNTIME, "llama.cpp did not take its newest %zu tokens back", from.size());
     }
     if (!place->on_host() && !stays) {
-        crossed += 2 * size;
+        bytes_transferred += 2 * size;
     }
     llama_memory_seq_cp(mem, SEQ_READ, SEQ_CHAT, -1, -1);
     llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
@@ -230,12 +230,12 @@ void kvp_cache::set_state(const uint8_t * bytes, size_t size, int32_t newest) {
              "read again",
              taken, size);
     }
-    crossed += size;
+    bytes_transferred += size;
     if (place) {
         // The cells of an empty cache are taken in order.
         const state_blob state = parse_state_blob(bytes, size, SEQ_CHAT);
         place->cells.clear();
-        crossed += place->on_host() ? 0 : state.base.pos.size() * state.base.layers.front().k_row;
+        bytes_transferred += place->on_host() ? 0 : state.base.pos.size() * state.base.layers.front().k_row;
         if (place->begins_with(state.base)) {
             std::vector<uint32_t> cells(state.base.pos.size());
             std::iota(cells.begin(), cells.end(), 0u);

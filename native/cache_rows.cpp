@@ -24,7 +24,7 @@ size_t kvp_cache::take_state(llama_seq_id seq, size_t upper_bound) {
     if (got == 0) {
         fail(KVP_ERR_RUNTIME, "llama.cpp could not write its state into %zu bytes: the cache could not be read", size);
     }
-    crossed += got;
+    bytes_transferred += got;
     return got;
 }
 
@@ -94,10 +94,10 @@ bool kvp_cache::check_cells(const int32_t * present, uint32_t n) {
         return false;
     }
     llama_synchronize(ctx);
-    const uint64_t   before = crossed;
+    const uint64_t   before = bytes_transferred;
     const size_t     size   = take_state(SEQ_CHAT, blob_bound(n));
     const state_blob state  = parse_state_blob(blob.data(), size, SEQ_CHAT);
-    crossed                 = before; // no part of an eviction
+    bytes_transferred                 = before; // no part of an eviction
     const auto       order = ascending(state.base.pos);
     bool             same  = order.size() == n;
     for (uint32_t i = 0; same && i < n; ++i) {

@@ -37,12 +37,12 @@ void device::use_threads(int32_t n) {
 
 void device::set(ggml_tensor * tensor, const void * data, size_t size) {
     ggml_backend_tensor_set(tensor, data, 0, size);
-    crossed += size;
+    bytes_transferred += size;
 }
 
 void device::get(const ggml_tensor * tensor, void * data, size_t size) {
     ggml_backend_tensor_get(tensor, data, 0, size);
-    crossed += size;
+    bytes_transferred += size;
 }
 
 ggml_tensor * mul_mat_f32(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {

@@ -30,7 +30,7 @@ public:
     void set(ggml_tensor * tensor, const void * data, size_t size);
     void get(const ggml_tensor * tensor, void * data, size_t size);
 
-    uint64_t crossed = 0; // bytes of tensors, in both directions
+    uint64_t bytes_transferred = 0; // bytes of tensors, in both directions
 
 private:
     friend class device_graph;

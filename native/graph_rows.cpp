@@ -19,7 +19,7 @@ ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * v, int64_t end) {
 
 graph_rows::graph_rows(device_graph & graph, const device_part & part, const kvp_cache_shape & shape, const std::vector<int32_t> & cells)
     : graph(graph), part(part), shape(shape), end(*std::max_element(cells.begin(), cells.end()) + int64_t(1)),
-      from(graph.input(GGML_TYPE_I32, int64_t(cells.size()), 1, 1, cells.data())), k{ shape.k_rotation, {} }, v{ shape.v_rotation, {} } {}
+      from(graph.input(GGML_TYPE_I32, int64_t(cells.size()), 1, 1, cells.data())), k{ shape.k_hadamard_block, {} }, v{ shape.v_hadamard_block, {} } {}
 
 ggml_tensor * graph_rows::undo(turn & side, ggml_tensor * rows) {
     if (side.block == 0) {

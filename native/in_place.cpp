@@ -167,10 +167,10 @@ std::string in_place::devices() const {
     return names;
 }
 
-uint64_t in_place::crossed() const {
+uint64_t in_place::bytes_transferred() const {
     uint64_t sum = 0;
     for (const device_part & part : parts) {
-        sum += part.on->crossed;
+        sum += part.on->bytes_transferred;
     }
     return sum;
 }

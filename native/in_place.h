@@ -49,7 +49,7 @@ public:
     bool on_host(uint32_t il) const { return host[il].k != nullptr; }
     // Where the devices' names, comma between them, are for people to read.
     std::string devices() const;
-    uint64_t    crossed() const;
+    uint64_t    bytes_transferred() const;
 
     // The layers in host memory; the others are null. Cells are those of the cache.
     const std::vector<layer_rows> & rows() const { return host; }
@@ -65,7 +65,7 @@ public:
     // n must be a multiple of lag.
     void score_lag(const std::vector<uint32_t> & cells, uint32_t lag, int32_t n_threads, float * scores);
     // The attention that queries pay to tokens `held`, int32 [n_layer, n_head_kv, n]: f32 likewise.
-    void score_attention(const std::vector<uint32_t> & cells, const kvp_asked & asked, const int32_t * held, int32_t n_threads, float * paid);
+    void score_attention(const std::vector<uint32_t> & cells, const kvp_query_batch & batch, const int32_t * held, int32_t n_threads, float * paid);
     // As graph_expected_attention: f32 [n_layer, n_head_kv, n].
     void score_expected(const std::vector<uint32_t> & cells, const kvp_expected & expected, int32_t n_threads, float * scores);
 

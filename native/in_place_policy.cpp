@@ -16,7 +16,7 @@ void in_place::score(policy_network & network, const std::vector<slot> & slots, 
                 layers.push_back(layer.il);
             }
             part.policy.reset();
-            part.policy = std::make_unique<device_policy>(network, *part.on, layers, shape.k_rotation, shape.v_rotation);
+            part.policy = std::make_unique<device_policy>(network, *part.on, layers, shape.k_hadamard_block, shape.v_hadamard_block);
         }
         const device_policy & p = *part.policy;
         for (size_t first = 0; first < slots.size(); first += CHUNK) {

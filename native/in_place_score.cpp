@@ -75,22 +75,22 @@ void in_place::score_lag(const std::vector<uint32_t> & at, uint32_t lag, int32_t
     }
 }
 
-void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_asked & asked, const int32_t * held, int32_t n_threads,
+void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_query_batch & batch, const int32_t * held, int32_t n_threads,
                                float * paid) {
     const std::vector<int32_t> cells(at.begin(), at.end());
-    const size_t               n = at.size(), H = shape.n_head_kv, group = asked.n_head / H, size = shape.head_size_k;
-    const size_t               step = std::max<size_t>(1, MOST_LOGITS / (n * asked.n_head)); // queries per graph
+    const size_t               n = at.size(), H = shape.n_head_kv, group = batch.n_head / H, size = shape.head_size_k;
+    const size_t               step = std::max<size_t>(1, MOST_LOGITS / (n * batch.n_head)); // queries per graph
     std::fill_n(paid, shape.n_layer * H * n, 0.0f);
     std::vector<float> some(shape.n_layer * H * n);
     for (device_part * part : with_host(n_threads)) {
         const auto holds = of_layers(*part, held, H * n);
-        for (size_t first = 0; first < asked.n; first += step) {
-            const size_t             m = std::min<size_t>(step, asked.n - first);
-            const std::vector<float> positions(asked.positions + first, asked.positions + first + m);
+        for (size_t first = 0; first < batch.n; first += step) {
+            const size_t             m = std::min<size_t>(step, batch.n - first);
+            const std::vector<float> positions(batch.indices + first, batch.indices + first + m);
             std::vector<float>       queries;
             for (const device_layer & layer : part->layers) {
-                for (size_t h = 0; h < asked.n_head; ++h) {
-                    const float * from = asked.queries + ((layer.il * asked.n_head + h) * asked.n + first) * size;
+                for (size_t h = 0; h < batch.n_head; ++h) {
+                    const float * from = batch.queries + ((layer.il * batch.n_head + h) * batch.n + first) * size;
                     queries.insert(queries.end(), from, from + m * size);
                 }
             }
@@ -106,7 +106,7 @@ void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_asked
                 const auto of_layer = [&](ggml_tensor * x) {
                     return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], int64_t(H), x->nb[1], x->nb[2], l * H * x->nb[2]);
                 };
-                return graph_attention(ctx, rows.keys(l), of_layer(q), at_query, of_layer(at_key), asked.scale[part->layers[l].il]);
+                return graph_attention(ctx, rows.keys(l), of_layer(q), at_query, of_layer(at_key), batch.scale[part->layers[l].il]);
             }, some.data());
             for (const device_layer & layer : part->layers) {
                 for (size_t g = layer.il * H; g < (layer.il + 1) * H; ++g) {

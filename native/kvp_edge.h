@@ -37,7 +37,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 7
+#define KVP_ABI_VERSION 8
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -114,8 +114,8 @@ typedef struct kvp_cache_shape {
     int32_t  type_v;         /* enum ggml_type */
     uint32_t v_transposed;   /* 1 when flash attention is off */
     uint32_t has_window;     /* 1 when a sliding-window cache follows the base cache */
-    uint32_t k_rotation;     /* block of the Hadamard rotation that K is stored under, 0 = none */
-    uint32_t v_rotation;
+    uint32_t k_hadamard_block;     /* block of the Hadamard rotation that K is stored under, 0 = none */
+    uint32_t v_hadamard_block;
     uint64_t bytes_per_cell; /* of the base cache, K and V, all layers */
 } kvp_cache_shape;
 
@@ -132,18 +132,18 @@ KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_watch * watch, kv
 KVP_API void    kvp_cache_close(kvp_cache * cache); /* NULL is allowed */
 KVP_API void    kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * shape);
 
-typedef struct kvp_cache_place {
+typedef struct kvp_cache_location {
     uint32_t known;      /* 1: worked on where it lies; 0: through llama.cpp's state                      */
     uint32_t on_device;  /* 1: some of it lies in memory that the host does not see                       */
     uint32_t can_pack;   /* 1: heads can be packed there; 0 on devices where they are no whole 32-bit words */
-    uint32_t packed;     /* how often heads were packed there                                             */
+    uint32_t packed_in_place; /* how often heads were packed there                                             */
     uint32_t packed_as_state; /* and how often as a state                                                 */
-    uint64_t crossed;    /* bytes carried so far between the cache and the host: scores and cell numbers,
+    uint64_t bytes_transferred;    /* bytes carried so far between the cache and the host: scores and cell numbers,
                             and the states taken and given where it went through these                    */
     char     where[256]; /* the devices, with commas; or why it is not known                              */
-} kvp_cache_place;
+} kvp_cache_location;
 
-KVP_API void kvp_cache_get_place(const kvp_cache * cache, kvp_cache_place * place);
+KVP_API void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location * place);
 
 /* The owner of a watched context tells what it does itself: after a llama_decode that went well, that it
  * read n tokens at positions first, first + 1, ...; and to forget all cells after it has put tokens into the
@@ -191,19 +191,19 @@ KVP_API int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, u
                                     uint32_t n_parts, float * scores, kvp_error * err);
 
 /* Queries of n tokens, as kvp_queries_read gives them. */
-typedef struct kvp_asked {
+typedef struct kvp_query_batch {
     const float *   queries;   /* [n_layer, n_head, n, head_size_k] */
-    const int32_t * positions; /* [n], indices in the conversation, below 2^24 */
+    const int32_t * indices;   /* [n], in the conversation, below 2^24 */
     const float *   scale;     /* [n_layer], what q.k is multiplied by */
     uint32_t        n_head;
     uint32_t        n;
-} kvp_asked;
+} kvp_query_batch;
 
 /* The attention softmax(scale q.k) that queries pay to the tokens held, of which each sees its own and those
  * before: summed over queries, averaged over a KV head's query heads.
  *   held  int32 [n_layer, n_head_kv, n], the tokens' indices in the conversation
  *   paid  f32 [n_layer, n_head_kv, n]                                           */
-KVP_API int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_asked * asked,
+KVP_API int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_query_batch * queries,
                                           const int32_t * held, float * paid, kvp_error * err);
 
 /* What is known of queries to come. */
@@ -303,19 +303,19 @@ KVP_API int32_t kvp_choose_rows(const float * scores, const int32_t * unit, cons
 KVP_API int32_t kvp_cache_check_packing(kvp_cache * cache, kvp_error * err);
 
 /* How kept keys are turned to new positions (RoPE): pair p of a key by turn * frequency[p] radians. */
-typedef struct kvp_key_turn {
+typedef struct kvp_rope_shift {
     const double *  frequency; /* [n_layer, n_pairs], radians per position                        */
-    const int32_t * turn;      /* [n_layer, n_head_kv, n_keep], new position minus old            */
+    const int32_t * distance;  /* [n_layer, n_head_kv, n_keep], new position minus old            */
     uint32_t        n_pairs;
     uint32_t        neox;      /* 1: pairs (p, p + n_pairs) of a key; 0: pairs (2p, 2p + 1)       */
-} kvp_key_turn;
+} kvp_rope_shift;
 
 /* Packs sequence 0 into n_keep cells: row i of layer l and KV head h becomes row keep[l, h, i] of now.
  *   present    int32 [n], ascending: every position the sequence holds now
  *   keep       int32 [n_layer, n_head_kv, n_keep]: rows, all different within a head
  *   positions  int32 [n_keep], ascending: the new cells' positions; the last must be present[n - 1],
  *              from which llama.cpp continues, unless keys are turned
- *   turn       NULL, or how keys are turned on the way
+ *   shift      NULL, or how keys are turned on the way
  * It is packed where it lies if that is known, the rows of every head ascend, and the positions are all present
  * ones: their cells survive. (In host memory every row must also go to an older row's cell, or every row to a
  * newer one's.) Else it is packed as a state that goes out and back in, as it is where keys are turned, and on
@@ -327,7 +327,7 @@ typedef struct kvp_key_turn {
  * On KVP_ERR_ARGUMENT, _UNSUPPORTED, _LAYOUT and _MEMORY the cache is what it was. On KVP_ERR_RUNTIME a device
  * or llama.cpp failed in the middle and the cache is EMPTY: the conversation must be read again. */
 KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep,
-                               const int32_t * positions, uint32_t n_keep, const kvp_key_turn * turn, kvp_error * err);
+                               const int32_t * positions, uint32_t n_keep, const kvp_rope_shift * shift, kvp_error * err);
 
 /* Puts a state blob of sequence 0 back that was taken from a cache of the same layout, after checking it
  * against this one: layers, types, sizes, and that it holds the positions `present` (int32 [n],
@@ -341,11 +341,11 @@ KVP_API int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * b
 
 /* The same as kvp_cache_pack on a state blob of sequence seq_id in memory (llama_state_seq_get_data), without any context:
  * the blob is rewritten in place and its new size stored in *packed_size. rotation: block of the Hadamard
- * rotation that its keys are stored under (kvp_cache_shape.k_rotation), used only to turn keys.
+ * rotation that its keys are stored under (kvp_cache_shape.k_hadamard_block), used only to turn keys.
  * On any error the blob may be spoilt; it is never read or written outside [blob, blob + size). */
 KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
                                const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions,
-                               uint32_t n_keep, const kvp_key_turn * turn, uint32_t rotation, size_t * packed_size,
+                               uint32_t n_keep, const kvp_rope_shift * shift, uint32_t rotation, size_t * packed_size,
                                kvp_error * err);
 
 /* Captures the attention that a running context pays, reduced at once: for every token, KV head and

@@ -124,15 +124,15 @@ void check_plan(const state_blob & state, const pack_plan & plan, std::vector<ui
             }
         }
     }
-    if (plan.turning.frequency) {
+    if (plan.shift.frequency) {
         for (const layer_rows & layer : base.layers) {
             if (!can_be_written(layer.type_k)) {
                 fail(KVP_ERR_UNSUPPORTED, "keys of type %s cannot be turned to new positions", ggml_type_name(layer.type_k));
             }
             const int64_t head_size = int64_t(layer.k_row / plan.n_head_kv / ggml_type_size(layer.type_k)) * ggml_blck_size(layer.type_k);
-            if (!plan.turning.turn || plan.turning.n_pairs == 0 || 2 * int64_t(plan.turning.n_pairs) > head_size ||
-                (plan.turning.rotation && head_size % plan.turning.rotation != 0)) {
-                fail(KVP_ERR_ARGUMENT, "%u pairs cannot be turned in keys of %lld values", plan.turning.n_pairs, (long long) head_size);
+            if (!plan.shift.distance || plan.shift.n_pairs == 0 || 2 * int64_t(plan.shift.n_pairs) > head_size ||
+                (plan.shift.rotation && head_size % plan.shift.rotation != 0)) {
+                fail(KVP_ERR_ARGUMENT, "%u pairs cannot be turned in keys of %lld values", plan.shift.n_pairs, (long long) head_size);
             }
         }
     }
@@ -159,7 +159,7 @@ void from_float(ggml_type type, const float * src, size_t n, uint8_t * out, std:
 }
 
 // Turns keys of one layer, n_keep rows of n_head heads. Those that stay where they are keep their bits.
-void turn_keys(const key_turn & how, const double * frequency, const int32_t * turn, ggml_type type, size_t row, size_t n_head,
+void shift_keys(const rope_shift & how, const double * frequency, const int32_t * distance, ggml_type type, size_t row, size_t n_head,
                size_t n_keep, uint8_t * keys) {
     const size_t         slice     = row / n_head;
     const size_t         head_size = slice / ggml_type_size(type) * size_t(ggml_blck_size(type));
@@ -167,7 +167,7 @@ void turn_keys(const key_turn & how, const double * frequency, const int32_t * t
     std::vector<uint8_t> aligned;
     for (size_t h = 0; h < n_head; ++h) {
         for (size_t i = 0; i < n_keep; ++i) {
-            const int32_t by = turn[h * n_keep + i];
+            const int32_t by = distance[h * n_keep + i];
             if (by == 0) {
                 continue;
             }
@@ -301,9 +301,9 @@ size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan &
         out.put<uint64_t>(layer.k_row);
         through(layer.k, layer.k_row * n_keep, [&](uint8_t * dst) {
             gather_rows(layer.k, layer.k_row, cells.data(), n_head, n_keep, dst);
-            if (plan.turning.frequency) {
-                turn_keys(plan.turning, plan.turning.frequency + size_t(il) * plan.turning.n_pairs,
-                          plan.turning.turn + il * per_layer, layer.type_k, layer.k_row, n_head, n_keep, dst);
+            if (plan.shift.frequency) {
+                shift_keys(plan.shift, plan.shift.frequency + size_t(il) * plan.shift.n_pairs,
+                          plan.shift.distance + il * per_layer, layer.type_k, layer.k_row, n_head, n_keep, dst);
             }
         });
     }

@@ -25,10 +25,10 @@ template <typename Work> void with_slice_size(size_t slice, Work work) {
     }
 }
 
-// How keys are turned to new positions while they are packed: pair i of a head by turn * frequency[i].
-struct key_turn {
+// How keys are turned to new positions while they are packed: pair i of a head by distance * frequency[i].
+struct rope_shift {
     const double *  frequency = nullptr; // [n_layer, n_pairs], radians per position; nullptr: no turning
-    const int32_t * turn      = nullptr; // [n_layer, n_head_kv, n_keep], new position - old one
+    const int32_t * distance  = nullptr; // [n_layer, n_head_kv, n_keep], new position - old one
     uint32_t        n_pairs   = 0;
     bool            neox      = false; // pairs (i, i + n_pairs); else (2i, 2i + 1)
     uint32_t        rotation  = 0;     // block of the Hadamard rotation that keys are stored under, 0 = none
@@ -42,7 +42,7 @@ struct pack_plan {
     const int32_t * present   = nullptr; // [n], ascending: the positions that the blob must hold
     const int32_t * keep      = nullptr; // [n_layer, n_head_kv, n_keep]: rows, all different in each head
     const int32_t * positions = nullptr; // [n_keep], ascending: the new cells' positions; the newest stays
-    key_turn        turning;
+    rope_shift      shift;
 };
 
 // Whether every head's rows ascend, as packing a cache in place needs it; a state is packed either way.

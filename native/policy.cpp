@@ -203,8 +203,8 @@ void policy_network::score(uint32_t il, rows keys, rows values, const slot * slo
     }
 }
 
-device_policy::device_policy(const policy_network & net, device & on, const std::vector<uint32_t> & of, uint32_t k_rotation,
-                             uint32_t v_rotation)
+device_policy::device_policy(const policy_network & net, device & on, const std::vector<uint32_t> & of, uint32_t k_hadamard_block,
+                             uint32_t v_hadamard_block)
     : network(net.id()), n_head_kv(net.shape().n_head_kv), space(7) {
     const kvp_policy_shape & s     = net.shape();
     const int64_t            heads = int64_t(of.size() * n_head_kv), h = s.hidden;
@@ -232,8 +232,8 @@ device_policy::device_policy(const policy_network & net, device & on, const std:
             all.insert(all.end(), from, from + net.per_head() * per_unit);
         };
     };
-    put(key, copy(&policy_network::key, s.head_size_k), k_rotation);
-    put(value, copy(&policy_network::value, s.head_size_v), v_rotation);
+    put(key, copy(&policy_network::key, s.head_size_k), k_hadamard_block);
+    put(value, copy(&policy_network::value, s.head_size_v), v_hadamard_block);
     put(conv, copy(&policy_network::conv, s.context), 0);
     put(fc2, copy(&policy_network::fc2, s.hidden), 0);
     put(fc2_bias, copy(&policy_network::fc2_bias, 1), 0);

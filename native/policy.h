@@ -100,8 +100,8 @@ constexpr uint32_t POSITION_ROW = 8; // N_POSITION features, 1, and zeros: no de
 // The weights of some layers in a device's memory, for keys and values as they are stored there: turned by
 // the cache's Hadamard rotation like these, so that nothing needs to be turned back.
 struct device_policy : upper_layers {
-    device_policy(const policy_network & network, device & on, const std::vector<uint32_t> & layers, uint32_t k_rotation,
-                  uint32_t v_rotation);
+    device_policy(const policy_network & network, device & on, const std::vector<uint32_t> & layers, uint32_t k_hadamard_block,
+                  uint32_t v_hadamard_block);
 
     // Of a matrix for all heads of all layers, those of the l-th layer.
     ggml_tensor * of_layer(ggml_context * ctx, ggml_tensor * all, size_t l) const;

@@ -313,8 +313,8 @@ int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, cons
                 if (stored.size() != n * row) {
                     return false;
                 }
-                if (cache->k_rotation) {
-                    hadamard(stored.data(), stored.size(), cache->k_rotation);
+                if (cache->k_hadamard_block) {
+                    hadamard(stored.data(), stored.size(), cache->k_hadamard_block);
                 }
                 for (size_t h = 0; h < cache->n_head_kv; ++h) {
                     for (size_t i = 0; i < n; ++i) {
@@ -351,7 +351,7 @@ int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, cons
                      "this model's queries cannot be logged: its layers have %u and %lld query heads", log->shape.n_head,
                      (long long) seen.n_head);
             }
-            log->shape         = { cache->n_layer, uint32_t(seen.n_head), uint32_t(seen.head_size), cache->k_rotation };
+            log->shape         = { cache->n_layer, uint32_t(seen.n_head), uint32_t(seen.head_size), cache->k_hadamard_block };
             log->row_of[at->first] = l;
             scales[l]          = seen.weigh.scale;
         }

@@ -24,8 +24,9 @@ import time
 
 import numpy as np
 import numpy.typing as npt
-from bench_common import bounded, models, write_ms
 from tqdm import tqdm
+
+from bench_common import bounded, models, write_ms
 
 HELD = 512
 Rounds = tuple[npt.NDArray[np.float64], str]

@@ -7,7 +7,6 @@ rows that were kept have their scores, and only the tokens since then are scored
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,12 @@ import llama_cpp
 import numpy as np
 
 import kvp_edge
+from kvp_edge.cache.table import Table
 from kvp_edge.cli.options import bundled_model
-from kvp_edge.eviction import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from support import blobs  # noqa: E402
-from support.gguf_models import HALF_B, write_model  # noqa: E402
+from makers import blobs  # noqa: E402
+from makers.gguf_models import HALF_B, write_model  # noqa: E402
 
 
 def ms(action: Callable[..., Any], *args: Any) -> float:
@@ -94,9 +92,11 @@ def fill(llm: kvp_edge.Llama, rows: int, seen: int, state: np.ndarray | None = N
         seen=seen,
         tail=tail,
         shift=tail - packed_rows,  # the synthetic state's positions begin at 0
-        packed=np.broadcast_to(packed, (*empty.packed.shape[:2], packed_rows)),
-        rotated=np.broadcast_to(packed, (*empty.packed.shape[:2], packed_rows)),
-        cells=packed,
+        packed_indices=np.broadcast_to(packed, (*empty.packed_indices.shape[:2], packed_rows)),
+        packed_rope_positions=np.broadcast_to(
+            packed, (*empty.packed_indices.shape[:2], packed_rows)
+        ),
+        packed_llama_positions=packed,
         scores=scores,
         spans=empty.spans,
         marked=marked,

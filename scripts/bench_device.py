@@ -36,18 +36,18 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from bench_common import bounded, fill, ms, read_ms, rows_to_keep, synthetic_state, write_ms
 from llama_cpp import llama_cpp as bindings
 from tqdm import tqdm
 
 import kvp_edge
-from kvp_edge.limits import CELL_UNIT
-from kvp_edge.native import NativeCache
+from bench_common import bounded, fill, ms, read_ms, rows_to_keep, synthetic_state, write_ms
+from kvp_edge.binding.cache import NativeCache
+from kvp_edge.cache.limits import CELL_UNIT
 from kvp_edge.policy_file import PolicyInfo, write_policy
-from support.devices import RpcServer, placed, rpc_device
-from support.gguf_models import ModelShape, write_model
-from support.plain_llama import PlainLlama
-from support.policies import random_weights
+from makers.devices import RpcServer, placed, rpc_device
+from makers.gguf_models import ModelShape, write_model
+from makers.plain_llama import PlainLlama
+from makers.policies import random_weights
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _COPIED = 2**29  # bytes: so many that starting a copy does not count
@@ -139,7 +139,7 @@ class Costs:
     def __init__(self, name: str, floor_bytes: float) -> None:
         self.name, self.floor_bytes = name, floor_bytes
         self.times: dict[str, list[float]] = {way: [] for way in _WAYS}
-        self.crossed: dict[str, int] = {}
+        self.bytes_transferred: dict[str, int] = {}
 
     def measure(
         self, way: str, cache: NativeCache, device: Device, action: Callable[..., Any], *args: Any
@@ -148,9 +148,9 @@ class Costs:
             action(*args)
             device.finish()
 
-        before = cache.place.crossed
+        before = cache.location.bytes_transferred
         self.times[way].append(ms(action_done))
-        self.crossed[way] = cache.place.crossed - before
+        self.bytes_transferred[way] = cache.location.bytes_transferred - before
 
     def ms(self, way: str) -> float:
         """The first time is left out: then graphs are made, and weights go to the device."""
@@ -158,7 +158,7 @@ class Costs:
 
     def row(self, bytes_per_ms: float) -> str:
         floor = self.floor_bytes / bytes_per_ms
-        times = [f"{self.ms(way):.2f} | {size(self.crossed[way])}" for way in _WAYS]
+        times = [f"{self.ms(way):.2f} | {size(self.bytes_transferred[way])}" for way in _WAYS]
         return (
             f"| {self.name} | {floor:.2f} | {times[0]} | {self.ms(_WAYS[0]) / floor:.1f} "
             f"| {times[1]} |"
@@ -186,7 +186,7 @@ def evictions(
     )
     for _ in tqdm(range(1 + repeat), desc="evictions", disable=None):
         for way in _WAYS:
-            before = cache.place
+            before = cache.location
 
             def refill(way: str = way) -> None:
                 fill(llm, cells, 2 * cells, state)
@@ -201,8 +201,8 @@ def evictions(
             pack.measure(way, cache, device, cache.pack, *plan)
             refill()
             whole.measure(way, cache, device, kv.make_room, 1)
-            after = cache.place
-            there = after.packed - before.packed
+            after = cache.location
+            there = after.packed_in_place - before.packed_in_place
             through = after.packed_as_state - before.packed_as_state
             assert (there, through) == ((2, 0) if way == _WAYS[0] else (0, 2)), "another way"
     return [pack, some, every, whole]
@@ -294,7 +294,7 @@ def main() -> int:
                 flash_attn=True,
             )
             open_models.callback(llm.close)
-            assert llm._kv.cache.place.on_device != device.is_host
+            assert llm._kv.cache.location.on_device != device.is_host
             state = synthetic_state(llm._kv.cache.shape, args.cells)
             speed = device.copy_speed(1 + args.repeat)
             costs = evictions(llm, device, state, args.new, args.repeat)
@@ -306,8 +306,8 @@ def main() -> int:
                 f"{args.head_dim} values, f16, flash attention: {size(held)} in {args.cells} "
                 f"cells. It copies {speed / 1e6:.1f} GB/s, read and written.\n"
             )
-            print("| | floor ms | in place ms | crossed | of the floor | through the state ms "
-                  "| crossed |\n|---|---|---|---|---|---|---|")  # fmt: skip
+            print("| | floor ms | in place ms | transferred | of the floor | through the state ms "
+                  "| transferred |\n|---|---|---|---|---|---|---|")  # fmt: skip
             for cost in costs:
                 print(cost.row(speed))
             if args.decode:

@@ -28,9 +28,7 @@ from tqdm import tqdm
 import kvp_edge
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.policies import HEURISTICS
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from support.plain_llama import PlainLlama
+from makers.plain_llama import PlainLlama
 
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "penelope_brandling.txt"
 

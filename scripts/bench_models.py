@@ -37,12 +37,12 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from bench_common import ROOT, blobs, fill, ms, peak_mib, read_ms, write_ms
-from real_models import MODELS, found
 
 import kvp_edge
-from kvp_edge.native import read_model_shape
-from support.plain_llama import PlainLlama
+from bench_common import ROOT, blobs, fill, ms, peak_mib, read_ms, write_ms
+from kvp_edge.binding.model import read_model_shape
+from makers.plain_llama import PlainLlama
+from real_models import MODELS, found
 
 TEXT = ROOT / "tests" / "data" / "penelope_brandling.txt"
 N_READ = 600

@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import kvp_edge
 from bench_common import (
     bounded,
     fill,
@@ -43,8 +45,6 @@ from bench_common import (
     synthetic_state,
     write_ms,
 )
-
-import kvp_edge
 
 SMALL = 2048
 
@@ -76,8 +76,8 @@ def packing_row(name: str, model: str, cells: int, flash: bool, repeat: int, thr
             packs[pack].append(ms(kv.cache.pack, present, keep, positions))
             fill(llm, cells, 2 * cells, state)
             evictions[pack].append(ms(kv.make_room, 1))
-            place = kv.cache.place
-            went = place.packed if pack == "device" else place.packed_as_state
+            place = kv.cache.location
+            went = place.packed_in_place if pack == "device" else place.packed_as_state
             assert went == 2 * len(packs[pack]), "it was packed in another way than asked for"
     evict = {pack: statistics.median(times) for pack, times in evictions.items()}
     writing, reading = {}, {}

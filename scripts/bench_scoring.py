@@ -27,15 +27,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from kvp_edge.binding.model import read_model_shape
+from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.cli.options import bundled_model
-from kvp_edge.native import NativePolicy, read_model_shape
 from kvp_edge.policies.learned import forward, with_gaps
 from kvp_edge.policy_file import PolicyInfo
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from support.gguf_models import HALF_B, write_model
-from support.plain_llama import PlainLlama
-from support.policies import random_weights
+from makers.gguf_models import HALF_B, write_model
+from makers.plain_llama import PlainLlama
+from makers.policies import random_weights
 
 SEVEN_B = (28, 4, 128)  # layers, KV heads, head size
 _SQUARE = 1024

@@ -24,9 +24,9 @@ from pathlib import Path
 import llama_cpp
 
 import kvp_edge
-from kvp_edge.capture import Captured, Tracer
 from kvp_edge.cli.options import bundled_model
-from kvp_edge.traces import _file_bytes, _write_whole
+from kvp_edge.traces.tracer import Captured, Tracer
+from kvp_edge.traces.writer import _file_bytes, _write_whole
 
 TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "penelope_brandling.txt"

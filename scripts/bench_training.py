@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,9 +23,7 @@ import torch
 
 from kvp_edge.training.settings import Settings
 from kvp_edge.training.train import train
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from support.synthetic_traces import SyntheticTraces
+from makers.synthetic_traces import SyntheticTraces
 
 SHAPES = {  # layers, KV heads, head sizes of keys and values
     "bundled": (5, 2, 64, 64),

@@ -6,7 +6,7 @@
 Needs the extra ``kvpress`` and a model of architecture qwen3, such as the bundled one. Ours reads
 a conversation in llama.cpp, kvpress in transformers, both with keys and values in float32. Each
 drops tokens once, before the question, and keeps as many; their scores have the same definition
-and parameters (tests/test_kvpress.py).
+and parameters (tests/policies/test_kvpress.py).
 
 Whatever the scores, ours keeps the newest token, and the tokens of a chat-template marker stay or
 go together; kvpress has neither rule. So here kvpress keeps the newest token, too, and ours is told

@@ -26,11 +26,10 @@ SANITIZE = "address,undefined"
 
 def write_real_blobs(folder: Path) -> None:
     """States of small random models: flash attention on and off, quantised, with a window cache."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
     import llama_cpp  # noqa: PLC0415
 
-    from support import blobs  # noqa: PLC0415
-    from support.gguf_models import ModelShape, write_model  # noqa: PLC0415
+    from makers import blobs  # noqa: PLC0415
+    from makers.gguf_models import ModelShape, write_model  # noqa: PLC0415
 
     shapes = [
         ModelShape("llama", n_layer=1, n_embd=32, n_head=2, n_head_kv=2, n_ff=32),

@@ -41,12 +41,13 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
-
-import mutations  # noqa: E402
 
 import kvp_edge  # noqa: E402
-from kvp_edge import KVCacheError, Llama, SessionError, session  # noqa: E402
+import mutations  # noqa: E402
+from kvp_edge import KVCacheError, Llama, SessionError  # noqa: E402
+from kvp_edge.binding.fingerprint import model_fingerprint  # noqa: E402
+from kvp_edge.binding.model import read_model_shape  # noqa: E402
+from kvp_edge.cache import session_file as session  # noqa: E402
 from kvp_edge.errors import PolicyFileError, TraceError, TrainingError  # noqa: E402
 from kvp_edge.evaluation.records import (  # noqa: E402
     Record,
@@ -54,15 +55,14 @@ from kvp_edge.evaluation.records import (  # noqa: E402
     append_record,
     read_records,
 )
-from kvp_edge.fingerprint import model_fingerprint  # noqa: E402
-from kvp_edge.native import read_model_shape  # noqa: E402
-from kvp_edge.own_policy import own_policy  # noqa: E402
 from kvp_edge.policies import Learned  # noqa: E402
+from kvp_edge.policies.discovery import own_policy  # noqa: E402
 from kvp_edge.policy_file import PolicyInfo, write_policy  # noqa: E402
-from kvp_edge.trace_sources import TextFile  # noqa: E402
-from kvp_edge.traces import TraceSet, capture_traces  # noqa: E402
-from support.gguf_models import ModelShape, write_model  # noqa: E402
-from support.policies import random_weights  # noqa: E402
+from kvp_edge.traces.format import TraceSet  # noqa: E402
+from kvp_edge.traces.sources import TextFile  # noqa: E402
+from kvp_edge.traces.writer import capture_traces  # noqa: E402
+from makers.gguf_models import ModelShape, write_model  # noqa: E402
+from makers.policies import random_weights  # noqa: E402
 
 HANG, MEMORY, GROWTH = 10.0, 2**30, 2**27  # seconds; bytes for one input; bytes for a whole run
 

@@ -16,16 +16,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
-    "tests/test_baselines.py",
-    "tests/test_devices.py",
-    "tests/test_in_place.py",
-    "tests/test_native.py",
-    "tests/test_native_policy.py",
+    "tests/policies/test_baselines.py",
+    "tests/cache/test_devices.py",
+    "tests/cache/test_in_place.py",
+    "tests/binding/test_native.py",
+    "tests/binding/test_native_policy.py",
     "tests/test_llama.py",
-    "tests/test_capture.py",
-    "tests/test_packing.py",
-    "tests/test_per_head.py",
-    "tests/test_positions.py",
+    "tests/traces/test_capture.py",
+    "tests/cache/test_packing.py",
+    "tests/cache/test_per_head.py",
+    "tests/cache/test_positions.py",
     "tests/test_session.py",
 ]
 

@@ -64,7 +64,7 @@ class Stress:
         with contextlib.closing(model(self.policies[policy])) as llm:
             llm.eval(llm.tokenize(TEXT)[:300])
             llm.evict()
-            return np.array(llm.kv_positions)
+            return np.array(llm.kv_indices)
 
     def loading(self) -> None:
         name = self.rng.choice(list(self.policies))

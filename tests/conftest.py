@@ -19,11 +19,9 @@ import numpy as np
 import pytest
 
 import kvp_edge
-from kvp_edge import buffer_types
-from kvp_edge.repack import llama_library
-from support import properties
-from support.command_line import kvp, terminal  # noqa: F401  # fixtures
-from support.devices import (
+from kvp_edge.processor import buffer_types
+from kvp_edge.processor.repack import llama_library
+from makers.devices import (
     CountingProxy,
     RpcServer,
     gpu_device,
@@ -31,7 +29,9 @@ from support.devices import (
     rpc_device,
     rpc_supported,
 )
-from support.gguf_models import ModelShape, write_model
+from makers.gguf_models import ModelShape, write_model
+from support import properties
+from support.command_line import kvp, terminal  # noqa: F401  # fixtures
 from support.reference import Reference
 
 # In the background of a shell script SIGINT is ignored, under nohup SIGHUP, and children would
@@ -151,7 +151,7 @@ def rpc() -> None:
 
 @pytest.fixture(scope="session")
 def rpc_devices(rpc: None) -> list[int]:
-    """Two devices whose memory the host cannot touch (support.devices)."""
+    """Two devices whose memory the host cannot touch (makers.devices)."""
     return [rpc_device(RpcServer().endpoint) for _ in range(2)]
 
 

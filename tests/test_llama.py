@@ -18,7 +18,7 @@ import kvp_edge
 from conftest import RandomModel, beside, random_tokens
 from kvp_edge import BudgetError, ContextLengthError, KVCacheError, UnsupportedModelError
 from kvp_edge.policies import POLICIES, KeyDiff, KNorm, Policy
-from support.gguf_models import ModelShape, write_bert, write_mamba
+from makers.gguf_models import ModelShape, write_bert, write_mamba
 from support.properties import examples
 
 Loader = Callable[..., kvp_edge.Llama]
@@ -133,7 +133,7 @@ class Reader:
         llm_append = llm._kv.append
 
         def append(n: int) -> None:
-            before = set(llm.kv_positions.tolist())
+            before = set(llm.kv_indices.tolist())
             seen = llm._kv.seen
             for j in range(n):
                 self.visible.append(np.array(sorted(before | set(range(seen, seen + j + 1)))))
@@ -203,7 +203,7 @@ def test_what_is_kept_is_what_the_reference_scores_say(
     flat = scores.reshape(-1, 256)[:, candidates].astype(np.float64)
     z = ((flat - flat.mean(1, keepdims=True)) / flat.std(1, keepdims=True)).mean(0)
     border = np.sort(z)[-80]
-    kept = set(llm.kv_positions.tolist()) - {256}
+    kept = set(llm.kv_indices.tolist()) - {256}
     assert kept >= set(range(4)) | set(range(240, 256))
     assert len(kept) == 100
     for position, score in zip(candidates, z, strict=True):
@@ -214,7 +214,7 @@ def test_what_is_kept_is_what_the_reference_scores_say(
 def test_recency_keeps_sinks_and_the_newest(random_model: Maker, load: Loader) -> None:
     llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, policy="recency", sinks=4)
     llm.eval(random_tokens(500))
-    kept = llm.kv_positions
+    kept = llm.kv_indices
     n = len(kept)
     assert kept.tolist() == [0, 1, 2, 3, *range(500 - (n - 4), 500)]
 
@@ -222,10 +222,10 @@ def test_recency_keeps_sinks_and_the_newest(random_model: Maker, load: Loader) -
 def test_random_keeps_the_same_tokens_every_time(random_model: Maker, load: Loader) -> None:
     llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, policy="random")
     llm.eval(random_tokens(700))
-    first = llm.kv_positions
+    first = llm.kv_indices
     llm.reset()
     llm.eval(random_tokens(700))
-    np.testing.assert_array_equal(llm.kv_positions, first)
+    np.testing.assert_array_equal(llm.kv_indices, first)
 
 
 def test_a_policy_of_ones_own_sees_keys_values_and_positions(
@@ -249,14 +249,14 @@ def test_a_policy_of_ones_own_sees_keys_values_and_positions(
     )
     llm.eval(random_tokens(256))
     llm.eval([7])
-    assert all(p % 2 for p in llm.kv_positions[4:-9].tolist())
+    assert all(p % 2 for p in llm.kv_indices[4:-9].tolist())
 
 
 class NeighboursSeen(Policy):
     """A score is final when a token was seen with two neighbours on either side: then it is 5."""
 
     name = "neighbours-seen"
-    inputs = "positions"
+    inputs = "indices"
     context = 2
 
     def score(self, keys: Any, values: Any, positions: Any) -> Any:
@@ -281,7 +281,7 @@ def test_scores_that_look_at_neighbours_see_them_across_batches_evictions_and_re
 
     def check() -> None:
         table = llm._kv.snapshot()
-        tokens = np.broadcast_to(table.tokens(), (2, 2, table.kept))
+        tokens = np.broadcast_to(table.indices(), (2, 2, table.kept))
         final = tokens[:, :, : table.scores.shape[2]]
         assert final.shape[2] >= table.n_packed
         inner = final >= 2  # the first two tokens have fewer neighbours for ever
@@ -301,7 +301,7 @@ def test_a_policy_that_returns_the_wrong_shape_is_refused_and_nothing_is_lost(
 ) -> None:
     class Wrong(Policy):
         name = "wrong"
-        inputs = "positions"
+        inputs = "indices"
 
         def score(self, keys: Any, values: Any, positions: Any) -> Any:
             return np.zeros(3, np.float32)
@@ -348,8 +348,8 @@ def test_any_reading_rewinding_and_clearing_keeps_table_and_cells_equal(
                     llm.n_tokens = length
                     llm.eval([9])
             check_stats(llm)
-            held = llm._kv.snapshot().present()
-            assert llm.kv_positions.shape[-1] == len(held)
+            held = llm._kv.snapshot().llama_positions()
+            assert llm.kv_indices.shape[-1] == len(held)
             positions, _, _ = llm._kv.cache.read(0, 10**6, len(held), values=False)
             np.testing.assert_array_equal(positions, held)
     finally:
@@ -391,7 +391,7 @@ def test_a_whole_book_through_512_cells(bundled_model: str, load: Loader, book: 
     assert sum(e.n_dropped for e in events) == stats.dropped
     dropped = np.concatenate([np.arange(a, b) for e in events for a, b in e.dropped])
     assert len(np.unique(dropped)) == len(dropped) == stats.dropped
-    assert not np.isin(dropped, llm.kv_positions).any()
+    assert not np.isin(dropped, llm.kv_indices).any()
 
 
 @pytest.mark.slow
@@ -409,7 +409,7 @@ def test_a_whole_novel_takes_no_more_memory_at_its_end(bundled_model: str, load:
 
 
 def test_kv_bytes_are_what_llama_cpp_reports(random_model: Maker, load: Loader) -> None:
-    from kvp_edge.llama_log import listen
+    from kvp_edge.llamacpp.log import listen
 
     with listen(pass_on=False) as log:
         llm = load(random_model(LLAMA).path, n_ctx=9999, kv_budget=2000, verbose=True)
@@ -539,7 +539,7 @@ def test_a_rewind_is_as_if_the_rest_had_never_been_read(random_model: Maker, loa
         llm.eval(tokens[:detour])
         llm.n_tokens = 300
         llm.eval(other)
-    np.testing.assert_array_equal(back.kv_positions, straight.kv_positions)
+    np.testing.assert_array_equal(back.kv_indices, straight.kv_indices)
     a, b = (np.ctypeslib.as_array(m._ctx.get_logits(), (320,)).copy() for m in (back, straight))
     # tokens may lie in other cells, which changes the order of summation and nothing else
     np.testing.assert_allclose(a, b, atol=1e-4)
@@ -559,7 +559,7 @@ def test_an_edited_early_message_is_read_again_from_the_start(
     assert sum(decoded) == result["usage"]["prompt_tokens"] + n_decoded_reply(result)
     again = chat(fresh, [{"role": "user", "content": "Good morning. " + book[2000:8000]}])
     assert result["choices"][0]["message"] == again["choices"][0]["message"]
-    np.testing.assert_array_equal(llm.kv_positions, fresh.kv_positions)
+    np.testing.assert_array_equal(llm.kv_indices, fresh.kv_indices)
 
 
 def test_a_rewind_past_dropped_tokens_is_refused_not_faked(
@@ -594,7 +594,7 @@ def test_half_of_a_template_marker_is_never_kept(
     def check(_: kvp_edge.Eviction) -> None:
         nonlocal checked
         held = np.zeros(llm._kv.seen, np.bool_)
-        held[llm.kv_positions] = True
+        held[llm.kv_indices] = True
         for start, end, _ in llm._find_spans(0, llm._kv.seen):
             assert held[start:end].all() or not held[start:end].any()
             checked += end - start > 4
@@ -623,7 +623,7 @@ def test_a_protected_system_prompt_is_kept_whole(
     ]
     chat(llm, messages)
     assert llm.kv_stats.evictions > 0
-    text = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_positions)
+    text = b"".join(llm._piece(int(llm.input_ids[p])) for p in llm.kv_indices)
     assert text.startswith(b"<s><|im_start|>system\n" + system.encode())
 
 
@@ -705,7 +705,7 @@ def test_an_interrupt_around_a_removal_ends_in_a_clean_re_read(
     llm._kv.cache.remove = remove
     for model in (llm, untouched):
         model.create_completion(tokens, max_tokens=5, temperature=0.0)
-    np.testing.assert_array_equal(llm.kv_positions, untouched.kv_positions)
+    np.testing.assert_array_equal(llm.kv_indices, untouched.kv_indices)
     check_stats(llm)
 
 
@@ -751,7 +751,7 @@ def test_a_saved_state_continues_token_for_token(random_model: Maker, load: Load
     llm = load(random_model(LLAMA).path, n_ctx=2000, kv_budget=100)
     llm.eval(random_tokens(500))
     state = llm.save_state()
-    kept = llm.kv_positions
+    kept = llm.kv_indices
     tokens = list(random_tokens(500))
 
     def go_on() -> Any:
@@ -762,7 +762,7 @@ def test_a_saved_state_continues_token_for_token(random_model: Maker, load: Load
     llm.reset()
     llm.eval(random_tokens(300, seed=4))
     llm.load_state(state)
-    np.testing.assert_array_equal(llm.kv_positions, kept)
+    np.testing.assert_array_equal(llm.kv_indices, kept)
     assert go_on() == first
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,9 @@ import gguf
 import numpy as np
 import pytest
 
+from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli import main
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.native import read_model_shape
 from kvp_edge.policies import Learned, get_policy
 from kvp_edge.policy_file import (
     FEATURES,
@@ -28,7 +27,8 @@ from kvp_edge.policy_file import (
     read_policy,
     write_policy,
 )
-from support.policies import random_weights
+from makers.policies import random_weights
+from support.policy_files import ARRAY_OF_2_TO_THE_40, rewrite
 
 INFO = PolicyInfo(
     architecture="llama",
@@ -45,12 +45,6 @@ INFO = PolicyInfo(
     fingerprint="f00d",
     training_data="12 traces",
     license="mit",
-)
-
-
-#: 49 bytes: one key, an array that is said to have 2^40 numbers.
-ARRAY_OF_2_TO_THE_40 = (
-    struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 1) + b"z" + struct.pack("<IIQ", 9, 0, 2**40)
 )
 
 
@@ -153,31 +147,6 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
     keys = np.zeros((2, 3, 4, 16), np.float32)
     with pytest.raises(PolicyFileError, match="another model's policy"):
         policy.score(keys, keys, np.arange(4, dtype=np.int32))
-
-
-def rewrite(path: Path, out: Path, drop: str = "", **changed: Any) -> Path:
-    """A copy of a policy file with keys (``__``: dot) changed, or a key or tensor missing."""
-    reader = gguf.GGUFReader(path)
-    values = {k: f.contents() for k, f in reader.fields.items()}
-    values |= {k.replace("__", "."): v for k, v in changed.items()}
-    writer = gguf.GGUFWriter(out, values.pop("general.architecture"))
-    for key, value in values.items():
-        if key == drop or key.startswith("GGUF."):
-            continue
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        else:
-            writer.add_uint32(key, int(value))
-    for tensor in reader.tensors:
-        if tensor.name != drop:
-            writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from support.gguf_models import (
+from makers.gguf_models import (
     ASSISTANT,
     BOS,
     END,

@@ -17,9 +17,10 @@ import pytest
 
 import kvp_edge
 from conftest import RandomModel, random_tokens
-from kvp_edge import KVCacheError, Llama, SessionError, session
+from kvp_edge import KVCacheError, Llama, SessionError
+from kvp_edge.cache import session_file as session
 from kvp_edge.policies import Random
-from support.gguf_models import ModelShape
+from makers.gguf_models import ModelShape
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]
@@ -64,7 +65,7 @@ def test_a_resumed_chat_goes_on_token_for_token(
     assert second.load_session(tmp_path / "s") == {"messages": ["hi"]}
     for name in ("seen", "kept", "dropped"):
         assert second.kv_stats[name] == first.kv_stats[name]
-    np.testing.assert_array_equal(second.kv_positions, first.kv_positions)
+    np.testing.assert_array_equal(second.kv_indices, first.kv_indices)
     assert go_on(second) == go_on(first)
 
 
@@ -186,11 +187,16 @@ def test_a_file_cut_short_is_noticed(saved: tuple[Llama, Path], size: int) -> No
     [
         ("seen", lambda h, a: h["table"].update(seen=299)),
         ("tail", lambda h, a: h["table"].update(tail=300)),
-        ("rows", lambda h, a: a.update(packed=a["packed"][:, :, ::-1])),
-        ("cells", lambda h, a: a.update(cells=a["cells"] + 1)),
+        ("rows", lambda h, a: a.update(packed_indices=a["packed_indices"][:, :, ::-1])),
+        ("cells", lambda h, a: a.update(packed_llama_positions=a["packed_llama_positions"] + 1)),
         ("scores", lambda h, a: a.update(scores=np.zeros((2, 2, 999), np.float32))),
         ("state", lambda h, a: a.update(state=a["state"][:-4])),
-        ("type", lambda h, a: a.update(cells=a["cells"].astype(np.float32))),
+        (
+            "type",
+            lambda h, a: a.update(
+                packed_llama_positions=a["packed_llama_positions"].astype(np.float32)
+            ),
+        ),
     ],
 )
 def test_a_table_that_does_not_add_up_is_refused_and_the_chat_at_hand_is_untouched(
@@ -268,11 +274,19 @@ HOSTILE: list[tuple[str, Change]] = [
     ),
     *(
         (f"no array {n}", lambda h, a, n=n: a.pop(n))
-        for n in ("tokens", "packed", "rotated", "cells", "scores", "spans", "state")
+        for n in (
+            "tokens",
+            "packed_indices",
+            "packed_rope_positions",
+            "packed_llama_positions",
+            "scores",
+            "spans",
+            "state",
+        )
     ),
     *(
         (f"{n} of more axes", lambda h, a, n=n: a.update({n: a[n][..., None]}))
-        for n in ("tokens", "packed", "cells", "scores", "spans", "state")
+        for n in ("tokens", "packed_indices", "packed_llama_positions", "scores", "spans", "state")
     ),
     ("one array more", lambda h, a: a.update(more=np.zeros(1, np.int32))),
     ("tokens f32", lambda h, a: a.update(tokens=a["tokens"].view(np.float32))),
@@ -281,10 +295,13 @@ HOSTILE: list[tuple[str, Change]] = [
         (f"token {v}", lambda h, a, v=v: _set(a, "tokens", 250, v))
         for v in (2**31 - 1, -1, -(2**31), 320)
     ),
-    ("rotated too far", lambda h, a: _set(a, "rotated", 9, 2**31 - 1)),
-    ("rotated below 0", lambda h, a: _set(a, "rotated", 9, -1)),
+    ("rotated too far", lambda h, a: _set(a, "packed_rope_positions", 9, 2**31 - 1)),
+    ("rotated below 0", lambda h, a: _set(a, "packed_rope_positions", 9, -1)),
     # each of these is larger than the one before by an int32 difference that overflows
-    ("cells wrap", lambda h, a: a["cells"].__setitem__(slice(1, 3), (2**31 - 1, -2))),
+    (
+        "cells wrap",
+        lambda h, a: a["packed_llama_positions"].__setitem__(slice(1, 3), (2**31 - 1, -2)),
+    ),
     ("an empty span", lambda h, a: a.update(spans=_spans((5, 5, 1)))),
     ("overlapping", lambda h, a: a.update(spans=_spans((5, 9, 1), (8, 12, 1)))),
     ("a span of no kind", lambda h, a: a.update(spans=_spans((5, 9, 3)))),

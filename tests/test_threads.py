@@ -22,9 +22,9 @@ import kvp_edge
 from conftest import RandomModel, random_tokens
 from kvp_edge import InUseError, KVCacheError, Llama, UnsupportedModelError
 from kvp_edge.arguments import MAX_THREADS
-from kvp_edge.llama_log import listen
+from kvp_edge.llamacpp.log import listen
 from kvp_edge.policies import get_policy
-from support.gguf_models import ModelShape
+from makers.gguf_models import ModelShape
 
 ROOT = Path(__file__).parents[1]
 Loader = Callable[..., Llama]
@@ -66,7 +66,7 @@ CALLS: dict[str, Callable[[Llama], Any]] = {
 #: What only tells, and is possible at any time.
 TELLS: dict[str, Callable[[Llama], Any]] = {
     "kv_stats": lambda m: m.kv_stats,
-    "kv_positions": lambda m: m.kv_positions,
+    "kv_indices": lambda m: m.kv_indices,
     "tokenize": lambda m: m.tokenize(b"a"),
     "detokenize": lambda m: m.detokenize([9]),
 }
@@ -123,7 +123,7 @@ def test_while_one_thread_reads_all_others_are_refused_and_what_tells_tells(
             tell(llm)
     undisturbed = load(path, **LIMITS)
     undisturbed.eval(random_tokens(300))
-    np.testing.assert_array_equal(llm.kv_positions, undisturbed.kv_positions)
+    np.testing.assert_array_equal(llm.kv_indices, undisturbed.kv_indices)
     next_tokens = [next(m.generate([*random_tokens(300), 9], temp=0.0)) for m in (llm, undisturbed)]
     assert next_tokens[0] == next_tokens[1]
     assert list(tmp_path.iterdir()) == []
@@ -165,7 +165,7 @@ def test_on_evict_may_look_and_save_but_not_change(path: str, load: Loader, tmp_
         with pytest.raises(InUseError, match="'close' was called from inside 'eval'"):
             llm.close()
         llm.save_session(tmp_path / "a.kvp")
-        seen.append((llm.n_tokens, llm.kv_positions.copy()))
+        seen.append((llm.n_tokens, llm.kv_indices.copy()))
 
     llm = load(path, on_evict=on_evict, **LIMITS)
     llm.eval(random_tokens(300))
@@ -173,9 +173,9 @@ def test_on_evict_may_look_and_save_but_not_change(path: str, load: Loader, tmp_
     other = load(path, **LIMITS)
     other.load_session(tmp_path / "a.kvp")
     assert other.n_tokens == seen[0][0]
-    np.testing.assert_array_equal(other.kv_positions, seen[0][1])
+    np.testing.assert_array_equal(other.kv_indices, seen[0][1])
     other.eval(random_tokens(300)[other.n_tokens :])
-    np.testing.assert_array_equal(other.kv_positions, llm.kv_positions)
+    np.testing.assert_array_equal(other.kv_indices, llm.kv_indices)
 
 
 @pytest.mark.parametrize("kv_budget", [100, None], ids=["bounded", "unbounded"])
@@ -318,7 +318,7 @@ def test_a_closed_model_can_still_be_copied(path: str, load: Loader) -> None:
 def kept(llm: Llama, text: bytes, n: int = 250) -> Any:
     llm.eval(llm.tokenize(text)[:n])
     llm.evict()
-    return llm.kv_positions.copy()
+    return llm.kv_indices.copy()
 
 
 DOG, SNOW = b"The old man went to the sea. My dog is Rex. " * 60, b"Snow fell on the roofs. " * 60
@@ -337,7 +337,7 @@ def test_a_policy_that_looks_at_queries_serves_several_models(
         llm.eval(llm.tokenize(DOG if llm is first else SNOW)[:250])
     for llm, positions in ((second, want[1]), (first, want[0]), (third, want[1])):
         llm.evict()
-        np.testing.assert_array_equal(llm.kv_positions, positions)
+        np.testing.assert_array_equal(llm.kv_indices, positions)
     third.close()
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
-from kvp_edge import transcript
-from kvp_edge.chat_prompt import Message
 from kvp_edge.cli import chat_format, options
+from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.rescue import rescuing, start_again
 from kvp_edge.cli.shown import note, say
-from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
+from kvp_edge.text import transcript
+from kvp_edge.text.chat_prompt import Message
 
 _DEFAULT_MAX_TOKENS = 512
 

@@ -12,9 +12,9 @@ from llama_cpp.llama_chat_format import (
     LlamaChatCompletionHandlerNotFoundException,
 )
 
-from kvp_edge import transcript
-from kvp_edge.chat_prompt import Message, prompt_tokens
 from kvp_edge.llama import Llama
+from kvp_edge.text import transcript
+from kvp_edge.text.chat_prompt import Message, prompt_tokens
 
 #: Said where a model has conversations to read that are no chat of the user's.
 AS_TRANSCRIPTS = (

@@ -15,18 +15,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kvp_edge.chat_prompt import ends_reply, prompt_tokens, transcribe_without_template
+from kvp_edge.cache.limits import CELL_UNIT, parse_budget
 from kvp_edge.cli import options
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.demo_tasks import make_items
 from kvp_edge.cli.shown import note, say
-from kvp_edge.context_shift import ContextShift
 from kvp_edge.evaluation import estimate
 from kvp_edge.evaluation.markdown import plural
-from kvp_edge.limits import CELL_UNIT, parse_budget
 from kvp_edge.llama import Llama
-from kvp_edge.own_policy import own_policy
+from kvp_edge.llamacpp.context_shift import ContextShift
 from kvp_edge.policies import HEURISTICS, Learned
+from kvp_edge.policies.discovery import own_policy
+from kvp_edge.text.chat_prompt import ends_reply, prompt_tokens, transcribe_without_template
 
 _REPLY_TOKENS = 32
 _DEFAULT_ITEMS = 20

@@ -1,6 +1,6 @@
 """The demo's questions: facts hidden in a novel's prose or told in earlier chat turns.
 
-Everything is drawn from a seed. The sentences are in kvp_edge/facts.py.
+Everything is drawn from a seed. The sentences are in kvp_edge/traces/facts.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
-from kvp_edge import facts
+from kvp_edge.traces import facts
 
 Message = dict[str, str]
 

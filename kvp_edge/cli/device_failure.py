@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from kvp_edge.cli.shown import visible
-from kvp_edge.last_words import before_abort
+from kvp_edge.llamacpp.abort_hook import before_abort
 
 _STDERR = 2
 

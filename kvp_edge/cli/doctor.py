@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from kvp_edge.cli.shown import say
-from kvp_edge.doctor import Finding, examine
+from kvp_edge.doctor.examination import Finding, examine
 
 _EPILOG = """\
 Exit status: 0 everything needed works; 1 a fault was found; 2 there is no such file.

@@ -12,7 +12,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kvp_edge.chat_prompt import transcribe_without_template
 from kvp_edge.cli import options
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.shown import note, say
@@ -23,7 +22,8 @@ from kvp_edge.evaluation.kept_tokens_image import write_png
 from kvp_edge.evaluation.setting import Setting, budget_of
 from kvp_edge.evaluation.tasks import GENERATION, RULER, TASKS, data_tasks
 from kvp_edge.llama import Llama
-from kvp_edge.whole_spans import KEEP_WHOLE
+from kvp_edge.text.chat_prompt import transcribe_without_template
+from kvp_edge.text.spans import KEEP_WHOLE
 
 _ITEMS = 20
 _LENGTHS = "1024"

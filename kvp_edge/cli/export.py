@@ -6,10 +6,10 @@ import argparse
 import importlib
 from typing import Any
 
+from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli.shown import say
 from kvp_edge.cli.train import open_traces, require_torch
-from kvp_edge.llama_log import listen
-from kvp_edge.native import read_model_shape
+from kvp_edge.llamacpp.log import listen
 from kvp_edge.policy_file import check_model
 
 _EPILOG = """\

@@ -13,7 +13,7 @@ from kvp_edge.cli.shown import note, say
 from kvp_edge.cli.trace import add_sources, sources_of, trace
 from kvp_edge.cli.train import comparison, require_torch
 from kvp_edge.files import write_whole
-from kvp_edge.trace_sources import Source, Tasks
+from kvp_edge.traces.sources import Source, Tasks
 from kvp_edge.training.settings import Objective, Settings
 
 _TASKS = 300

@@ -10,12 +10,12 @@ import warnings
 from importlib import resources
 from typing import Any
 
-from kvp_edge.cli.watch import WatchedLlama
-from kvp_edge.limits import DEFAULT_SINKS, parse_budget
-from kvp_edge.llama_log import listen
-from kvp_edge.native import read_model_shape
+from kvp_edge.binding.model import read_model_shape
+from kvp_edge.cache.limits import DEFAULT_SINKS, parse_budget
+from kvp_edge.cli.progress import WatchedLlama
+from kvp_edge.llamacpp.log import listen
 from kvp_edge.policies import FALLBACK, POLICIES
-from kvp_edge.repack import REPACK
+from kvp_edge.processor.repack import REPACK
 
 DEFAULT_BUDGET = "512"
 _MOST_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h

@@ -9,10 +9,10 @@ import sys
 from contextlib import closing
 from typing import Any
 
-from kvp_edge.chat_prompt import Message
 from kvp_edge.cli import chat_format, options
+from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.shown import note, say
-from kvp_edge.cli.watch import STATUS_LINE_HELP, WatchedLlama
+from kvp_edge.text.chat_prompt import Message
 
 _DEFAULT_MAX_TOKENS = 256
 _TEMPLATE_ROOM = 1024  # tokens that a chat template may add to the text

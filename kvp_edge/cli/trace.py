@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from kvp_edge.cli import options
 from kvp_edge.cli.shown import note, say
-from kvp_edge.trace_sources import ChatFile, Source, Tasks, TextFile
-from kvp_edge.traces import TraceSet, capture_traces
+from kvp_edge.traces.format import TraceSet
+from kvp_edge.traces.sources import ChatFile, Source, Tasks, TextFile
+from kvp_edge.traces.writer import capture_traces
 
 _DEFAULT_LENGTH = 1024
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvp_edge.cli import options
 from kvp_edge.cli.shown import say
-from kvp_edge.traces import TraceSet
+from kvp_edge.traces.format import TraceSet
 from kvp_edge.training.settings import Settings
 
 _EPILOG = """\

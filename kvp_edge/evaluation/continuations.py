@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.evaluation.item import Continuation
-from kvp_edge.evaluation.subject import Subject
+from kvp_edge.scoring import Subject
 
 #: The tokens of the context, those between the replies, and what is to be written.
 Start = tuple[list[int], list[list[int]], Continuation]

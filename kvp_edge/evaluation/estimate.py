@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from kvp_edge.binding.model import read_model_shape
+from kvp_edge.cache.limits import CELL_UNIT
 from kvp_edge.evaluation.readers import shares_reading, shares_trace, subject_of
 from kvp_edge.evaluation.records import SHIFT
 from kvp_edge.evaluation.run import Job, Run, groups
 from kvp_edge.evaluation.setting import Prompt, Setting
-from kvp_edge.evaluation.subject import Subject
-from kvp_edge.limits import CELL_UNIT
-from kvp_edge.native import read_model_shape
+from kvp_edge.scoring import Subject
 
 # Tokens: before the clock starts, so that all of the model was touched; read at once at first;
 # read one by one, as a reply is written.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from kvp_edge.chat_prompt import Message
+from kvp_edge.text.chat_prompt import Message
 
 #: How many tokens the model makes of a text.
 CountTokens = Callable[[str], int]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BoolArray = npt.NDArray[np.bool_]
+from kvp_edge.arrays import BoolArray
 
 _TEMPLATE = Path(__file__).with_name("kept_tokens.html")
 _LEVELS = 10  # shades, besides white for what no head kept

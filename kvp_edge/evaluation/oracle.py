@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies import Policy
-from kvp_edge.policies.base import FloatArray, IntArray
-from kvp_edge.traces import Trace
+from kvp_edge.traces.format import Trace
 
 
 class Oracle(Policy):
@@ -35,7 +35,7 @@ class Oracle(Policy):
     """
 
     name = "oracle"
-    inputs = "positions"
+    inputs = "indices"
     scope = "cache"
 
     def __init__(self, trace: Trace, *, peak: bool = False) -> None:
@@ -51,8 +51,8 @@ class Oracle(Policy):
     def identity(self) -> str:
         return f"{self.name}({self._trace.source}, {self._measure})"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
-        held = np.broadcast_to(positions, keys.shape[:3]).astype(np.int64)
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
+        held = np.broadcast_to(indices, keys.shape[:3]).astype(np.int64)
         newest = int(held.max())
         n = min(newest + 1, int(self._trace.splits[-1]))
         importance = self._wanted(n)

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.capture import Tracer
 from kvp_edge.evaluation.kept_tokens import KeptTokens
 from kvp_edge.evaluation.oracle import Oracle
 from kvp_edge.evaluation.records import GOLDEN, ORACLE, PARTS, SHIFT
 from kvp_edge.evaluation.setting import Prompt, Setting
-from kvp_edge.evaluation.subject import Bookmark, Shifted, Subject
-from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import Learned, Policy, get_policy
-from kvp_edge.traces import Trace
+from kvp_edge.policies.discovery import own_policy
+from kvp_edge.scoring import Bookmark, Shifted, Subject
+from kvp_edge.traces.format import Trace
+from kvp_edge.traces.tracer import Tracer
 
 #: The policy trained for the model.
 OWN = Learned.name
@@ -115,11 +115,11 @@ class Reader(ABC):
     def kept_tokens(self, setting: Setting, prompt: Prompt) -> KeptTokens:
         """Which tokens each head holds when the question comes."""
         subject, n = self.read_context(setting, prompt)
-        positions = np.asarray(subject.kv_positions)
-        if positions.ndim == 1:
-            positions = positions[None, None]
-        kept = np.zeros((*positions.shape[:2], n), np.bool_)
-        np.put_along_axis(kept, positions, True, axis=2)
+        indices = np.asarray(subject.kv_indices)
+        if indices.ndim == 1:
+            indices = indices[None, None]
+        kept = np.zeros((*indices.shape[:2], n), np.bool_)
+        np.put_along_axis(kept, indices, True, axis=2)
         return KeptTokens(
             texts=[subject.text_of(t) for t in prompt.tokens[:n].tolist()],
             kept=kept,
@@ -275,7 +275,7 @@ class _Oracles:
         return Trace(
             keys=got.keys,
             values=got.values,
-            positions=got.positions,
+            indices=got.indices,
             tokens=got.tokens,
             attention=got.sums,
             n_prompt=prompt.border,

@@ -14,8 +14,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeAlias, get_type_hints
 
 from kvp_edge.files import open_regular
-from kvp_edge.json_values import is_a, parse, shortened
-from kvp_edge.whole_spans import KEEP_WHOLE
+from kvp_edge.files.json_values import is_a, parse, shortened
+from kvp_edge.text.spans import KEEP_WHOLE
 
 #: The policy of the full cache, which drops nothing; llama.cpp's own rule; true future attention,
 #: by its sum and by its largest block.

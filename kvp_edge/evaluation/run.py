@@ -21,13 +21,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kvp_edge import repack
-from kvp_edge.chat_prompt import (
-    last_begin,
-    next_turn,
-    prompt_tokens,
-    transcribe_without_template,
-)
 from kvp_edge.evaluation.continuations import write_all
 from kvp_edge.evaluation.item import Continuation, Item, Reading, Task
 from kvp_edge.evaluation.kept_tokens import KeptTokens
@@ -35,8 +28,15 @@ from kvp_edge.evaluation.readers import OWN, reader_of, shares_reading, shares_t
 from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT, Key, Record
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.llama import Llama
-from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import POLICIES, get_policy
+from kvp_edge.policies.discovery import own_policy
+from kvp_edge.processor import repack
+from kvp_edge.text.chat_prompt import (
+    last_begin,
+    next_turn,
+    prompt_tokens,
+    transcribe_without_template,
+)
 
 
 def prompts(

@@ -11,9 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import IntArray
 from kvp_edge.evaluation.item import Item
-
-IntArray = npt.NDArray[np.int32]
 
 #: The smallest budget: sinks, newest tokens, and a few to choose.
 SMALLEST = 16

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from kvp_edge.own_policy import own_policy
 from kvp_edge.policies.base import Policy
+from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policies.expected_attention import ExpectedAttention
 from kvp_edge.policies.h2o import H2O
 from kvp_edge.policies.keydiff import KeyDiff

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache
-    from kvp_edge.queries import Queries
+    from kvp_edge.binding.cache import NativeCache
+    from kvp_edge.binding.queries import Queries
 
 _CHUNK = 128  # queries whose attention is held at once
 
 
-def attention(queries: Queries, keys: FloatArray, positions: IntArray) -> Iterator[FloatArray]:
+def attention(queries: Queries, keys: FloatArray, indices: IntArray) -> Iterator[FloatArray]:
     """Layer by layer softmax(scale q.k) over the held tokens that a query can see, as llama.cpp's.
 
     A query sees the tokens of its own position and before. Where all it saw is still held these are
@@ -28,28 +29,28 @@ def attention(queries: Queries, keys: FloatArray, positions: IntArray) -> Iterat
     Args:
         queries: m of them.
         keys: f32 [n_layer, n_head_kv, n, head_size_k], RoPE included.
-        positions: int32 [n] or [n_layer, n_head_kv, n], indices in the conversation.
+        indices: int32 [n] or [n_layer, n_head_kv, n], indices in the conversation.
 
     Yields:
         f32 [n_head_kv, group, m, n] for every layer, ``group`` query heads to a KV head.
     """
     n_layer, n_head_kv, n, size = keys.shape
-    held = np.broadcast_to(positions, (n_layer, n_head_kv, n))
-    m = len(queries.positions)
+    held = np.broadcast_to(indices, (n_layer, n_head_kv, n))
+    m = len(queries.indices)
     for layer in range(n_layer):
         grouped = queries.queries[layer].reshape(n_head_kv, -1, m, size)
         logits = grouped @ keys[layer, :, None].swapaxes(-1, -2)
         logits *= queries.scale[layer]
-        seen = held[layer, :, None, None, :] <= queries.positions[:, None]
+        seen = held[layer, :, None, None, :] <= queries.indices[:, None]
         yield softmax(logits, seen)
 
 
-def total_attention(queries: Queries, keys: FloatArray, positions: IntArray) -> FloatArray:
+def total_attention(queries: Queries, keys: FloatArray, indices: IntArray) -> FloatArray:
     """f32 [n_layer, n_head_kv, n]: attention summed over queries, averaged over a KV head's query
     heads."""
     total = np.zeros(keys.shape[:3], np.float32)
     for start in range(0, len(queries), _CHUNK):
-        for layer, paid in enumerate(attention(queries[start : start + _CHUNK], keys, positions)):
+        for layer, paid in enumerate(attention(queries[start : start + _CHUNK], keys, indices)):
             total[layer] += paid.sum(axis=2).mean(axis=1)
     return total
 
@@ -65,20 +66,18 @@ class ByAttention(Policy):
     scope = "cache"
 
     @abstractmethod
-    def score_paid(self, pays: Pays, positions: IntArray) -> FloatArray:
-        """``score``, from positions int32 [n_layer, n_head_kv, n]."""
+    def score_paid(self, pays: Pays, indices: IntArray) -> FloatArray:
+        """``score``, from indices int32 [n_layer, n_head_kv, n]."""
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         def pays(queries: Queries) -> FloatArray:
-            return total_attention(queries, keys, positions)
+            return total_attention(queries, keys, indices)
 
-        return self.score_paid(pays, np.broadcast_to(positions, keys.shape[:3]))
+        return self.score_paid(pays, np.broadcast_to(indices, keys.shape[:3]))
 
-    def score_in_place(
-        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
-    ) -> FloatArray:
+    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
         s = cache.shape
-        held = np.broadcast_to(positions, (s.n_layer, s.n_head_kv, positions.shape[-1]))
+        held = np.broadcast_to(indices, (s.n_layer, s.n_head_kv, indices.shape[-1]))
         return self.score_paid(lambda q: cache.score_attention(p0, p1, q, held), held)
 
 

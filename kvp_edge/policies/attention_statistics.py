@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies.attention import attention
-from kvp_edge.policies.base import FloatArray, IntArray
 from kvp_edge.policy_file import N_STATISTICS
 
 if TYPE_CHECKING:
-    from kvp_edge.queries import Queries
+    from kvp_edge.binding.queries import Queries
 
 _FLOOR = 1e-4  # less attention than this is none
 
@@ -35,7 +35,7 @@ def log_attention(paid: npt.NDArray[np.floating[Any]]) -> FloatArray:
 
 
 def attention_statistics(
-    queries: Queries, keys: FloatArray, positions: IntArray, window: int
+    queries: Queries, keys: FloatArray, indices: IntArray, window: int
 ) -> FloatArray:
     """The statistics of the tokens held now, from logged queries.
 
@@ -45,14 +45,14 @@ def attention_statistics(
     Args:
         queries: the newest, up to ``window``.
         keys: f32 [n_layer, n_head_kv, n, head_size_k], RoPE included.
-        positions: int32 [n] or [n_layer, n_head_kv, n].
+        indices: int32 [n] or [n_layer, n_head_kv, n].
 
     Returns:
         f32 [n_layer, n_head_kv, n, 2].
     """
     paid = np.zeros((*keys.shape[:3], N_STATISTICS), np.float32)
     if len(queries):
-        for layer, of_group in enumerate(attention(queries, keys, positions)):
+        for layer, of_group in enumerate(attention(queries, keys, indices)):
             largest = of_group.max(axis=1)
             for i, newest in enumerate(windows(window)):
                 paid[layer, :, :, i] = largest[:, -newest:].mean(axis=1)

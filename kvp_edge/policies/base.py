@@ -8,17 +8,16 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from kvp_edge.native import NotInPlace
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.binding.cache import NotInPlace
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache, NativePolicy
+    from kvp_edge.binding.cache import NativeCache
+    from kvp_edge.binding.policy import NativePolicy
+    from kvp_edge.binding.queries import Queries, QueryLog, SharedLog
     from kvp_edge.policy_file import PolicyInfo
-    from kvp_edge.queries import Queries, QueryLog, SharedLog
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int32]
 
 #: As many queries as the cache has cells, which are at least all since the last eviction.
 EVERY_QUERY = 2**31 - 1
@@ -34,15 +33,15 @@ class Policy(ABC):
     remembers something from one call to the next.
 
     A policy only scores. When and how much to evict, and which tokens are protected whatever their
-    score, is decided by ``kvp_edge.eviction``.
+    score, is decided by ``kvp_edge.cache.manager``.
     """
 
     #: What users call it.
     name: ClassVar[str]
 
-    #: What ``score`` looks at. With "positions" the cache is never read and the arrays of keys and
+    #: What ``score`` looks at. With "indices" the cache is never read and the arrays of keys and
     #: values have a last axis of length 0.
-    inputs: ClassVar[Literal["positions", "keys", "keys+values"]] = "keys+values"
+    inputs: ClassVar[Literal["indices", "keys", "keys+values"]] = "keys+values"
 
     #: "token": a score depends on its own token alone, so every token is read and scored once.
     #: "cache": it depends on the other tokens held, so all are scored again at every eviction.
@@ -56,7 +55,8 @@ class Policy(ABC):
     context: int = 0
 
     #: What computes the same numbers without copying keys to Python, if anything: a name in
-    #: kvp_edge.native.SCORERS or a network. ``score`` stays the definition that it is tested by.
+    #: kvp_edge.binding.cache.SCORERS or a network. ``score`` stays the definition that it is tested
+    #: by.
     native_scorer: str | NativePolicy | None = None
 
     #: f32 [n_layer, n_head_kv], see ``whole_tokens``.
@@ -67,8 +67,8 @@ class Policy(ABC):
     #: eviction.
     queries: int = 0
 
-    #: Whether the log must know RoPE's frequencies (kvp_edge.rope). A model in which they cannot be
-    #: measured is then refused at load.
+    #: Whether the log must know RoPE's frequencies (kvp_edge.binding.rope). A model in which they
+    #: cannot be measured is then refused at load.
     needs_frequencies: ClassVar[bool] = False
 
     #: Where they are, if ``queries`` > 0: the log of the one model that the object serves.
@@ -124,13 +124,11 @@ class Policy(ABC):
         total: FloatArray = np.einsum("lhn,lh->n", worth, self.head_weights)
         return total
 
-    def score_in_place(
-        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
-    ) -> FloatArray:
-        """What ``score`` returns, computed where the tokens at positions [p0, p1) lie.
+    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
+        """What ``score`` returns, computed where the tokens at llama.cpp's positions [p0, p1) lie.
 
         Args:
-            positions: as in ``score``.
+            indices: as in ``score``.
 
         Raises:
             NotInPlace: that is not possible; then ``score`` is called. Nothing has changed.
@@ -138,17 +136,17 @@ class Policy(ABC):
         if self.native_scorer is None:
             raise NotInPlace(f"the policy {self.name} computes on rows that it is given")
         # tokens that are scored once are the same in all heads, and others' indices do not matter
-        tokens = positions if positions.ndim == 1 else positions[0, 0]
+        tokens = indices if indices.ndim == 1 else indices[0, 0]
         return cache.score(self.native_scorer, p0, p1, tokens)
 
     @abstractmethod
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         """Score tokens.
 
         Args:
             keys: f32 [n_layer, n_head_kv, n_tokens, head_size_k], as cached (RoPE included).
             values: f32 [n_layer, n_head_kv, n_tokens, head_size_v].
-            positions: int32 [n_tokens], the tokens' indices in the conversation, ascending. With
+            indices: int32 [n_tokens], the tokens' indices in the conversation, ascending. With
                 scope "cache" at head granularity, where every head holds its own tokens,
                 [n_layer, n_head_kv, n_tokens].
 

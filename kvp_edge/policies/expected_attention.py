@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.policies.attention import softmax
-from kvp_edge.policies.base import EVERY_QUERY, FloatArray, IntArray, Policy
-from kvp_edge.rope import KeyFrequencies
+from kvp_edge.policies.base import EVERY_QUERY, Policy
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache
+    from kvp_edge.binding.cache import NativeCache
 
 
 class ExpectedAttention(Policy):
@@ -27,7 +28,7 @@ class ExpectedAttention(Policy):
     of the statistics and of the softmax and score above all others.
 
     Logged queries have RoPE in them; it is taken off with the frequencies measured at load
-    (kvp_edge.rope), so a model that turns its keys in another way is refused there.
+    (kvp_edge.binding.rope), so a model that turns its keys in another way is refused there.
     """
 
     name = "expected-attention"
@@ -43,13 +44,13 @@ class ExpectedAttention(Policy):
     def identity(self) -> str:
         return f"{self.name}(future={self.future}, sinks={self.sinks})"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         score = np.zeros(keys.shape[:3], np.float32)
         expected = self._queries_to_come()
         if expected is None:
             return score
         n_layer, n_head_kv, _, size = keys.shape
-        sink = np.broadcast_to(positions < self.sinks, score.shape)
+        sink = np.broadcast_to(indices < self.sinks, score.shape)
         for layer in range(n_layer):
             k, s = keys[layer, :, None], float(expected.scale[layer])
             m = expected.means[layer].reshape(n_head_kv, -1, 1, size)
@@ -59,13 +60,9 @@ class ExpectedAttention(Policy):
         score *= np.linalg.norm(values, axis=-1)
         return _sinks_first(score, sink)
 
-    def score_in_place(
-        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
-    ) -> FloatArray:
+    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
         s = cache.shape
-        sink = np.broadcast_to(
-            positions < self.sinks, (s.n_layer, s.n_head_kv, positions.shape[-1])
-        )
+        sink = np.broadcast_to(indices < self.sinks, (s.n_layer, s.n_head_kv, indices.shape[-1]))
         expected = self._queries_to_come()
         if expected is None:
             return np.zeros(sink.shape, np.float32)
@@ -74,7 +71,7 @@ class ExpectedAttention(Policy):
     def _queries_to_come(self) -> _Expected | None:
         """None without a query that was not a sink's."""
         logged = self.logged()
-        logged = logged[int(np.searchsorted(logged.positions, self.sinks)) :]
+        logged = logged[int(np.searchsorted(logged.indices, self.sinks)) :]
         if len(logged) == 0:
             return None
         assert self.query_log is not None
@@ -82,14 +79,14 @@ class ExpectedAttention(Policy):
         assert frequencies is not None
         # Positions are counted in the conversation throughout, also where llama.cpp's are smaller
         # by a constant: turning a query back from p and forward to p' depends on p' - p alone.
-        plain = frequencies.turned(logged.queries, -logged.positions)
+        plain = frequencies.shifted(logged.queries, -logged.indices)
         mean = plain.mean(axis=2)
         centred = plain - mean[:, :, None]
         covariance = centred.swapaxes(-1, -2) @ centred / np.float32(len(logged))
-        ahead = int(logged.positions[-1]) + 1 + np.arange(self.future, dtype=np.int32)
-        mean = mean_turned(frequencies, mean, ahead)
+        ahead = int(logged.indices[-1]) + 1 + np.arange(self.future, dtype=np.int32)
+        mean = mean_rotated(frequencies, mean, ahead)
         for _ in range(2):  # R C, then R (R C)^T = R C^T R^T, and C is symmetric
-            covariance = mean_turned(frequencies, covariance.swapaxes(-1, -2), ahead)
+            covariance = mean_rotated(frequencies, covariance.swapaxes(-1, -2), ahead)
         return _Expected(mean, covariance, logged.scale)
 
 
@@ -104,7 +101,7 @@ def _sinks_first(score: FloatArray, sink: npt.NDArray[np.bool_]) -> FloatArray:
     return score
 
 
-def mean_turned(frequencies: KeyFrequencies, x: FloatArray, positions: IntArray) -> FloatArray:
+def mean_rotated(frequencies: KeyFrequencies, x: FloatArray, positions: IntArray) -> FloatArray:
     """[n_layer, ..., head_size] times the mean of RoPE's rotations to ``positions``: the mean of a
     pair's rotations is a rotation and a shrinking."""
     factor = np.exp(1j * frequencies.radians[..., None] * positions).mean(axis=-1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies.attention import ByAttention, Pays
-from kvp_edge.policies.base import EVERY_QUERY, FloatArray, IntArray
+from kvp_edge.policies.base import EVERY_QUERY
 
 
 class H2O(ByAttention):
@@ -31,11 +32,11 @@ class H2O(ByAttention):
         #: f32 [n_layer, n_head_kv, tokens of the conversation]
         self._paid: FloatArray = np.zeros((0, 0, 0), np.float32)
 
-    def score_paid(self, pays: Pays, positions: IntArray) -> FloatArray:
+    def score_paid(self, pays: Pays, indices: IntArray) -> FloatArray:
         logged = self.logged()
-        new = pays(logged) if len(logged) else np.zeros(positions.shape, np.float32)
-        held = positions.astype(np.int64)
-        self._make_room(held, first_new=int(logged.positions[0]) if len(logged) else None)
+        new = pays(logged) if len(logged) else np.zeros(indices.shape, np.float32)
+        held = indices.astype(np.int64)
+        self._make_room(held, first_new=int(logged.indices[0]) if len(logged) else None)
         score = np.take_along_axis(self._paid, held, axis=2) + new
         np.put_along_axis(self._paid, held, score, axis=2)
         if self.query_log is not None:

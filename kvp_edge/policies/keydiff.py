@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 _TINY = 1e-12  # a zero key has no direction
 
@@ -17,7 +18,7 @@ class KeyDiff(Policy):
     scope = "cache"
     native_scorer = "keydiff"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         unit = keys / np.maximum(np.linalg.norm(keys, axis=-1, keepdims=True), _TINY)
         anchor = unit.mean(axis=2, keepdims=True)
         cosine = (unit * anchor).sum(-1) / np.maximum(np.linalg.norm(anchor, axis=-1), _TINY)

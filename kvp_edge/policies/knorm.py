@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 
 class KNorm(Policy):
@@ -14,6 +15,6 @@ class KNorm(Policy):
     inputs = "keys"
     native_scorer = "knorm"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         norm: FloatArray = np.linalg.norm(keys, axis=-1)
         return -norm

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 if TYPE_CHECKING:
-    from kvp_edge.native import NativeCache
+    from kvp_edge.binding.cache import NativeCache
 
 _TINY = 1e-12  # a channel in which all reference tokens agree has no range
 
@@ -42,7 +43,7 @@ class LagKV(Policy):
     def identity(self) -> str:
         return f"{self.name}(lag={self.lag}, sinks={self.sinks})"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         n_layer, n_head_kv, n = keys.shape[:3]
         n_parts = self._parts(n)
         if n_parts < 2:
@@ -56,10 +57,8 @@ class LagKV(Policy):
         mean: FloatArray = (of_keys + of_values) / np.float32(2)
         return self._ranked(mean, n)
 
-    def score_in_place(
-        self, cache: NativeCache, p0: int, p1: int, positions: IntArray
-    ) -> FloatArray:
-        n = positions.shape[-1]
+    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
+        n = indices.shape[-1]
         n_parts = self._parts(n)
         if n_parts < 2:
             return self._newest(cache.shape.n_layer, cache.shape.n_head_kv, n)

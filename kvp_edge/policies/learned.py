@@ -8,12 +8,13 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.native import NativePolicy
 from kvp_edge.policies.attention_statistics import attention_statistics
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.policies.base import Policy
+from kvp_edge.policies.retention import log_future_use, log_total
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
-from kvp_edge.retention import log_future_use, log_total
 
 
 class FromFile(Policy):
@@ -76,14 +77,14 @@ class Learned(FromFile):
             digest.update(str(self.info.statistics).encode())
         return f"{self.info.name}({digest.hexdigest()[:16]})"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         check_arrays(self.info, keys, values)
         if self.info.statistics:
-            found = attention_statistics(self.logged(), keys, positions, self.info.statistics)
+            found = attention_statistics(self.logged(), keys, indices, self.info.statistics)
             alone = np.arange(keys.shape[2])  # without context there are no neighbours
-            return forward(self.weights, keys, values, positions, alone, found)
-        at = with_gaps(positions, self.context)
-        return forward(self.weights, keys, values, positions, at)
+            return forward(self.weights, keys, values, indices, alone, found)
+        at = with_gaps(indices, self.context)
+        return forward(self.weights, keys, values, indices, at)
 
 
 def check_arrays(info: PolicyInfo, keys: FloatArray, values: FloatArray) -> None:
@@ -100,25 +101,25 @@ def check_arrays(info: PolicyInfo, keys: FloatArray, values: FloatArray) -> None
         )
 
 
-def with_gaps(positions: IntArray, half: int) -> npt.NDArray[np.intp]:
+def with_gaps(indices: IntArray, half: int) -> npt.NDArray[np.intp]:
     """Where each token stands in conversation order, with -1 where tokens are missing between them.
 
     Between two tokens that are not neighbours come as many -1 as are missing, but no more than
     ``half``, which is how far the convolution sees.
 
     Returns:
-        intp [n']: indices into ``positions``, or -1.
+        intp [n']: indices into ``indices``, or -1.
     """
-    missing = np.minimum(np.diff(positions) - 1, half)
-    n = len(positions)
+    missing = np.minimum(np.diff(indices) - 1, half)
+    n = len(indices)
     at = np.full(n + int(missing.sum()), -1, np.intp)
     at[np.arange(n) + np.concatenate(([0], np.cumsum(missing))).astype(np.intp)[:n]] = np.arange(n)
     return at
 
 
-def position_features(positions: IntArray) -> FloatArray:
+def position_features(indices: IntArray) -> FloatArray:
     """f32 [..., 4] from tokens' indices in the conversation."""
-    p = np.maximum(positions, 0).astype(np.float32)
+    p = np.maximum(indices, 0).astype(np.float32)
     log = np.log2(1 + p)
     return np.stack((log / 16, np.sin(log), np.cos(log), 1 / (1 + p)), -1)
 
@@ -133,14 +134,14 @@ def forward(
     w: PolicyWeights,
     keys: FloatArray,
     values: FloatArray,
-    positions: IntArray,
+    indices: IntArray,
     at: npt.NDArray[np.intp],
     statistics: FloatArray | None = None,
 ) -> FloatArray:
     """The network of docs/policy-format.md: f32 [n_layer, n_head_kv, n] of all n tokens."""
     x: FloatArray = keys @ w.key.swapaxes(2, 3)
     x += values @ w.value.swapaxes(2, 3)
-    x += position_features(positions) @ w.position.swapaxes(2, 3)
+    x += position_features(indices) @ w.position.swapaxes(2, 3)
     if w.statistics is not None:
         assert statistics is not None
         x += statistics @ w.statistics.swapaxes(2, 3)

@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.json_values import parse, require
-from kvp_edge.policies.base import FloatArray, IntArray
+from kvp_edge.files.json_values import parse, require
 from kvp_edge.policies.learned import FromFile, check_arrays, with_gaps
 from kvp_edge.policy_file import PolicyInfo, info_of
 
@@ -69,14 +69,14 @@ class Onnx(FromFile):
         with open(self.path, "rb") as file:
             return f"{self.info.name}({hashlib.sha256(file.read()).hexdigest()[:16]})"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         check_arrays(self.info, keys, values)
-        at = with_gaps(positions, self.context)
+        at = with_gaps(indices, self.context)
         inputs = {
             "keys": np.ascontiguousarray(keys[:, :, at], np.float32),
             "values": np.ascontiguousarray(values[:, :, at], np.float32),
             # a negative position marks a token that is missing
-            "positions": np.where(at < 0, -1, positions[at]).astype(np.int32),
+            "positions": np.where(at < 0, -1, indices[at]).astype(np.int32),
         }
         (scores,) = self._session.run(["scores"], inputs)
         out: FloatArray = scores[:, :, at >= 0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 
 class Random(Policy):
@@ -15,7 +16,7 @@ class Random(Policy):
     """
 
     name = "random"
-    inputs = "positions"
+    inputs = "indices"
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -23,13 +24,13 @@ class Random(Policy):
     def identity(self) -> str:
         return f"{self.name}(seed={self.seed})"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         # SplitMix64 (Steele, Lea, Flood 2014), wrapping on purpose
         with np.errstate(over="ignore"):
-            x = positions.astype(np.uint64) + np.uint64(self.seed % 2**32) * np.uint64(2**32)
+            x = indices.astype(np.uint64) + np.uint64(self.seed % 2**32) * np.uint64(2**32)
             x += np.uint64(0x9E3779B97F4A7C15)
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             x ^= x >> np.uint64(31)
         uniform = (x >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
-        return np.broadcast_to(uniform, (*keys.shape[:2], len(positions)))
+        return np.broadcast_to(uniform, (*keys.shape[:2], len(indices)))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.policies.base import FloatArray, IntArray, Policy
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.policies.base import Policy
 
 
 class Recency(Policy):
     """score = position."""
 
     name = "recency"
-    inputs = "positions"
+    inputs = "indices"
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         # exact in f32 up to position 2^24
-        return np.broadcast_to(positions.astype(np.float32), (*keys.shape[:2], len(positions)))
+        return np.broadcast_to(indices.astype(np.float32), (*keys.shape[:2], len(indices)))

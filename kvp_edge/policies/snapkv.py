@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies.attention import ByAttention, Pays
-from kvp_edge.policies.base import FloatArray, IntArray
 
 
 class SnapKV(ByAttention):
@@ -34,13 +34,13 @@ class SnapKV(ByAttention):
     def identity(self) -> str:
         return f"{self.name}(window={self.queries}, kernel={self.kernel})"
 
-    def score_paid(self, pays: Pays, positions: IntArray) -> FloatArray:
+    def score_paid(self, pays: Pays, indices: IntArray) -> FloatArray:
         logged = self.logged()
         if len(logged) == 0:
-            return np.zeros(positions.shape, np.float32)
+            return np.zeros(indices.shape, np.float32)
         score = pays(logged) / np.float32(len(logged))
         # the window's tokens are none of the pooled ones' neighbours
-        inside = positions >= logged.positions[0]
+        inside = indices >= logged.indices[0]
         pooled = _avg_pool(np.where(inside, 0, score), self.kernel)
         pooled[inside] = pooled.max(initial=0) + 1
         return pooled

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies.attention import ByAttention, Pays
-from kvp_edge.policies.base import FloatArray, IntArray
 
 
 class TOVA(ByAttention):
@@ -18,8 +18,8 @@ class TOVA(ByAttention):
     name = "tova"
     queries = 1
 
-    def score_paid(self, pays: Pays, positions: IntArray) -> FloatArray:
-        score = np.zeros(positions.shape, np.float32)
+    def score_paid(self, pays: Pays, indices: IntArray) -> FloatArray:
+        score = np.zeros(indices.shape, np.float32)
         newest = self.logged()[-1:]
         if len(newest):
             score[:] = pays(newest).mean(axis=1, keepdims=True)

@@ -12,18 +12,16 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from kvp_edge.arrays import FloatArray
 from kvp_edge.training.data import TraceLike
-
-FloatArray = npt.NDArray[np.float32]
 
 _WINDOW = 32  # queries; SnapKV's observation window in its experiments on long texts
 _KERNEL = 5  # tokens that SnapKV pools over
 
 
 class _Attended(TraceLike, Protocol):
-    """A trace that also knows what was paid before an eviction (kvp_edge.traces.Trace)."""
+    """A trace that also knows what was paid before an eviction (kvp_edge.traces.format.Trace)."""
 
     @property
     def block(self) -> int: ...

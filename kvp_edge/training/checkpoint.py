@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvp_edge.errors import TrainingError
 from kvp_edge.files import open_regular, write_whole
-from kvp_edge.json_values import parse, require
+from kvp_edge.files.json_values import parse, require
 from kvp_edge.training.agent import Agents, AgentShape
 
 BEST, LAST = "best.safetensors", "last.safetensors"

@@ -16,13 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvp_edge.arrays import BoolArray, IntArray
 from kvp_edge.errors import TrainingError
 from kvp_edge.policies.attention_statistics import log_attention, windows
 from kvp_edge.policy_file import N_STATISTICS
 from kvp_edge.training.agent import position_features
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int32]
 
 _MIN_COMPETING = 16  # fewer tokens than this are not worth ranking
 
@@ -39,7 +37,7 @@ class TraceLike(Protocol):
         """f16 [L, H, T, head_size_v]."""
 
     @property
-    def positions(self) -> IntArray:
+    def indices(self) -> IntArray:
         """int32 [T]: each token's index in the conversation."""
 
     @property
@@ -119,7 +117,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class _PeakTrace:
-    """A trace (kvp_edge.traces.Trace) whose importance is its peak."""
+    """A trace (kvp_edge.traces.format.Trace) whose importance is its peak."""
 
     trace: Any
 
@@ -315,7 +313,7 @@ def gather(
         out[i, :, :dk] = trace.keys[il, ih][at]
         out[i, :, dk : dk + dv] = trace.values[il, ih][at]
     place = slice(dk + dv, dk + dv + 4)
-    out[:, :, place] = position_features(torch.from_numpy(trace.positions[at])).numpy()
+    out[:, :, place] = position_features(torch.from_numpy(trace.indices[at])).numpy()
     if statistics is not None:
         out[:, :, place.stop :] = statistics[:, at]
     if not np.isfinite(out).all():
@@ -358,7 +356,7 @@ def statistics_of(
     the same share, and the maximum over the query group were over one query head.
 
     Args:
-        trace: one that knows what was paid before a cut (kvp_edge.traces.Trace).
+        trace: one that knows what was paid before a cut (kvp_edge.traces.format.Trace).
         n: a border between its blocks, or its end.
 
     Raises:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvp_edge.training.data import BoolArray, Protected, TraceLike, importance_of
+from kvp_edge.arrays import BoolArray
+from kvp_edge.training.data import Protected, TraceLike, importance_of
 from kvp_edge.training.settings import Pairs
 
 _OTHERS = 16  # tokens that each token is compared with in a step

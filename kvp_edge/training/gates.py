@@ -1,10 +1,10 @@
 """Retention gates, trained from traces (TRIM-KV, arXiv:2512.03324; DBTrimKV, arXiv:2605.09649).
 
-A gate says which share beta of a token's use is left after every later token (kvp_edge.retention).
-Attention that is multiplied by what is left loses the mass a * (1 - beta ** age); here its upper
-bound a * -log(beta ** age) is lowered, whose best beta ** age is in proportion to a, where that of
-the mass itself is all or nothing. Against it stands the hinge of 2605.09649: what all gates of all
-heads together retain, beyond ``capacity`` tokens per head.
+A gate says which share beta of a token's use is left after every later token
+(kvp_edge.policies.retention). Attention that is multiplied by what is left loses the mass
+a * (1 - beta ** age); here its upper bound a * -log(beta ** age) is lowered, whose best beta ** age
+is in proportion to a, where that of the mass itself is all or nothing. Against it stands the hinge
+of 2605.09649: what all gates of all heads together retain, beyond ``capacity`` tokens per head.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvp_edge.arrays import FloatArray
 from kvp_edge.errors import TrainingError
-from kvp_edge.retention import BIAS
+from kvp_edge.policies.retention import BIAS
 from kvp_edge.training.data import Protected, TraceLike, gather
 from kvp_edge.training.settings import Importance
-
-FloatArray = npt.NDArray[np.float32]
 
 _TIMES = 12  # moments of a trace at which a step looks at what is retained
 

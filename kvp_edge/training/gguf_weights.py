@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvp_edge.binding.model import ModelShape, read_model_shape
 from kvp_edge.errors import TrainingError
-from kvp_edge.native import ModelShape, read_model_shape
 
 #: Keys ({architecture}.*) that change nothing in what is computed for a text.
 _DESCRIPTIVE = {

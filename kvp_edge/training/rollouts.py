@@ -15,20 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvp_edge.evaluation.subject import Subject
+from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.policies import Policy
+from kvp_edge.scoring import Subject
+from kvp_edge.text.spans import Span
 from kvp_edge.training.agent import Agents, position_features
 from kvp_edge.training.data import Protected
 from kvp_edge.training.grpo import draw, log_probabilities
 from kvp_edge.training.settings import Settings
-from kvp_edge.whole_spans import Span
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int32]
 
 _KEEP = 1e9  # the score of a token that is not up for eviction
 
@@ -152,11 +149,11 @@ class _Drawing(Policy):
         self._final = 0  # tokens whose scores will not change any more
         self.evictions: list[Eviction] = []
 
-    def score(self, keys: FloatArray, values: FloatArray, positions: IntArray) -> FloatArray:
-        seen = int(positions.max()) + 1
-        self._read(keys, values, positions, seen)
+    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
+        seen = int(indices.max()) + 1
+        self._read(keys, values, indices, seen)
         held = torch.from_numpy(
-            np.broadcast_to(positions, keys.shape[:3]).reshape(len(self._scores), -1).astype(int)
+            np.broadcast_to(indices, keys.shape[:3]).reshape(len(self._scores), -1).astype(int)
         )
         scores = self._scores.gather(1, held)
         if self._generator is not None:
@@ -164,7 +161,7 @@ class _Drawing(Policy):
         out: FloatArray = scores.numpy().reshape(keys.shape[:3])
         return out
 
-    def _read(self, keys: FloatArray, values: FloatArray, positions: IntArray, seen: int) -> None:
+    def _read(self, keys: FloatArray, values: FloatArray, indices: IntArray, seen: int) -> None:
         """Bring features and scores up to date. All tokens that came in since the last eviction,
         and the recent ones before them, are held by every head, in the last rows."""
         start = max(0, self._final - self._half)

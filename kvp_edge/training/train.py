@@ -26,10 +26,10 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
+from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.errors import TrainingError
 from kvp_edge.files import write_whole
-from kvp_edge.fingerprint import model_fingerprint
-from kvp_edge.retention import log_future_use, log_total
+from kvp_edge.policies.retention import log_future_use, log_total
 from kvp_edge.training import checkpoint
 from kvp_edge.training.agent import Agents, AgentShape
 from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
@@ -391,7 +391,7 @@ def scorer_of(agents: Agents, horizon: int) -> tuple[Scorer, Whole]:
         return score, weighted(agents.log_aggregate.detach().exp().cpu().numpy())
 
     def left(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
-        return log_future_use(score(trace, n), n - trace.positions[:n], horizon)
+        return log_future_use(score(trace, n), n - trace.indices[:n], horizon)
 
     return left, log_total
 

@@ -34,8 +34,8 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
 
     Attributes:
         n_layer, n_head_kv, head_size_k, head_size_v: those of llama.cpp's base KV cache
-            (kvp_edge.native.CacheShape). Layers with a sliding window are not in it; the others
-            count from 0 in ascending order.
+            (kvp_edge.binding.cache.CacheShape). Layers with a sliding window are not in it; the
+            others count from 0 in ascending order.
     """
 
     def __init__(self, file: GGUFWeights) -> None:

@@ -166,7 +166,7 @@ def heuristic_scorer(name: str) -> Scorer:
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         keys = trace.keys[:, :, :n].astype(np.float32)
         values = trace.values[:, :, :n].astype(np.float32)
-        scores = policy.score(keys, values, trace.positions[:n])
+        scores = policy.score(keys, values, trace.indices[:n])
         return scores.reshape(-1, n)
 
     return score

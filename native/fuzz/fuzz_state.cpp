@@ -77,16 +77,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         std::vector<double>  frequency;
         std::vector<int32_t> turn;
         if (data[6] & 1) {
-            plan.turning.n_pairs = 1 + next(random) % 64;
-            frequency.assign(size_t(plan.n_layer) * plan.turning.n_pairs, 0.01);
+            plan.shift.n_pairs = 1 + next(random) % 64;
+            frequency.assign(size_t(plan.n_layer) * plan.shift.n_pairs, 0.01);
             turn.resize(keep.size());
             for (int32_t & t : turn) {
                 t = int32_t(next(random)) >> (next(random) % 32);
             }
-            plan.turning.frequency = frequency.data();
-            plan.turning.turn      = turn.data();
-            plan.turning.neox      = data[6] & 2;
-            plan.turning.rotation  = data[6] & 4 ? 64 : 0;
+            plan.shift.frequency = frequency.data();
+            plan.shift.distance      = turn.data();
+            plan.shift.neox      = data[6] & 2;
+            plan.shift.rotation  = data[6] & 4 ? 64 : 0;
         }
 
         const size_t packed = kvp::pack_state(blob.data(), blob.size(), 0, plan);

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.export import export
-from kvp_edge.traces import TraceSet, capture_traces
+from kvp_edge.traces.format import TraceSet
+from kvp_edge.traces.writer import capture_traces
 from kvp_edge.training.settings import Settings
 from kvp_edge.training.train import plain, train
 from scripts.train_model import config

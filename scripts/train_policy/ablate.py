@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from kvp_edge.traces import TraceSet
+from kvp_edge.traces.format import TraceSet
 from kvp_edge.training import checkpoint
 from kvp_edge.training.data import Protected, check_traces
 from kvp_edge.training.settings import Settings

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.evaluation.plots import cost_per_head_plot
-from kvp_edge.native import NativePolicy
 from kvp_edge.policies import Learned
-from kvp_edge.traces import Trace, TraceSet
+from kvp_edge.traces.format import Trace, TraceSet
 from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
 from kvp_edge.training.data import Protected, check_traces
 from kvp_edge.training.train import BASELINES
@@ -36,8 +36,8 @@ def compare(policy: Path, traces: TraceSet, states: int) -> dict[str, Quality]:
     def score(trace: Trace, n: int) -> NDArray[np.float32]:
         keys = trace.keys[:, :, :n].astype(np.float32)
         values = trace.values[:, :, :n].astype(np.float32)
-        scores = native.score(keys, values, trace.positions[:n])
-        return learned.worth(scores, n - trace.positions[:n]).reshape(-1, n)
+        scores = native.score(keys, values, trace.indices[:n])
+        return learned.worth(scores, n - trace.indices[:n]).reshape(-1, n)
 
     def whole(worth: NDArray[np.float32]) -> NDArray[np.float32]:
         together = learned.whole_tokens(worth.reshape(info.n_layer, info.n_head_kv, -1))

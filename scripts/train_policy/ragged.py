@@ -18,11 +18,11 @@ from tqdm import tqdm
 from kvp_edge.cli.options import bundled_model
 from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.markdown import signed_nats
-from kvp_edge.evaluation.simulator import equal_counts, ragged_counts, simulated_loss
 from kvp_edge.evaluation.statistics import Scores
-from kvp_edge.own_policy import own_policy
 from kvp_edge.policies import Learned
-from kvp_edge.traces import Trace, TraceSet
+from kvp_edge.policies.discovery import own_policy
+from kvp_edge.traces.format import Trace, TraceSet
+from kvp_edge.training.simulator import equal_counts, ragged_counts, simulated_loss
 from kvp_edge.training.twin import Twin
 
 COUNTS = {"equal": equal_counts, "ragged": ragged_counts}
@@ -32,10 +32,10 @@ def worths(policy: Learned, trace: Trace, n: int) -> dict[str, NDArray[np.float3
     """What the policy and an oracle say of the first n tokens: f32 [L, H, n] each."""
     keys = trace.keys[:, :, :n].astype(np.float32)
     values = trace.values[:, :, :n].astype(np.float32)
-    positions = trace.positions[:n]
-    scores = policy.score(keys, values, positions)
+    indices = trace.indices[:n]
+    scores = policy.score(keys, values, indices)
     return {
-        "policy": policy.worth(scores, n - positions),
+        "policy": policy.worth(scores, n - indices),
         "oracle": trace.importance(n),
     }
 

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from kvp_edge.llama import Llama
-from kvp_edge.trace_sources import Cut, Piece
+from kvp_edge.traces.sources import Cut, Piece
 from scripts.train_model.prepare import Corpus
 from scripts.train_model.tasks import CHATS, Prose
 from scripts.train_model.wordings import ALL

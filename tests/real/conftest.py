@@ -4,17 +4,13 @@ fails if the model's name is in KVP_EDGE_REQUIRE_REAL, a list with commas betwee
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 import kvp_edge  # noqa: F401  # before the path is changed: the installed one is tested
-from support.real_models import write_exact
-
-sys.path.append(str(Path(__file__).parents[2]))
 from scripts import real_models
+from support.real_models import write_exact
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import pytest
 
 from kvp_edge import Llama
 from kvp_edge.policies import POLICIES, KeyDiff, KNorm
+from support.cache_types import CACHE_TYPES
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of
-from test_packing import CACHE_TYPES
 
 pytestmark = pytest.mark.real
 
@@ -66,12 +66,12 @@ def test_in_place_and_through_the_state_the_same_stays(
     for llm in both:
         read_past_evictions(llm, book)
     assert [llm.kv_stats.pack for llm in both] == ["device", "state"]
-    a, b = (llm.kv_positions for llm in both)
+    a, b = (llm.kv_indices for llm in both)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(*(newest_logits(llm) for llm in both))
     for llm in both:  # the table is right about where the rows lie
         assert llm._kv is not None
-        known = llm._kv.cache.check_cells(llm._kv.snapshot().present())
+        known = llm._kv.cache.check_cells(llm._kv.snapshot().llama_positions())
         assert known == (llm is both[0])
 
 
@@ -122,7 +122,7 @@ def test_every_policy_gets_past_several_evictions(
     llm = opened(name, policy=policy, granularity=granularity)
     tokens = read_past_evictions(llm, book, n_evictions=3)
     assert np.isfinite(newest_logits(llm)).all()
-    held = llm.kv_positions
+    held = llm.kv_indices
     assert (held[..., :4] == np.arange(4)).all()
     assert (held[..., -20:] == np.arange(len(tokens) - 20, len(tokens))).all()
     assert (np.diff(held, axis=-1) > 0).all()
@@ -142,5 +142,5 @@ def test_native_scores_are_those_of_numpy_on_the_keys_read(
     _, keys, values = cache.read(0, p1, n)
     for policy in (KeyDiff(), KNorm()):
         got = cache.score(policy.name, 0, p1, np.arange(n, dtype=np.int32))
-        want = policy.score(keys.astype(np.float64), values, llm.kv_positions)  # type: ignore[arg-type]
+        want = policy.score(keys.astype(np.float64), values, llm.kv_indices)  # type: ignore[arg-type]
         np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.command_line import COMMAND, STATUS
 from support.real_models import ALL, GEMMA
-from test_cli import COMMAND, STATUS
 
 pytestmark = pytest.mark.real
 

@@ -9,7 +9,8 @@ import pytest
 
 from kvp_edge.evaluation import run
 from kvp_edge.evaluation.tasks import TASKS
-from kvp_edge.llama import Llama, _token_text
+from kvp_edge.llama import Llama
+from kvp_edge.text.pieces import token_text
 from support.own_replies import ENGINE, assert_replies_are_llama_cpps
 
 pytestmark = pytest.mark.real
@@ -30,7 +31,7 @@ def test_conversations_are_written_as_the_model_knows_them(
     with closing(Llama(real_model(name), n_ctx=256, **ENGINE)) as llm:
         for prompt in run.prompts(llm, TASKS, ["fact", "recall", "quiz"], 400, 1, seed=0):
             assert prompt.item is not None
-            pieces = [_token_text(llm._model.vocab, t) for t in prompt.tokens.tolist()]
+            pieces = [token_text(llm._model.vocab, t) for t in prompt.tokens.tolist()]
             written = b"".join(pieces).decode()
             assert written.startswith(begin)
             assert written.endswith(model)

@@ -13,12 +13,11 @@ pytest.importorskip("safetensors", reason="traces need safetensors: kvp_edge[tra
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
 pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
 
-from support import installed_export  # noqa: E402, F401, I001  # before what imports the export
 
 from kvp_edge import Llama  # noqa: E402
 from kvp_edge.cli import main  # noqa: E402
-from kvp_edge.own_policy import own_policy  # noqa: E402
 from kvp_edge.policies import get_policy  # noqa: E402
+from kvp_edge.policies.discovery import own_policy  # noqa: E402
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of  # noqa: E402
 
 pytestmark = pytest.mark.real
@@ -73,7 +72,7 @@ def test_a_policy_is_traced_trained_exported_and_used_by_chats(
         llm.eval(tokens_of(llm, book, llm.kv_stats.cells + 40))
         assert llm.kv_stats.evictions == 1
         assert llm.kv_stats.policy == ("onnx" if len(held) == 2 else "learned")
-        held.append(llm.kv_positions)
+        held.append(llm.kv_indices)
         logits.append(newest_logits(llm))
         llm.close()
     assert (held[0] == held[1]).all()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kvp_edge import Llama
-from support.plain_llama import PlainLlama
+from makers.plain_llama import PlainLlama
+from support.cache_types import CACHE_TYPES
 from support.real_models import ALL, PLAIN
-from test_packing import CACHE_TYPES
 
 pytestmark = pytest.mark.real
 

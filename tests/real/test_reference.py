@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from kvp_edge import Llama, Policy, UnsupportedModelError
 from kvp_edge.policies import KeyDiff
-from support.gguf_models import ModelShape
+from makers.gguf_models import ModelShape
+from support.cache_types import CACHE_TYPES
+from support.closeness import difference
 from support.real_models import (
     ALL,
     GEMMA,
@@ -28,7 +30,6 @@ from support.real_models import (
 )
 from support.reference import Reference
 from support.watch import Watch
-from test_packing import CACHE_TYPES, difference
 
 pytestmark = pytest.mark.real
 
@@ -52,7 +53,7 @@ class Drawn(Policy):
     """Scores drawn for every head and token, the same at every eviction."""
 
     name = "drawn"
-    inputs = "positions"
+    inputs = "indices"
     scope = "cache"
 
     def score(self, keys: Any, values: Any, positions: Any) -> Any:
@@ -111,7 +112,7 @@ def read(
         assert llm.kv_stats.evictions == 2
         assert llm._kv is not None
         newest = llm._kv.cache.newest_position()
-        done = History(stops, np.stack(got), llm.kv_positions, newest)
+        done = History(stops, np.stack(got), llm.kv_indices, newest)
         if reference is None:
             return done
         seen, positions, key_positions = watch.visible()

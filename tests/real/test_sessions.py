@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kvp_edge import Llama
+from support.cache_types import CACHE_TYPES
 from support.real_models import GEMMA, PLAIN
-from test_packing import CACHE_TYPES
 
 pytestmark = pytest.mark.real
 
@@ -72,11 +72,11 @@ def test_a_saved_chat_goes_on_token_for_token(
     second = opened(name, types, granularity=granularity)
     resumed = second.load_session(tmp_path / "s")
     assert resumed == messages
-    np.testing.assert_array_equal(second.kv_positions, first.kv_positions)
+    np.testing.assert_array_equal(second.kv_indices, first.kv_indices)
     for text in ("What is my dog called?", LONG + book[1200:1800], "And what happened then?"):
         assert say(second, resumed, text) == say(first, messages, text)
     assert second.kv_stats.seen == first.kv_stats.seen
-    np.testing.assert_array_equal(second.kv_positions, first.kv_positions)
+    np.testing.assert_array_equal(second.kv_indices, first.kv_indices)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_an_edited_message_is_answered_as_if_it_had_been_read_first(
     copy = [dict(m) for m in edited]
     assert say(llm, edited, question) == say(fresh, copy, question)
     assert llm.kv_stats.seen == fresh.kv_stats.seen
-    np.testing.assert_array_equal(llm.kv_positions, fresh.kv_positions)
+    np.testing.assert_array_equal(llm.kv_indices, fresh.kv_indices)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch", reason="training needs torch: pip install k
 
 from kvp_edge import Llama  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402
+from support.cache_types import CACHE_TYPES  # noqa: E402
+from support.closeness import difference  # noqa: E402
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of  # noqa: E402
-from test_packing import CACHE_TYPES, difference  # noqa: E402
 
 pytestmark = pytest.mark.real
 
@@ -39,7 +40,7 @@ def test_the_twin_s_logits_are_llama_cpps_with_all_tokens_and_with_those_that_ar
     llm.eval(tokens[:border])
     complete = newest_logits(llm)
     llm.evict()
-    held = llm.kv_positions
+    held = llm.kv_indices
     assert held.shape[-1] == budget
     llm.eval(tokens[border:])
     after = newest_logits(llm)

@@ -151,7 +151,7 @@ def test_json_schemas_and_grammars_hold_across_evictions(real_model: Real, name:
 
 def test_a_system_prompt_survives_long_code_and_many_evictions(real_model: Real) -> None:
     system = "You are Captain Brask of the ferry Halcyon. You always sign with your name."
-    code = Path(__file__).parents[2].joinpath("kvp_edge", "eviction.py").read_text()[:2600]
+    code = Path(__file__).parents[2].joinpath("kvp_edge", "cache", "manager.py").read_text()[:2600]
     with load(real_model("smollm2"), protect_system=True) as llm:
         messages = [
             {"role": "system", "content": system},
@@ -159,7 +159,7 @@ def test_a_system_prompt_survives_long_code_and_many_evictions(real_model: Real)
         ]
         reply, _, _ = complete(llm, messages, max_tokens=8)
         assert llm.kv_stats.evictions > 3
-        held = llm.kv_positions.reshape(-1, llm.kv_positions.shape[-1])
+        held = llm.kv_indices.reshape(-1, llm.kv_indices.shape[-1])
         head = llm.tokenize(f"<|im_start|>system\n{system}".encode(), add_bos=False, special=True)
         assert llm.input_ids[: len(head)].tolist() == head
         for positions in held:

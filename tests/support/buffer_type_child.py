@@ -9,7 +9,7 @@ SIGILL = "os.kill(os.getpid(), signal.SIGILL)"
 
 
 class Child:
-    """A program that answers as kvp_edge.buffer_types does, and counts how often it is started."""
+    """Answers as kvp_edge.processor.buffer_types does, and counts how often it is started."""
 
     def __init__(self, folder: Path, types: dict[str, str], before: str = "") -> None:
         self._starts = folder / "starts"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from llama_cpp import llama_cpp as bindings
 
+from support.paths import PYTHON_PATH
+
 #: Marks the tests that use this.
 possible = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None or "LD_PRELOAD" in os.environ,
@@ -35,7 +37,7 @@ except KVCacheError as error:
     assert "reset" in str(error), error
 answer = next(iter(llm.generate(tokens, temp=0.0)))
 assert answer == next(iter(fresh.generate(tokens, temp=0.0)))
-assert (llm.kv_positions == fresh.kv_positions).all()
+assert (llm.kv_indices == fresh.kv_indices).all()
 """
 
 
@@ -54,14 +56,13 @@ def run(folder: Path, stand_in: str, script: str, *argv: str, **variables: str) 
     source.write_text(stand_in)
     command = ["cc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-o", library, source, "-ldl"]
     subprocess.run(command, check=True)
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", script, *argv],
         env={
             **os.environ,
             "LD_PRELOAD": str(library),
             "LLAMA_LIBRARY": bindings._lib._name,
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": PYTHON_PATH,
             **variables,
         },
         cwd=folder,  # "-c" puts the current folder first on the path: not the checkout's package

@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-from kvp_edge import transcript
 from kvp_edge.evaluation import run
 from kvp_edge.evaluation.records import FULL
 from kvp_edge.evaluation.run import Run
 from kvp_edge.evaluation.setting import Setting
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
-from support.plain_llama import PlainLlama
+from kvp_edge.text import transcript
+from makers.plain_llama import PlainLlama
 
 ENGINE: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 

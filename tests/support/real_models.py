@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kvp_edge import Llama
-from kvp_edge.llama_log import listen
+from kvp_edge.llamacpp.log import listen
+from makers.gguf_models import ModelShape
 
-from .gguf_models import ModelShape
 from .reference import Reference
 
 #: scripts/real_models.py. The larger two take minutes, and what is run for every change has none.

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from .gguf_models import ModelShape, Weights
+from makers.gguf_models import ModelShape, Weights
 
 Array = NDArray[np.float64]
 Tokens = Sequence[int] | NDArray[np.integer]

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvp_edge import Llama
+from makers.gguf_models import ModelShape
 
-from .gguf_models import ModelShape
 from .reference import Reference
 
 
@@ -38,7 +38,7 @@ class Watch:
             table = manager.snapshot()
             start = self.llm.n_tokens
             for token in range(start, start + len(tokens)):
-                self.held[token] = (start, table.tokens(), table.rope_positions(), shift)
+                self.held[token] = (start, table.indices(), table.rope_positions(), shift)
             decode(tokens, shift)
 
         self.llm._decode = recording  # type: ignore[method-assign]

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kvp_edge.chat_prompt import Message
 from kvp_edge.evaluation.item import CountTokens, Item, Reading
+from kvp_edge.text.chat_prompt import Message
 
 Made = TypeVar("Made", Item, Reading)
 

@@ -1,6 +1,6 @@
 """Words, numbers and identifiers to make keys and values of.
 
-None of the words is one that policies are trained on (kvp_edge/trace_tasks.py).
+None of the words is one that policies are trained on (kvp_edge/traces/tasks.py).
 """
 
 from __future__ import annotations

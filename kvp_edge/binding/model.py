@@ -1,0 +1,86 @@
+"""What a GGUF file says of its model, without loading it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING
+
+from kvp_edge.errors import UnsupportedModelError
+from kvp_edge.files import open_regular
+
+if TYPE_CHECKING:
+    pass
+
+from kvp_edge.binding.library import call
+
+_MAX_LAYERS = 512
+
+
+class ModelShape(ctypes.Structure):
+    """What a GGUF file says of its model (struct kvp_model_shape)."""
+
+    _fields_ = [
+        ("_architecture", ctypes.c_char * 64),
+        ("n_ctx_train", ctypes.c_uint32),
+        ("n_layer", ctypes.c_uint32),
+        ("head_size_k", ctypes.c_uint32),
+        ("head_size_v", ctypes.c_uint32),
+        ("sliding_window", ctypes.c_uint32),
+        ("_n_head_kv", ctypes.c_uint32 * _MAX_LAYERS),
+    ]
+
+    n_ctx_train: int
+    n_layer: int
+    head_size_k: int
+    head_size_v: int
+    sliding_window: int
+
+    @property
+    def architecture(self) -> str:
+        return bytes(self._architecture).decode()
+
+    @property
+    def n_head_kv(self) -> list[int]:
+        return list(self._n_head_kv[: self.n_layer])
+
+    def bytes_per_cell(self, type_k: int, type_v: int) -> int:
+        """Bytes of one cell, K and V of all layers, for ggml types ``type_k``, ``type_v``."""
+        size = ctypes.c_uint64()
+        call("kvp_model_bytes_per_cell", ctypes.byref(self), type_k, type_v, ctypes.byref(size))
+        return size.value
+
+
+def require_model_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what llama.cpp could not open, or would wait for: it has no sentence for these.
+
+    Raises:
+        UnsupportedModelError: a folder, a pipe or a device, or a name that is no UTF-8.
+    """
+    name = os.fspath(path)
+    if os.path.exists(name) and not os.path.isfile(name):
+        what = "a folder" if os.path.isdir(name) else "a pipe or a device"
+        raise UnsupportedModelError(f"'{name}' is {what}: a model is a GGUF file")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UnsupportedModelError(
+            f"the name {name!a} of the model file is no UTF-8, and llama.cpp opens no other: "
+            "rename the file, or make a link to it"
+        ) from None
+
+
+def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """Read a GGUF file's shape from its metadata; no tensor is loaded.
+
+    Raises:
+        UnsupportedModelError: missing, truncated or foreign file, or none at all but a FIFO, say.
+    """
+    require_model_file(path)
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise UnsupportedModelError(f"cannot read '{path}': {error.strerror}") from error
+    shape = ModelShape()
+    call("kvp_model_shape_read", os.fsencode(path), ctypes.byref(shape))
+    return shape

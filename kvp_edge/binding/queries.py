@@ -1,0 +1,196 @@
+"""The newest tokens' queries, logged while llama.cpp computes them (native/queries.cpp).
+
+Policies that look at queries find them here: they set ``Policy.queries``, and Llama does the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.binding.cache import NativeCache
+from kvp_edge.binding.library import call, lib
+from kvp_edge.binding.rope import KeyFrequencies
+from kvp_edge.errors import UnsupportedModelError
+
+#: Tokens that are read to find a model's queries; no micro-batch has fewer.
+_TRIED = 2
+
+
+class _Shape(ctypes.Structure):
+    """struct kvp_queries_shape"""
+
+    _fields_ = [
+        ("n_layer", ctypes.c_uint32),
+        ("n_head", ctypes.c_uint32),
+        ("head_size", ctypes.c_uint32),
+        ("rotation", ctypes.c_uint32),
+    ]
+
+    n_layer: int
+    n_head: int
+    head_size: int
+
+
+_PTR = ctypes.c_void_p
+lib.kvp_queries_create.argtypes = [_PTR, _PTR]
+lib.kvp_queries_free.argtypes = [_PTR]
+lib.kvp_queries_free.restype = None
+lib.kvp_queries_callback.argtypes = []
+lib.kvp_queries_callback.restype = _PTR
+lib.kvp_queries_try.argtypes = [_PTR, ctypes.c_uint32, _PTR]
+lib.kvp_queries_start.argtypes = [_PTR, _PTR, _PTR, ctypes.c_uint32, _PTR, _PTR, _PTR]
+lib.kvp_queries_append.argtypes = [_PTR, ctypes.c_int32, ctypes.c_uint32, _PTR]
+lib.kvp_queries_rewind.argtypes = [_PTR, ctypes.c_int32, _PTR]
+lib.kvp_queries_size.argtypes = [_PTR]
+lib.kvp_queries_size.restype = ctypes.c_uint32
+lib.kvp_queries_read.argtypes = [_PTR, ctypes.c_uint32, _PTR, _PTR, _PTR]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries of m tokens, as attention multiplies them with cached keys: after norm and RoPE.
+
+    Attributes:
+        queries: f32 [n_layer, n_head, m, head_size]; query head h uses KV head
+            h // (n_head / n_head_kv). Layers are those of the base cache.
+        indices: int32 [m], ascending: the tokens' indices in the conversation.
+        scale: f32 [n_layer], what q.k is multiplied by before the softmax.
+    """
+
+    queries: FloatArray
+    indices: IntArray
+    scale: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, tokens: slice) -> Queries:
+        return Queries(self.queries[:, :, tokens], self.indices[tokens], self.scale)
+
+
+class QueryLog:
+    """A ring of the newest tokens' queries of one context.
+
+    Its owner gives ``set_callback`` the context's parameters before the context is made, calls
+    ``start`` while the cache is empty, and then tells what it does with the conversation:
+    ``append`` after every batch, ``rewind`` when it goes back.
+
+    Attributes:
+        frequencies: of RoPE, for policies that need them (Policy.needs_frequencies).
+    """
+
+    def __init__(self) -> None:
+        self.frequencies: KeyFrequencies | None = None
+        self._shape = _Shape()
+        self._scale = np.empty(0, np.float32)
+        self._handle = ctypes.c_void_p()
+        call("kvp_queries_create", ctypes.byref(self._handle))
+        # The finalizer holds the handle alone, so it cannot keep this object alive.
+        weakref.finalize(self, lib.kvp_queries_free, self._handle)
+
+    def set_callback(self, params: Any) -> None:
+        """Let a context made with these llama_context_params show its nodes to the log."""
+        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lib.kvp_queries_callback())
+        params.cb_eval_user_data = self._handle
+
+    def start(
+        self,
+        context: Any,
+        cache: NativeCache,
+        capacity: int,
+        instead: str = "Choose a policy that does not look at queries",
+    ) -> None:
+        """Find the model's queries by reading a few tokens, and log from now on.
+
+        Args:
+            context: llama_context pointer; its cache is empty, now and afterwards.
+            cache: the same context's.
+            capacity: tokens whose queries are kept.
+            instead: what to do with a model that is refused, a sentence for its user.
+
+        Raises:
+            UnsupportedModelError: they cannot be found, or are of no use: attention that is more
+                than softmax(scale q.k).
+            KVCacheError: llama.cpp could not read the tokens.
+            MemoryError: too many numbers.
+        """
+        s = cache.shape
+        self._scale = np.empty(s.n_layer, np.float32)
+        call("kvp_queries_try", self._handle, _TRIED)
+        try:
+            tokens = (llama_cpp.llama_token * _TRIED)(*range(1, _TRIED + 1))
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, _TRIED)) != 0:
+                raise UnsupportedModelError(
+                    f"llama.cpp could not read {_TRIED} tokens to find the model's queries"
+                )
+            _, keys, _ = cache.read(0, _TRIED, _TRIED, values=False)
+        finally:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        try:
+            call(
+                "kvp_queries_start",
+                self._handle,
+                ctypes.byref(s),
+                keys.ctypes.data,
+                capacity,
+                ctypes.byref(self._shape),
+                self._scale.ctypes.data,
+            )
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}. {instead}") from error
+
+    def append(self, first: int, n: int) -> None:
+        """The ``n`` tokens decoded last are number ``first``, ... of the conversation.
+
+        Raises:
+            KVCacheError: llama.cpp did not show the queries of all of them; none is logged.
+        """
+        call("kvp_queries_append", self._handle, first, n)
+
+    def rewind(self, length: int) -> None:
+        """Forget the conversation's tokens from ``length`` on, and all not appended yet."""
+        call("kvp_queries_rewind", self._handle, length)
+
+    def clear(self) -> None:
+        self.rewind(0)
+
+    def __len__(self) -> int:
+        """Tokens whose queries there are."""
+        return int(lib.kvp_queries_size(self._handle))
+
+    def read(self, newest: int) -> Queries:
+        """The queries of the ``newest`` tokens, of fewer if there are not so many."""
+        n, s = min(newest, len(self)), self._shape
+        queries = np.empty((s.n_layer, s.n_head, n, s.head_size), np.float32)
+        indices = np.empty(n, np.int32)
+        call("kvp_queries_read", self._handle, n, queries.ctypes.data, indices.ctypes.data)
+        return Queries(queries, indices, self._scale.copy())
+
+
+class SharedLog:
+    """A log as one policy sees it when others look at the same queries: what it clears is gone for
+    this policy alone. It is for one eviction; for the next one the policy gets another."""
+
+    def __init__(self, log: QueryLog) -> None:
+        self._log = log
+        self._cleared = False
+
+    @property
+    def frequencies(self) -> KeyFrequencies | None:
+        return self._log.frequencies
+
+    def clear(self) -> None:
+        self._cleared = True
+
+    def __len__(self) -> int:
+        return 0 if self._cleared else len(self._log)
+
+    def read(self, newest: int) -> Queries:
+        return self._log.read(min(newest, len(self)))

@@ -1,0 +1,1 @@
+"""Which tokens stay: limits, the table of what is held, selection, and the manager of evictions."""

@@ -1,0 +1,458 @@
+"""The eviction manager: WHEN to evict, HOW MUCH, and what is protected. The policy only scores.
+
+It owns the table of which tokens of the conversation are still in the cache. A token is named by
+its index in the conversation, for life; ``Table`` says which row of the cache holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.arrays import BoolArray, FloatArray, IntArray
+from kvp_edge.binding.cache import NativeCache, NotInPlace, RopeShift
+from kvp_edge.binding.rope import KeyFrequencies
+from kvp_edge.cache.limits import CacheLimits
+from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
+from kvp_edge.cache.stats import Eviction
+from kvp_edge.cache.table import Granularity, Table
+from kvp_edge.cache.turns import choose_rows, choose_tokens
+from kvp_edge.errors import BudgetError, KVCacheError
+from kvp_edge.policies import Policy
+from kvp_edge.text.spans import TEXT, Span
+
+#: Names the spans that hold any of the conversation's tokens [start, end): ascending, disjoint.
+#: ``start`` is where a span begins, but for spans (words) that can be told from what comes before.
+#: What may be the first half of a marker at the very end counts as one, so that it is held, with
+#: the newest token, until the other half comes.
+SpanFinder = Callable[[int, int], list[Span]]
+
+
+class EvictionManager:
+    """Keeps one context's cache inside its limits.
+
+    The owner calls, for every batch: ``rewind`` to the length it continues from, ``make_room``,
+    decode, ``append``. Invariants between these calls:
+
+    - the cache holds exactly the rows of the table, and at most ``limits.cells`` of them;
+    - the newest token read is held, so that the next batch can follow it;
+    - an eviction protects the first ``protected_prefix`` tokens and the newest ``limits.recent``,
+      and beyond these at most the rest of a marker at either border, never of a word or sentence;
+    - ``trusted`` is False if any of this may have been broken by an error or an interrupt in the
+      middle of a change; then only ``clear`` mends it.
+
+    Args:
+        find_spans: tokens that stay or go together.
+        granularity: "token": a token goes from every layer and head at once. "head": every (layer,
+            KV head) keeps its own tokens, all the same number.
+        isolate_turns: do not thin out finished turns again for new ones (kvp_edge.cache.turns).
+        compact_at: positions are compacted before they would reach this many, None: never.
+        frequencies: of RoPE, needed to compact at head granularity.
+    """
+
+    def __init__(
+        self,
+        limits: CacheLimits,
+        policy: Policy,
+        cache: NativeCache,
+        find_spans: SpanFinder,
+        on_evict: Callable[[Eviction], None] | None = None,
+        *,
+        granularity: Granularity = "token",
+        isolate_turns: bool = False,
+        compact_at: int | None = None,
+        frequencies: KeyFrequencies | None = None,
+    ) -> None:
+        self.limits = limits
+        self.policy = policy
+        self.granularity = granularity
+        self.on_evict = on_evict
+        self.trusted = True
+        self.cache = cache
+        self._find_spans = find_spans
+        self._isolate_turns = isolate_turns
+        self._compact_at = compact_at
+        self._frequencies = frequencies
+        self._shift_pending = False
+        self._protected_prefix = limits.sinks
+        self.clear()
+
+    def empty_table(self) -> Table:
+        shape = self.cache.shape
+        return Table.empty(shape.n_layer, shape.n_head_kv, self.granularity)
+
+    # -- what is held ------------------------------------------------------------------------
+
+    @property
+    def seen(self) -> int:
+        return self._table.seen
+
+    @property
+    def kept(self) -> int:
+        return self._table.kept
+
+    @property
+    def indices(self) -> IntArray:
+        """Tokens held, as their indices in the conversation, ascending: int32 [kept], at head
+        granularity [n_layer, n_head_kv, kept]."""
+        tokens = self._table.indices()
+        return tokens if self.granularity == "head" else tokens[0, 0]
+
+    @property
+    def packs_in_place(self) -> bool:
+        """Whether the cache is scored and packed where it lies, as long as cells are known and no
+        sliding window would lose tokens that it still sees."""
+        return self.cache.location.packs(self.granularity)
+
+    @property
+    def shift(self) -> int:
+        """The next token, number ``seen``, goes to llama.cpp's position ``seen - shift``."""
+        return self._table.shift
+
+    def can_rewind(self, length: int) -> bool:
+        """Whether the cache can be taken back to the first ``length`` tokens as if it had never
+        read further than the last eviction: every token it would have protected is still there."""
+        if length == 0:
+            return True
+        t = self._table
+        if not (self.trusted and t.rewind_from <= length <= t.seen):
+            return False
+        return length == t.seen or self.cache.can_continue_at(length - t.shift)
+
+    def snapshot(self) -> Table:
+        """The table, to be stored beside a copy of llama.cpp's state."""
+        return self._table
+
+    @property
+    def protected_prefix(self) -> int:
+        """The first so many tokens are never evicted."""
+        return self._protected_prefix
+
+    def restore(self, table: Table) -> None:
+        """Take over a table stored by ``snapshot``; llama.cpp's state must be that of its time."""
+        self._table = table
+        self._shift_pending = False
+        self.trusted = True
+
+    def restore_with(self, table: Table, state: npt.NDArray[np.uint8]) -> None:
+        """Take over a table and the state of llama.cpp that belongs to it.
+
+        Raises:
+            ValueError, KVCacheError: see NativeCache.restore. If ``trusted`` is still True the
+                cache is what it was, else it is empty.
+        """
+        before = self.cache.state() if self.seen else None
+        try:
+            with self._changing():
+                self.cache.restore(state, table.llama_positions())
+        except (ValueError, KVCacheError) as error:
+            if self._put_back(before):
+                raise ValueError("llama.cpp does not take its state") from error
+            raise
+        self.restore(table)
+
+    def _put_back(self, before: npt.NDArray[np.uint8] | None) -> bool:
+        """After a state was refused: put the old one back, if llama.cpp has emptied the cache.
+
+        Returns:
+            Whether that was necessary, and done.
+        """
+        present = self._table.llama_positions()
+        newest = int(present[-1]) if self.seen else -1
+        emptied = self.cache.newest_position() != newest
+        if emptied and before is not None:
+            with contextlib.suppress(ValueError, KVCacheError):
+                self.cache.restore(before, present)
+        self.trusted = self.cache.newest_position() == newest
+        return emptied and self.trusted
+
+    # -- changes -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """An exception inside (Ctrl-C, an error of llama.cpp) leaves ``trusted`` False."""
+        self.trusted = False
+        yield
+        self.trusted = True
+
+    def clear(self) -> None:
+        """Forget every token and begin to count anew. The owner removes the cells
+        (llama_memory_seq_rm from 0 on)."""
+        self.evictions = 0
+        self.evictions_as_state = 0  # of these, through llama.cpp's state
+        self.eviction_ms = 0.0
+        self.restore(self.empty_table())
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens from ``length`` on. The owner removes their cells.
+
+        Raises:
+            KVCacheError: tokens before ``length`` were evicted since, so the cache cannot continue
+                from there; the conversation must be read again.
+        """
+        if length == 0:
+            self.clear()
+            return
+        if not self.trusted:
+            raise KVCacheError(
+                "a change of the cache was interrupted, so it is not known what it holds. Call "
+                "reset() and read the conversation again"
+            )
+        if not self.can_rewind(length):
+            raise KVCacheError(
+                f"the cache cannot be taken back to {length} tokens: it has seen {self.seen}, and "
+                f"can go back to {self._table.rewind_from} at most. Call reset() and read the "
+                "conversation again"
+            )
+        if length < self._table.seen:
+            t = self._table.cut(length)
+            # what follows will be other tokens, and scores may look at those
+            self._table = replace(t, scores=self._final(t.scores, t.n_packed, t.kept))
+
+    def append(self, n: int) -> None:
+        """``n`` more tokens were decoded."""
+        self.cache.appended(self.seen - self.shift, n)
+        self._table = replace(self._table, seen=self._table.seen + n)
+        if self._shift_pending:
+            self._shift_pending = False
+            self.trusted = True
+
+    def protect_prefix(self, n: int) -> None:
+        """Never evict the first ``n`` tokens (a system prompt); the sinks stay protected anyway.
+
+        Raises:
+            BudgetError: nothing would be left to choose.
+        """
+        self._protected_prefix = self.protectable(n)
+
+    def protectable(self, n: int) -> int:
+        """How many first tokens would be protected if ``n`` were asked for.
+
+        Raises:
+            BudgetError: nothing would be left to choose.
+        """
+        n = max(n, self.limits.sinks)
+        needed = n + self.limits.recent + 1
+        if self.limits.cells < self.limits.n_ctx and needed > self.limits.budget:
+            raise BudgetError(
+                f"the protected system prompt takes {n} tokens and the recent window "
+                f"{self.limits.recent}: with kv_budget={self.limits.budget} nothing would be left "
+                f"to choose. Raise kv_budget to {needed} or more, or do not protect the system "
+                "prompt"
+            )
+        return n
+
+    def make_room(self, n: int) -> int:
+        """Make sure that a batch of up to ``n`` tokens fits, evicting if it does not.
+
+        Returns:
+            How many tokens may be decoded now: at least 1, at most ``n`` and ``limits.n_batch``.
+
+        Raises:
+            KVCacheError: the protected tokens alone fill the cache.
+        """
+        n = min(n, self.limits.n_batch)
+        if self.limits.cells - self.kept < n:
+            self._evict()
+        free = self.limits.cells - self.kept
+        if free < 1:
+            raise KVCacheError(
+                f"all {self.limits.cells} cells hold protected tokens: raise kv_budget, or protect "
+                "less"
+            )
+        return min(n, free)
+
+    # -- eviction ----------------------------------------------------------------------------
+
+    def score(self) -> None:
+        """Do now what the next eviction does first, and is spared if nothing is read until then:
+        a snapshot of this moment can be evicted to several budgets."""
+        t = self._table
+        self._table = t.with_spans(self._find_spans(t.unsure_from, t.seen))
+        self._score()
+
+    def evict(self) -> None:
+        """Evict now, down to the budget, if more is held."""
+        if self.kept > self.limits.budget:
+            self._evict()
+
+    def _evict(self) -> None:
+        started, place = time.perf_counter(), self.cache.location
+        self.score()
+        before = self._table
+        tokens = before.indices()
+        first, newest = self._protected_borders()
+        protected = (tokens < first) | (tokens >= newest)
+        unit = units(tokens, clipped(before.spans, first, newest))
+        if self.granularity == "head":
+            self._pack(tokens, protected, unit)
+        else:
+            self._remove(tokens[0, 0], protected[0, 0], unit[0, 0])
+        if self._isolate_turns:
+            settled = max(before.settled, min(before.newest_turn, newest))
+            self._table = replace(self._table, settled=settled)
+        ms = 1e3 * (time.perf_counter() - started)
+        self.evictions += 1
+        self.eviction_ms += ms
+        after = self.cache.location
+        in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
+        self.evictions_as_state += not in_place
+        if self.on_evict is not None:
+            dropped = no_longer_held(tokens, self._table.indices(), before.seen)
+            self.on_evict(
+                Eviction(
+                    spans(dropped),
+                    len(dropped),
+                    self.kept,
+                    self.seen,
+                    self.policy.name,
+                    ms,
+                    "device" if in_place else "state",
+                    after.bytes_transferred - place.bytes_transferred,
+                )
+            )
+
+    def _protected_borders(self) -> tuple[int, int]:
+        """Tokens before the first of these and from the second on are protected, with the markers
+        of which they hold a part. A word or sentence is divided there: as long as those may be,
+        they could take the whole budget."""
+        t = self._table
+        first, newest = self._protected_prefix, t.seen - self.limits.recent
+        for start, end, _ in t.spans[t.spans[:, 2] != TEXT].tolist():
+            if start < first < end:
+                first = end
+            if start < newest < end:
+                newest = start
+        return first, newest
+
+    def _next_tail(self) -> int:
+        """The newest ``recent`` tokens are all held, so the conversation can be cut anywhere among
+        them; fewer only after a rewind, which may leave less than that of the old tail."""
+        return max(self._table.tail, self._table.seen - self.limits.recent)
+
+    def _must_compact(self, n_keep: int) -> bool:
+        """Whether positions would get past the limit before the next eviction."""
+        t = self._table
+        ahead = t.seen - t.shift + self.limits.cells - n_keep
+        return self._compact_at is not None and ahead > self._compact_at
+
+    def _remove(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
+        """Token granularity: choose by one score per token, and remove the others' cells."""
+        t = self._table
+        worth = self.policy.worth(t.scores, t.seen - tokens)
+        whole = self.policy.whole_tokens(worth)
+        if whole is not None:
+            worth = whole[None, None]
+        settled = tokens < t.settled
+        keep = choose_tokens(worth, unit, protected, self.limits.budget, settled)
+        present = t.llama_positions()
+        kept, llama_positions = tokens[keep], present[keep]
+        tail = self._next_tail()
+        n_packed, shift = len(kept) - (t.seen - tail), t.shift
+        with self._changing():
+            self.cache.remove(present, keep)
+            if self._must_compact(len(kept)):
+                new = np.arange(len(kept), dtype=np.int32)
+                self.cache.move(llama_positions, new)
+                llama_positions, shift = new, tail - n_packed
+                self._shift_pending = True
+            self._table = replace(
+                t,
+                tail=tail,
+                shift=shift,
+                packed_indices=kept[None, None, :n_packed],
+                packed_rope_positions=llama_positions[None, None, :n_packed],
+                packed_llama_positions=llama_positions[:n_packed],
+                scores=self._final(t.scores[:, :, keep], n_packed, len(kept)),
+            )
+        # llama.cpp turns the keys of moved cells when it decodes the next batch, not before
+        self.trusted = not self._shift_pending
+
+    def _pack(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
+        """Head granularity: every head ranks its own rows, and all keep the same number."""
+        t = self._table
+        n_keep = max(self.limits.budget, int(protected.sum(axis=-1).max()))
+        if n_keep >= t.kept:
+            return  # all protected: make_room finds no free cell and says so
+        worth = self.policy.worth(t.scores, t.seen - tokens)
+        keep = choose_rows(worth, unit, protected, n_keep, tokens < t.settled)
+        tail = self._next_tail()
+        n_recent = t.seen - tail
+        n_packed, shift = n_keep - n_recent, t.shift
+        present = t.llama_positions()
+        # Whose cells survive: the oldest rows', so that the cells in use are the lowest ones; of a
+        # model with a window cache, which loses the same positions, the newest rows'.
+        window = self.cache.shape.has_window
+        oldest = present[t.kept - n_keep :][:n_packed] if window else present[:n_packed]
+        llama_positions = np.concatenate((oldest, present[t.kept - n_recent :]))
+        rope_positions = np.take_along_axis(t.rope_positions(), keep, axis=-1)
+        rope_shift = None
+        if self._must_compact(n_keep):
+            assert self._frequencies is not None
+            llama_positions, shift = np.arange(n_keep, dtype=np.int32), tail - n_packed
+            f = self._frequencies
+            rope_shift = RopeShift(f.radians, llama_positions - rope_positions, f.neox)
+            rope_positions = np.broadcast_to(llama_positions, rope_positions.shape)
+        with self._changing():
+            self.cache.pack(present, keep, llama_positions, rope_shift)
+            self._table = replace(
+                t,
+                tail=tail,
+                shift=shift,
+                packed_indices=np.take_along_axis(tokens, keep[..., :n_packed], axis=-1),
+                packed_rope_positions=rope_positions[..., :n_packed],
+                packed_llama_positions=llama_positions[:n_packed],
+                scores=self._final(np.take_along_axis(t.scores, keep, axis=-1), n_packed, n_keep),
+            )
+
+    def _final(self, scores: FloatArray, n_packed: int, kept: int) -> FloatArray:
+        """Of the scores of the first rows of ``kept``, those that will not change: they move with
+        their rows. The newest tokens are scored again when their later neighbours are known, and
+        with scope "cache" all tokens are."""
+        if self.policy.scope == "cache":
+            return scores[:, :, :0]
+        return scores[:, :, : max(n_packed, kept - self.policy.context)]
+
+    def _score(self) -> None:
+        """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
+        the whole cache. Then all scores are of one moment, and end with it."""
+        t = self._table
+        shape = self.cache.shape
+        first = t.scores.shape[2]
+        if first == t.kept:
+            return
+        if self.policy.scope == "cache":
+            first = 0
+        # Rows that are scored for the first time lie in the tail, where all heads hold the same
+        # tokens. Their left neighbours are read with them, as far as the tail goes.
+        start = max(min(first, t.n_packed), first - self.policy.context)
+        present, tokens = t.llama_positions()[start:], t.indices()[..., start:]
+        n = len(present)
+        indices = tokens if start < t.n_packed and self.granularity == "head" else tokens[0, 0]
+        p0, p1 = int(present[0]), int(present[-1]) + 1
+        if self.policy.inputs == "indices":
+            nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
+            new = self.policy.score(nothing, nothing, indices)
+        else:
+            try:
+                new = self.policy.score_in_place(self.cache, p0, p1, indices)
+            except NotInPlace:
+                want_values = self.policy.inputs == "keys+values"
+                _, keys, values = self.cache.read(p0, p1, n, values=want_values)
+                no_values = keys[..., :0]
+                new = self.policy.score(keys, no_values if values is None else values, indices)
+        expected = (shape.n_layer, shape.n_head_kv, n)
+        if new.shape != expected:
+            raise ValueError(
+                f"policy '{self.policy.name}' returned scores of shape {new.shape}, not "
+                f"[n_layer, n_head_kv, n_tokens] = {expected}"
+            )
+        new = new[:, :, first - start :].astype(np.float32)
+        scores = np.concatenate((t.scores[:, :, :first], new), axis=2)
+        self._table = replace(t, scores=scores)

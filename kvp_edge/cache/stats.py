@@ -1,0 +1,108 @@
+"""What the cache tells: numbers on demand, and an event for every eviction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """The state of one bounded cache. ``seen = kept + dropped`` and ``kept <= cells`` always hold.
+
+    It can be read as attributes (``stats.kept``), as a mapping (``stats["kept"]``,
+    ``dict(stats)``), and as a sentence (``str(stats)``).
+
+    Attributes:
+        seen: tokens of the conversation read so far (the logical length).
+        kept: of these, still in the cache. At head granularity: held by each head; heads hold
+            different tokens, but all the same number.
+        dropped: of these, evicted, from each head.
+        evictions: evictions since the conversation was begun, or read again from its start.
+        cells: cells of the cache; it never holds more tokens.
+        kv_bytes: bytes of the K and V buffers, from llama.cpp's own report.
+        eviction_ms: milliseconds spent reading keys, scoring and removing in these evictions.
+        budget: tokens kept after an eviction; None when the cache is not bounded.
+        policy: name of the policy; None when the cache is not bounded.
+        granularity: "token" or "head"; None when the cache is not bounded.
+        pack: "device" when the cache is scored and packed where it lies, as long as that is
+            possible (``Eviction.pack`` says why it may not be), "state" when it always goes through
+            llama.cpp's state; None when it is not bounded.
+        where: the devices that it lies on, with commas; with "state", why that is not known; None
+            when it is not bounded.
+        transferred_bytes: bytes carried between the cache and the host so far: cell numbers and
+            scores of layers on a device, nothing for layers in host memory; whole states where an
+            eviction went through one.
+        evictions_as_state: of the evictions, those that went through llama.cpp's state.
+    """
+
+    seen: int
+    kept: int
+    dropped: int
+    evictions: int
+    cells: int
+    kv_bytes: int
+    eviction_ms: float
+    budget: int | None
+    policy: str | None
+    granularity: str | None
+    pack: str | None
+    where: str | None
+    transferred_bytes: int
+    evictions_as_state: int
+
+    def keys(self) -> list[str]:
+        return [f.name for f in fields(self)]
+
+    def __getitem__(self, key: str) -> int | float | str | None:
+        value: int | float | str | None = asdict(self)[key]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __str__(self) -> str:
+        text = f"{self.seen} tokens seen, {self.kept} kept in {self.cells} cells"
+        text += f" ({self.kv_bytes / 2**20:.1f} MiB)"
+        if self.policy is None:
+            return text + ", cache not bounded"
+        how = "through states"
+        if self.pack == "device" and not 0 < self.evictions == self.evictions_as_state:
+            how = f"in place: {self.where}"
+            if self.evictions_as_state:
+                how += f"; {self.evictions_as_state} through states"
+        return (
+            f"{text}, {self.dropped} dropped in {self.evictions} evictions by {self.policy} "
+            f"({self.eviction_ms:.0f} ms, {how})"
+        )
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """One eviction, as handed to ``on_evict``.
+
+    Attributes:
+        dropped: [start, end) spans of tokens, by index in the conversation, that were just dropped.
+            At head granularity: that no head holds any more. Each head drops its own tokens, so a
+            token may leave some heads in one eviction and the last of them in a later one.
+        n_dropped: tokens in these spans.
+        kept: tokens held afterwards (by each head).
+        seen: tokens of the conversation read so far.
+        policy: who chose.
+        ms: milliseconds it took.
+        pack: "device" if the cache was packed where it lies, "state" if it went through llama.cpp's
+            state: always so with KVStats.pack "state", else when positions are compacted, once
+            after load_state, and where a sliding window would lose tokens that it still sees (a
+            budget that without the recent window is smaller than the sliding one).
+        transferred_bytes: bytes it carried between the cache and the host
+            (KVStats.transferred_bytes).
+    """
+
+    dropped: tuple[tuple[int, int], ...]
+    n_dropped: int
+    kept: int
+    seen: int
+    policy: str
+    ms: float
+    pack: str
+    transferred_bytes: int

@@ -1,0 +1,1 @@
+"""What this machine's processor can run, tried in a child process."""

@@ -1,0 +1,273 @@
+"""The model under evaluation: it reads, is asked, and tells how likely it found a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.arrays import FloatArray
+from kvp_edge.binding.queries import SharedLog
+from kvp_edge.cache.limits import CacheLimits
+from kvp_edge.cache.table import Table
+from kvp_edge.llama import Llama
+from kvp_edge.llamacpp.context_shift import ContextShift
+from kvp_edge.policies import Policy
+from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
+
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """A conversation that was read, and nothing of it dropped. n tokens.
+
+    Attributes:
+        tokens: int32 [n].
+        logits: f32 [n_vocab], after the last of them.
+        table: of the cache.
+        state: uint8, llama.cpp's.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    logits: FloatArray
+    table: Table
+    state: npt.NDArray[np.uint8]
+
+
+class Subject(Llama):
+    """A bounded Llama that holds at most ``cells`` tokens, whatever their number.
+
+    llama.cpp makes caches of 256 cells and multiples of that; for an evaluation in 1/8 of 1,024
+    tokens the cache has more cells than are used.
+
+    Args:
+        model_path: GGUF file.
+        n_ctx: longest conversation, in tokens.
+        cells: tokens that are held at most, at any time; n_ctx: nothing is dropped but by
+            ``evict``.
+        budget: tokens that stay after an eviction.
+        engine: the other arguments of kvp_edge.Llama.
+    """
+
+    def __init__(self, model_path: str, n_ctx: int, cells: int, budget: int, **engine: Any) -> None:
+        self._rows: list[FloatArray] | None = None  # logits, while they are collected
+        self._logits_then: FloatArray | None = None  # at the bookmark, until more is read
+        bounded = cells < n_ctx
+        super().__init__(
+            model_path,
+            n_ctx=n_ctx,
+            kv_budget=budget,
+            reserve=max(1, cells - budget),
+            n_batch=min(_BATCH, cells - budget if bounded else n_ctx),
+            **engine,
+        )
+        transcribe_without_template(self)
+        if bounded:
+            assert self._kv is not None
+            self._kv.limits = self._kv.limits.with_cells(cells)
+
+    @classmethod
+    def whole(cls, model_path: str, n_ctx: int, **engine: Any) -> Subject:
+        """One that drops nothing."""
+        return Subject(
+            model_path, n_ctx, n_ctx, n_ctx, policy="recency", granularity="token", **engine
+        )
+
+    @property
+    def policy(self) -> Policy:
+        assert self._kv is not None
+        return self._kv.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        """From now on another one decides. One that looks at queries finds those that were logged:
+        all of them, if the subject was made with such a policy and drops nothing by itself."""
+        assert self._kv is not None
+        if policy.queries:
+            assert self._query_log is not None
+            policy.query_log = SharedLog(self._query_log)
+        self._kv.policy = policy
+
+    def check(self, policy: Policy) -> None:
+        """That this policy can decide here.
+
+        Raises:
+            PolicyFileError: it was trained for another model.
+        """
+        assert self._kv is not None
+        self._check_policy(policy, self._kv.cache)
+
+    def limit(self, budget: int) -> None:
+        """Let ``budget`` tokens stay after an eviction from now on, of a subject that drops nothing
+        by itself.
+
+        Raises:
+            BudgetError: the budget leaves nothing to choose.
+        """
+        assert self._kv is not None
+        limits = self._kv.limits
+        self._kv.limits = CacheLimits.plan(
+            n_ctx=limits.n_ctx,
+            kv_budget=budget,
+            sinks=self._bound.sinks,
+            recent=self._bound.recent,
+            reserve=max(1, limits.n_ctx - budget),
+            n_batch=limits.n_batch,
+            bytes_per_cell=0,  # the budget is in tokens
+        )
+
+    def scored(self, at: Bookmark) -> Bookmark:
+        """``at``, where the subject is now, with all tokens scored by its policy: evictions to one
+        budget after the other then score nothing again."""
+        assert self._kv is not None
+        self._kv.score()
+        return replace(at, table=self._kv.snapshot())
+
+    def bookmark(self) -> Bookmark:
+        """What was read so far, to ``go_back`` to."""
+        assert self._kv is not None
+        n = int(self.n_tokens)
+        return Bookmark(
+            self.input_ids[:n].copy(),
+            self._newest_logits().copy(),
+            self._kv.snapshot(),
+            self._kv.cache.state(),
+        )
+
+    def go_back(self, to: Bookmark) -> None:
+        """Be what this subject was at the bookmark, before anything was dropped. Since then it must
+        have read no other conversation: the log of queries is taken back by forgetting what was
+        logged after it."""
+        assert self._kv is not None
+        n = len(to.tokens)
+        self._kv.restore_with(to.table, to.state)
+        self._kv.evictions = 0
+        self.n_tokens = n
+        self.input_ids[:n] = to.tokens
+        self._logits_then = to.logits
+        if self._query_log is not None:
+            self._query_log.rewind(n)
+
+    @property
+    def held(self) -> int:
+        """Tokens in the cache, in every head."""
+        return self.kv_stats.kept
+
+    @property
+    def evictions(self) -> int:
+        """How often tokens were dropped since the conversation began."""
+        return self.kv_stats.evictions
+
+    def protected(self, n: int) -> npt.NDArray[np.bool_]:
+        """bool [n]: of the first ``n`` tokens, those that no eviction after them could drop."""
+        assert self._kv is not None
+        limits, at = self._kv.limits, np.arange(n)
+        return (at < limits.sinks) | (at >= n - limits.recent)
+
+    def text_of(self, token: int) -> str:
+        """A token as it is written; "" for special ones."""
+        return str(self.detokenize([token]).decode(errors="replace"))
+
+    def read(self, tokens: Sequence[int]) -> None:
+        self.eval(tokens)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        super().eval(tokens)
+        if len(tokens):
+            self._logits_then = None
+
+    def _newest_logits(self) -> FloatArray:
+        return super()._newest_logits() if self._logits_then is None else self._logits_then
+
+    def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
+        """Those of all tokens where nothing is dropped but by ``evict``: ``go_back`` needs them."""
+        if limits.cells >= limits.n_ctx:
+            return limits.cells
+        return super()._queries_to_log(policy, limits)
+
+    def forget(self) -> None:
+        """Start a new conversation."""
+        self.reset()
+
+    def reply(self, most: int) -> list[int]:
+        """The likeliest reply to what was read, of at most ``most`` tokens; it is read, too."""
+        tokens: list[int] = []
+        while len(tokens) < most:
+            token = self._likeliest()
+            if ends_reply(self, token):
+                break
+            tokens.append(token)
+            self.read([token])
+        return tokens
+
+    def converse(self, turns: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+        """The reply to what was read, and, as each of the turns is read after the reply to the one
+        before it, the replies to them."""
+        replies = [self.reply(most)]
+        for turn in turns:
+            self.read(turn)
+            replies.append(self.reply(most))
+        return replies
+
+    def draw(self, count: int, rng: np.random.Generator) -> list[int]:
+        """``count`` tokens drawn one after the other at temperature 1, which are read, too. Tokens
+        that end a reply are never drawn."""
+        ends = [llama_cpp.llama_vocab_is_eog(self._model.vocab, t) for t in range(self._n_vocab)]
+        tokens: list[int] = []
+        while len(tokens) < count:
+            logits = self._newest_logits().astype(np.float64)
+            logits[ends] = -np.inf
+            likely = np.exp(logits - logits.max()).cumsum()
+            tokens.append(int(np.searchsorted(likely, rng.random() * likely[-1], side="right")))
+            self.read(tokens[-1:])
+        return tokens
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as they are written, without special ones."""
+        return str(self.detokenize(tokens).decode(errors="replace"))
+
+    def losses(self, ending: Sequence[int]) -> npt.NDArray[np.float64]:
+        """The loss in nats of each token of ``ending``, at least one, after what was read: f64 [n].
+        They are read, too."""
+        self._rows = [self._newest_logits()[None].copy()]
+        usual, self._logits_all = self._logits_all, True
+        try:
+            self.read(ending)
+            logits = np.concatenate(self._rows)[:-1].astype(np.float64)
+        finally:
+            self._rows, self._logits_all = None, usual
+        top = logits.max(1)
+        total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
+        losses: npt.NDArray[np.float64] = total - logits[np.arange(len(ending)), np.asarray(ending)]
+        return losses
+
+    def _keep_logits(self, start: int, logits: FloatArray) -> None:
+        if self._rows is None:
+            super()._keep_logits(start, logits)
+        else:
+            self._rows.append(logits.copy())
+
+
+class Shifted(Subject):
+    """The same model with llama.cpp's own rule for a full cache: drop the oldest half."""
+
+    def __init__(self, model_path: str, n_ctx: int, cells: int, **engine: Any) -> None:
+        super().__init__(
+            model_path, n_ctx, n_ctx, n_ctx, policy="recency", granularity="token", **engine
+        )
+        self._shift = ContextShift(self, cells=cells)
+
+    @property
+    def evictions(self) -> int:
+        return self._shift.shifts
+
+    def forget(self) -> None:
+        self._shift.reset()
+
+    def read(self, tokens: Sequence[int]) -> None:
+        self._shift.read(tokens)

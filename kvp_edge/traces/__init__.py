@@ -1,0 +1,1 @@
+"""What a model computed when it read a text: captured, stored and loaded."""

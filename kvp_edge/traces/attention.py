@@ -1,0 +1,126 @@
+"""What tokens attended to, computed from logged queries and the cache's keys.
+
+With flash attention llama.cpp never has the attention in memory, so it cannot be read as it is
+computed (kvp_edge.traces.tracer); queries and keys can.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvp_edge.arrays import FloatArray, HalfArray
+from kvp_edge.binding.queries import QueryLog
+from kvp_edge.errors import KVCacheError
+
+if TYPE_CHECKING:
+    from kvp_edge.binding.blocks import Blocks
+    from kvp_edge.binding.cache import NativeCache
+
+
+#: Queries whose attention is in memory at once, in one layer: few enough for a processor's cache.
+_PIECE = 64
+#: Hides from each query of a piece the later ones of it.
+_CAUSAL = np.triu(np.full((_PIECE, _PIECE), -np.inf, np.float32), 1)
+
+
+class AttentionFromQueries:
+    """The sums over blocks of queries that kvp_capture_end defines (native/kvp_edge.h), from
+    softmax(scale q.k) of the base cache's layers.
+
+    Queries are those that llama.cpp computed, keys those that it attended to: de-quantised, and the
+    Hadamard rotation undone on both. What llama.cpp rounds inside its operation (queries to the
+    keys' precision) is not in the sums.
+    """
+
+    def __init__(self) -> None:
+        self._log = QueryLog()
+        self.set_callback = self._log.set_callback
+
+    def start(self, context: Any, cache: NativeCache, batch: int) -> None:
+        """Find the model's queries; ``batch``: the most tokens that are decoded at once.
+
+        Raises:
+            UnsupportedModelError: they are not found, or attention is more than softmax(scale q.k).
+        """
+        self._cache, self._batch = cache, batch
+        self._log.start(
+            context,
+            cache,
+            batch,
+            "Trace it without flash attention, with values that are not quantised (--type-v f16)",
+        )
+
+    def begin(self, blocks: Blocks, n_tokens: int) -> None:
+        """From now on up to ``n_tokens`` are decoded, from an empty cache."""
+        shape = self._cache.shape
+        self._log.clear()
+        self._blocks, self._done = blocks, 0
+        self._sums = np.zeros((shape.n_layer, shape.n_head_kv, blocks.n_sums(n_tokens)), np.float32)
+
+    def make_room(self, n_read: int, n_next: int) -> None:
+        """``n_read`` tokens were decoded since ``begin``, and ``n_next`` are about to be: the log
+        holds the queries of one batch, so that memory does not grow with queries."""
+        if n_read > self._done and n_read + n_next > self._done + self._batch:
+            self._add(n_read, self._cache.read(0, n_read, n_read, values=False)[1])
+
+    def end(self, keys: FloatArray) -> HalfArray:
+        """The sums of all tokens decoded since ``begin``: float16 [n_layer, n_head_kv, P].
+
+        Args:
+            keys: f32 [n_layer, n_head_kv, n, head_size_k], of these tokens.
+
+        Raises:
+            KVCacheError: the model computes numbers that are not finite.
+        """
+        n = keys.shape[2]
+        self._add(n, keys)
+        sums = self._sums[:, :, : self._blocks.n_sums(n)]
+        if not np.isfinite(sums).all():
+            raise KVCacheError(
+                "the model's attention is no probability: it computes numbers that are not finite"
+            )
+        return (sums * np.float32(self._blocks.scale)).astype(np.float16)
+
+    def _add(self, n: int, keys: FloatArray) -> None:
+        """Add what the queries from ``_done`` to ``n`` pay to ``keys``, those of all n tokens."""
+        done, self._done = self._done, n
+        self._log.append(done, n - done)
+        logged = self._log.read(n - done)
+        for start in range(done, n, _PIECE):
+            stop = min(start + _PIECE, n)
+            piece = logged[start - done : stop - done]
+            # the blocks that the piece's queries are of
+            parts = [span for span in self._blocks.spans(stop) if span[1] > start]
+            for layer, sums in enumerate(self._sums):
+                queries = piece.queries[layer] * piece.scale[layer]
+                paid = _largest_attention(queries, keys[layer, :, :stop])
+                for begin, end, at in parts:
+                    mine = paid[:, max(begin, start) - start : end - start, :end]
+                    sums[:, at : at + end] += mine.sum(axis=1)
+
+
+def _largest_attention(queries: FloatArray, keys: FloatArray) -> FloatArray:
+    """softmax(q.k) of the newest tokens' queries, the largest of the query heads of each group.
+
+    kvp_edge.policies.attention does this for a cache with holes; here each query sees all tokens
+    before it, so that only the newest are masked, in half the time.
+
+    Args:
+        queries: f32 [n_head, m, head_size], scaled, of the last m <= 64 of the n tokens.
+        keys: f32 [n_head_kv, n, head_size].
+
+    Returns:
+        f32 [n_head_kv, m, n].
+    """
+    (n_head_kv, n, size), m = keys.shape, queries.shape[1]
+    with np.errstate(invalid="ignore", over="ignore"):  # end() reports it
+        p = queries.reshape(n_head_kv, -1, size) @ keys.swapaxes(-1, -2)
+        p = p.reshape(n_head_kv, -1, m, n)
+        p[..., n - m :] += _CAUSAL[:m, :m]
+        p -= p.max(axis=-1, keepdims=True)
+        np.exp(p, out=p)
+        p /= p.sum(axis=-1, keepdims=True)
+    largest: FloatArray = p.max(axis=1)
+    return largest

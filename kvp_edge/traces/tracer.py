@@ -1,0 +1,206 @@
+"""Read a text with a GGUF model and keep what later tokens paid to earlier ones.
+
+Attention comes from llama.cpp itself, as it is computed (native/capture.cpp), or with flash
+attention from llama.cpp's own queries and keys; keys and values come from the cache at the end. So
+a trace has the model's quantisation and peculiarities in it, and no other implementation of the
+model is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvp_edge.arrays import HalfArray, IntArray
+from kvp_edge.binding.blocks import Blocks
+from kvp_edge.binding.cache import CacheShape, NativeCache
+from kvp_edge.binding.capture import AttentionAsComputed
+from kvp_edge.errors import KVCacheError
+from kvp_edge.llama import Llama
+from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
+from kvp_edge.traces.attention import AttentionFromQueries
+
+#: Bytes of a trace file beside its arrays of numbers per head: header, and 8 for every token.
+_FILE_OVERHEAD = 1024
+_BYTES_PER_TOKEN = 8
+#: None is llama.cpp's own choice, f16; then f32, f16, bf16 (enum ggml_type).
+_PLAIN_TYPES = (None, 0, 1, 30)
+#: llama.cpp pads caches to this many cells.
+_CELL_UNIT = 256
+
+
+def _round_up(n_tokens: int) -> int:
+    return -(-n_tokens // _CELL_UNIT) * _CELL_UNIT
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one text left behind: L layers, H KV heads, T tokens, P = blocks.n_sums(T)."""
+
+    tokens: IntArray
+    """int32 [T]"""
+    indices: IntArray
+    """int32 [T], ascending"""
+    keys: HalfArray
+    """float16 [L, H, T, head_size_k], RoPE included"""
+    values: HalfArray
+    """float16 [L, H, T, head_size_v]"""
+    sums: HalfArray
+    """float16 [L, H, P], times blocks.scale: see kvp_capture_end in native/kvp_edge.h"""
+    blocks: Blocks
+
+
+class Tracer(Llama):
+    """A model that reads texts of up to ``length`` tokens and captures them.
+
+    Args:
+        model_path: GGUF file.
+        length: most tokens of a text.
+        block: queries that are summed up; None: the fewest with which a trace takes no more than
+            twice the bytes of its keys and values.
+        engine: arguments of llama_cpp.Llama. Values in a quantised ``type_v`` turn flash attention
+            on.
+
+    Attributes:
+        shape: of the cache.
+        flash_attn: whether llama.cpp runs with flash attention.
+
+    Raises:
+        UnsupportedModelError: no model file, or one that cannot be traced (recurrent, hybrid...),
+            or not with flash attention (soft caps, attention sinks, ALiBi).
+    """
+
+    def __init__(self, model_path: str, length: int, block: int | None = None, **engine: Any):
+        self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
+        self._native: NativeCache | None = None
+        # llama.cpp has quantised values only with flash attention, and flash attention never has
+        # the attention in memory: then it is computed from queries and keys. Without, what
+        # llama.cpp has computed is exact, also for models whose attention is more than a softmax.
+        self.flash_attn = bool(engine.pop("flash_attn", False)) or (
+            engine.get("type_v") not in _PLAIN_TYPES
+        )
+        self._attention = AttentionFromQueries() if self.flash_attn else AttentionAsComputed()
+        try:
+            # llama.cpp aborts when its micro-batch is smaller than the number of sequences
+            engine["n_ubatch"] = n_ubatch = max(2, engine.get("n_ubatch") or 512)
+            engine["n_batch"] = max(n_ubatch, engine.get("n_batch") or 0)
+            super().__init__(
+                model_path,
+                n_ctx=_round_up(max(1, length)),
+                swa_full=False,
+                flash_attn=self.flash_attn,
+                **engine,
+            )
+            self._native = NativeCache(self._ctx.ctx)
+            self._attention.start(self._ctx.ctx, self._native, self.n_batch)
+        except BaseException:
+            self.close()
+            raise
+        transcribe_without_template(self)
+        self.length = length
+        self.shape: CacheShape = self._native.shape
+        self.block = smallest_block(self.shape, length) if block is None else block
+
+    @property
+    def context_params(self) -> Any:
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        params.n_seq_max, params.kv_unified = 2, True  # see native/kvp_edge.h
+        self._attention.set_callback(params)
+        self._context_params = params
+
+    def _size_context(self, window: int) -> None:
+        # A window cache must be smaller than the base cache, to be told from it by its size (2
+        # sequences' windows and a micro-batch: llama_kv_cache_iswa).
+        if window:
+            params = self.context_params
+            windows = 2 * window + params.n_ubatch + 2 * _CELL_UNIT
+            params.n_ctx = max(params.n_ctx, _round_up(windows))
+
+    def close(self) -> None:
+        if self._native is not None:
+            self._native.close()
+            self._native = None
+        super().close()
+
+    def capture(self, tokens: Sequence[int], n_prompt: int, n_generate: int = 0) -> Captured:
+        """Read tokens, then write up to ``n_generate`` more: the likeliest ones, until the model
+        ends its reply.
+
+        Args:
+            tokens: what is read, from an empty cache.
+            n_prompt: where a border between blocks will be.
+            n_generate: tokens to write.
+
+        Raises:
+            KVCacheError: the model computes numbers that are not finite, or too large for float16.
+        """
+        most = len(tokens) + n_generate
+        if not 0 < len(tokens) <= most <= self.length:
+            raise ValueError(
+                f"a trace of {len(tokens)} tokens and {n_generate} more does not fit the "
+                f"{self.length} tokens planned for"
+            )
+        blocks = Blocks.with_border_at(n_prompt, self.block)
+        self.forget()
+        self._attention.begin(blocks, most)
+        for at in range(0, len(tokens), self.n_batch):
+            self._read(tokens[at : at + self.n_batch])
+        while self.n_tokens < most:
+            token = self._likeliest()
+            if ends_reply(self, token):
+                break
+            self._read([token])
+        n = int(self.n_tokens)
+        assert self._native is not None
+        indices, keys, values = self._native.read(0, n, n)
+        assert values is not None
+        sums = self._attention.end(keys)
+        return Captured(
+            tokens=np.array(self.input_ids[:n], np.int32),
+            indices=indices,
+            keys=_half(keys, "keys"),
+            values=_half(values, "values"),
+            sums=sums,
+            blocks=blocks,
+        )
+
+    def _read(self, batch: Sequence[int]) -> None:
+        """Read at most ``n_batch`` tokens."""
+        self._attention.make_room(self.n_tokens, len(batch))
+        self.eval(batch)
+
+    def forget(self) -> None:
+        """Empty the cache, so that the next text begins in its first cell."""
+        self.reset()
+        self._ctx.kv_cache_clear()
+
+
+def smallest_block(shape: CacheShape, length: int) -> int:
+    """The fewest queries per block with which a trace of ``length`` tokens is no larger than twice
+    its keys and values in float16: a power of two."""
+    n_heads = shape.n_layer * shape.n_head_kv
+    keys_and_values = 2 * n_heads * length * (shape.head_size_k + shape.head_size_v)
+    left = keys_and_values - _FILE_OVERHEAD - _BYTES_PER_TOKEN * length
+    block = 1
+    # a first block of one query makes the most blocks
+    while block < length and 2 * n_heads * Blocks(block, 1).n_sums(length) > left:
+        block *= 2
+    return block
+
+
+def _half(rows: npt.NDArray[np.float32], what: str) -> HalfArray:
+    largest = float(np.abs(rows).max())
+    if not largest <= float(np.finfo(np.float16).max):  # also when it is no number
+        raise KVCacheError(
+            f"the model's {what} reach {largest:g}, which is no number that a trace can hold "
+            "(float16): the model file may be damaged"
+        )
+    return rows.astype(np.float16)

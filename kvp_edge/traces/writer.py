@@ -1,0 +1,268 @@
+"""Makes a folder of traces, resumes one, and writes each file whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvp_edge.binding.fingerprint import model_fingerprint
+from kvp_edge.binding.library import BUILT_FOR, LLAMA_VERSION
+from kvp_edge.errors import TraceError
+from kvp_edge.files import read_regular, write_whole
+from kvp_edge.traces.format import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    MOST_TRACE_BYTES,
+    Json,
+    metadata_of,
+    read_manifest,
+    safetensors_numpy,
+)
+from kvp_edge.traces.sources import Cut, Piece, Source, plan
+from kvp_edge.traces.tracer import Captured, Tracer
+
+#: The manifest is rewritten after so many traces; files that it does not name yet are found anyway.
+_SAVE_EVERY = 16
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+def capture_traces(
+    model_path: str | os.PathLike[str],
+    sources: Sequence[Source],
+    out_dir: str | os.PathLike[str],
+    *,
+    length: int = 1024,
+    n_traces: int | None = None,
+    seed: int = 0,
+    future: str = "text",
+    future_tokens: int | None = None,
+    block: int | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
+    **engine: Any,
+) -> Path:
+    """Trace texts with a model. What an interrupted run left in ``out_dir`` is kept and completed.
+
+    Args:
+        model_path: GGUF file.
+        sources: TextFile, ChatFile, Tasks (kvp_edge.traces.sources), or your own.
+        out_dir: folder for the traces, made if need be.
+        length: most tokens of a trace.
+        n_traces: how many, drawn by ``seed`` from all that the sources make; None: all.
+        seed: draws tasks and traces.
+        future: "text": the source goes on; "greedy": the model goes on, with its likeliest tokens.
+        future_tokens: tokens of a text, or of the model's own, that are the future; None: a
+            quarter of ``length``.
+        block: queries per block; None: the fewest with which a file has at most twice the bytes of
+            its keys and values.
+        progress: called with (traces done, traces planned, tokens of the last one).
+        engine: arguments of llama_cpp.Llama (n_gpu_layers, n_threads, type_k...); see Tracer.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TraceError: nothing to trace, or ``out_dir`` holds traces of another run.
+        UnsupportedModelError: a model that cannot be traced.
+        KVCacheError: a model whose numbers are not finite.
+        OSError: the folder cannot be written, or the disk is full. Finished traces are kept.
+    """
+    safetensors_numpy()
+    if future not in ("text", "greedy"):
+        raise TraceError(f"the future must be 'text' or 'greedy', not '{future}'")
+    future_tokens = length // 4 if future_tokens is None else future_tokens
+    if not 1 <= future_tokens <= length - 8:
+        raise TraceError(
+            f"a trace of {length} tokens cannot have {future_tokens} of them in its future: at "
+            "least 8 must come before, and 1 after"
+        )
+    model_path, folder = os.fspath(model_path), Path(out_dir)
+    engine.setdefault("verbose", False)
+    about = [source.about() for source in sources]
+    tracer = Tracer(model_path, length, block, **engine)
+    try:
+        settings = {
+            "length": length,
+            "n_traces": n_traces,
+            "seed": seed,
+            "future": future,
+            "future_tokens": future_tokens,
+            "block": tracer.block,
+            "type_k": tracer.shape.type_k,
+            "type_v": tracer.shape.type_v,
+            "flash_attn": tracer.flash_attn,
+            "n_batch": tracer.n_batch,
+            "n_gpu_layers": tracer.model_params.n_gpu_layers,
+        }
+        manifest = _manifest(model_path, tracer, about, settings)
+        _make_folder(folder)
+        _refuse_another_run(folder, manifest)
+        pieces = plan(sources, tracer, Cut(length, future, future_tokens, seed), n_traces)
+        manifest["planned"] = len(pieces)
+        _trace_all(tracer, pieces, folder, manifest, progress)
+    finally:
+        tracer.close()
+    return folder
+
+
+def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) -> Json:
+    """The manifest without traces. Nothing in it depends on when or how fast the run was."""
+    from kvp_edge import __version__  # noqa: PLC0415  # the package imports this module
+
+    meta, shape = tracer.metadata, tracer.shape
+    model = {
+        "architecture": meta.get("general.architecture", ""),
+        "name": meta.get("general.name", ""),
+        "file": os.path.basename(path),
+        "fingerprint": model_fingerprint(path),
+        "n_layer": shape.n_layer,
+        "n_head_kv": shape.n_head_kv,
+        "head_size_k": shape.head_size_k,
+        "head_size_v": shape.head_size_v,
+    }
+    # Runs from before there was flash attention go on as what they are: without.
+    settled = {name: value for name, value in settings.items() if name != "flash_attn" or value}
+    # the file's name is for people; the fingerprint is what counts
+    what = [FORMAT_VERSION, LLAMA_VERSION, {**model, "file": ""}, sources, settled]
+    run = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "complete": False,
+        "planned": 0,
+        "run": run,
+        "kvp_edge": __version__,
+        "llama_cpp": LLAMA_VERSION,
+        "llama_cpp_python": BUILT_FOR,
+        "model": model,
+        "sources": sources,
+        "settings": settings,
+        "traces": [],
+    }
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder '{folder}': {error.strerror}") from error
+
+
+def _refuse_another_run(folder: Path, manifest: Json) -> None:
+    found = read_manifest(folder)
+    if found is None or found["run"] == manifest["run"]:
+        return
+    differ = [
+        f"{name} {_short(found['settings'].get(name))} instead of {_short(value)}"
+        for name, value in manifest["settings"].items()
+        if found["settings"].get(name, value) != value
+    ]
+    if found["model"].get("fingerprint") != manifest["model"]["fingerprint"]:
+        differ.insert(0, f"model {found['model'].get('name') or found['model'].get('file')}")
+    if found["sources"] != manifest["sources"]:
+        differ.append("other sources")
+    raise TraceError(
+        f"'{folder}' holds traces of another run ({', '.join(differ) or 'another version'}): name "
+        "another folder, or delete that one"
+    )
+
+
+def _short(value: Any) -> str:
+    return "all" if value is None else str(value)
+
+
+def _trace_all(
+    tracer: Tracer,
+    pieces: list[Piece],
+    folder: Path,
+    manifest: Json,
+    progress: Callable[[int, int, int], None] | None,
+) -> None:
+    done: list[Json] = manifest["traces"]
+    known = {e["file"]: e["sha256"] for e in (read_manifest(folder) or manifest)["traces"]}
+    try:
+        _save_manifest(folder, manifest)
+        for index, piece in enumerate(pieces):
+            path = folder / f"trace-{index:05}.safetensors"
+            about = {"run": manifest["run"], "index": index, "source": piece.source}
+            data = _finished(path, about, known.get(path.name))
+            if data is None:
+                got = tracer.capture(piece.tokens, piece.n_prompt, piece.n_generate)
+                data = _file_bytes(got, {**about, "n_prompt": piece.n_prompt})
+                _write_whole(path, data)
+            done.append(_entry(path, piece, data))
+            if len(done) % _SAVE_EVERY == 0:
+                _save_manifest(folder, manifest)
+            if progress is not None:
+                progress(len(done), len(pieces), done[-1]["n_tokens"])
+        manifest["complete"] = True
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise OSError(
+            f"the disk is full ({error.strerror}): {len(done)} of {len(pieces)} traces are "
+            f"finished and kept in '{folder}'. Make room, and the same command goes on"
+        ) from error
+    finally:
+        _save_manifest(folder, manifest)
+
+
+def _finished(path: Path, about: Json, sha256: str | None) -> bytes | None:
+    """The trace that an earlier run has left, if it is whole and of this run."""
+    try:
+        data = read_regular(path, MOST_TRACE_BYTES)
+        found = metadata_of(data)
+        safetensors_numpy().load(data)  # refuses what is cut off
+    except Exception:  # whatever is wrong with it, it is made again
+        return None
+    same = all(found.get(key) == value for key, value in about.items())
+    intact = sha256 is None or hashlib.sha256(data).hexdigest() == sha256
+    return data if same and intact else None
+
+
+def _file_bytes(got: Captured, about: Json) -> bytes:
+    about |= {"block": got.blocks.size, "first": got.blocks.first, "scale": got.blocks.scale}
+    arrays = {
+        "keys": got.keys,
+        "values": got.values,
+        "positions": got.indices,
+        "tokens": got.tokens,
+        "attention": got.sums,
+    }
+    # one key: safetensors writes several in any order
+    data: bytes = safetensors_numpy().save(arrays, {"kvp_trace": json.dumps(about, sort_keys=True)})
+    return data
+
+
+def _entry(path: Path, piece: Piece, data: bytes) -> Json:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {
+        "file": path.name,
+        "source": piece.source,
+        "n_tokens": header["tokens"]["shape"][0],
+        "n_prompt": piece.n_prompt,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _save_manifest(folder: Path, manifest: Json) -> None:
+    _write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens."""
+    try:
+        write_whole(path, data, private=True)  # token ids are the text, in another alphabet
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise OSError(f"cannot write '{path}': {error.strerror}") from error
+        raise

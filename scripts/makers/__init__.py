@@ -1,0 +1,1 @@
+"""Random models, states, policies and traces, and devices: for tests and benchmarks."""
