@@ -55,8 +55,7 @@ from kvp_edge.evaluation.records import (  # noqa: E402
     append_record,
     read_records,
 )
-from kvp_edge.policies import Learned  # noqa: E402
-from kvp_edge.policies.discovery import own_policy  # noqa: E402
+from kvp_edge.policies import Learned, discovery  # noqa: E402
 from kvp_edge.policy_file import PolicyInfo, write_policy  # noqa: E402
 from kvp_edge.traces.format import TraceSet  # noqa: E402
 from kvp_edge.traces.sources import TextFile  # noqa: E402
@@ -282,10 +281,10 @@ class Beside(_PolicyTarget):
         self.path.unlink()
         self.path = folder / "kvp-input.gguf"
         # those of the package are not damaged, and to read them takes as long again
-        sys.modules["kvp_edge.own_policy"]._shipped = lambda: folder  # type: ignore[attr-defined]
+        discovery._shipped = lambda: folder
 
     def read(self) -> None:
-        found = own_policy(self.model)
+        found = discovery.own_policy(self.model)
         if found is not None:
             Learned(found)
 

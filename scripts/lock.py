@@ -13,9 +13,9 @@ and macOS, and every Python from 3.10 on:
     run.txt     what kvp_edge needs
     test.txt    that, and what its tests need (the extra dev)
     train.txt   that, and the extras train and onnx without torch
-    torch.txt   torch alone, whose builds need different packages: that of the processor none more,
-                that of CUDA several gigabytes. Its hashes are those of the package index, and that
-                of the file that pip finds here.
+    torch.txt   torch for the processor alone. Its files are not on the common package index, whose
+                own need gigabytes more on Linux; the hash is that of the file that pip finds here,
+                for this Python and machine. Others install torch by its version.
 
 Needs Python 3.11 and access to a package index.
 """
@@ -60,13 +60,17 @@ def compiled(sources: list[str], lines: list[str], output: Path, *options: str) 
     return output.read_text()
 
 
-def hash_here(requirement: str) -> str:
-    """SHA-256 of the file that pip takes for a requirement on this machine."""
+def write_torch() -> None:
+    """The lock of the file that pip takes for torch here, if it is one for the processor alone."""
     with tempfile.TemporaryDirectory() as folder:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder]
-        subprocess.run([*download, requirement], check=True)
+        subprocess.run([*download, TORCH], check=True)
         (file,) = Path(folder).iterdir()
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        if "+cpu" not in file.name:
+            print("pip finds no torch for the processor alone: torch.txt stays", file=sys.stderr)
+            return
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    _write("torch", "", {TORCH: f"{TORCH}+cpu \\\n    --hash=sha256:{digest}\n"})
 
 
 def main() -> None:
@@ -84,7 +88,8 @@ def main() -> None:
     LOCKS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         everything, part = Path(folder, "everything.txt"), Path(folder, "part.txt")
-        everything.write_text("".join(path.read_text() for path in LOCKS.glob("*.txt")))
+        present = [path.read_text() for path in LOCKS.glob("*.txt") if path.stem != "torch"]
+        everything.write_text("".join(pin for lock in present for pin in blocks(lock).values()))
         compiled(project, [TORCH, "pip", *build], everything, *train, *upgrade)
 
         def pinned(sources: list[str], lines: list[str], *options: str) -> dict[str, str]:
@@ -98,10 +103,7 @@ def main() -> None:
             "test": pinned(project, [], *test),
             "train": pinned(project, [TORCH], *train),
         }
-    of_torch = locks["train"].pop(TORCH)
-    if (here := hash_here(TORCH)) not in of_torch:
-        of_torch = f"{of_torch.rstrip()} \\\n    --hash=sha256:{here}\n"
-    locks["torch"] = {TORCH: of_torch}
+    del locks["train"][TORCH]
 
     # each of these begins with the one before, so that no pin is written twice
     base: dict[str, str] = {}
@@ -109,8 +111,9 @@ def main() -> None:
         more = {k: v for k, v in locks[name].items() if k not in base and not ONLY_CUDA.match(k)}
         base |= more
         _write(name, includes, more)
-    for name in ("pip", "build", "torch"):
+    for name in ("pip", "build"):
         _write(name, "", locks[name])
+    write_torch()
 
 
 def _write(name: str, includes: str, lock: dict[str, str]) -> None:
