@@ -72,15 +72,15 @@ def test_defaults_are_among_the_choices_and_explained() -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "run"])
-def test_the_command_line_has_every_option(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_has_every_option(command: str) -> None:
     """But for those that say that they are none of it."""
-    there = options_of(command, monkeypatch)
+    there = options_of(command)
     for option in OPTIONS.values():
         assert (option.flag in there) == option.command_line, option.name
 
 
-def test_evaluations_compare_every_option_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = options_of("eval", monkeypatch)
+def test_evaluations_compare_every_option_that_says_so() -> None:
+    there = options_of("eval")
     for name in EVALUATED:
         assert OPTIONS[name].flag in there
         for one in (Setting, Record):

@@ -2,182 +2,179 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import secrets
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
+import typer
+from gguf import GGMLQuantizationType
+
+from kvp_edge.arguments import MAX_THREADS
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cache.limits import parse_budget
+from kvp_edge.cli.parameters import argument, option, reader
 from kvp_edge.cli.progress import WatchedLlama
 from kvp_edge.llamacpp.log import listen
-from kvp_edge.options import OPTIONS, Option
+from kvp_edge.options import OPTIONS
 
 DEFAULT_BUDGET = "512"
-_MOST_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h
-
-# enum ggml_type in ggml.h; llama_cpp has no name for bf16
-_CACHE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 30,
-    "q8_0": 8,
-    "q5_1": 7,
-    "q5_0": 6,
-    "q4_1": 3,
-    "q4_0": 2,
-}
-
-#: Those of ``chat`` and ``run``; --repack stands with the model's.
-_CACHE_OPTIONS = [o for o in OPTIONS.values() if o.command_line and o.name != "repack"]
-
-
-def count(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {n}")
-    return n
+#: Names of --type-k and --type-v, most exact first.
+_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def threads(text: str) -> int:
-    """An argparse type: a number of threads that ggml can start."""
-    n = count(text)
-    if n > _MOST_THREADS:
-        raise argparse.ArgumentTypeError(
-            f"must be at most {_MOST_THREADS}, not {n}: ggml starts no more, and more than the "
+    """A number of threads that ggml can start."""
+    n = int(reader(int, least=1)(text))
+    if n > MAX_THREADS:
+        raise typer.BadParameter(
+            f"must be at most {MAX_THREADS}, not {n}: ggml starts no more, and more than the "
             f"{os.cpu_count()} processors of this machine only wait for each other"
         )
     return n
 
 
 def text(argument: str) -> str:
-    """An argparse type: bytes that are no UTF-8 become replacement marks, as in a file."""
+    """Bytes that are no UTF-8 become replacement marks, as in a file."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-#: Options that are read in a way of their own; else an int or a text.
-_CLI_TYPES: dict[str, Any] = {"n_ctx": count, "kv_budget": str}
+_MODEL, _CACHE, _REPLY = "model", "bounded cache", "reply"
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "model", nargs="?", metavar="MODEL.gguf", help="default: the small model that comes along"
-    )
-    group.add_argument("--hf-repo", metavar="REPO", help="download the model from this repository")
-    group.add_argument("--hf-file", metavar="FILE", help="the GGUF file in --hf-repo")
-    group.add_argument(
-        "--threads",
-        type=threads,
-        metavar="N",
-        help="default: all processors to read, half of them to write",
-    )
-    group.add_argument(
-        "--gpu-layers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="layers on the GPU; -1: all (default: 0)",
-    )
-    group.add_argument("--flash-attn", action="store_true", help="use flash attention")
-    group.add_argument(
-        "--type-k", choices=_CACHE_TYPES, default="f16", help="keys in the cache (default: f16)"
-    )
-    group.add_argument(
-        "--type-v",
-        choices=_CACHE_TYPES,
-        default="f16",
-        help="values in the cache (default: f16); quantised types need --flash-attn "
-        "(kvp-edge trace and learn turn it on by themselves)",
-    )
-    add_repack_option(group)
-    group.add_argument(
-        "--verbose", action="store_true", help="show llama.cpp's log, and tracebacks of errors"
-    )
-
-
-def add_option(
-    group: Any,
-    option: Option,
-    default: Any = None,
-    says: str | None = None,
-    choices: Sequence[str] | None = None,
-) -> None:
-    """An option of Llama's as one of a command.
+def llama_option(name: str, panel: str, *, default: Any = None, **said: Any) -> Any:
+    """A field for an option of ``kvp_edge.Llama``, which says of itself what it is for.
 
     Args:
-        default: the command's own; None: Llama's.
-        says: the default in words; None: as it is.
-        choices: what it may be in this command; None: Llama decides that.
+        default: the command's own; None: that of Llama.
+        said: see ``option``; besides or instead of what it says.
     """
-    default = option.default if default is None else default
-    if option.type == "bool":
-        group.add_argument(option.flag, action="store_true", help=option.help)
-        return
-    group.add_argument(
-        option.flag,
-        type=_CLI_TYPES.get(option.name, int if option.type.startswith("int") else str),
-        default=default,
-        choices=choices,
-        metavar=option.metavar,
-        help=f"{option.help} (default: {says or option.means or default})",
+    one = OPTIONS[name]
+    said = {"help": one.help, "metavar": one.metavar or None, "shown": one.means or True, **said}
+    if default is not None:
+        said["shown"] = True
+    return option(one.default if default is None else default, panel=panel, **said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerboseOption:
+    verbose: bool = option(False, help="show tracebacks of errors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepackOption:
+    repack: str = llama_option("repack", _MODEL, choices=OPTIONS["repack"].choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelOptions:
+    model: str | None = argument(
+        None,
+        panel=_MODEL,
+        metavar="MODEL.gguf",
+        help="default: the small model that comes along",
     )
-
-
-def add_repack_option(group: Any) -> None:
-    add_option(group, OPTIONS["repack"])
-
-
-def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> None:
-    group = parser.add_argument_group("bounded cache")
-    for option in _CACHE_OPTIONS:
-        if option.name == "kv_budget":
-            add_option(group, option, DEFAULT_BUDGET, DEFAULT_BUDGET)
-        else:
-            add_option(group, option, says=n_ctx_default if option.name == "n_ctx" else None)
-
-
-def add_system_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--system", type=text, metavar="TEXT", help="system prompt; it is never dropped"
+    hf_repo: str | None = option(
+        None, panel=_MODEL, metavar="REPO", help="download the model from this repository"
     )
-    parser.add_argument(
-        "--no-protect-system", action="store_true", help="the system prompt may be dropped, too"
+    hf_file: str | None = option(
+        None, panel=_MODEL, metavar="FILE", help="the GGUF file in --hf-repo"
     )
-
-
-def add_sampling_options(
-    parser: argparse.ArgumentParser, temperature: float, max_tokens: int
-) -> None:
-    group = parser.add_argument_group("reply")
-    group.add_argument(
-        "--max-tokens",
-        type=count,
-        default=max_tokens,
+    threads: int | None = option(
+        None,
+        panel=_MODEL,
         metavar="N",
-        help=f"longest reply (default: {max_tokens})",
+        parse=threads,
+        shown="all processors to read, half of them to write",
+        help="how many work at once",
     )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=temperature,
-        metavar="X",
-        help=f"0: always the likeliest token (default: {temperature:g})",
+    gpu_layers: int = option(0, panel=_MODEL, metavar="N", help="layers on the GPU; -1: all")
+    flash_attn: bool = option(False, panel=_MODEL, help="use flash attention")
+    type_k: str = option(
+        "f16",
+        panel=_MODEL,
+        metavar="TYPE",
+        choices=_CACHE_TYPES,
+        help=f"keys in the cache: {', '.join(_CACHE_TYPES)}",
     )
-    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help="default: 0.95")
-    group.add_argument("--top-k", type=int, default=40, metavar="N", help="default: 40")
-    group.add_argument("--min-p", type=float, default=0.05, metavar="X", help="default: 0.05")
-    group.add_argument(
-        "--seed", type=int, metavar="N", help="for a reply that can be repeated (default: random)"
+    type_v: str = option(
+        "f16",
+        panel=_MODEL,
+        metavar="TYPE",
+        choices=_CACHE_TYPES,
+        help="values in the cache; quantised types need --flash-attn (kvp-edge trace and learn "
+        "turn it on by themselves)",
     )
 
 
-def sampling(args: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(RepackOption, _ModelOptions):
+    """Which model, and how it is computed."""
+
+    verbose: bool = option(
+        False, panel=_MODEL, help="show llama.cpp's log, and tracebacks of errors"
+    )
+
+
+def n_ctx_option(default: str) -> Any:
+    """
+    Args:
+        default: what it is, in words.
+    """
+    return llama_option("n_ctx", _CACHE, least=1, shown=default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What bounds the cache: the options of kvp_edge.options.CacheOptions, by the same names."""
+
+    kv_budget: str = llama_option("kv_budget", _CACHE, default=DEFAULT_BUDGET)
+    policy: str = llama_option("policy", _CACHE)
+    granularity: str = llama_option("granularity", _CACHE)
+    positions: str = llama_option("positions", _CACHE)
+    keep_whole: str = llama_option("keep_whole", _CACHE)
+    isolate_turns: bool = llama_option("isolate_turns", _CACHE)
+    sinks: int = llama_option("sinks", _CACHE)
+    recent: int | None = llama_option("recent", _CACHE)
+    reserve: int | None = llama_option("reserve", _CACHE)
+    pack: str = llama_option("pack", _CACHE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemOptions:
+    system: str | None = option(
+        None, metavar="TEXT", parse=text, help="system prompt; it is never dropped"
+    )
+    no_protect_system: bool = option(False, help="the system prompt may be dropped, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a reply is written."""
+
+    max_tokens: int = option(512, panel=_REPLY, metavar="N", least=1, help="longest reply")
+    temperature: float = option(
+        0.7, panel=_REPLY, metavar="X", help="0: always the likeliest token"
+    )
+    top_p: float = option(0.95, panel=_REPLY, metavar="X", help="share of the likeliest tokens")
+    top_k: int = option(40, panel=_REPLY, metavar="N", help="as many of the likeliest tokens")
+    min_p: float = option(
+        0.05, panel=_REPLY, metavar="X", help="those at least so likely, the likeliest being 1"
+    )
+    seed: int | None = option(
+        None, panel=_REPLY, metavar="N", shown="random", help="for a reply that can be repeated"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedOptions(SystemOptions, CacheOptions, ModelOptions):
+    """A model with a bounded cache."""
+
+
+def sampling(args: SamplingOptions) -> dict[str, Any]:
     """Keyword arguments for create_chat_completion and create_completion, but for the seed."""
     return {
         "max_tokens": args.max_tokens,
@@ -188,7 +185,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def first_seed(args: argparse.Namespace) -> int:
+def first_seed(args: SamplingOptions) -> int:
     """--seed, or a random one. llama_cpp would use the same seed in every process otherwise."""
     return secrets.randbits(31) if args.seed is None else int(args.seed)
 
@@ -209,7 +206,7 @@ def bundled_model() -> str:
     return found[0]
 
 
-def model_path(args: argparse.Namespace) -> str:
+def model_path(args: ModelOptions) -> str:
     """The model file the user means, downloaded first if it is in a repository."""
     if args.hf_repo or args.hf_file:
         if args.model:
@@ -238,38 +235,37 @@ def _download(repo: str, file: str) -> str:
     return str(hub.hf_hub_download(repo, file))
 
 
-def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+def engine_options(args: ModelOptions) -> dict[str, Any]:
     """Keyword arguments of llama_cpp.Llama that say how, not what, to compute."""
     return {
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
         "n_gpu_layers": args.gpu_layers,
         "flash_attn": args.flash_attn,
-        "type_k": _CACHE_TYPES[args.type_k],
-        "type_v": _CACHE_TYPES[args.type_v],
+        "type_k": _ggml_type(args.type_k),
+        "type_v": _ggml_type(args.type_v),
         "repack": args.repack,
         "verbose": args.verbose,
     }
 
 
-def cache_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of kvp_edge.Llama that bound the cache.
-
-    Raises:
-        OptionError, BudgetError: see CacheOptions.
-    """
-    return {
-        **{option.name: getattr(args, option.name) for option in _CACHE_OPTIONS},
-        "kv_budget": parse_budget(args.kv_budget),
-    }
+def _ggml_type(name: str) -> int:
+    return int(GGMLQuantizationType[name.upper()])
 
 
-def load(path: str, n_ctx: int | None, args: argparse.Namespace) -> WatchedLlama:
+def cache_options(args: CacheOptions) -> dict[str, Any]:
+    """Keyword arguments of kvp_edge.Llama that bound the cache, but for ``n_ctx``."""
+    given = {one.name: getattr(args, one.name) for one in fields(CacheOptions)}
+    return {**given, "kv_budget": parse_budget(args.kv_budget)}
+
+
+def load(path: str, n_ctx: int | None, args: BoundedOptions) -> WatchedLlama:
     """The bounded model that the options describe."""
     return WatchedLlama(
         path,
+        n_ctx=n_ctx,
         protect_system=bool(args.system) and not args.no_protect_system,
-        **{**cache_options(args), "n_ctx": n_ctx},
+        **cache_options(args),
         **engine_options(args),
     )
 
@@ -280,7 +276,7 @@ def trained_context(path: str) -> int:
         return read_model_shape(path).n_ctx_train
 
 
-def warn_beyond_training(n_tokens: int, path: str, args: argparse.Namespace) -> None:
+def warn_beyond_training(n_tokens: int, path: str, args: CacheOptions) -> None:
     """Say so if a text is longer than any that the model has been trained on."""
     if args.positions == "compact":
         return

@@ -127,7 +127,7 @@ def test_at_the_end_of_the_logical_context_the_conversation_is_kept(kvp: Type) -
     typed = "My dog is called Ralph.\n" + "many words " * 200 + "\nWhat is my dog called?\n"
     got = kvp("chat", *FEW_CELLS, *GREEDY, "--n-ctx", "300", typed=typed)
     assert got.status == 1
-    assert "n_ctx=300" in got.err
+    assert "--n-ctx 300" in got.err
     assert "larger --n-ctx" in got.err
     assert "Ralph" in got.replies[-1]
 
@@ -384,21 +384,24 @@ def sentence(got: Output) -> str:
     ("argv", "says"),
     [
         (["chat", "nowhere.gguf"], "there is no model file 'nowhere.gguf'"),
-        (["chat", "--kv-budget", "5"], "larger than sinks + recent"),
+        (["chat", "--kv-budget", "5"], "--kv-budget 5 must be larger than sinks + recent"),
         (["chat", "--kv-budget", "64", "--recent", "70"], "larger than sinks + recent"),
         (["chat", "--kv-budget", "lots"], "not 'lots'"),
         (["chat", "--kv-budget", "1KiB"], "too little"),
-        (["chat", "--sinks", "-1"], "sinks must not be negative"),
+        (["chat", "--sinks", "-1"], "--sinks must not be negative"),
         (["chat", "--policy", "nope"], "there is no policy 'nope'"),
-        (["chat", "--granularity", "layer"], "granularity"),
-        (["chat", "--keep-whole", "pages"], "not 'pages'"),
+        (["chat", "--granularity", "layer"], "--granularity"),
+        (
+            ["chat", "--keep-whole", "pages"],
+            "--keep-whole must be 'tokens', 'words' or 'sentences', not 'pages'",
+        ),
         (["chat", "--hf-repo", "some/where"], "--hf-file"),
         (["chat", "x.gguf", "--hf-repo", "a", "--hf-file", "b"], "not both"),
         (["run", "-p", "Why?", "-f", "nowhere.txt"], "cannot read 'nowhere.txt'"),
         (["run", "-f", "-"], "ask something"),
         (["run", "--raw"], "there is nothing to read"),
         (["run", "--raw", "-p", "a", "--system", "b"], "--system"),
-        (["run", "-p", "many words " * 300, "--n-ctx", "100"], "n_ctx=100"),
+        (["run", "-p", "many words " * 300, "--n-ctx", "100"], "--n-ctx 100"),
         (["demo", "--length", "50"], "nothing would be dropped"),
         (["demo", "--kv-budget", "5"], "larger than sinks + recent"),
     ],

@@ -31,6 +31,7 @@ from kvp_edge.evaluation.records import (
 )
 from kvp_edge.evaluation.report import NOTHING, report
 from kvp_edge.evaluation.statistics import Scores
+from support.packages import needs
 
 
 def record(**changes: Any) -> Record:
@@ -289,6 +290,15 @@ def test_wilson_intervals_cover_shares_near_one() -> None:
     assert five.low == pytest.approx(0.5655, abs=1e-4)  # 5 / (5 + 1.96 squared)
 
 
+def test_wilson_intervals_are_those_of_scipy() -> None:
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    for n in (1, 7, 30, 400):
+        for right in {0, 1, n // 3, n}:
+            ours = statistics.wilson(right, n)
+            theirs = binomtest(right, n).proportion_ci(0.95, method="wilson")
+            assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
 def test_answers_that_are_all_right_still_have_an_interval() -> None:
     found = statistics.mean(scores([1, 1, 1, 1], [1, 1, 1, 1]))
     assert (found.value, found.high) == (1, 1)
@@ -527,7 +537,7 @@ def test_the_loss_increase_is_told_by_quarters_of_the_ending(tmp_path: Path) -> 
     assert "Along the ending" not in report(older)
     with pytest.raises(ValueError, match="nothing to plot"):
         loss_increase_plot(older, "never.png")
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: kvp_edge[train]")
+    needs("matplotlib", "train")
     loss_increase_plot(some, tmp_path / "increase.png", resamples=200)
     assert is_png(tmp_path / "increase.png")
 
@@ -553,7 +563,7 @@ def is_png(path: Path) -> bool:
 
 
 def test_plots_are_drawn(tmp_path: Path, small: list[Record]) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: kvp_edge[train]")
+    needs("matplotlib", "train")
     more = [replace(r, budget=256, share=0.25) for r in small if not r.is_full]
     accuracy_plot(small + more, tmp_path / "accuracy.png", resamples=200)
     assert is_png(tmp_path / "accuracy.png")
@@ -665,7 +675,7 @@ def test_four_thousand_tokens_and_64_heads_are_a_small_page(tmp_path: Path) -> N
 
 
 def test_the_picture_is_drawn(tmp_path: Path, shown: KeptTokens) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: kvp_edge[train]")
+    needs("matplotlib", "train")
     # only what its font has, so that no warning hides another
     texts = [text.replace("\ud800", "$") for text in TEXTS]
     write_png(replace(shown, texts=texts), tmp_path / "kept.png")

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
-pytest.importorskip("safetensors", reason="checkpoints need safetensors: kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
+needs("safetensors", "train")
 
 from conftest import DATA, RandomModel, random_tokens  # noqa: E402
 from kvp_edge.binding.policy import NativePolicy  # noqa: E402
@@ -305,7 +307,7 @@ def test_a_window_and_weights_go_together(tmp_path: Path) -> None:
 def test_executors_that_see_no_queries_refuse_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="looks at attention statistics as well"):
         NativePolicy(random_weights(INFO))
-    pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
+    needs("onnx", "onnx")
     with pytest.raises(PolicyFileError, match="looks at the attention of 16 queries"):
         write_onnx(tmp_path / "p.onnx", INFO, random_weights(INFO))
 

@@ -1,27 +1,21 @@
-"""The options that the command line has, read from its own help."""
+"""The options that the command line has."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
+from importlib import import_module
 
-import pytest
+from kvp_edge.cli import COMMANDS
+from kvp_edge.cli.parameters import names_of
 
-from kvp_edge.cli import main
-
-COMMANDS = (
-    *("chat", "run", "demo", "policies", "learn", "trace", "train", "export", "inspect", "eval"),
-    "doctor",
-)
-_AT_LINE_START = re.compile(r"^[\s│*]*((?:--?[\w-]+(?: [\w.{},]+)?(?:, | |/)?)+)")
+#: Of every command, and of kvp-edge itself.
+EVERYWHERE = {"--help", "--version"}
 
 
-def options_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The long options of ``kvp-edge COMMAND``; "" is kvp-edge itself."""
-    monkeypatch.setenv("COLUMNS", "1000")  # no line of prose is wrapped before an option
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        main([*filter(None, [command]), "--help"])
-    found = (_AT_LINE_START.match(line) for line in shown.getvalue().splitlines())
-    return {option for one in found if one for option in re.findall(r"--[a-z][\w-]*", one.group(1))}
+def options_of(command: str) -> set[str]:
+    """The options of ``kvp-edge COMMAND``."""
+    module = import_module(f"kvp_edge.cli.{command}")
+    return set(names_of(module.Options).values())
+
+
+def all_options() -> set[str]:
+    return EVERYWHERE.union(*map(options_of, COMMANDS))

@@ -1,0 +1,42 @@
+"""Messages name what was typed: options, not Python's arguments."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvp_edge.cli import chat, inspect, train
+from kvp_edge.cli.option_names import as_options
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (
+            "kv_budget=5 must be larger than sinks + recent = 4 + 1 = 5. Raise kv_budget to 6 or "
+            "more, or lower recent",
+            "--kv-budget 5 must be larger than sinks + recent = 4 + 1 = 5. Raise --kv-budget to 6 "
+            "or more, or lower --recent",
+        ),
+        ("positions='compact' needs n_ctx.", "--positions compact needs --n-ctx."),
+        ("not with isolate_turns=True (n_ctx=7)", "not with --isolate-turns (--n-ctx 7)"),
+        ("n_threads must be from 1 to 512", "--threads must be from 1 to 512"),
+        ("sinks, recent and pack must be", "--sinks, --recent and --pack must be"),
+        # words of English, and of others
+        ("the policy is of another model", "the policy is of another model"),
+        ("there is no model file 'my n_ctx=3'", "there is no model file 'my n_ctx=3'"),
+        ("cannot read 'n_ctx.txt' or ./n_ctx", "cannot read 'n_ctx.txt' or ./n_ctx"),
+        ("recent messages are kept", "recent messages are kept"),
+        ("with policy = keydiff", "with policy = keydiff"),
+        ("eval_every, n_ctx_train and my_n_ctx", "eval_every, n_ctx_train and my_n_ctx"),
+    ],
+)  # fmt: skip
+def test_a_message_names_the_options_of_chat(message: str, told: str) -> None:
+    assert as_options(message, chat.Options) == told
+
+
+def test_every_command_has_names_of_its_own() -> None:
+    assert (
+        as_options("steps, states, tokens and eval_every must be at least 1", train.Options)
+        == "--steps, --states, --tokens and --eval-every must be at least 1"
+    )
+    assert as_options("file must be one; n_ctx=3", inspect.Options) == "file must be one; n_ctx=3"
