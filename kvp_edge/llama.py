@@ -490,10 +490,15 @@ class Llama(BaseLlama):
         """
         with self._calls.own("load_state"):
             try:
-                if self._kv is None:
-                    self._load_unbounded(state)
-                else:
+                if self._kv is not None:
                     sessions.load_state(self, state)
+                elif isinstance(state, SavedState):
+                    raise SessionError(
+                        "this state was saved with a bounded cache: load the model with the same "
+                        "kv_budget"
+                    )
+                else:
+                    super().load_state(state)
             except SessionError as error:
                 if not self._completing:
                     raise
@@ -501,22 +506,6 @@ class Llama(BaseLlama):
                     f"what the prompt cache holds is of no use here, so all is read: {error}",
                     stacklevel=2,
                 )
-
-    def _load_unbounded(self, state: Any) -> None:
-        if isinstance(state, SavedState):
-            raise SessionError(
-                "this state was saved with a bounded cache: load the model with the same kv_budget"
-            )
-        try:
-            super().load_state(state)
-        except (RuntimeError, ValueError) as error:
-            # whatever was changed by then; the base class has also taken over arrays of other sizes
-            self.input_ids = np.ndarray((self._n_ctx,), dtype=np.intc)
-            self.reset()
-            raise SessionError(
-                "llama.cpp does not take this state: it was saved with another model or other "
-                f"settings. Nothing is read now (the reason: {error})"
-            ) from error
 
     def save_session(self, path: str | os.PathLike[str], extra: Any = None) -> None:
         """Write the conversation and its cache to one file, from which ``load_session`` goes on.

@@ -17,7 +17,7 @@ import numpy as np
 from llama_cpp import llama_chat_format
 
 from kvp_edge.arrays import FloatArray
-from kvp_edge.errors import KVCacheError, KVPError, UnsupportedModelError
+from kvp_edge.errors import KVCacheError, KVPError, SessionError, UnsupportedModelError
 from kvp_edge.llamacpp.log import listen
 from kvp_edge.one_call import Closed
 
@@ -176,6 +176,23 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self._requires_eval = True
         self.n_tokens = len(tokens)
         self.input_ids[: len(tokens)] = tokens
+
+    def load_state(self, state: Any) -> None:
+        """Of llama_cpp's ``save_state``.
+
+        Raises:
+            SessionError: llama.cpp does not take it; nothing is read then.
+        """
+        try:
+            super().load_state(state)
+        except (RuntimeError, ValueError) as error:
+            # whatever was changed by then; the base class has also taken over arrays of other sizes
+            self.input_ids = np.ndarray((self._n_ctx,), dtype=np.intc)
+            self.reset()
+            raise SessionError(
+                "llama.cpp does not take this state: it was saved with another model or other "
+                f"settings. Nothing is read now (the reason: {error})"
+            ) from error
 
     @property
     def keeps_logits(self) -> bool:

@@ -70,6 +70,7 @@ class Tracer(Llama):
             on.
 
     Attributes:
+        native: the cache.
         shape: of the cache.
         flash_attn: whether llama.cpp runs with flash attention.
 
@@ -80,7 +81,7 @@ class Tracer(Llama):
 
     def __init__(self, model_path: str, length: int, block: int | None = None, **engine: Any):
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
-        self._native: NativeCache | None = None
+        self.native: NativeCache | None = None
         # llama.cpp has quantised values only with flash attention, which never stores the
         # attention. Then it is computed from queries and keys. Otherwise llama.cpp's own is
         # captured, which is exact even for models whose attention is more than a softmax.
@@ -100,14 +101,14 @@ class Tracer(Llama):
             )
             attention = AttentionFromQueries if self.flash_attn else AttentionAsComputed
             self._attention = attention(self._observer)
-            self._native = NativeCache(self.ctx)
-            self._attention.start(self.ctx, self._native, self.n_batch)
+            self.native = NativeCache(self.ctx)
+            self._attention.start(self.ctx, self.native, self.n_batch)
         except BaseException:
             self.close()
             raise
         transcribe_without_template(self)
         self.length = length
-        self.shape: CacheShape = self._native.shape
+        self.shape: CacheShape = self.native.shape
         self.block = smallest_block(self.shape, length) if block is None else block
 
     def adjust_context(self, params: Any) -> None:
@@ -123,9 +124,9 @@ class Tracer(Llama):
             params.n_ctx = max(params.n_ctx, _round_up(windows))
 
     def close(self) -> None:
-        if self._native is not None:
-            self._native.close()
-            self._native = None
+        if self.native is not None:
+            self.native.close()
+            self.native = None
         super().close()
 
     def capture(self, tokens: Sequence[int], n_prompt: int, n_generate: int = 0) -> Captured:
@@ -157,8 +158,8 @@ class Tracer(Llama):
                 break
             self._read([token])
         n = int(self.n_tokens)
-        assert self._native is not None
-        indices, keys, values = self._native.read(0, n, n)
+        assert self.native is not None
+        indices, keys, values = self.native.read(0, n, n)
         assert values is not None
         sums = self._attention.end(keys)
         return Captured(

@@ -184,8 +184,8 @@ def test_reading_is_not_captured_outside_a_capture(random_model: Maker, tracer: 
     captured = llm.capture(random_tokens(60), 20)
     llm.forget()
     llm.eval(random_tokens(60))
-    assert llm._native is not None
-    _, keys, _ = llm._native.read(0, 60, 60)
+    assert llm.native is not None
+    _, keys, _ = llm.native.read(0, 60, 60)
     np.testing.assert_array_equal(keys.astype(np.float16), captured.keys)
 
 
@@ -230,8 +230,8 @@ def test_sums_from_queries_are_those_of_the_traces_own_keys(
     assert (llm.shape.k_hadamard_block > 0) == (turned and type_k != F16)
     assert (llm.shape.v_hadamard_block > 0) == (turned and type_v != F16)
     assert (llm.shape.type_k, llm.shape.type_v) == (type_k, type_v)
-    assert llm._native is not None
-    _, keys, values = llm._native.read(0, N_TOKENS, N_TOKENS)
+    assert llm.native is not None
+    _, keys, values = llm.native.read(0, N_TOKENS, N_TOKENS)
     assert values is not None
     np.testing.assert_array_equal(got.keys, keys.astype(np.float16))
     np.testing.assert_array_equal(got.values, values.astype(np.float16))
