@@ -309,8 +309,6 @@ class _Body(NodeTransformer):
         if _is_name(node.node, _RAISE):
             node.args = [self.visit(argument) for argument in node.args]
             return node
-        if not isinstance(node.node, nodes.Getattr):  # a function: what it does is not known
-            raise _CannotTell
         return self.generic_visit(node)
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
