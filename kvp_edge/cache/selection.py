@@ -1,4 +1,4 @@
-"""What stays or goes as a whole, and what went.
+"""Tokens that are kept or dropped together, and tokens that were dropped.
 
 The work depends on how much is held, not on how long the conversation is.
 """
@@ -63,5 +63,5 @@ def spans(indices: IntArray) -> tuple[tuple[int, int], ...]:
 
 
 def no_longer_held(before: IntArray, after: IntArray) -> IntArray:
-    """Tokens that some head held before and none does now, ascending."""
+    """Tokens that some head kept before and no head keeps now, ascending."""
     return np.setdiff1d(before, after).astype(np.int32)
