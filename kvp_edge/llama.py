@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property, partial
@@ -87,6 +88,9 @@ class Llama(BaseLlama):
     _kv: EvictionManager | None = None
     _rescue: sessions.Rescue | None = None
     _head: Head | None = None  # of the chat that is completed just now
+    _own_handlers: Sequence[Any] = ()  # those of llama_cpp's that render the file's templates
+    _lends_to: int | None = None  # the thread that gets the token memory's own list next
+    _token_memory: TokenMemory | None = None
     _decoding = False  # so the end of a batch was not reached: see EvictionManager.follow
     _completing = False  # inside create_completion
 
@@ -174,13 +178,11 @@ class Llama(BaseLlama):
         # read by other libraries (LlamaIndex) as what fits into the context, which exists by now
         self.context_params.n_ctx = self._n_ctx
         self.input_ids = np.ndarray((self._n_ctx,), dtype=np.intc)
-        for handler in self._chat_handlers.values():
-            remember_messages(handler)
+        self._own_handlers = [h for h in self._chat_handlers.values() if remember_messages(h)]
         o = self.options
         self._chat_text = ChatText(
             self.vocab, self.chat_completion_handler, o.keep_whole, o.isolate_turns
         )
-        self._token_memory: TokenMemory | None = None
         self._remembers = True  # as far as is known
         self._kv = kv
 
@@ -232,6 +234,9 @@ class Llama(BaseLlama):
             if self._kv is not None and special and len(text) >= WORTH_BYTES:
                 memory = self._memory()
                 if memory is not None:
+                    if self._lends_to == threading.get_ident():
+                        self._lends_to = None
+                        return memory.lend(text, add_bos)
                     return memory.tokens(text, add_bos)
             tokens: list[int] = super().tokenize(text, add_bos, special)
             return tokens
@@ -365,7 +370,9 @@ class Llama(BaseLlama):
         """How many of the first tokens are those that were read; the first ``start`` are."""
         known = self._input_ids
         n = min(len(known), len(tokens))
-        ids = self._token_memory.ids(tokens) if self._token_memory is not None else None
+        ids = tokens.ids if isinstance(tokens, PromptTokens) else None
+        if ids is None and self._token_memory is not None:
+            ids = self._token_memory.ids(tokens)
         new = np.asarray(tokens[start:n], np.intc) if ids is None else ids[start:n]
         differ = np.flatnonzero(known[start:n] != new)
         return start + int(differ[0]) if len(differ) else n
@@ -386,8 +393,9 @@ class Llama(BaseLlama):
         return self._calls.steps("create_completion", self._complete(args, kwargs))
 
     def _complete(self, args: Any, kwargs: Any) -> Generator[Any, None, None]:
-        if self._kv is not None and isinstance(kwargs.get("prompt"), list):
-            kwargs["prompt"] = PromptTokens(kwargs["prompt"])
+        prompt = kwargs.get("prompt") if self._kv is not None else None
+        if isinstance(prompt, list) and not isinstance(prompt, PromptTokens):
+            kwargs["prompt"] = PromptTokens(prompt)
         completion = super()._create_completion(*args, **kwargs)
         while True:
             self._completing = True
@@ -430,7 +438,7 @@ class Llama(BaseLlama):
         streams = kwargs.get("stream", False)
         with self._calls.look() if streams else self._calls.own("create_chat_completion"):
             # a handler may complete more than once (tool_choice="auto" does)
-            with contextlib.nullcontext() if streams else self._protecting(head):
+            with contextlib.nullcontext() if streams else self._whole_chat(head):
                 result = super().create_chat_completion(messages, *args, **kwargs)
             if isinstance(result, dict):
                 result["kv_cache"] = dict(self.kv_stats)
@@ -446,6 +454,20 @@ class Llama(BaseLlama):
             if chunk["choices"] and chunk["choices"][0]["finish_reason"] is not None:
                 chunk["kv_cache"] = dict(self.kv_stats)
             yield chunk
+
+    @contextlib.contextmanager
+    def _whole_chat(self, head: Head | None) -> Iterator[None]:
+        """``_protecting``. What is tokenized first inside, by this thread, is the prompt, which
+        llama_cpp reads and does not change, if the handler is its own."""
+        handler = self.chat_completion_handler()
+        with self._protecting(head):
+            self._lends_to = threading.get_ident() if handler in self._own_handlers else None
+            try:
+                yield
+            finally:
+                self._lends_to = None
+                if self._token_memory is not None:
+                    self._token_memory.take_back()
 
     @contextlib.contextmanager
     def _protecting(self, head: Head | None) -> Iterator[None]:

@@ -2,7 +2,7 @@
 """A conversation that goes on for long: time and memory as it grows.
 
     python scripts/bench_turns.py --turns 10000 [--plot docs/chat-10000-turns.png]
-    python scripts/bench_turns.py --tokens 1000000 [--plot docs/text-1000000-tokens.png]
+    python scripts/bench_turns.py --tokens 1000000 [--plot FILE]
 
 With --turns, each turn is a short message and a reply of at most four tokens, and all messages so
 far are handed to create_chat_completion each time. With --tokens, a text is read in pieces of 1,000
@@ -104,11 +104,11 @@ def measure(
 
 def plot(path: str, ms: list[float], mib: list[float], unit: str, scale: int) -> None:
     _, pyplot = load_matplotlib()
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     parts = np.array_split(np.arange(len(ms)), min(100, len(ms)))
     at = [scale * (int(part[-1]) + 1) for part in parts]
     for values, label, colour, area in (
-        (ms, f"ms of processor time per {unit}", COLOURS[0], axes[0]),
+        (ms, f"ms of processor time\nper {unit}", COLOURS[0], axes[0]),
         (mib, "MiB of the process", COLOURS[1], axes[1]),
     ):
         area.plot(at, [float(np.median(np.take(values, part))) for part in parts], color=colour)

@@ -156,12 +156,24 @@ class _Run:
         return self._environment.getitem(self._messages, number)
 
 
-def remember_messages(handler: Callable[..., Any]) -> None:
-    """Have one of llama_cpp's chat completion handlers render what is new, if it is one of those
-    that render a template of the model's file."""
-    formatter: Any = inspect.getclosurevars(handler).nonlocals.get("chat_formatter")
-    if type(formatter) is Jinja2ChatFormatter and isinstance(formatter._environment, Template):
+#: Of the functions that llama_cpp makes of its formatters.
+_HANDLER = Jinja2ChatFormatter("", "", "").to_chat_handler().__code__
+
+
+def remember_messages(handler: Callable[..., Any]) -> bool:
+    """Have one of llama_cpp's chat completion handlers render only what is new.
+
+    Returns:
+        Whether it is one of those that render a template of the model's file.
+    """
+    if getattr(handler, "__code__", None) is not _HANDLER:
+        return False
+    formatter: Any = inspect.getclosurevars(handler).nonlocals["chat_formatter"]
+    if type(formatter) is not Jinja2ChatFormatter:
+        return False
+    if isinstance(formatter._environment, Template):
         formatter._environment = GrowingChat(formatter._environment, formatter.template)
+    return isinstance(formatter._environment, GrowingChat)
 
 
 def _has_texts_only(message: Any) -> bool:
@@ -309,8 +321,6 @@ class _Body(NodeTransformer):
         if _is_name(node.node, _RAISE):
             node.args = [self.visit(argument) for argument in node.args]
             return node
-        if not isinstance(node.node, nodes.Getattr):  # a function: what it does is not known
-            raise _CannotTell
         return self.generic_visit(node)
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Node:

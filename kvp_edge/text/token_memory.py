@@ -89,10 +89,14 @@ def _can_overlap(a: bytes, b: bytes) -> bool:
 
 
 class PromptTokens(list[int]):
-    """A list that nobody changes any more, so that nothing needs to be copied to add nothing.
+    """A list that is not changed while it is used, so that nothing needs to be copied to add
+    nothing. llama_cpp puts prompts together from parts, most of which are empty.
 
-    llama_cpp puts prompts together from parts, most of which are empty.
+    Attributes:
+        ids: the same tokens, int32 [n]; None: not known.
     """
+
+    ids: IntArray | None = None
 
     def __add__(self, other: Any) -> Any:
         return super().__add__(other) if other else self
@@ -107,8 +111,7 @@ class _Known:
 
     text: bytes
     add_bos: bool
-    tokens: list[int]
-    ids: IntArray  # the same, never changed in place
+    tokens: PromptTokens  # with ids, which are never changed in place
     cuts: list[tuple[int, int]]  # bytes and tokens before each piece but the first
 
 
@@ -134,35 +137,54 @@ class TokenMemory:
         # At most one. To take it out and to put it back are single steps, so a thread or a signal
         # handler that comes in between finds nothing, and remembers nothing.
         self._known: deque[_Known] = deque(maxlen=1)
+        self._lent: _Known | None = None
 
     def tokens(self, text: bytes, add_bos: bool) -> list[int]:
         """What ``tokenize`` gives for a text, but tokenizing only what is new."""
-        known = self._take()
-        if known is None or known.add_bos != add_bos:
-            known = _Known(b"", add_bos, [], np.empty(0, np.int32), [])
-        same = _equal_beginning(known.text, text) - self._longest
-        del known.cuts[_count(known.cuts, same) :]
-        at, n_known = known.cuts[-1] if known.cuts else (0, 0)
-        del known.tokens[n_known:]
-        for start, end in self._pieces(text, at):
-            if start > at:
-                known.cuts.append((start, len(known.tokens)))
-            known.tokens += self._tokenize(text[start:end], add_bos and start == 0)
-        new = np.asarray(known.tokens[n_known:], np.int32)
-        known.ids = np.concatenate((known.ids[:n_known], new))
-        known.text = text
+        known = self._read(text, add_bos)
         tokens = known.tokens.copy()
         self._known.append(known)
         return tokens
+
+    def lend(self, text: bytes, add_bos: bool) -> PromptTokens:
+        """``tokens`` without a copy. It must not be changed, nor lent again, until
+        ``take_back``, and not be used after that. Others who ask meanwhile find nothing
+        remembered."""
+        self._lent = self._read(text, add_bos)
+        return self._lent.tokens
+
+    def take_back(self) -> None:
+        """What was lent, if anything was."""
+        known, self._lent = self._lent, None
+        if known is not None:
+            self._known.append(known)
 
     def ids(self, tokens: list[int]) -> IntArray | None:
         """The same tokens as int32 [n], if they are those given last."""
         known = self._take()
         if known is None:
             return None
-        ids = known.ids if known.tokens == tokens else None
+        ids = known.tokens.ids if known.tokens == tokens else None
         self._known.append(known)
         return ids
+
+    def _read(self, text: bytes, add_bos: bool) -> _Known:
+        known = self._take()
+        if known is None or known.add_bos != add_bos:
+            known = _Known(b"", add_bos, PromptTokens(), [])
+        same = _equal_beginning(known.text, text) - self._longest
+        del known.cuts[_count(known.cuts, same) :]
+        at, n_known = known.cuts[-1] if known.cuts else (0, 0)
+        tokens = known.tokens
+        del tokens[n_known:]
+        for start, end in self._pieces(text, at):
+            if start > at:
+                known.cuts.append((start, len(tokens)))
+            tokens += self._tokenize(text[start:end], add_bos and start == 0)
+        new = np.asarray(tokens[n_known:], np.int32)
+        tokens.ids = new if tokens.ids is None else np.concatenate((tokens.ids[:n_known], new))
+        known.text = text
+        return known
 
     def _take(self) -> _Known | None:
         try:

@@ -125,6 +125,12 @@ DEPENDENT = {
     "calls a macro of the head": loop(
         "{{ show() }}" + SHOW, "{% macro show() %}{{ messages | length }}{% endmacro %}"
     ),
+    "tells the tail": "{% set ns = namespace() %}"
+    + loop("{% if loop.first %}{% set ns.x = message.content %}{% endif %}" + SHOW)
+    + "{{ ns.x }}",
+    "shows tools": loop("{{ tools | tojson }}" + SHOW),
+    "shows the whole message": loop("{{ message }}"),
+    "shows the whole message as JSON": loop("{{ message | tojson }}"),
     "shows keys": loop("{{ message | tojson }}{{ message.keys() | list }}{{ message }}"),
     "shows another one's keys": loop("{{ messages[0] }}" + SHOW),
     "goes on in a tail": loop(SHOW, over="messages") + "{% for m in messages %}{{ m }}{% endfor %}",
@@ -191,16 +197,17 @@ MESSAGES = st.lists(
     max_size=3,
 )
 
+TOOLS = [None, None, [{"a": 1, "b": 1}], [{"b": 1, "a": 1}], [{"a": True, "b": 1}]]
+
 
 @pytest.mark.parametrize("name", [*REMEMBERED, *DEPENDENT])
 def test_the_text_is_that_of_the_whole_template_however_the_chat_grew_and_was_edited(
     name: str,
 ) -> None:
-    whole, growing = renders({**REMEMBERED, **DEPENDENT}[name])
-
     @examples(40)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
+        whole, growing = renders({**REMEMBERED, **DEPENDENT}[name])
         messages: list[Message] = []
         for _ in range(data.draw(st.integers(2, 6))):
             what = data.draw(st.sampled_from(["grow", "grow", "grow", "cut", "edit", "order"]))
@@ -212,9 +219,7 @@ def test_the_text_is_that_of_the_whole_template_however_the_chat_grew_and_was_ed
             elif what == "order" and messages:
                 messages[0] = dict(reversed(messages[0].items()))
             messages += data.draw(MESSAGES)
-            tools = data.draw(
-                st.sampled_from([None, None, [{"a": 1, "b": 1}], [{"b": 1, "a": True}]])
-            )
+            tools = data.draw(st.sampled_from(TOOLS))
             before = copy.deepcopy(messages)
             want = _or_error(whole, messages=messages, tools=tools)
             assert _or_error(growing, messages=messages, tools=tools) == want
@@ -243,6 +248,24 @@ def test_common_templates_show_old_messages_once(name: str, system: bool) -> Non
             counts.append(calls(growing, messages=messages))
     assert counts[0] == counts[1]
     assert calls(whole, messages=messages) > 2 * counts[1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ ['a', 'b'] | random }}",
+        "{{ [['a', 'b']] | map('random') | first }}",
+        "{{ strftime_now('%s') }}",
+        "{{ message.content is sameas messages[0].content }}",
+    ],
+)
+def test_what_is_another_text_every_time_is_shown_every_time(body: str) -> None:
+    _, growing = renders(loop(body))
+    counts = []
+    for n in (51, 301):
+        growing(messages=texts(n))
+        counts.append(calls(growing, messages=texts(n)))
+    assert counts[1] > counts[0] + 200
 
 
 def test_an_earlier_message_that_was_edited_in_place_is_shown_anew() -> None:

@@ -91,8 +91,10 @@ def test_tokens_are_those_of_the_whole_text_however_it_grew_and_was_edited(
             parts = parts[: data.draw(st.integers(0, len(parts)))]
             parts += data.draw(st.lists(pieces_of(special), max_size=12))
             text = b"".join(parts)
-            got = memory.tokens(text, add_bos)
+            lent = data.draw(st.booleans())
+            got = memory.lend(text, add_bos) if lent else memory.tokens(text, add_bos)
             assert got == tokenize(text, add_bos=add_bos), text
+            memory.take_back()
             ids = memory.ids(got)
             assert ids is not None
             assert ids.tolist() == got
@@ -259,3 +261,45 @@ def test_a_thread_that_comes_in_between_gets_the_right_tokens() -> None:
         ids = memory.ids(got)
         assert ids is not None
         assert ids.tolist() == got
+
+
+def test_what_is_lent_is_nobody_elses_until_it_is_taken_back() -> None:
+    memory = TokenMemory(lambda text, _: list(text), [b"<a>"], piece=1)
+    lent = memory.lend(b"x<a>y", False)
+    assert memory.tokens(b"x<a>yz<a>", False) == list(b"x<a>yz<a>")
+    assert lent == list(b"x<a>y")
+    memory.take_back()
+    assert memory.lend(b"x<a>y<a>z", False) is lent
+    assert lent == list(b"x<a>y<a>z")
+    assert lent.ids is not None
+    assert lent.ids.tolist() == lent
+
+
+def test_a_chat_reads_the_tokens_also_beside_other_texts(bundled_model: str, load: Loader) -> None:
+    llm = load(bundled_model, n_ctx=100_000, kv_budget=256, positions="compact")
+    others: list[list[int]] = []
+    other = b"<|user|>Hello.<|end|>" * 300
+
+    def look(_tokens: Any, logits: Any) -> Any:  # in the middle of a call
+        others.append(llm.tokenize(other, special=True))
+        return logits
+
+    processors = llama_cpp.LogitsProcessorList([look])
+    how = {"max_tokens": 2, "temperature": 0.0, "logits_processor": processors}
+    messages = chat(181)
+    for n in (119, 121, 181, 123):
+        prompt = prompt_of(messages[:n])
+        reply = llm.create_completion(prompt, **how)
+        read = llm.input_ids[: llm.n_tokens].tolist()
+        llm.reset()
+        got = llm.create_chat_completion(messages[:n], **how)
+        assert llm.input_ids[: llm.n_tokens].tolist() == read
+        assert got["choices"][0]["message"]["content"] == reply["choices"][0]["text"]
+        assert got["usage"] == reply["usage"]
+    assert others
+    assert all(tokens == llm._model.tokenize(other, True, True) for tokens in others)
+
+
+def prompt_of(messages: list[dict[str, str]]) -> str:
+    text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
+    return text + "<|assistant|>"  # create_completion begins it with <s>
