@@ -43,6 +43,9 @@ def signals_call(tell: Callable[[Ended], object]) -> Iterator[None]:
 
     The event loop may set a wake-up of its own, which is taken back at the end.
     """
+    if threading.current_thread() is not threading.main_thread():  # which has no handlers
+        yield
+        return
     wakeup = signal.set_wakeup_fd(-1)
     try:
         with _handling(lambda number, _frame: tell(Ended(number)), *_SIGNALS):
