@@ -46,13 +46,14 @@ from kvp_edge.errors import (
     BudgetError,
     ContextLengthError,
     KVCacheError,
+    PolicyFileError,
     SessionError,
     UnsupportedModelError,
 )
 from kvp_edge.llamacpp.abort_hook import before_abort
 from kvp_edge.llamacpp.log import LlamaLog, listen
 from kvp_edge.one_call import Calls, Closed
-from kvp_edge.policies import Policy, get_policy
+from kvp_edge.policies import FALLBACK, Policy, get_policy
 from kvp_edge.policy_file import check_model
 from kvp_edge.processor.repack import REPACK, use_extra_buffers
 from kvp_edge.text import transcript
@@ -160,6 +161,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     _kv: EvictionManager | None = None
     _query_log: QueryLog | None = None  # for a policy that looks at queries
+    _unused_log: QueryLog | None = None  # for one that was passed over
     _watch: Watch | None = None  # of where the cache lies
     _plan: Callable[..., CacheLimits] | None = None  # what was asked for; takes the window
     _limits: CacheLimits | None = None  # what came of it
@@ -391,7 +393,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
         try:
             self._architecture = architecture
-            self._check_policy(policy, cache)
+            policy = self._fitting_policy(policy, cache)
             granularity = self._settle_granularity(cache)
             self._check_place(cache.location, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
@@ -442,6 +444,23 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 head_size_v=c.head_size_v,
                 fingerprint=model_fingerprint(self.model_path),
             )
+
+    def _fitting_policy(self, policy: Policy, cache: NativeCache) -> Policy:
+        """The policy, or the fallback where one that nobody named does not fit: how many layers are
+        in the base cache of a model with sliding windows is known only now.
+
+        Raises:
+            PolicyFileError: one that was named does not fit.
+        """
+        try:
+            self._check_policy(policy, cache)
+        except PolicyFileError as error:
+            if self._bound.policy != "auto":
+                raise
+            warnings.warn(f"passed over as a policy: {error}", stacklevel=2)
+            self._unused_log, self._query_log = self._query_log, None  # the context calls it
+            return get_policy(FALLBACK)
+        return policy
 
     def _settle_granularity(self, cache: NativeCache) -> Granularity:
         if self._granularity == "token":
