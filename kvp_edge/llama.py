@@ -280,7 +280,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 ),
             )
             # What contradicts itself is refused before the model is loaded, which may take long.
-            cells = self._plan().cells  # more for a window: _size_context
+            try:
+                cells = self._plan().cells  # more for a window: _size_context
+            except BudgetError:
+                if granularity == "head":  # name what a window that the file tells of needs as well
+                    self._plan(window=shape.sliding_window)
+                raise
             if positions == "compact" and cells > n_ctx_train:
                 raise BudgetError(
                     f"positions='compact' keeps positions below the {n_ctx_train} tokens "
@@ -649,7 +654,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """What the base class's eval does for one batch, at positions of our own."""
         start, n = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=start - shift, logits_all=self._logits_all)
-        self._ctx.decode(self._batch)
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            raise KVCacheError(
+                f"llama.cpp could not read {n} tokens after the {start} that it has read: {error}. "
+                "The conversation goes up to these; more of llama.cpp's reason is shown with "
+                "verbose=True"
+            ) from error
         self.input_ids[start : start + n] = tokens
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))

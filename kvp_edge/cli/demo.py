@@ -300,7 +300,8 @@ def reading(rows: list[Row]) -> list[str]:
     lines = [f"With all tokens in the cache the model answers {full.right} of {n}."]
     if full.right < 0.8 * n:
         lines.append("It misses many even then: the other rows tell of the model, too.")
-    lines.append(f"In {cells} cells llama.cpp's rule leaves it {shift.right}: what is old is gone.")
+    gone = ": what is old is gone" if full.right - shift.right >= chance else ""
+    lines.append(f"In {cells} cells llama.cpp's rule leaves it {shift.right}{gone}.")
     if better:
         share = best.kv_bytes / full.kv_bytes
         lines.append(
