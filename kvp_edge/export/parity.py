@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from kvp_edge.arrays import FloatArray
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvp_edge.arrays import FloatArray
 from kvp_edge.binding.policy import NativePolicy
+from kvp_edge.binding.queries import Queries
 from kvp_edge.policies import Learned, Policy
 from kvp_edge.policies.attention import attention
 from kvp_edge.policy_file import PolicyWeights, read_policy
-from kvp_edge.binding.queries import Queries
 from kvp_edge.training.agent import Agents
 from kvp_edge.training.data import TraceSetLike
 from kvp_edge.training.validate import agent_scorer

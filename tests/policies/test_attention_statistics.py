@@ -102,7 +102,7 @@ def seen(random_model: Callable[[ModelShape], RandomModel]) -> Seen:
     c = tracer.capture(tokens, N_PROMPT)
     tracer.close()
     trace = Trace(
-        c.keys, c.values, c.positions, c.tokens, c.sums, N_PROMPT, c.blocks, c.blocks.scale, "made"
+        c.keys, c.values, c.indices, c.tokens, c.sums, N_PROMPT, c.blocks, c.blocks.scale, "made"
     )
     paid = model.reference.attention(tokens)
     return Seen(model, tokens, trace, paid.reshape(L * H, GROUP, T, T).max(axis=1))
@@ -212,7 +212,7 @@ def test_statistics_of_a_log_are_their_definition(granularity: str, m: int) -> N
         rows = [np.sort(rng.choice(30, 20, replace=False)) for _ in range(L * H)]
         held = np.array(rows, np.int32).reshape(L, H, 20)
         held[..., 0] = 0  # a query sees something
-        queries = replace(queries, positions=np.arange(30 - m, 30, dtype=np.int32))
+        queries = replace(queries, indices=np.arange(30 - m, 30, dtype=np.int32))
     got = attention_statistics(queries, keys, held, 8)
     np.testing.assert_allclose(got, by_definition(queries, keys, held, 8), atol=1e-4)
 
@@ -335,7 +335,7 @@ class AttendedTrace(SyntheticTrace):
     """Earlier queries paid what later ones will."""
 
     def received(self, start: int, stop: int, n_tokens: int | None = None) -> Floats:
-        n = len(self.positions) if n_tokens is None else n_tokens
+        n = len(self.indices) if n_tokens is None else n_tokens
         return self.paid[:, :, :n] * np.float32(stop - start)
 
 
