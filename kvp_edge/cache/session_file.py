@@ -293,13 +293,8 @@ def require_tokens(name: str, tokens: Array, n_vocab: int) -> None:
         raise SessionError(f"{name} does not add up: the model has no such token: {foreign[0]}")
 
 
-<<<<<<< HEAD
 def require_same(name: str, saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse a session that was made with anything else than what is loaded here.
-=======
-def require_same(path: str | os.PathLike[str], saved: dict[str, Any], here: dict[str, Any]) -> None:
     """Refuse a session that does not match the loaded model and options.
->>>>>>> main
 
     Raises:
         SessionError: naming the first difference and both sides.
