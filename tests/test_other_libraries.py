@@ -152,3 +152,24 @@ def test_logits_beyond_memory_are_a_sentence_and_the_conversation_goes_on(
     assert 250 <= n < 300
     llm.eval(random_tokens(50, seed=1)[n - 250 :])
     assert llm.kv_stats.seen == 300
+
+
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_drafts_that_are_rejected_are_nobody_elses_doing(
+    random_model: Maker, load: Loader, positions: str
+) -> None:
+    """The base class takes their cells away itself, at positions that may be others."""
+    path = random_model(ModelShape("llama", n_ctx_train=300)).path
+    bound = {**BOUND, "positions": positions}
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=5)
+    drafting, plain = load(path, **bound, draft_model=draft), load(path, **bound)
+    prompt = [0, *[7, 8, 9, 10] * 20]
+    answers = [
+        m.create_completion(prompt, max_tokens=100, temperature=0.0) for m in (drafting, plain)
+    ]
+    assert answers[0]["choices"] == answers[1]["choices"]  # nothing was dropped yet
+    drafting.create_completion([*prompt, 11], max_tokens=700, temperature=0.0)
+    assert drafting.kv_stats.evictions > 2
+    assert drafting.kv is not None
+    assert (drafting.kv.shift > 0) == (positions == "compact")
+    assert drafting.kv.trusted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,9 +19,9 @@ from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.manager import EvictionManager, SpanFinder
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.cache.table import Granularity
-from kvp_edge.errors import BudgetError, UnsupportedModelError
+from kvp_edge.errors import BudgetError, PolicyFileError, UnsupportedModelError
 from kvp_edge.options import CacheOptions
-from kvp_edge.policies import Policy, get_policy
+from kvp_edge.policies import FALLBACK, Policy, get_policy
 from kvp_edge.policy_file import check_model
 
 _F16 = llama_cpp.GGML_TYPE_F16
@@ -81,7 +82,14 @@ class Opening:
         self._n_ctx = options.n_ctx or trained
         types = (engine.get("type_k"), engine.get("type_v"))
         self._bytes_per_cell = shape.bytes_per_cell(*(_F16 if t is None else t for t in types))
-        self.cells = self._plan().cells
+        try:
+            self.cells = self._plan().cells
+        except BudgetError:
+            if (
+                options.granularity == "head"
+            ):  # name what a window that the file tells of needs, too
+                self._plan(shape.sliding_window)
+            raise
         if options.positions == "compact" and self.cells > trained:
             raise BudgetError(
                 f"positions='compact' keeps positions below the {trained} tokens that the model "
@@ -161,11 +169,10 @@ class Opening:
         in_place = self._options.pack != "state"
         cache = NativeCache(context, self._observer if in_place else None)
         closing.callback(cache.close)
-        check_policy(self._policy, cache.shape, self._architecture, self._model_path)
+        policy, log = self._fitting_policy(cache.shape), None
         granularity = self._settle_granularity(cache)
         self._check_location(cache.location, granularity)
         compact_at, frequencies = self._plan_compaction(context, params, cache, granularity)
-        policy, log = self._policy, None
         if policy.queries and self._observer is not None:
             log = QueryLog(self._observer)
             n = query_count(policy, self.limits)
@@ -183,6 +190,22 @@ class Opening:
             frequencies=frequencies,
             query_log=log,
         )
+
+    def _fitting_policy(self, shape: CacheShape) -> Policy:
+        """The policy, or the fallback where one that nobody named does not fit: how many layers are
+        in the base cache of a model with sliding windows is known only now.
+
+        Raises:
+            PolicyFileError: one that was named does not fit.
+        """
+        try:
+            check_policy(self._policy, shape, self._architecture, self._model_path)
+        except PolicyFileError as error:
+            if self._options.policy != "auto":
+                raise
+            warnings.warn(f"passed over as a policy: {error}", stacklevel=2)
+            return get_policy(FALLBACK)
+        return self._policy
 
     def _settle_granularity(self, cache: NativeCache) -> Granularity:
         if self._granularity == "token":

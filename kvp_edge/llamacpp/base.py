@@ -154,10 +154,21 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         return llama_cpp.llama_model_get_vocab(self.model)
 
     def read_batch(self, tokens: Sequence[int], position: int) -> None:
-        """What ``eval`` does for one batch, at llama.cpp's positions from ``position`` on."""
+        """What ``eval`` does for one batch, at llama.cpp's positions from ``position`` on.
+
+        Raises:
+            KVCacheError: llama.cpp could not read it.
+        """
         start, n = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=position, logits_all=self._logits_all)
-        self._ctx.decode(self._batch)
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            raise KVCacheError(
+                f"llama.cpp could not read {n} tokens after the {start} that it has read: {error}. "
+                "The conversation goes up to these; more of llama.cpp's reason is shown with "
+                "verbose=True"
+            ) from error
         self.input_ids[start : start + n] = tokens
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))

@@ -6,6 +6,7 @@ import pytest
 
 from kvp_edge.cli import chat, inspect, train
 from kvp_edge.cli.option_names import as_options
+from support.command_line import FEW_CELLS, Type
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,32 @@ def test_every_command_has_names_of_its_own() -> None:
         == "--steps, --states, --tokens and --eval-every must be at least 1"
     )
     assert as_options("file must be one; n_ctx=3", inspect.Options) == "file must be one; n_ctx=3"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--kv-budget", "100", "--recent", "150"],
+            "Raise --kv-budget to 155 or more, or lower --",
+        ),
+        (["--kv-budget", "1KiB"], "--kv-budget 1KiB is too little"),
+        (["--reserve", "0"], "reserve must be at least 1"),
+        (
+            ["--kv-budget", "9000", "--n-ctx", "20000", "--positions", "compact"],
+            "--positions compact",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_their_options(
+    kvp: Type, options: list[str], says: str
+) -> None:
+    got = kvp("chat", *options)
+    assert got.status == 2
+    assert says in got.err
+    assert "_" not in got.err
+
+
+def test_a_chat_names_options_too(kvp: Type) -> None:
+    got = kvp("chat", *FEW_CELLS, "--n-ctx", "100", typed="many words " * 200 + "\n")
+    assert "context --n-ctx 100: load the model with a larger --n-ctx" in got.err
