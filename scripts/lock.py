@@ -6,7 +6,8 @@
     pip install uv && python scripts/lock.py --upgrade numpy
 
 What is pinned stays at its version unless --upgrade is given. The files in locks/ hold for Linux
-and macOS, and every Python from 3.10 on:
+and macOS, and every Python from 3.10 on; but train.txt not for Macs with Intel's processors, which
+ONNX Runtime has no files for any more.
 
     pip.txt     pip itself: older ones cannot check the hashes of build requirements
     build.txt   what kvp_edge and llama-cpp-python are compiled with

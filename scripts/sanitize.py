@@ -23,8 +23,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Tests that the first leaves out, and why. All else in tests/ is run, new files too.
-LEFT_OUT: dict[str, str] = {}
+#: Tests that the first leaves out, and why: with them it takes three times as long. All else in
+#: tests/ is run, new files and folders too.
+LEFT_OUT = {
+    "tests/cli": "programs that do what tests/test_llama.py does, and print",
+    "tests/doctor": "programs that die on purpose",
+    "tests/evaluation": "many chats as those of tests/test_llama.py, and Python that counts",
+    "tests/export": "PyTorch, ONNX and Python",
+    "tests/llamacpp/test_abort_hook.py": "programs that die on purpose",
+    "tests/processor": "llama.cpp's kernels, not kvp_edge's",
+    "tests/scripts": "Python alone",
+    "tests/text": "Python alone, and chats as those of tests/test_llama.py",
+    "tests/training": "PyTorch",
+}
+#: The share of the examples that a property is tried with: a memory error needs few.
+EXAMPLES = "0.25"
 
 #: Two threads that write the result of kvp_choose_tokens to one place.
 A_RACE = """
@@ -69,6 +82,7 @@ def addresses(arguments: list[str]) -> int:
             # Python itself never frees everything, and ctypes callbacks look odd to the checker.
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
+            "KVP_EDGE_EXAMPLES": EXAMPLES,
         }
         tests = arguments or [f"--ignore={path}" for path in LEFT_OUT]
         # without a cache: what this run skips is not what pytest --skipped is to run

@@ -45,7 +45,7 @@ class EvictionManager:
     - an eviction protects the first ``protected_prefix`` tokens and the newest ``limits.recent``,
       and beyond these at most the rest of a marker at either border, never of a word or sentence;
     - ``trusted`` is False if any of this may have been broken by an error or an interrupt in the
-      middle of a change; then only ``clear`` mends it.
+      middle of a change, or by somebody else; then only ``clear`` mends it.
 
     Args:
         find_spans: tokens that stay or go together.
@@ -125,6 +125,13 @@ class EvictionManager:
             return False
         return length == t.seen or self.cache.can_continue_at(length - t.shift)
 
+    def can_return(self, length: int) -> bool:
+        """Whether the cache can be taken back to what it was when the conversation had ``length``
+        tokens: no eviction came after that, so nothing is lost that was there then."""
+        t = self._table
+        last_eviction = t.tail + self.limits.recent if t.tail else 0  # see _next_tail
+        return self.can_rewind(length) and (length >= last_eviction or length in (0, t.seen))
+
     def snapshot(self) -> Table:
         """The table, to be stored beside a copy of llama.cpp's state."""
         return self._table
@@ -201,8 +208,9 @@ class EvictionManager:
             return
         if not self.trusted:
             raise KVCacheError(
-                "a change of the cache was interrupted, so it is not known what it holds. Call "
-                "reset() and read the conversation again"
+                "a change of the cache was interrupted, or something else has used the model's "
+                "context, so it is not known what it holds. Call reset() and read the conversation "
+                "again"
             )
         if not self.can_rewind(length):
             raise KVCacheError(
@@ -304,7 +312,7 @@ class EvictionManager:
         in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
         self.evictions_as_state += not in_place
         if self.on_evict is not None:
-            dropped = no_longer_held(tokens, self._table.indices(), before.seen)
+            dropped = no_longer_held(tokens, self._table.indices())
             self.on_evict(
                 Eviction(
                     spans(dropped),
@@ -333,7 +341,8 @@ class EvictionManager:
 
     def _next_tail(self) -> int:
         """The newest ``recent`` tokens are all held, so the conversation can be cut anywhere among
-        them; fewer only after a rewind, which may leave less than that of the old tail."""
+        them; fewer only after a rewind, which may leave less than that of the old tail. So an
+        eviction with n tokens read leaves a tail that begins at n - recent or after."""
         return max(self._table.tail, self._table.seen - self.limits.recent)
 
     def _must_compact(self, n_keep: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KVStats:
         return [f.name for f in fields(self)]
 
     def __getitem__(self, key: str) -> int | float | str | None:
-        value: int | float | str | None = asdict(self)[key]
+        value: int | float | str | None = vars(self)[key]
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -91,9 +91,9 @@ class Eviction:
         policy: name of the policy.
         ms: milliseconds it took.
         pack: "device" if the cache was packed where it lies, "state" if it went through llama.cpp's
-            state. With KVStats.pack "device" that happens when positions are compacted, once after
-            load_state, and where a sliding window would lose tokens that it still sees (the budget
-            without the recent window is smaller than the sliding window).
+            state. With KVStats.pack "device" that happens when positions are compacted and where a
+            sliding window would lose tokens that it still sees (the budget without the recent
+            window is smaller than the sliding window).
         transferred_bytes: bytes it transferred between the cache and the host.
     """
 

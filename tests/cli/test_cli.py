@@ -99,6 +99,31 @@ def test_regen_says_something_else_unless_greedy(kvp: Type) -> None:
     assert got.replies[0] != got.replies[1]
 
 
+def test_regen_says_that_the_likeliest_reply_is_the_same_again(kvp: Type) -> None:
+    options = ["--max-tokens", "9", "--threads", "1"]
+    greedy = kvp("chat", *GREEDY, *options, typed="Tell me something.\n/regen\n")
+    assert "the same again; --temperature" in greedy.err
+    assert greedy.replies[0] == greedy.replies[1]
+    drawn = kvp("chat", "--temperature", "1", *options, typed="Tell me something.\n/regen\n")
+    assert "the same again" not in drawn.err
+
+
+def test_stats_after_undo_tell_that_they_count_what_was_taken_back(kvp: Type) -> None:
+    options = ["chat", *GREEDY, "--max-tokens", "9", "--threads", "1"]
+    got = kvp(*options, typed="Hello.\n/stats\n/undo\n/stats\nHello.\n/stats\n")
+    told = "What was taken back is among them"
+    assert got.err.count(told) == 1
+    assert got.err.index("Taken back") < got.err.index(told)
+    assert told not in kvp(*options, typed="Hello.\n/undo\n/clear\n/stats\n").err
+
+
+def test_a_small_budget_in_memory_says_that_reading_is_slow(kvp: Type) -> None:
+    said = "texts are read 51 tokens at a time"
+    assert said in kvp("chat", "--kv-budget", "1MiB", "--threads", "1").err
+    for budget in ("300", "4MiB"):
+        assert "tokens at a time" not in kvp("chat", "--kv-budget", budget).err
+
+
 def test_a_seed_repeats_a_chat(kvp: Type) -> None:
     options = ["chat", "--max-tokens", "30", "--seed", "7"]
     first, second = (kvp(*options, typed="Tell me something.\n").out for _ in range(2))
