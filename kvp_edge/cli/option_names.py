@@ -30,23 +30,26 @@ def as_options(message: str, options: type) -> str:
     name = "|".join(names)
     long = "|".join(one for one in names if "_" in one)
 
+    def optioned(found: re.Match[str]) -> str:
+        return re.sub(rf"\b({name})\b", lambda one: names[one[0]], found[0])
+
     def told(found: re.Match[str]) -> str:
         if found["given"]:
             said = found["text"] or found["value"]
             option = names[found["given"]]
             return option if said in ("True", "False") else f"{option} {said}"
-        return names.get(found[0], found[0])
+        return found[0] if found[0].startswith("'") else optioned(found)
 
     message = re.sub(
         rf"^((({name}), )*({name}) and )?({name})(?= (must|is|are|needs?|\())",
-        lambda found: re.sub(rf"\b({name})\b", lambda one: names[one[0]], found[0]),
+        optioned,
         message,
     )
     return re.sub(
         r"(?<![\w=])'[^'\n]*'"  # what somebody typed, or a file has
         rf"|(?<![\w./-])(?P<given>{name})=('(?P<text>[^']*)'|(?P<value>[^\s,;:)]+))"
-        rf"|(?<![\w./-])({long})(?![\w/-]|\.\w)"
-        rf"|(?<=[Rr]aise |[Ll]ower )({name})\b",
+        rf"|(?<=[Rr]aise |[Ll]ower )({name})( or ({name}))*\b(?!=)"
+        rf"|(?<![\w./-])({long})(?![\w/-]|\.\w)",
         told,
         message,
     )

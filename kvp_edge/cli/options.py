@@ -22,10 +22,10 @@ from kvp_edge.llamacpp.log import listen
 from kvp_edge.options import OPTIONS
 
 DEFAULT_BUDGET = "512"
-#: Names of --type-k and --type-v, most exact first.
-_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 #: Batches of a few dozen tokens keep a processor waiting for memory.
 _SMALL_BATCH = 128
+#: Names of --type-k and --type-v, most exact first.
+_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def threads(text: str) -> int:

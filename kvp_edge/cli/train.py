@@ -154,7 +154,7 @@ def comparison(result: Any) -> str:
     from kvp_edge.training.train import BASELINES  # noqa: PLC0415
 
     rows = {"policy": result.quality, **result.baselines}
-    lines = table(
+    head, _, *body = table(
         (("", 10), ("cost", 8), ("lost", 8), ("tokens: cost", 14), ("lost", 8)),
         [
             (
@@ -167,6 +167,7 @@ def comparison(result: Any) -> str:
             for name, q in rows.items()
         ],
     )
+    lines = [head, *body]
     heuristics = [result.baselines[name] for name in BASELINES]
     best = [min(costs) for costs in zip(*(q.cost for q in heuristics), strict=True)]
     won = sum(mine < theirs for mine, theirs in zip(result.quality.cost, best, strict=True))
