@@ -29,13 +29,14 @@ from kvp_edge.arguments import (
     check_threads,
 )
 from kvp_edge.arrays import FloatArray
-from kvp_edge.binding.cache import CacheLocation, NativeCache
+from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.library import BUILT_FOR
 from kvp_edge.binding.model import read_model_shape, require_model_file
 from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
+from kvp_edge.binding.structs import CacheLocation
 from kvp_edge.cache import session_file as session
 from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager

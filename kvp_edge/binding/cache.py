@@ -2,98 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray
-from kvp_edge.errors import KVCacheError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    pass
-
-from kvp_edge.binding.library import call, lib
+from kvp_edge.binding import structs
+from kvp_edge.binding.library import call, create, lib
 from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.policy import NativePolicy
+from kvp_edge.binding.structs import CacheLocation, CacheShape
+from kvp_edge.errors import KVCacheError, UnsupportedModelError
 
 #: Scorers that run inside the library: name -> enum kvp_scorer.
 SCORERS = {"knorm": 0, "keydiff": 1}
-
-
-class CacheShape(ctypes.Structure):
-    """A base cache's layout, learned from a real state blob (struct kvp_cache_shape)."""
-
-    _fields_ = [
-        ("n_layer", ctypes.c_uint32),
-        ("n_head_kv", ctypes.c_uint32),
-        ("head_size_k", ctypes.c_uint32),
-        ("head_size_v", ctypes.c_uint32),
-        ("type_k", ctypes.c_int32),
-        ("type_v", ctypes.c_int32),
-        ("v_transposed", ctypes.c_uint32),
-        ("has_window", ctypes.c_uint32),
-        ("k_hadamard_block", ctypes.c_uint32),
-        ("v_hadamard_block", ctypes.c_uint32),
-        ("bytes_per_cell", ctypes.c_uint64),
-    ]
-
-    n_layer: int
-    n_head_kv: int
-    head_size_k: int
-    head_size_v: int
-    type_k: int
-    type_v: int
-    v_transposed: int
-    has_window: int
-    k_hadamard_block: int
-    v_hadamard_block: int
-    bytes_per_cell: int
-
-
-class CacheLocation(ctypes.Structure):
-    """Where a base cache lies (struct kvp_cache_location)."""
-
-    _fields_ = [
-        ("_known", ctypes.c_uint32),
-        ("_on_device", ctypes.c_uint32),
-        ("_can_pack", ctypes.c_uint32),
-        ("packed_in_place", ctypes.c_uint32),
-        ("packed_as_state", ctypes.c_uint32),
-        ("bytes_transferred", ctypes.c_uint64),
-        ("_where", ctypes.c_char * 256),
-    ]
-
-    packed_in_place: int
-    packed_as_state: int
-    bytes_transferred: int
-
-    @property
-    def known(self) -> bool:
-        """Whether it is scored and packed where it lies, and not through llama.cpp's state."""
-        return bool(self._known)
-
-    @property
-    def on_device(self) -> bool:
-        """Whether some of it lies in memory that the host does not see."""
-        return bool(self._on_device)
-
-    @property
-    def can_pack(self) -> bool:
-        """Whether heads can be packed there, too: on a device they must be whole 32-bit words."""
-        return bool(self._can_pack)
-
-    def packs(self, granularity: str) -> bool:
-        """Whether evictions of this granularity stay where it lies, as long as cells are known."""
-        return self.known and (granularity == "token" or self.can_pack)
-
-    @property
-    def where(self) -> str:
-        """The devices, with commas; or why it is not known."""
-        return bytes(self._where).decode(errors="replace")
 
 
 class NotInPlace(Exception):
@@ -112,30 +37,6 @@ class QueryBatch(Protocol):
     def scale(self) -> FloatArray: ...
 
 
-class _QueryBatch(ctypes.Structure):
-    """struct kvp_query_batch"""
-
-    _fields_ = [
-        ("queries", ctypes.c_void_p),
-        ("indices", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("n_head", ctypes.c_uint32),
-        ("n", ctypes.c_uint32),
-    ]
-
-
-class _Expected(ctypes.Structure):
-    """struct kvp_expected"""
-
-    _fields_ = [
-        ("means", ctypes.c_void_p),
-        ("covariances", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("left_out", ctypes.c_void_p),
-        ("n_head", ctypes.c_uint32),
-    ]
-
-
 @dataclass(frozen=True)
 class RopeShift:
     """How RoPE turns kept keys to new positions while they are packed.
@@ -150,40 +51,23 @@ class RopeShift:
     distance: IntArray
     neox: bool
 
-    def as_struct(self) -> _RopeShift:
-        """Borrows this object's arrays."""
-        return _RopeShift(
-            self.frequency.ctypes.data,
-            self.distance.ctypes.data,
-            self.frequency.shape[1],
-            int(self.neox),
-        )
 
-
-class _RopeShift(ctypes.Structure):
-    _fields_ = [
-        ("frequency", ctypes.c_void_p),
-        ("distance", ctypes.c_void_p),
-        ("n_pairs", ctypes.c_uint32),
-        ("neox", ctypes.c_uint32),
-    ]
-
-
-def _checked_shift(rope_shift: RopeShift | None, keep: IntArray) -> RopeShift | None:
+def _shift_struct(rope_shift: RopeShift | None, keep: IntArray) -> structs.RopeShift | None:
     if rope_shift is None:
         return None
-    checked = RopeShift(
-        np.ascontiguousarray(rope_shift.frequency, np.float64),
-        np.ascontiguousarray(rope_shift.distance, np.int32),
-        rope_shift.neox,
-    )
-    if checked.distance.shape != keep.shape or checked.frequency.shape[:1] != keep.shape[:1]:
+    frequency = np.ascontiguousarray(rope_shift.frequency, np.float64)
+    distance = np.ascontiguousarray(rope_shift.distance, np.int32)
+    if distance.shape != keep.shape or frequency.shape[:1] != keep.shape[:1]:
         raise ValueError(
-            f"frequency {rope_shift.frequency.shape} and distance {rope_shift.distance.shape} "
-            "do not fit rows "
+            f"frequency {frequency.shape} and distance {distance.shape} do not fit rows "
             f"{keep.shape}"
         )
-    return checked
+    return structs.RopeShift(
+        frequency=frequency,
+        distance=distance,
+        n_pairs=frequency.shape[1],
+        neox=int(rope_shift.neox),
+    )
 
 
 def pack_state(
@@ -220,25 +104,25 @@ def pack_state(
     positions = np.ascontiguousarray(positions, np.int32)
     if keep.ndim != 3 or keep.shape[2] != len(positions):
         raise ValueError(f"rows {keep.shape} and {len(positions)} positions do not fit together")
-    rope_shift = _checked_shift(rope_shift, keep)
-    size = ctypes.c_size_t()
+    shift = _shift_struct(rope_shift, keep)
+    size = np.zeros(1, np.uintp)
     call(
         "kvp_state_pack",
-        state.ctypes.data,
+        state,
         len(state),
         seq_id,
         keep.shape[0],
         keep.shape[1],
-        present.ctypes.data,
+        present,
         len(present),
-        keep.ctypes.data,
-        positions.ctypes.data,
+        keep,
+        positions,
         len(positions),
-        ctypes.byref(rope_shift.as_struct()) if rope_shift is not None else None,
+        shift,
         rotation,
-        ctypes.byref(size),
+        size,
     )
-    return state[: size.value]
+    return state[: int(size[0])]
 
 
 class NativeCache:
@@ -262,26 +146,20 @@ class NativeCache:
     def __init__(self, ctx: Any, observer: Observer | None = None) -> None:
         self._ctx = ctx
         self._observer = observer
-        self._handle = ctypes.c_void_p()
-        call(
-            "kvp_cache_open",
-            ctypes.cast(ctx, ctypes.c_void_p),
-            observer.handle if observer is not None else None,
-            ctypes.byref(self._handle),
-        )
+        handle = observer.handle if observer is not None else None
+        self._handle = create("kvp_cache", "kvp_cache_open", ctx, handle)
         self.shape = CacheShape()
-        lib.kvp_cache_get_shape(self._handle, ctypes.byref(self.shape))
+        lib.kvp_cache_get_shape(self._handle, self.shape)
 
     def close(self) -> None:
-        if self._handle:
-            lib.kvp_cache_close(self._handle)
-            self._handle = ctypes.c_void_p()
+        """Twice is harmless."""
+        self._handle.close()
 
     @property
     def location(self) -> CacheLocation:
         """Where it lies, and how many bytes were transferred between there and the host so far."""
         location = CacheLocation()
-        lib.kvp_cache_get_location(self._handle, ctypes.byref(location))
+        lib.kvp_cache_get_location(self._handle, location)
         return location
 
     def appended(self, first: int, n: int) -> None:
@@ -306,10 +184,9 @@ class NativeCache:
             KVCacheError: they are others.
         """
         present = np.ascontiguousarray(present, np.int32)
-        known = ctypes.c_uint32()
-        where = present.ctypes.data
-        call("kvp_cache_check_cells", self._handle, where, len(present), ctypes.byref(known))
-        return bool(known.value)
+        known = np.zeros(1, np.uint32)
+        call("kvp_cache_check_cells", self._handle, present, len(present), known)
+        return bool(known[0])
 
     def read(
         self, p0: int, p1: int, n: int, *, values: bool = True
@@ -326,16 +203,7 @@ class NativeCache:
             np.empty((s.n_layer, s.n_head_kv, n, s.head_size_v), np.float32) if values else None
         )
         positions = np.empty(n, np.int32)
-        call(
-            "kvp_cache_read",
-            self._handle,
-            p0,
-            p1,
-            n,
-            positions.ctypes.data,
-            keys.ctypes.data,
-            out_values.ctypes.data if out_values is not None else None,
-        )
+        call("kvp_cache_read", self._handle, p0, p1, n, positions, keys, out_values)
         return positions, keys, out_values
 
     def score(self, scorer: str | NativePolicy, p0: int, p1: int, tokens: IntArray) -> FloatArray:
@@ -354,15 +222,13 @@ class NativeCache:
         """
         s, n = self.shape, len(tokens)
         scores = np.empty((s.n_layer, s.n_head_kv, n), np.float32)
-        out = scores.ctypes.data
         if isinstance(scorer, NativePolicy):
             tokens = np.ascontiguousarray(tokens, np.int32)
-            where = tokens.ctypes.data
-            call("kvp_cache_score_policy", self._handle, scorer.handle, p0, p1, n, where, out)
+            call("kvp_cache_score_policy", self._handle, scorer.handle, p0, p1, n, tokens, scores)
         else:
             positions = np.empty(n, np.int32)
-            where = positions.ctypes.data
-            call("kvp_cache_score", self._handle, SCORERS[scorer], p0, p1, n, where, out)
+            number = SCORERS[scorer]
+            call("kvp_cache_score", self._handle, number, p0, p1, n, positions, scores)
         return scores
 
     def score_range(self, p0: int, p1: int, n: int) -> FloatArray:
@@ -378,7 +244,7 @@ class NativeCache:
             NotInPlace: here and below.
         """
         scores = self._scores(n)
-        self._where_it_lies("kvp_cache_score_range", p0, p1, n, scores.ctypes.data)
+        self._where_it_lies("kvp_cache_score_range", p0, p1, n, scores)
         return scores
 
     def score_lag(self, p0: int, p1: int, n: int, first: int, lag: int, n_parts: int) -> FloatArray:
@@ -389,8 +255,7 @@ class NativeCache:
             f32 [n_layer, n_head_kv, n_parts - 1, lag], the mean of the keys' and the values'.
         """
         scores = self._scores(n_parts - 1, lag)
-        out = scores.ctypes.data
-        self._where_it_lies("kvp_cache_score_lag", p0, p1, n, first, lag, n_parts, out)
+        self._where_it_lies("kvp_cache_score_lag", p0, p1, n, first, lag, n_parts, scores)
         return scores
 
     def score_attention(self, p0: int, p1: int, queries: QueryBatch, held: IntArray) -> FloatArray:
@@ -409,11 +274,14 @@ class NativeCache:
         vectors = np.ascontiguousarray(queries.queries, np.float32)
         indices = np.ascontiguousarray(queries.indices, np.int32)
         scale = np.ascontiguousarray(queries.scale, np.float32)
-        c = _QueryBatch(
-            *(x.ctypes.data for x in (vectors, indices, scale)), vectors.shape[1], len(indices)
+        batch = structs.QueryBatch(
+            queries=vectors,
+            indices=indices,
+            scale=scale,
+            n_head=vectors.shape[1],
+            n=len(indices),
         )
-        where = held.ctypes.data, paid.ctypes.data
-        self._where_it_lies("kvp_cache_score_attention", p0, p1, n, ctypes.byref(c), *where)
+        self._where_it_lies("kvp_cache_score_attention", p0, p1, n, batch, held, paid)
         return paid
 
     def score_expected(
@@ -438,11 +306,14 @@ class NativeCache:
         """
         n = left_out.shape[-1]
         scores = self._scores(n)
-        floats = [np.ascontiguousarray(x, np.float32) for x in (means, covariances, scale)]
-        hidden = np.ascontiguousarray(left_out, np.bool_)
-        c = _Expected(*(x.ctypes.data for x in floats), hidden.ctypes.data, means.shape[1])
-        out = scores.ctypes.data
-        self._where_it_lies("kvp_cache_score_expected", p0, p1, n, ctypes.byref(c), out)
+        expected = structs.Expected(
+            means=np.ascontiguousarray(means, np.float32),
+            covariances=np.ascontiguousarray(covariances, np.float32),
+            scale=np.ascontiguousarray(scale, np.float32),
+            left_out=np.ascontiguousarray(left_out, np.bool_),
+            n_head=means.shape[1],
+        )
+        self._where_it_lies("kvp_cache_score_expected", p0, p1, n, expected, scores)
         return scores
 
     def _scores(self, *per_head: int) -> FloatArray:
@@ -468,16 +339,9 @@ class NativeCache:
             raise ValueError(f"{len(present)} positions but {len(keep)} keep flags")
         present = np.ascontiguousarray(present, np.int32)
         flags = np.ascontiguousarray(keep, np.uint8)
-        ranges = ctypes.c_uint32()
-        call(
-            "kvp_cache_remove",
-            self._handle,
-            present.ctypes.data,
-            flags.ctypes.data,
-            len(present),
-            ctypes.byref(ranges),
-        )
-        return ranges.value
+        ranges = np.zeros(1, np.uint32)
+        call("kvp_cache_remove", self._handle, present, flags, len(present), ranges)
+        return int(ranges[0])
 
     def move(self, present: IntArray, positions: IntArray) -> None:
         """Give the cells at ``present`` new, not larger, positions; both int32 [n], ascending.
@@ -489,8 +353,7 @@ class NativeCache:
         positions = np.ascontiguousarray(positions, np.int32)
         if len(present) != len(positions):
             raise ValueError(f"{len(present)} cells cannot move to {len(positions)} positions")
-        where, to = present.ctypes.data, positions.ctypes.data
-        call("kvp_cache_move", self._handle, where, to, len(present))
+        call("kvp_cache_move", self._handle, present, positions, len(present))
 
     def check_packing(self) -> None:
         """Test, on an empty context, that heads can keep different rows (kvp_cache_check_packing).
@@ -531,17 +394,9 @@ class NativeCache:
                 f"rows {keep.shape} for {len(positions)} positions in {s.n_layer} layers of "
                 f"{s.n_head_kv} KV heads"
             )
-        rope_shift = _checked_shift(rope_shift, keep)
-        call(
-            "kvp_cache_pack",
-            self._handle,
-            present.ctypes.data,
-            len(present),
-            keep.ctypes.data,
-            positions.ctypes.data,
-            len(positions),
-            ctypes.byref(rope_shift.as_struct()) if rope_shift is not None else None,
-        )
+        shift = _shift_struct(rope_shift, keep)
+        rows = keep, positions, len(positions)
+        call("kvp_cache_pack", self._handle, present, len(present), *rows, shift)
 
     def state(self) -> npt.NDArray[np.uint8]:
         """llama.cpp's state of sequence 0: uint8 [size].
@@ -550,7 +405,7 @@ class NativeCache:
             KVCacheError: llama.cpp could not write it.
         """
         state = np.empty(llama_cpp.llama_state_seq_get_size(self._ctx, 0), np.uint8)
-        buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        buffer = np.ctypeslib.as_ctypes(state)
         if llama_cpp.llama_state_seq_get_data(self._ctx, buffer, len(state), 0) != len(state):
             raise KVCacheError("llama.cpp could not write its state")
         return state
@@ -568,14 +423,7 @@ class NativeCache:
         """
         state = np.ascontiguousarray(state, np.uint8)
         present = np.ascontiguousarray(present, np.int32)
-        call(
-            "kvp_cache_restore",
-            self._handle,
-            state.ctypes.data,
-            len(state),
-            present.ctypes.data,
-            len(present),
-        )
+        call("kvp_cache_restore", self._handle, state, len(state), present, len(present))
 
     def check_state(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
         """Check that ``restore`` would take ``state`` and ``present``; the arguments are the same.
@@ -585,9 +433,8 @@ class NativeCache:
         """
         state = np.ascontiguousarray(state, np.uint8)
         present = np.ascontiguousarray(present, np.int32)
-        blob, where = (state.ctypes.data, len(state)), (present.ctypes.data, len(present))
         try:
-            call("kvp_cache_check_state", self._handle, *blob, *where)
+            call("kvp_cache_check_state", self._handle, state, len(state), present, len(present))
         except ValueError as error:
             raise KVCacheError(f"the cache is not what its table says: {error}") from error
 

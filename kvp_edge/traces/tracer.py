@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from kvp_edge.arrays import HalfArray, IntArray
 from kvp_edge.binding.blocks import Blocks
-from kvp_edge.binding.cache import CacheShape, NativeCache
+from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.capture import AttentionAsComputed
 from kvp_edge.binding.observer import Observer
+from kvp_edge.binding.structs import CacheShape
 from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
