@@ -1,11 +1,12 @@
 // A learned policy's scores of tokens whose keys and values stay on their device.
-#include "graph_rows.h"
+#include "cache/location.h"
+#include "graph/graph_rows.h"
 
 #include <algorithm>
 
 namespace kvp {
 
-void in_place::score(policy_network & network, const std::vector<slot> & slots, const std::vector<uint32_t> & at, float * scores) {
+void location::score(policy_network & network, const std::vector<slot> & slots, const std::vector<uint32_t> & at, float * scores) {
     constexpr size_t CHUNK = 2048; // tokens per graph, so that its memory does not grow with the cache
     const size_t     H = shape.n_head_kv, half = network.shape().context / 2, h = network.shape().hidden;
     for (device_part & part : parts) {

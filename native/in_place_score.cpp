@@ -1,7 +1,8 @@
 // Scores of tokens whose keys and values stay on their device: cells go there, scores come back.
-#include "graph_rows.h"
-#include "graph_scorers.h"
-#include "rows.h"
+#include "cache/location.h"
+#include "format/rows.h"
+#include "graph/graph_rows.h"
+#include "graph/graph_scorers.h"
 #include "scorers.h"
 
 #include <algorithm>
@@ -46,7 +47,7 @@ template <typename T> std::vector<float> of_layers(const device_part & part, con
 
 } // namespace
 
-void in_place::score(int32_t scorer, const std::vector<uint32_t> & at, float * scores) {
+void location::score(int32_t scorer, const std::vector<uint32_t> & at, float * scores) {
     const std::vector<int32_t> cells(at.begin(), at.end());
     for (device_part & part : parts) {
         score_part(part, shape, cells, at.size(), 16, [&](device_graph & graph, graph_rows & rows, size_t l) {
@@ -56,7 +57,7 @@ void in_place::score(int32_t scorer, const std::vector<uint32_t> & at, float * s
     }
 }
 
-void in_place::score_range(const std::vector<uint32_t> & at, int32_t n_threads, float * scores) {
+void location::score_range(const std::vector<uint32_t> & at, int32_t n_threads, float * scores) {
     const std::vector<int32_t> cells(at.begin(), at.end());
     for (device_part * part : with_host(n_threads)) {
         score_part(*part, shape, cells, at.size(), 16, [](device_graph & graph, graph_rows & rows, size_t l) {
@@ -65,7 +66,7 @@ void in_place::score_range(const std::vector<uint32_t> & at, int32_t n_threads, 
     }
 }
 
-void in_place::score_lag(const std::vector<uint32_t> & at, uint32_t lag, int32_t n_threads, float * scores) {
+void location::score_lag(const std::vector<uint32_t> & at, uint32_t lag, int32_t n_threads, float * scores) {
     const std::vector<int32_t> cells(at.begin(), at.end());
     for (device_part * part : with_host(n_threads)) {
         score_part(*part, shape, cells, at.size() - lag, 64, [&](device_graph & graph, graph_rows & rows, size_t l) {
@@ -75,7 +76,7 @@ void in_place::score_lag(const std::vector<uint32_t> & at, uint32_t lag, int32_t
     }
 }
 
-void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_query_batch & batch, const int32_t * held, int32_t n_threads,
+void location::score_attention(const std::vector<uint32_t> & at, const kvp_query_batch & batch, const int32_t * held, int32_t n_threads,
                                float * paid) {
     const std::vector<int32_t> cells(at.begin(), at.end());
     const size_t               n = at.size(), H = shape.n_head_kv, group = batch.n_head / H, size = shape.head_size_k;
@@ -122,7 +123,7 @@ void in_place::score_attention(const std::vector<uint32_t> & at, const kvp_query
     }
 }
 
-void in_place::score_expected(const std::vector<uint32_t> & at, const kvp_expected & expected, int32_t n_threads, float * paid) {
+void location::score_expected(const std::vector<uint32_t> & at, const kvp_expected & expected, int32_t n_threads, float * paid) {
     const std::vector<int32_t> cells(at.begin(), at.end());
     const size_t               n = at.size(), H = shape.n_head_kv, group = expected.n_head / H, size = shape.head_size_k;
     for (device_part * part : with_host(n_threads)) {
@@ -145,28 +146,6 @@ void in_place::score_expected(const std::vector<uint32_t> & at, const kvp_expect
                                             expected.scale[part->layers[l].il]);
         }, paid);
     }
-}
-
-std::vector<float> in_place::look(const std::vector<uint32_t> & at) {
-    const size_t       n = at.size(), H = shape.n_head_kv;
-    std::vector<float> norms(n * H);
-    if (on_host(0)) {
-        std::vector<float> keys(n * H * shape.head_size_k);
-        read_k(host[0], at, H * shape.head_size_k, 0, keys.data());
-        score_knorm(keys.data(), n, H, shape.head_size_k, norms.data());
-        return norms;
-    }
-    const std::vector<int32_t> cells(at.begin(), at.end());
-    device_part &              part = parts.front(); // the first layer that is not on the host is its first
-    device_graph               graph(*part.on, 32);
-    graph_rows                 rows(graph, part, shape, cells);
-    ggml_tensor *              found = graph_knorm(graph.ctx(), rows.stored_keys(0));
-    ggml_set_output(found);
-    graph.compute(found);
-    graph.prepare();
-    graph.run();
-    part.on->get(found, norms.data(), norms.size() * sizeof(float));
-    return norms;
 }
 
 } // namespace kvp

@@ -116,9 +116,9 @@ typedef struct kvp_cache_shape {
     int32_t  type_v;         /* enum ggml_type */
     uint32_t v_transposed;   /* 1 when flash attention is off */
     uint32_t has_window;     /* 1 when a sliding-window cache follows the base cache */
-    uint32_t k_hadamard_block;     /* block of the Hadamard rotation that K is stored under, 0 = none */
+    uint32_t k_hadamard_block; /* block of the Hadamard rotation that K is stored under, 0 = none */
     uint32_t v_hadamard_block;
-    uint64_t bytes_per_cell; /* of the base cache, K and V, all layers */
+    uint64_t bytes_per_cell;   /* of the base cache, K and V, all layers */
 } kvp_cache_shape;
 
 /* Opens the cache of an EMPTY context: refuses what cannot be handled (recurrent, hybrid, encoder or
@@ -138,14 +138,14 @@ typedef struct kvp_cache_location {
     uint32_t known;      /* 1: worked on where it lies; 0: through llama.cpp's state                      */
     uint32_t on_device;  /* 1: some of it lies in memory that the host does not see                       */
     uint32_t can_pack;   /* 1: heads can be packed there; 0 on devices where they are no whole 32-bit words */
-    uint32_t packed_in_place; /* how often heads were packed there                                             */
-    uint32_t packed_as_state; /* and how often as a state                                                 */
-    uint64_t bytes_transferred;    /* bytes carried so far between the cache and the host: scores and cell numbers,
-                            and the states taken and given where it went through these                    */
-    char     where[256]; /* the devices, with commas; or why it is not known                              */
+    uint32_t packed_in_place;   /* how often heads were packed there                                      */
+    uint32_t packed_as_state;   /* and how often as a state                                               */
+    uint64_t bytes_transferred; /* bytes carried so far between the cache and the host: scores and cell numbers,
+                                   and the states taken and given where it went through these             */
+    char     where[256];        /* the devices, with commas; or why it is not known                       */
 } kvp_cache_location;
 
-KVP_API void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location * place);
+KVP_API void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location * location);
 
 /* The owner of an observed context tells what it does itself: after a llama_decode that went well, that it
  * read n tokens at positions first, first + 1, ...; and to forget all cells after it has put tokens into the
@@ -342,12 +342,12 @@ KVP_API int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * b
                                       uint32_t n, kvp_error * err);
 
 /* The same as kvp_cache_pack on a state blob of sequence seq_id in memory (llama_state_seq_get_data), without any context:
- * the blob is rewritten in place and its new size stored in *packed_size. rotation: block of the Hadamard
- * rotation that its keys are stored under (kvp_cache_shape.k_hadamard_block), used only to turn keys.
+ * the blob is rewritten in place and its new size stored in *packed_size. k_hadamard_block: as in
+ * kvp_cache_shape, used only to turn keys.
  * On any error the blob may be spoilt; it is never read or written outside [blob, blob + size). */
 KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
                                const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions,
-                               uint32_t n_keep, const kvp_rope_shift * shift, uint32_t rotation, size_t * packed_size,
+                               uint32_t n_keep, const kvp_rope_shift * shift, uint32_t k_hadamard_block, size_t * packed_size,
                                kvp_error * err);
 
 /* Captures the attention that a running context pays, reduced at once: for every token, KV head and

@@ -78,7 +78,7 @@ def pack_state(
     positions: IntArray,
     *,
     rope_shift: RopeShift | None = None,
-    rotation: int = 0,
+    k_hadamard_block: int = 0,
 ) -> npt.NDArray[np.uint8]:
     """Pack a state blob of llama.cpp that lies in memory, without a context (see kvp_state_pack).
 
@@ -87,7 +87,7 @@ def pack_state(
         present: int32 [n], ascending: every position in it.
         keep: int32 [n_layer, n_head_kv, n_keep]: rows, all different within a head.
         positions: int32 [n_keep], ascending: positions of the new rows.
-        rotation: block of the Hadamard rotation of the keys, needed only with ``rope_shift``.
+        k_hadamard_block: of the keys' Hadamard rotation, needed only with ``rope_shift``.
 
     Returns:
         uint8 [new size], the beginning of ``state``.
@@ -119,7 +119,7 @@ def pack_state(
         positions,
         len(positions),
         shift,
-        rotation,
+        k_hadamard_block,
         size,
     )
     return state[: int(size[0])]

@@ -1,4 +1,4 @@
-#include "rows.h"
+#include "format/rows.h"
 
 #include "error.h"
 
@@ -9,22 +9,22 @@
 
 namespace kvp {
 
-rotation rotation_of(ggml_type type_k, ggml_type type_v, uint32_t head_size_k, uint32_t head_size_v) {
+hadamard_blocks hadamard_blocks_of(ggml_type type_k, ggml_type type_v, uint32_t head_size_k, uint32_t head_size_v) {
     const char * disable = std::getenv("LLAMA_ATTN_ROT_DISABLE");
-    rotation     rot;
+    hadamard_blocks blocks;
     if (disable && std::atoi(disable) != 0) {
-        return rot;
+        return blocks;
     }
     if (ggml_is_quantized(type_k) && head_size_k % 64 == 0) {
-        rot.k = 64;
-        while (head_size_k % (2 * rot.k) == 0) {
-            rot.k *= 2;
+        blocks.k = 64;
+        while (head_size_k % (2 * blocks.k) == 0) {
+            blocks.k *= 2;
         }
     }
     if (ggml_is_quantized(type_v) && head_size_v % 64 == 0) {
-        rot.v = 64;
+        blocks.v = 64;
     }
-    return rot;
+    return blocks;
 }
 
 void hadamard(float * y, size_t n, uint32_t block) {
@@ -105,17 +105,17 @@ private:
 
 } // namespace
 
-void read_k(const layer_rows & layer, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot, float * out) {
+void read_k(const layer_rows & layer, const std::vector<uint32_t> & order, size_t n_values, uint32_t hadamard_block, float * out) {
     row_reader row("K", layer.type_k, layer.k_row, n_values);
     for (size_t i = 0; i < order.size(); ++i) {
         row.read(layer.k + order[i] * layer.k_row, out + i * n_values);
     }
-    if (rot) {
-        hadamard(out, order.size() * n_values, rot);
+    if (hadamard_block) {
+        hadamard(out, order.size() * n_values, hadamard_block);
     }
 }
 
-void read_v(const layer_rows & layer, bool v_trans, const std::vector<uint32_t> & order, size_t n_values, uint32_t rot,
+void read_v(const layer_rows & layer, bool v_trans, const std::vector<uint32_t> & order, size_t n_values, uint32_t hadamard_block,
             float * out) {
     const size_t n = order.size();
     if (!v_trans) {
@@ -142,8 +142,8 @@ void read_v(const layer_rows & layer, bool v_trans, const std::vector<uint32_t> 
             }
         }
     }
-    if (rot) {
-        hadamard(out, n * n_values, rot);
+    if (hadamard_block) {
+        hadamard(out, n * n_values, hadamard_block);
     }
 }
 

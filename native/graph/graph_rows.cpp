@@ -1,6 +1,6 @@
-#include "graph_rows.h"
+#include "graph/graph_rows.h"
 
-#include "rows.h"
+#include "format/rows.h"
 
 #include <algorithm>
 
@@ -21,7 +21,7 @@ graph_rows::graph_rows(device_graph & graph, const device_part & part, const kvp
     : graph(graph), part(part), shape(shape), end(*std::max_element(cells.begin(), cells.end()) + int64_t(1)),
       from(graph.input(GGML_TYPE_I32, int64_t(cells.size()), 1, 1, cells.data())), k{ shape.k_hadamard_block, {} }, v{ shape.v_hadamard_block, {} } {}
 
-ggml_tensor * graph_rows::undo(turn & side, ggml_tensor * rows) {
+ggml_tensor * graph_rows::undo(hadamard_side & side, ggml_tensor * rows) {
     if (side.block == 0) {
         return rows;
     }

@@ -1,4 +1,4 @@
-#include "cells.h"
+#include "cache/cell_map.h"
 
 #include <algorithm>
 

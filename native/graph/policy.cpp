@@ -1,8 +1,8 @@
-#include "policy.h"
+#include "graph/policy.h"
 
-#include "device.h"
 #include "error.h"
-#include "rows.h"
+#include "format/rows.h"
+#include "graph/device.h"
 
 #include <algorithm>
 #include <atomic>
@@ -171,7 +171,7 @@ void policy_network::score(uint32_t il, rows keys, rows values, const slot * slo
     const uint32_t     H = sizes.n_head_kv, dk = sizes.head_size_k, dv = sizes.head_size_v;
     const size_t       half = sizes.context / 2;
     std::vector<float> found(size_t(H) * CHUNK);
-    const std::lock_guard<std::mutex> turn(running);
+    const std::lock_guard<std::mutex> lock(running);
     set_threads(backend.get(), n_threads);
     for (size_t first = 0; first < n_slots; first += CHUNK) {
         const size_t n_out = std::min<size_t>(CHUNK, n_slots - first);
@@ -215,14 +215,14 @@ device_policy::device_policy(const policy_network & net, device & on, const std:
     buffer = on.allocate(space.get());
 
     // w . (H y) = (H w) . y, as H is symmetric
-    const auto put = [&](ggml_tensor * tensor, auto part, uint32_t rotation) {
+    const auto put = [&](ggml_tensor * tensor, auto part, uint32_t hadamard_block) {
         std::vector<float> all;
         all.reserve(size_t(ggml_nelements(tensor)));
         for (const uint32_t il : of) {
             part(il, all);
         }
-        if (rotation) {
-            hadamard(all.data(), all.size(), rotation);
+        if (hadamard_block) {
+            hadamard(all.data(), all.size(), hadamard_block);
         }
         on.set(tensor, all.data(), all.size() * sizeof(float));
     };

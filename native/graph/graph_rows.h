@@ -1,7 +1,8 @@
 // Rows of the cache inside graphs, on the device where they lie.
 #pragma once
 
-#include "in_place.h"
+#include "graph/device_part.h"
+#include "kvp_edge.h"
 
 namespace kvp {
 
@@ -24,19 +25,19 @@ public:
 
 private:
     // Undoes the rotation of one side. Its matrix is its own inverse, and an input once it is needed.
-    struct turn {
+    struct hadamard_side {
         uint32_t           block;
         std::vector<float> numbers;
         ggml_tensor *      matrix = nullptr;
     };
-    ggml_tensor * undo(turn & side, ggml_tensor * rows);
+    ggml_tensor * undo(hadamard_side & side, ggml_tensor * rows);
 
     device_graph &          graph;
     const device_part &     part;
     const kvp_cache_shape & shape;
     int64_t                 end; // of the cells
     ggml_tensor *           from;
-    turn                    k, v;
+    hadamard_side           k, v;
 };
 
 } // namespace kvp

@@ -1,4 +1,4 @@
-#include "device.h"
+#include "graph/device.h"
 
 #include "error.h"
 

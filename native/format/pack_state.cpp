@@ -1,8 +1,9 @@
-#include "pack.h"
+#include "format/pack_state.h"
 
 #include "error.h"
-#include "rows.h"
-#include "state_blob.h"
+#include "format/rows.h"
+#include "format/slices.h"
+#include "format/state_blob.h"
 
 #include <algorithm>
 #include <cmath>
@@ -131,7 +132,7 @@ void check_plan(const state_blob & state, const pack_plan & plan, std::vector<ui
             }
             const int64_t head_size = int64_t(layer.k_row / plan.n_head_kv / ggml_type_size(layer.type_k)) * ggml_blck_size(layer.type_k);
             if (!plan.shift.distance || plan.shift.n_pairs == 0 || 2 * int64_t(plan.shift.n_pairs) > head_size ||
-                (plan.shift.rotation && head_size % plan.shift.rotation != 0)) {
+                (plan.shift.hadamard_block && head_size % plan.shift.hadamard_block != 0)) {
                 fail(KVP_ERR_ARGUMENT, "%u pairs cannot be turned in keys of %lld values", plan.shift.n_pairs, (long long) head_size);
             }
         }
@@ -173,8 +174,8 @@ void shift_keys(const rope_shift & how, const double * frequency, const int32_t 
             }
             uint8_t * at = keys + i * row + h * slice;
             to_float(type, at, head_size, k.data(), aligned);
-            if (how.rotation) {
-                hadamard(k.data(), head_size, how.rotation);
+            if (how.hadamard_block) {
+                hadamard(k.data(), head_size, how.hadamard_block);
             }
             for (uint32_t p = 0; p < how.n_pairs; ++p) {
                 float &      a     = k[how.neox ? p : 2 * p];
@@ -184,8 +185,8 @@ void shift_keys(const rope_shift & how, const double * frequency, const int32_t 
                 a = float(a1);
                 b = float(b1);
             }
-            if (how.rotation) {
-                hadamard(k.data(), head_size, how.rotation);
+            if (how.hadamard_block) {
+                hadamard(k.data(), head_size, how.hadamard_block);
             }
             from_float(type, k.data(), head_size, at, aligned);
         }
@@ -193,65 +194,6 @@ void shift_keys(const rope_shift & how, const double * frequency, const int32_t 
 }
 
 } // namespace
-
-bool check_rows(const pack_plan & plan) {
-    if (plan.n == 0 || plan.n_keep == 0 || plan.n_keep > plan.n || plan.n_head_kv == 0 || plan.n_layer == 0) {
-        fail(KVP_ERR_ARGUMENT, "%u of %u rows in %u layers of %u KV heads cannot be packed", plan.n_keep, plan.n, plan.n_layer,
-             plan.n_head_kv);
-    }
-    for (uint32_t i = 0; i < plan.n_keep; ++i) {
-        if (plan.positions[i] < 0 || (i > 0 && plan.positions[i] <= plan.positions[i - 1])) {
-            fail(KVP_ERR_ARGUMENT, "new positions must ascend from 0, but entry %u is %d", i, plan.positions[i]);
-        }
-    }
-
-    bool                ascending = true;
-    std::vector<size_t> last_use(plan.n, 0);
-    const size_t        n_groups = size_t(plan.n_layer) * plan.n_head_kv; // may be more than 2^32
-    for (size_t g = 0; g < n_groups; ++g) {
-        for (uint32_t i = 0; i < plan.n_keep; ++i) {
-            const int32_t * at  = plan.keep + g * plan.n_keep + i;
-            const int32_t   row = *at;
-            if (row < 0 || uint32_t(row) >= plan.n || last_use[row] == g + 1) {
-                fail(KVP_ERR_ARGUMENT, "layer %zu, KV head %zu keeps row %d, which is %s", g / plan.n_head_kv, g % plan.n_head_kv,
-                     row, row < 0 || uint32_t(row) >= plan.n ? "none of the cache's" : "named twice");
-            }
-            last_use[row] = g + 1;
-            ascending     = ascending && (i == 0 || at[-1] < row);
-        }
-    }
-    return ascending;
-}
-
-std::vector<uint32_t> surviving_rows(const pack_plan & plan) {
-    std::vector<uint32_t> rows;
-    for (uint32_t row = 0, i = 0; row < plan.n && i < plan.n_keep; ++row) {
-        if (plan.present[row] == plan.positions[i]) {
-            rows.push_back(row);
-            ++i;
-        }
-    }
-    return rows.size() == plan.n_keep ? rows : std::vector<uint32_t>();
-}
-
-row_range rows_to_move(const pack_plan & plan, const std::vector<uint32_t> & survivors) {
-    row_range range{ plan.n_keep, 0 };
-    const size_t n_groups = size_t(plan.n_layer) * plan.n_head_kv;
-    for (size_t g = 0; g < n_groups; ++g) {
-        const int32_t * keep = plan.keep + g * plan.n_keep;
-        for (uint32_t i = 0; i < range.first; ++i) {
-            if (uint32_t(keep[i]) != survivors[i]) {
-                range.first = i;
-            }
-        }
-        for (uint32_t i = plan.n_keep; i > range.last; --i) {
-            if (uint32_t(keep[i - 1]) != survivors[i - 1]) {
-                range.last = i;
-            }
-        }
-    }
-    return range;
-}
 
 size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan & plan) {
     const state_blob      state = parse_state_blob(blob, size, seq_id);

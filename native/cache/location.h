@@ -1,14 +1,17 @@
-// A context's base cache where it lies: read, scored and packed without llama.cpp's state in between. Layers
-// in host memory are reached through pointers, others by graphs on the device that holds them.
+// Where a context's base cache lies: which tensors hold it, in host memory or on devices, and which cell the token at
+// each position lies in. There it is read, scored and packed, without llama.cpp's state in between: layers in host
+// memory through pointers, others by graphs on the device that holds them.
 #pragma once
 
-#include "cells.h"
-#include "device.h"
+#include "cache/cell_map.h"
+#include "format/pack_plan.h"
+#include "format/state_blob.h"
+#include "graph/device_part.h"
+#include "graph/policy.h"
+#include "kvp_edge.h"
 #include "observe/cell_watcher.h"
-#include "pack.h"
-#include "policy.h"
-#include "state_blob.h"
-#include "tensor_space.h"
+
+#include "ggml.h"
 
 #include <memory>
 #include <string>
@@ -16,33 +19,27 @@
 
 namespace kvp {
 
-constexpr size_t WORD_BYTES = sizeof(float);
-
-// One layer's tensors in a device's memory.
-struct device_layer {
-    uint32_t            il; // in the base cache
-    const ggml_tensor * k;
-    const ggml_tensor * v;
-    ggml_tensor *       k_words; // the same memory as words of 32 bits, f32 [row / 4, cells], so that rows are
-    ggml_tensor *       v_words; // moved bit by bit, whatever their type; null if rows are no whole words
-};
-
-// The layers that lie on one device.
-struct device_part {
-    std::unique_ptr<device>        on;
-    std::vector<device_layer>      layers;
-    tensor_space                   words;
-    std::unique_ptr<device_policy> policy; // the one that was used last
-};
-
-class in_place {
+class location {
 public:
     // Finds the base cache's layers, of n_cells each, among all that `watcher` saw by what `trial` says of the
     // tokens decoded since. Throws KVP_ERR_UNSUPPORTED where they are not found, or a device cannot pack them.
-    in_place(cell_watcher & watcher, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells);
+    location(std::unique_ptr<cell_watcher> watcher, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells);
 
-    cell_map cells;
+    // -- which cells: what happens to the conversation is told here, and remembered.
+    // The n tokens decoded last are at positions first, first + 1, ...
+    void appended(int32_t first, uint32_t n) { known.append(first, n, watcher->take(n)); }
+    void removed(int32_t p0, int32_t p1) { known.remove(p0, p1 < 0 ? INT32_MAX : p1); }
+    void moved(const int32_t * from, const int32_t * to, uint32_t n) { known.rename(from, to, n); }
+    // The conversation is the tokens at these positions, in these cells.
+    void are_in(const int32_t * positions, const std::vector<uint32_t> & where) { known.assign(positions, where); }
+    void forget() { known.clear(); }
 
+    // The positions in [p0, p1) whose cells are known, ascending; and the cells of n positions, or none if one is not
+    // known.
+    std::vector<int32_t>  positions(int32_t p0, int32_t p1) const { return known.positions(p0, p1); }
+    std::vector<uint32_t> cells_of(const int32_t * positions, uint32_t n) const { return known.find(positions, n); }
+
+    // -- which memory
     // Whether heads can be packed: on a device they must be whole words.
     bool can_pack() const;
     bool on_host() const { return parts.empty(); }
@@ -64,8 +61,8 @@ public:
     // Of partitions of `lag` tokens, as graph_lag, mean of keys' and values': f32 [n_layer, n_head_kv, n - lag].
     // n must be a multiple of lag.
     void score_lag(const std::vector<uint32_t> & cells, uint32_t lag, int32_t n_threads, float * scores);
-    // The attention that queries pay to tokens `held`, int32 [n_layer, n_head_kv, n]: f32 likewise.
-    void score_attention(const std::vector<uint32_t> & cells, const kvp_query_batch & batch, const int32_t * held, int32_t n_threads, float * paid);
+    // The attention that queries pay to tokens of these indices, int32 [n_layer, n_head_kv, n]: f32 likewise.
+    void score_attention(const std::vector<uint32_t> & cells, const kvp_query_batch & batch, const int32_t * indices, int32_t n_threads, float * paid);
     // As graph_expected_attention: f32 [n_layer, n_head_kv, n].
     void score_expected(const std::vector<uint32_t> & cells, const kvp_expected & expected, int32_t n_threads, float * scores);
 
@@ -76,8 +73,9 @@ public:
     // Whether every device has memory to spare for n more rows.
     bool has_room(size_t n) const;
 
-    // What the first layer's keys in these cells look like: equal where they are equal. Few bytes cross.
-    std::vector<float> look(const std::vector<uint32_t> & cells);
+    // The norms of the first layer's keys in these cells, negated: by them keys are recognised where few bytes shall
+    // cross.
+    std::vector<float> key_norms(const std::vector<uint32_t> & cells);
 
     // Where a cell's bytes in the cache are not those of the blob, KVP_ERR_RUNTIME; order[i] is the blob's
     // cell whose token lies in cells[i].
@@ -94,17 +92,19 @@ private:
 
     bool holds(const tensors & t, const layer_rows & want, const std::vector<uint32_t> & order,
                const std::vector<uint32_t> & cells) const;
-    void place(const tensors & t, const layer_rows & like);
+    void add_layer(const tensors & t, const layer_rows & like);
     // All layers: those on devices, and those in host memory as a part of their own.
     std::vector<device_part *> with_host(int32_t n_threads);
     void try_packing();
 
-    kvp_cache_shape          shape;
-    uint32_t                 n_cells;
-    std::vector<tensors>     layers;
-    std::vector<layer_rows>  host;
-    std::vector<device_part> parts;
-    device_part              cpu; // the layers in host memory, for graphs; made when the first one asks
+    std::unique_ptr<cell_watcher> watcher;
+    cell_map                      known; // where each token lies
+    kvp_cache_shape               shape;
+    uint32_t                      n_cells;
+    std::vector<tensors>          layers;
+    std::vector<layer_rows>       host;
+    std::vector<device_part>      parts;
+    device_part                   cpu; // the layers in host memory, for graphs; made when the first one asks
 };
 
 } // namespace kvp

@@ -1,8 +1,8 @@
 // A device whose memory the host does not see: graphs run on it, and every byte that crosses is counted.
 #pragma once
 
+#include "graph/tensor_space.h"
 #include "owned.h"
-#include "tensor_space.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"

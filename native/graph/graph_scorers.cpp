@@ -1,6 +1,6 @@
-#include "graph_scorers.h"
+#include "graph/graph_scorers.h"
 
-#include "device.h"
+#include "graph/device.h"
 
 #include <cfloat>
 

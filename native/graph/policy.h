@@ -1,9 +1,9 @@
 // A learned policy's network as a ggml graph: all heads of a layer, and many tokens, at once.
 #pragma once
 
+#include "graph/tensor_space.h"
 #include "kvp_edge.h"
 #include "owned.h"
-#include "tensor_space.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -97,8 +97,8 @@ private:
 
 constexpr uint32_t POSITION_ROW = 8; // N_POSITION features, 1, and zeros: no device minds a row of eight
 
-// The weights of some layers in a device's memory, for keys and values as they are stored there: turned by
-// the cache's Hadamard rotation like these, so that nothing needs to be turned back.
+// The weights of some layers in a device's memory, for keys and values as they are stored there: rotated
+// by the cache's Hadamard matrix like these, so that nothing needs to be rotated back.
 struct device_policy : upper_layers {
     device_policy(const policy_network & network, device & on, const std::vector<uint32_t> & layers, uint32_t k_hadamard_block,
                   uint32_t v_hadamard_block);

@@ -1,6 +1,5 @@
 // Opening a cache: is it one that can lose its middle, what does it look like, and where does it lie?
-#include "cache.h"
-
+#include "cache/cache.h"
 #include "error.h"
 
 #include <algorithm>
@@ -17,8 +16,10 @@ int64_t meta_int(const llama_model * model, const std::string & key, int64_t fal
     return llama_model_meta_val_str(model, key.c_str(), text, sizeof(text)) > 0 ? std::strtoll(text, nullptr, 10) : fallback;
 }
 
-void refuse_unsupported_model(const llama_model * model, const std::string & arch) {
-    const char * why = nullptr;
+// The context, if a cache of its model can be bounded.
+llama_context * supported(llama_context * ctx) {
+    const llama_model * model = llama_get_model(ctx);
+    const char *        why   = nullptr;
     if (llama_model_is_recurrent(model)) {
         why = "it is recurrent: its memory is one state, not a cell for every token";
     } else if (llama_model_is_hybrid(model)) {
@@ -37,8 +38,9 @@ void refuse_unsupported_model(const llama_model * model, const std::string & arc
     }
     if (why) {
         fail(KVP_ERR_UNSUPPORTED, "a model of architecture '%s' cannot have a bounded cache: %s. Load it without kv_budget.",
-             arch.c_str(), why);
+             architecture(model).c_str(), why);
     }
+    return ctx;
 }
 
 // An empty context that was tried out is cleared again, whatever happened.
@@ -50,44 +52,21 @@ template <typename Clear> at_exit_of_scope(Clear) -> at_exit_of_scope<Clear>;
 
 } // namespace
 
-std::string kvp::architecture(const llama_model * model) {
-    char text[64] = "";
-    llama_model_meta_val_str(model, "general.architecture", text, sizeof(text));
-    return text;
-}
-
 void kvp_cache::clear_again() {
-    llama_memory_clear(mem, true);
-    llama_perf_context_reset(ctx);
-    if (place) {
-        place->cells.clear();
-    }
-    packed_as_state = 0;
-    bytes_transferred         = 0;
+    memory.reset();
+    forget();
+    packed_in_place = packed_as_state = 0;
+    bytes_checked                     = 0;
 }
 
 void kvp_cache::refuse_if_not_empty() const {
-    for (uint32_t s = 0; s < llama_n_seq_max(ctx); ++s) {
-        if (llama_memory_seq_pos_max(mem, (llama_seq_id) s) >= 0) {
-            fail(KVP_ERR_ARGUMENT, "the context already holds tokens: a cache can only be opened on an empty context");
-        }
+    if (!memory.is_empty()) {
+        fail(KVP_ERR_ARGUMENT, "the context already holds tokens: a cache can only be opened on an empty context");
     }
 }
 
-void kvp_cache::decode(llama_token * tokens, int32_t n, int32_t start) {
-    const int32_t step = std::min<int32_t>(n, (int32_t) llama_n_batch(ctx)); // a batch above n_batch aborts the process
-    for (int32_t i = 0; i < n; i += step) {
-        llama_batch            batch = llama_batch_get_one(tokens + i, std::min(step, n - i));
-        std::vector<llama_pos> positions(batch.n_tokens);
-        std::iota(positions.begin(), positions.end(), start + i);
-        batch.pos = positions.data();
-        if (llama_decode(ctx, batch) != 0) {
-            fail(KVP_ERR_RUNTIME, "llama.cpp could not decode %d tokens in the new context of %u cells", n, llama_n_ctx(ctx));
-        }
-    }
-}
-
-void kvp_cache::learn_shape(const state_blob & state, const llama_model * model, const std::string & arch) {
+void kvp_cache::learn_shape(const state_blob & state, const std::string & arch) {
+    const llama_model * model = memory.model();
     const int64_t n_head     = llama_model_n_head(model);
     const int64_t per_head   = n_head > 0 ? llama_model_n_embd(model) / n_head : 0;
     const int64_t head_k     = meta_int(model, arch + ".attention.key_length", per_head);
@@ -112,59 +91,47 @@ void kvp_cache::learn_shape(const state_blob & state, const llama_model * model,
                  arch.c_str());
         }
     }
-    const rotation rot   = rotation_of(first.type_k, first.type_v, (uint32_t) head_k, (uint32_t) head_v);
-    shape.n_layer        = (uint32_t) state.base.layers.size();
-    shape.n_head_kv      = (uint32_t) (n_values_k / head_k);
-    shape.head_size_k    = (uint32_t) head_k;
-    shape.head_size_v    = (uint32_t) head_v;
-    shape.type_k         = first.type_k;
-    shape.type_v         = first.type_v;
-    shape.v_transposed   = state.base.v_trans;
-    shape.has_window     = state.has_window;
-    shape.k_hadamard_block     = rot.k;
-    shape.v_hadamard_block     = rot.v;
-    shape.bytes_per_cell = uint64_t(shape.n_layer) * (first.k_row + first.v_row);
+    const hadamard_blocks blocks = hadamard_blocks_of(first.type_k, first.type_v, (uint32_t) head_k, (uint32_t) head_v);
+    layout.n_layer          = (uint32_t) state.base.layers.size();
+    layout.n_head_kv        = (uint32_t) (n_values_k / head_k);
+    layout.head_size_k      = (uint32_t) head_k;
+    layout.head_size_v      = (uint32_t) head_v;
+    layout.type_k           = first.type_k;
+    layout.type_v           = first.type_v;
+    layout.v_transposed     = state.base.v_trans;
+    layout.has_window       = state.has_window;
+    layout.k_hadamard_block = blocks.k;
+    layout.v_hadamard_block = blocks.v;
+    layout.bytes_per_cell   = uint64_t(layout.n_layer) * (first.k_row + first.v_row);
 }
 
-void kvp_cache::open() {
-    const llama_model * model = llama_get_model(ctx);
-    const std::string   arch  = architecture(model);
-    refuse_unsupported_model(model, arch);
-    mem = llama_get_memory(ctx);
-    if (!mem) {
-        fail(KVP_ERR_UNSUPPORTED, "a model of architecture '%s' has no KV cache, so there is nothing to bound", arch.c_str());
-    }
-    if (llama_n_seq_max(ctx) < 2) {
-        fail(KVP_ERR_ARGUMENT, "the context must be made with n_seq_max >= 2 and kv_unified = true, so that tokens can be tagged");
-    }
-    // Between separate streams llama_memory_seq_cp copies, and aborts the process on a partial range.
-    if (llama_n_ctx_seq(ctx) != llama_n_ctx(ctx)) {
-        fail(KVP_ERR_ARGUMENT, "the context must be made with kv_unified = true: its %u cells are split into parts of %u",
-             llama_n_ctx(ctx), llama_n_ctx_seq(ctx));
-    }
+kvp_cache::kvp_cache(llama_context * ctx, kvp_observer * observer) : memory(supported(ctx)) {
+    const std::string arch = architecture(memory.model());
     refuse_if_not_empty();
 
     // Three real tokens tell more than any promise: can they be read, can the middle one be removed?
     const at_exit_of_scope cleanup{ [this] { clear_again(); } };
 
-    llama_token bos = llama_vocab_bos(llama_model_get_vocab(model));
+    llama_token bos = llama_vocab_bos(llama_model_get_vocab(memory.model()));
     if (bos < 0) {
         bos = 0;
     }
-    llama_token tokens[3] = { bos, bos, bos };
-    if (watcher) {
-        watcher->look();
+    llama_token                   tokens[3] = { bos, bos, bos };
+    std::unique_ptr<cell_watcher> watcher;
+    if (observer) {
+        watcher = std::make_unique<cell_watcher>(observer->shared);
+        watcher->follow_all();
     }
-    decode(tokens, 3);
-    const state_blob before = read_blob(0, 3);
+    memory.decode(tokens, 3);
+    const state_blob before = memory.read(0, 3);
     if (before.base.pos != std::vector<int32_t>{ 0, 1, 2 }) {
         fail(KVP_ERR_LAYOUT, "three tokens were decoded, but llama.cpp's state blob names %zu cells", before.base.pos.size());
     }
-    learn_shape(before, model, arch);
-    find_place(before.base);
+    learn_shape(before, arch);
+    find_location(std::move(watcher), before.base);
 
-    const bool       removed = llama_memory_seq_rm(mem, SEQ_CHAT, 1, 2);
-    const state_blob after   = read_blob(0, 3);
+    const bool       removed = memory.try_to_remove(1, 2);
+    const state_blob after   = memory.read(0, 3);
     if (!removed || after.base.pos != std::vector<int32_t>{ 0, 2 }) {
         fail(KVP_ERR_UNSUPPORTED,
              "a model of architecture '%s' cannot have a bounded cache: llama.cpp cannot remove tokens from the middle of it. "
@@ -173,18 +140,18 @@ void kvp_cache::open() {
     }
 }
 
-void kvp_cache::find_place(const blob_cache & trial) {
+void kvp_cache::find_location(std::unique_ptr<cell_watcher> watcher, const blob_cache & trial) {
     if (!watcher) {
-        why_not = "the context is not observed";
+        why_unknown = "the context is not observed";
         return;
     }
     try {
-        place.emplace(*watcher, trial, shape, llama_n_ctx(ctx));
+        location.emplace(std::move(watcher), trial, layout, memory.n_cells());
     } catch (const error & e) {
         if (e.code != KVP_ERR_UNSUPPORTED) {
             throw;
         }
-        why_not = e.message;
+        why_unknown = e.message;
     }
 }
 
@@ -193,7 +160,7 @@ void kvp_cache::check_packing() {
     const at_exit_of_scope cleanup{ [this] { clear_again(); } };
 
     constexpr uint32_t  N       = 8;
-    const llama_model * model   = llama_get_model(ctx);
+    const llama_model * model   = memory.model();
     const int32_t       n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     const int32_t       start   = std::max(0, std::min<int32_t>(1000, llama_model_n_ctx_train(model) - int32_t(2 * N)));
     llama_token         tokens[N + 1];
@@ -201,19 +168,19 @@ void kvp_cache::check_packing() {
         tokens[i] = (llama_token) (int64_t(n_vocab) * (i + 1) / (N + 2)); // any, as long as they differ
     }
     const auto next_logits = [&] {
-        decode(tokens + N, 1, start + N);
-        const float * logits = llama_get_logits_ith(ctx, -1);
+        memory.decode(tokens + N, 1, start + N);
+        const float * logits = memory.logits();
         if (!logits) {
             fail(KVP_ERR_UNSUPPORTED, "per-head eviction needs a context that gives logits");
         }
         return std::vector<float>(logits, logits + n_vocab);
     };
-    decode(tokens, N, start);
+    memory.decode(tokens, N, start);
     const std::vector<float> before = next_logits();
-    llama_memory_seq_rm(mem, SEQ_CHAT, start + N, -1);
+    memory.try_to_remove(start + N, -1);
 
     // every head in an order of its own, and all rows but the last a thousand positions away
-    const uint32_t       n_heads = shape.n_layer * shape.n_head_kv;
+    const uint32_t       n_heads = layout.n_layer * layout.n_head_kv;
     std::vector<int32_t> present(N), positions(N), keep(size_t(n_heads) * N);
     std::iota(present.begin(), present.end(), start);
     std::iota(positions.begin(), positions.end(), 0);
@@ -224,8 +191,8 @@ void kvp_cache::check_packing() {
         }
     }
     pack_plan plan;
-    plan.n_layer   = shape.n_layer;
-    plan.n_head_kv = shape.n_head_kv;
+    plan.n_layer   = layout.n_layer;
+    plan.n_head_kv = layout.n_head_kv;
     plan.n = plan.n_keep = N;
     plan.present   = present.data();
     plan.positions = positions.data();

@@ -1,4 +1,4 @@
-#include "state_blob.h"
+#include "format/state_blob.h"
 
 #include "error.h"
 

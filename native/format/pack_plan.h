@@ -1,4 +1,4 @@
-// Packing: every (layer, KV head) keeps its own rows of a state blob, in the same few cells.
+// What packing does: every (layer, KV head) keeps its own rows of a cache, in the same few cells.
 //
 // Why this is sound: a cached key carries its RoPE rotation already and the attention mask asks only
 // whether a cell's position is older than the query, so it does not matter which token's key and value
@@ -6,24 +6,10 @@
 // cache for packing tests it on the model at hand (kvp_cache_check_packing).
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 namespace kvp {
-
-// Calls work(bytes of one head's slice), where the usual head sizes in f16 and f32 are constants of the
-// compiler's: a copy of known length is a few moves.
-template <typename Work> void with_slice_size(size_t slice, Work work) {
-    switch (slice) {
-        case 64:  return work(std::integral_constant<size_t, 64>());
-        case 128: return work(std::integral_constant<size_t, 128>());
-        case 192: return work(std::integral_constant<size_t, 192>());
-        case 256: return work(std::integral_constant<size_t, 256>());
-        default:  return work(slice);
-    }
-}
 
 // How keys are turned to new positions while they are packed: pair i of a head by distance * frequency[i].
 struct rope_shift {
@@ -31,7 +17,7 @@ struct rope_shift {
     const int32_t * distance  = nullptr; // [n_layer, n_head_kv, n_keep], new position - old one
     uint32_t        n_pairs   = 0;
     bool            neox      = false; // pairs (i, i + n_pairs); else (2i, 2i + 1)
-    uint32_t        rotation  = 0;     // block of the Hadamard rotation that keys are stored under, 0 = none
+    uint32_t        hadamard_block = 0; // of the rotation that keys are stored under, 0 = none
 };
 
 struct pack_plan {
@@ -58,10 +44,5 @@ struct row_range {
     uint32_t first, last;
 };
 row_range rows_to_move(const pack_plan & plan, const std::vector<uint32_t> & survivors);
-
-// Rewrites the blob in place and returns its new size. Nothing is written before the whole blob and the
-// whole plan have been checked; throws kvp::error otherwise. A window cache behind the base cache is
-// moved up as it is.
-size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan & plan);
 
 } // namespace kvp

@@ -1,7 +1,8 @@
 // Packing a cache where it lies: rows move between cells, and llama.cpp is told afterwards which are free.
-#include "in_place.h"
+#include "cache/location.h"
 
 #include "error.h"
+#include "format/slices.h"
 
 #include <algorithm>
 #include <cstring>
@@ -158,7 +159,7 @@ struct device_moves {
 
 } // namespace
 
-bool in_place::can_pack() const {
+bool location::can_pack() const {
     for (const device_part & part : parts) {
         for (const device_layer & layer : part.layers) {
             if (!layer.k_words || (!shape.v_transposed && !layer.v_words)) {
@@ -170,7 +171,7 @@ bool in_place::can_pack() const {
 }
 
 // The graphs are made and not run.
-void in_place::try_packing() {
+void location::try_packing() {
     const std::vector<int32_t>  keep(size_t(shape.n_layer) * shape.n_head_kv, 0);
     const std::vector<uint32_t> at{ 0, 1 }, survivors{ 1 };
     pack_plan                   plan;
@@ -185,7 +186,7 @@ void in_place::try_packing() {
     }
 }
 
-void in_place::pack(const pack_plan & plan, const std::vector<uint32_t> & survivors, const std::vector<uint32_t> & at) {
+void location::pack(const pack_plan & plan, const std::vector<uint32_t> & survivors, const std::vector<uint32_t> & at) {
     const moves m{ plan, survivors, at, rows_to_move(plan, survivors) };
     if (m.range.first >= m.range.last) {
         return;

@@ -1,10 +1,15 @@
-#include "in_place.h"
+#include "cache/location.h"
 
 #include "error.h"
+#include "format/rows.h"
+#include "graph/graph_rows.h"
+#include "graph/graph_scorers.h"
+#include "scorers.h"
 
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 namespace kvp {
 
@@ -21,13 +26,13 @@ std::vector<uint8_t> bytes_of(const ggml_tensor * t, size_t size) {
 
 } // namespace
 
-in_place::in_place(cell_watcher & watcher, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells)
-    : shape(shape), n_cells(n_cells) {
+location::location(std::unique_ptr<cell_watcher> seeing, const blob_cache & trial, const kvp_cache_shape & shape, uint32_t n_cells)
+    : watcher(std::move(seeing)), shape(shape), n_cells(n_cells) {
     const size_t value = ggml_type_size(ggml_type(shape.type_v));
     if (shape.v_transposed && value != sizeof(uint16_t) && value != sizeof(uint32_t)) {
         fail(KVP_ERR_UNSUPPORTED, "transposed values of type %s cannot be packed where they lie", ggml_type_name(ggml_type(shape.type_v)));
     }
-    auto                  seen = watcher.follow(cell_watcher::NONE);
+    auto                  seen = watcher->follow(cell_watcher::NONE);
     std::vector<uint32_t> order(trial.pos.size());
     std::iota(order.begin(), order.end(), 0u); // the trial's positions ascend
     // Both caches of a model with sliding-window layers give their tensors names of the same kind, each with
@@ -36,20 +41,20 @@ in_place::in_place(cell_watcher & watcher, const blob_cache & trial, const kvp_c
     for (const layer_rows & want : trial.layers) {
         at = std::find_if(at, seen.end(), [&](const auto & layer) {
             const seen_cache &          c = layer.second;
-            const std::vector<uint32_t> cells(c.cells.begin(), c.cells.end());
-            return cells.size() == order.size() && holds({ c.k, c.v }, want, order, cells);
+            const std::vector<uint32_t> where(c.cells.begin(), c.cells.end());
+            return where.size() == order.size() && holds({ c.k, c.v }, want, order, where);
         });
         if (at == seen.end()) {
             fail(KVP_ERR_UNSUPPORTED, "llama.cpp does not show where layer %zu of the base cache lies", layers.size());
         }
         layers.push_back({ at->second.k, at->second.v });
         if (layers.size() == 1) {
-            watcher.follow(at->first); // the same cells in all layers
+            watcher->follow(at->first); // the same cells in all layers
         }
         ++at;
     }
     for (size_t il = 0; il < layers.size(); ++il) {
-        place(layers[il], trial.layers[il]);
+        add_layer(layers[il], trial.layers[il]);
     }
     if (can_pack()) {
         try_packing();
@@ -58,7 +63,7 @@ in_place::in_place(cell_watcher & watcher, const blob_cache & trial, const kvp_c
 
 // Whether the tensors are laid out like `want` and hold its bytes. Also refuses what is no plain table of
 // [row, cell], several streams for one.
-bool in_place::holds(const tensors & t, const layer_rows & want, const std::vector<uint32_t> & order,
+bool location::holds(const tensors & t, const layer_rows & want, const std::vector<uint32_t> & order,
                      const std::vector<uint32_t> & cells) const {
     if (!t.k || !t.v || !t.k->buffer || !t.v->buffer || t.k->type != want.type_k || t.v->type != want.type_v ||
         t.k->nb[1] != want.k_row || t.k->ne[2] != 1 || t.k->ne[3] != 1 || t.v->nb[1] != want.v_row || t.v->ne[2] != 1 ||
@@ -97,7 +102,7 @@ bool in_place::holds(const tensors & t, const layer_rows & want, const std::vect
     return true;
 }
 
-void in_place::place(const tensors & t, const layer_rows & like) {
+void location::add_layer(const tensors & t, const layer_rows & like) {
     layer_rows rows = like;
     rows.k = rows.v = nullptr;
     rows.v_column   = size_t(t.v->ne[1]) * ggml_type_size(t.v->type);
@@ -134,7 +139,7 @@ void in_place::place(const tensors & t, const layer_rows & like) {
     part->layers.push_back({ il, t.k, t.v, as_words(t.k, like.k_row), shape.v_transposed ? nullptr : as_words(t.v, like.v_row) });
 }
 
-std::vector<device_part *> in_place::with_host(int32_t n_threads) {
+std::vector<device_part *> location::with_host(int32_t n_threads) {
     std::vector<device_part *> all;
     for (device_part & part : parts) {
         all.push_back(&part);
@@ -156,7 +161,7 @@ std::vector<device_part *> in_place::with_host(int32_t n_threads) {
     return all;
 }
 
-std::string in_place::devices() const {
+std::string location::devices() const {
     std::string names;
     if (std::any_of(host.begin(), host.end(), [](const layer_rows & layer) { return layer.k != nullptr; })) {
         names = "CPU";
@@ -167,7 +172,7 @@ std::string in_place::devices() const {
     return names;
 }
 
-uint64_t in_place::bytes_transferred() const {
+uint64_t location::bytes_transferred() const {
     uint64_t sum = 0;
     for (const device_part & part : parts) {
         sum += part.on->bytes_transferred;
@@ -175,7 +180,7 @@ uint64_t in_place::bytes_transferred() const {
     return sum;
 }
 
-bool in_place::has_room(size_t n) const {
+bool location::has_room(size_t n) const {
     for (const device_part & part : parts) {
         const size_t row = host[part.layers.front().il].k_row + host[part.layers.front().il].v_row;
         if (part.on->free_memory() < 2 * n * row * part.layers.size()) {
@@ -185,7 +190,7 @@ bool in_place::has_room(size_t n) const {
     return true;
 }
 
-void in_place::compare(const blob_cache & blob, const std::vector<uint32_t> & order, const std::vector<uint32_t> & cells) const {
+void location::compare(const blob_cache & blob, const std::vector<uint32_t> & order, const std::vector<uint32_t> & cells) const {
     for (size_t il = 0; il < layers.size(); ++il) {
         if (!holds(layers[il], blob.layers[il], order, cells)) {
             fail(KVP_ERR_RUNTIME, "layer %zu: the cells followed do not hold what llama.cpp's state says", il);
@@ -193,10 +198,32 @@ void in_place::compare(const blob_cache & blob, const std::vector<uint32_t> & or
     }
 }
 
-bool in_place::begins_with(const blob_cache & blob) const {
+bool location::begins_with(const blob_cache & blob) const {
     const layer_rows & want = blob.layers.front();
     const size_t       size = blob.pos.size() * want.k_row;
     return size <= ggml_nbytes(layers.front().k) && std::memcmp(bytes_of(layers.front().k, size).data(), want.k, size) == 0;
+}
+
+std::vector<float> location::key_norms(const std::vector<uint32_t> & at) {
+    const size_t       n = at.size(), H = shape.n_head_kv;
+    std::vector<float> norms(n * H);
+    if (on_host(0)) {
+        std::vector<float> keys(n * H * shape.head_size_k);
+        read_k(host[0], at, H * shape.head_size_k, 0, keys.data());
+        score_knorm(keys.data(), n, H, shape.head_size_k, norms.data());
+        return norms;
+    }
+    const std::vector<int32_t> cells(at.begin(), at.end());
+    device_part &              part = parts.front(); // the first layer that is not on the host is its first
+    device_graph               graph(*part.on, 32);
+    graph_rows                 rows(graph, part, shape, cells);
+    ggml_tensor *              found = graph_knorm(graph.ctx(), rows.stored_keys(0));
+    ggml_set_output(found);
+    graph.compute(found);
+    graph.prepare();
+    graph.run();
+    part.on->get(found, norms.data(), norms.size() * sizeof(float));
+    return norms;
 }
 
 } // namespace kvp
