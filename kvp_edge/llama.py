@@ -28,7 +28,7 @@ from kvp_edge.arguments import (
     check_counts,
     check_threads,
 )
-from kvp_edge.arrays import FloatArray
+from kvp_edge.arrays import FloatArray, TokenIndices
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.library import BUILT_FOR
@@ -547,7 +547,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         )
 
     @property
-    def kv_indices(self) -> Any:
+    def kv_indices(self) -> TokenIndices:
         """Tokens that the cache holds, as their indices in the conversation, ascending: int32
         [kept]; at head granularity [n_layer, n_head_kv, kept], as every head holds its own."""
         with self._calls.look():

@@ -52,6 +52,13 @@ enum kvp_status {
     KVP_ERR_MEMORY      = 6, /* out of memory                                                    */
 };
 
+/* A token's numbers, as docs/glossary.md tells them apart. */
+typedef int32_t  kvp_token_index;    /* in the conversation, from 0                                      */
+typedef int32_t  kvp_llama_position; /* llama_pos: the number in llama.cpp's cell table                   */
+typedef int32_t  kvp_rope_position;  /* that a cached key is rotated to                                   */
+typedef int32_t  kvp_row;            /* row r has the r-th smallest llama.cpp position of the sequence    */
+typedef uint32_t kvp_cell_index;     /* in llama.cpp's cache: internal, no function takes or gives it     */
+
 typedef struct kvp_error {
     int32_t code;         /* enum kvp_status */
     char    message[512]; /* a sentence in UTF-8, zero-terminated */
@@ -100,7 +107,8 @@ typedef struct kvp_observer kvp_observer;
 typedef bool (*kvp_eval_callback)(struct ggml_tensor * node, bool ask, void * user_data);
 
 /* next: a callback of somebody else that is shown the nodes, too, with next_data; or NULL. */
-KVP_API int32_t           kvp_observer_create(kvp_eval_callback next, void * next_data, kvp_observer ** observer, kvp_error * err);
+KVP_API int32_t           kvp_observer_create(kvp_eval_callback next, void * next_data, kvp_observer ** observer,
+                                              kvp_error * err);
 KVP_API void              kvp_observer_free(kvp_observer * observer); /* NULL is allowed */
 KVP_API kvp_eval_callback kvp_observer_callback(void);
 
@@ -130,7 +138,8 @@ typedef struct kvp_cache_shape {
  * scored and packed there, through pointers in host memory, by ggml graphs on a device, so that only cell numbers
  * and scores cross. Where that is not possible, or a token's cell is not known, or `observer` is NULL, it goes
  * through llama.cpp's state: the result is the same, and the cells are known again after a state has been packed. */
-KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_observer * observer, kvp_cache ** cache, kvp_error * err);
+KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_observer * observer, kvp_cache ** cache,
+                               kvp_error * err);
 KVP_API void    kvp_cache_close(kvp_cache * cache); /* NULL is allowed */
 KVP_API void    kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * shape);
 
@@ -150,14 +159,14 @@ KVP_API void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location 
 /* The owner of an observed context tells what it does itself: after a llama_decode that went well, that it
  * read n tokens at positions first, first + 1, ...; and to forget all cells after it has put tokens into the
  * cache in any other way (llama_state_set_data). Removed and cleared tokens need not be told. */
-KVP_API int32_t kvp_cache_appended(kvp_cache * cache, int32_t first, uint32_t n, kvp_error * err);
+KVP_API int32_t kvp_cache_appended(kvp_cache * cache, kvp_llama_position first, uint32_t n, kvp_error * err);
 KVP_API void    kvp_cache_forget(kvp_cache * cache);
 
 /* Compares the cells of the tokens at `present` (int32 [n], ascending: every position of sequence 0) with
  * llama.cpp's state, byte for byte: KVP_ERR_RUNTIME if they differ; *known is 0 if not all cells are known.
  * Without NDEBUG this is done before every packing. */
-KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const int32_t * present, uint32_t n, uint32_t * known,
-                                      kvp_error * err);
+KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const kvp_llama_position * present, uint32_t n,
+                                      uint32_t * known, kvp_error * err);
 
 /* Reads the tokens of sequence 0 at positions [p0, p1), de-quantised and with llama.cpp's Hadamard
  * rotation undone (RoPE stays in the keys).
@@ -165,8 +174,8 @@ KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const int32_t * present
  *   positions  int32 [n], ascending
  *   keys       f32 [n_layer, n_head_kv, n, head_size_k] or NULL
  *   values     f32 [n_layer, n_head_kv, n, head_size_v] or NULL                                   */
-KVP_API int32_t kvp_cache_read(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, int32_t * positions,
-                               float * keys, float * values, kvp_error * err);
+KVP_API int32_t kvp_cache_read(kvp_cache * cache, kvp_llama_position p0, kvp_llama_position p1, uint32_t n,
+                               kvp_llama_position * positions, float * keys, float * values, kvp_error * err);
 
 /* Scorers that run here, so that keys need not be copied out. A larger score means: keep. */
 enum kvp_scorer {
@@ -184,7 +193,8 @@ KVP_API int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, i
  * then kvp_cache_read gives the rows. */
 
 /* The largest number of each value minus the smallest (arXiv:2606.03928): scores f32 [n_layer, n_head_kv, n]. */
-KVP_API int32_t kvp_cache_score_range(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, float * scores, kvp_error * err);
+KVP_API int32_t kvp_cache_score_range(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, float * scores,
+                                      kvp_error * err);
 
 /* How far keys and values stand out of the ranges of those that follow (arXiv:2504.04704, section 2.2), in the
  * n_parts * lag tokens from number `first` on, in partitions of `lag`:
@@ -205,8 +215,9 @@ typedef struct kvp_query_batch {
  * before: summed over queries, averaged over a KV head's query heads.
  *   held  int32 [n_layer, n_head_kv, n], the tokens' indices in the conversation
  *   paid  f32 [n_layer, n_head_kv, n]                                           */
-KVP_API int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_query_batch * queries,
-                                          const int32_t * held, float * paid, kvp_error * err);
+KVP_API int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n,
+                                          const kvp_query_batch * queries, const int32_t * held, float * paid,
+                                          kvp_error * err);
 
 /* What is known of queries to come. */
 typedef struct kvp_expected {
@@ -219,8 +230,8 @@ typedef struct kvp_expected {
 
 /* softmax of scale k.mean + scale^2 k.(covariance)k / 2, averaged over a KV head's query heads, times the norm of the
  * value (arXiv:2510.00636, section 3): scores f32 [n_layer, n_head_kv, n]. */
-KVP_API int32_t kvp_cache_score_expected(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_expected * expected,
-                                         float * scores, kvp_error * err);
+KVP_API int32_t kvp_cache_score_expected(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n,
+                                         const kvp_expected * expected, float * scores, kvp_error * err);
 
 /* A learned policy: a small network for every (layer, KV head), whose score docs/policy-format.md defines.
  * It runs as ggml graphs: on the CPU for rows in host memory, else on the device that holds them. */
@@ -254,11 +265,12 @@ KVP_API void    kvp_policy_free(kvp_policy * policy); /* NULL is allowed */
 /* Scores n tokens that lie in memory.
  *   keys    f32 [n_layer, n_head_kv, n, head_size_k], RoPE included
  *   values  f32 [n_layer, n_head_kv, n, head_size_v]
- *   tokens  int32 [n], ascending: the tokens' indices in the conversation. Where one is left out between
- *           two, it counts as missing.
+ *   indices int32 [n], ascending: the tokens' in the conversation. Where one is left out between two, it
+ *           counts as missing.
  *   scores  f32 [n_layer, n_head_kv, n]; larger = keep                                              */
-KVP_API int32_t kvp_policy_score(kvp_policy * policy, const float * keys, const float * values, const int32_t * tokens,
-                                 uint32_t n, int32_t n_threads, float * scores, kvp_error * err);
+KVP_API int32_t kvp_policy_score(kvp_policy * policy, const float * keys, const float * values,
+                                 const kvp_token_index * indices, uint32_t n, int32_t n_threads, float * scores,
+                                 kvp_error * err);
 
 /* The same for the tokens of sequence 0 at positions [p0, p1), with as many threads as the context has. */
 KVP_API int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p0, int32_t p1, uint32_t n,
@@ -281,13 +293,13 @@ KVP_API int32_t kvp_choose_tokens(const float * scores, uint32_t n_head, const i
  *   keep     uint8 [n]: 0 = remove. The newest token must be kept (llama.cpp continues from it).
  *   n_ranges number of calls made (may be NULL)
  * On KVP_ERR_RUNTIME some ranges may be gone: the caller must re-read the conversation.           */
-KVP_API int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8_t * keep, uint32_t n,
-                                 uint32_t * n_ranges, kvp_error * err);
+KVP_API int32_t kvp_cache_remove(kvp_cache * cache, const kvp_llama_position * present, const uint8_t * keep,
+                                 uint32_t n, uint32_t * n_ranges, kvp_error * err);
 
 /* Gives the cells at positions `present` new, not larger ones; both int32 [n], ascending. llama.cpp turns the
  * keys accordingly when it decodes the next batch (its "K-shift"); until then the cache must not be read. */
-KVP_API int32_t kvp_cache_move(kvp_cache * cache, const int32_t * present, const int32_t * positions, uint32_t n,
-                               kvp_error * err);
+KVP_API int32_t kvp_cache_move(kvp_cache * cache, const kvp_llama_position * present,
+                               const kvp_llama_position * positions, uint32_t n, kvp_error * err);
 
 /* Chooses the rows that each head keeps, on its own, the same number in all heads.
  *   scores        f32 [n_head, n]; larger = keep, not finite = drop
@@ -296,20 +308,20 @@ KVP_API int32_t kvp_cache_move(kvp_cache * cache, const int32_t * present, const
  *   keep          int32 [n_head, n_keep], ascending rows
  * Protected units come first, then whole units by mean score while they fit; equal scores favour the
  * newer row. Only where nothing but units too large for the last rows is left is one of them cut. */
-KVP_API int32_t kvp_choose_rows(const float * scores, const int32_t * unit, const uint8_t * is_protected, uint32_t n_head,
-                                uint32_t n, uint32_t n_keep, int32_t * keep, kvp_error * err);
+KVP_API int32_t kvp_choose_rows(const float * scores, const int32_t * unit, const uint8_t * is_protected,
+                                uint32_t n_head, uint32_t n, uint32_t n_keep, kvp_row * keep, kvp_error * err);
 
 /* Tests on an EMPTY context whether heads can keep different rows, and clears it again: heads must be
  * whole blocks of the cache's types, and next-token logits must not change when the rows of every head
  * are put into another order and far away (they do with ALiBi). KVP_ERR_UNSUPPORTED says why not. */
 KVP_API int32_t kvp_cache_check_packing(kvp_cache * cache, kvp_error * err);
 
-/* How kept keys are turned to new positions (RoPE): pair p of a key by turn * frequency[p] radians. */
+/* How kept keys are turned to new RoPE positions: pair p of a key by distance * frequency[p] radians. */
 typedef struct kvp_rope_shift {
-    const double *  frequency; /* [n_layer, n_pairs], radians per position                        */
-    const int32_t * distance;  /* [n_layer, n_head_kv, n_keep], new position minus old            */
-    uint32_t        n_pairs;
-    uint32_t        neox;      /* 1: pairs (p, p + n_pairs) of a key; 0: pairs (2p, 2p + 1)       */
+    const double *            frequency; /* [n_layer, n_pairs], radians per position                  */
+    const kvp_rope_position * distance;  /* [n_layer, n_head_kv, n_keep], new position minus old      */
+    uint32_t                  n_pairs;
+    uint32_t                  neox;      /* 1: pairs (p, p + n_pairs) of a key; 0: pairs (2p, 2p + 1) */
 } kvp_rope_shift;
 
 /* Packs sequence 0 into n_keep cells: row i of layer l and KV head h becomes row keep[l, h, i] of now.
@@ -328,27 +340,28 @@ typedef struct kvp_rope_shift {
  * of sight. Its model's keys cannot be turned.
  * On KVP_ERR_ARGUMENT, _UNSUPPORTED, _LAYOUT and _MEMORY the cache is what it was. On KVP_ERR_RUNTIME a device
  * or llama.cpp failed in the middle and the cache is EMPTY: the conversation must be read again. */
-KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep,
-                               const int32_t * positions, uint32_t n_keep, const kvp_rope_shift * shift, kvp_error * err);
+KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const kvp_llama_position * present, uint32_t n, const kvp_row * keep,
+                               const kvp_llama_position * positions, uint32_t n_keep, const kvp_rope_shift * shift,
+                               kvp_error * err);
 
 /* Puts a state blob of sequence 0 back that was taken from a cache of the same layout, after checking it
  * against this one: layers, types, sizes, and that it holds the positions `present` (int32 [n],
  * ascending). Errors as in kvp_cache_pack: only KVP_ERR_RUNTIME leaves the cache changed, and EMPTY. */
-KVP_API int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present, uint32_t n,
-                                  kvp_error * err);
+KVP_API int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size,
+                                  const kvp_llama_position * present, uint32_t n, kvp_error * err);
 
 /* The checks of kvp_cache_restore alone: whether it would find what it is told to find. The cache is not read. */
-KVP_API int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present,
-                                      uint32_t n, kvp_error * err);
+KVP_API int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, size_t size,
+                                      const kvp_llama_position * present, uint32_t n, kvp_error * err);
 
 /* The same as kvp_cache_pack on a state blob of sequence seq_id in memory (llama_state_seq_get_data), without any context:
  * the blob is rewritten in place and its new size stored in *packed_size. k_hadamard_block: as in
  * kvp_cache_shape, used only to turn keys.
  * On any error the blob may be spoilt; it is never read or written outside [blob, blob + size). */
 KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
-                               const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions,
-                               uint32_t n_keep, const kvp_rope_shift * shift, uint32_t k_hadamard_block, size_t * packed_size,
-                               kvp_error * err);
+                               const kvp_llama_position * present, uint32_t n, const kvp_row * keep,
+                               const kvp_llama_position * positions, uint32_t n_keep, const kvp_rope_shift * shift,
+                               uint32_t k_hadamard_block, size_t * packed_size, kvp_error * err);
 
 /* Captures the attention that a running context pays, reduced at once: for every token, KV head and
  * block of queries the sum over the block's queries of the LARGEST attention that any query head of the
@@ -408,15 +421,15 @@ KVP_API int32_t kvp_queries_try(kvp_queries * log, uint32_t n_tokens, kvp_error 
  *   capacity  tokens whose queries are kept
  *   shape     result
  *   scales    f32 [n_layer], result: what q.k is multiplied by before the softmax                   */
-KVP_API int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, const float * keys, uint32_t capacity,
-                                  kvp_queries_shape * shape, float * scales, kvp_error * err);
+KVP_API int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, const float * keys,
+                                  uint32_t capacity, kvp_queries_shape * shape, float * scales, kvp_error * err);
 
 /* The n tokens decoded since the last call are number first, first + 1, ... of the conversation. On an error
  * none of them is logged. */
-KVP_API int32_t kvp_queries_append(kvp_queries * log, int32_t first, uint32_t n, kvp_error * err);
+KVP_API int32_t kvp_queries_append(kvp_queries * log, kvp_token_index first, uint32_t n, kvp_error * err);
 
 /* Forgets the tokens from number `length` on, and whatever was decoded but not appended. */
-KVP_API int32_t kvp_queries_rewind(kvp_queries * log, int32_t length, kvp_error * err);
+KVP_API int32_t kvp_queries_rewind(kvp_queries * log, kvp_token_index length, kvp_error * err);
 
 /* Tokens whose queries there are: at most `capacity`. */
 KVP_API uint32_t kvp_queries_size(const kvp_queries * log);
@@ -424,7 +437,8 @@ KVP_API uint32_t kvp_queries_size(const kvp_queries * log);
 /* The newest n of them.
  *   queries    f32 [n_layer, n_head, n, head_size]
  *   indices    int32 [n], ascending: in the conversation */
-KVP_API int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, int32_t * indices, kvp_error * err);
+KVP_API int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, kvp_token_index * indices,
+                                 kvp_error * err);
 
 #ifdef __cplusplus
 }

@@ -9,7 +9,15 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
+from kvp_edge.arrays import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    LlamaPositions,
+    RopePositions,
+    Rows,
+    TokenIndices,
+)
 from kvp_edge.binding import structs
 from kvp_edge.binding.library import call, create, lib
 from kvp_edge.binding.observer import Observer
@@ -32,7 +40,7 @@ class QueryBatch(Protocol):
     @property
     def queries(self) -> FloatArray: ...
     @property
-    def indices(self) -> IntArray: ...
+    def indices(self) -> TokenIndices: ...
     @property
     def scale(self) -> FloatArray: ...
 
@@ -48,11 +56,11 @@ class RopeShift:
     """
 
     frequency: npt.NDArray[np.float64]
-    distance: IntArray
+    distance: RopePositions
     neox: bool
 
 
-def _shift_struct(rope_shift: RopeShift | None, keep: IntArray) -> structs.RopeShift | None:
+def _shift_struct(rope_shift: RopeShift | None, keep: Rows) -> structs.RopeShift | None:
     if rope_shift is None:
         return None
     frequency = np.ascontiguousarray(rope_shift.frequency, np.float64)
@@ -73,9 +81,9 @@ def _shift_struct(rope_shift: RopeShift | None, keep: IntArray) -> structs.RopeS
 def pack_state(
     state: npt.NDArray[np.uint8],
     seq_id: int,
-    present: IntArray,
-    keep: IntArray,
-    positions: IntArray,
+    present: LlamaPositions,
+    keep: Rows,
+    positions: LlamaPositions,
     *,
     rope_shift: RopeShift | None = None,
     k_hadamard_block: int = 0,
@@ -171,7 +179,7 @@ class NativeCache:
         """Tokens were put into the cache in another way than by decoding them."""
         lib.kvp_cache_forget(self._handle)
 
-    def check_cells(self, present: IntArray) -> bool:
+    def check_cells(self, present: LlamaPositions) -> bool:
         """Compare the cells followed, where ``present`` lies, with llama.cpp's state, byte by byte.
 
         Args:
@@ -190,7 +198,7 @@ class NativeCache:
 
     def read(
         self, p0: int, p1: int, n: int, *, values: bool = True
-    ) -> tuple[IntArray, FloatArray, FloatArray | None]:
+    ) -> tuple[LlamaPositions, FloatArray, FloatArray | None]:
         """Keys and values of the ``n`` tokens at positions [p0, p1), de-quantised, not rotated.
 
         Returns:
@@ -325,7 +333,7 @@ class NativeCache:
         except (UnsupportedModelError, MemoryError) as error:
             raise NotInPlace(str(error)) from error
 
-    def remove(self, present: IntArray, keep: BoolArray) -> int:
+    def remove(self, present: LlamaPositions, keep: BoolArray) -> int:
         """Remove the tokens at ``present[~keep]`` from every layer and head.
 
         Args:
@@ -343,7 +351,7 @@ class NativeCache:
         call("kvp_cache_remove", self._handle, present, flags, len(present), ranges)
         return int(ranges[0])
 
-    def move(self, present: IntArray, positions: IntArray) -> None:
+    def move(self, present: LlamaPositions, positions: LlamaPositions) -> None:
         """Give the cells at ``present`` new, not larger, positions; both int32 [n], ascending.
 
         llama.cpp turns the keys accordingly when it decodes the next batch (its "K-shift"); until
@@ -365,9 +373,9 @@ class NativeCache:
 
     def pack(
         self,
-        present: IntArray,
-        keep: IntArray,
-        positions: IntArray,
+        present: LlamaPositions,
+        keep: Rows,
+        positions: LlamaPositions,
         rope_shift: RopeShift | None = None,
     ) -> None:
         """Let every head keep its own rows, in the same cells (see kvp_cache_pack).
@@ -410,7 +418,7 @@ class NativeCache:
             raise KVCacheError("llama.cpp could not write its state")
         return state
 
-    def restore(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+    def restore(self, state: npt.NDArray[np.uint8], present: LlamaPositions) -> None:
         """Put back what ``state`` gave, now or in another process.
 
         Args:
@@ -425,7 +433,7 @@ class NativeCache:
         present = np.ascontiguousarray(present, np.int32)
         call("kvp_cache_restore", self._handle, state, len(state), present, len(present))
 
-    def check_state(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+    def check_state(self, state: npt.NDArray[np.uint8], present: LlamaPositions) -> None:
         """Check that ``restore`` would take ``state`` and ``present``; the arguments are the same.
 
         Raises:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, TokenIndices
 from kvp_edge.binding import structs
 from kvp_edge.binding.library import call, create
 
@@ -46,20 +46,20 @@ class NativePolicy:
         self.handle = create("kvp_policy", "kvp_policy_create", copied)
 
     def score(
-        self, keys: FloatArray, values: FloatArray, tokens: IntArray, *, threads: int = 1
+        self, keys: FloatArray, values: FloatArray, indices: TokenIndices, *, threads: int = 1
     ) -> FloatArray:
         """Scores f32 [n_layer, n_head_kv, n] of tokens in memory; the arguments of Policy.score.
 
         Raises:
-            ValueError: arrays of another shape than the policy's, or tokens that do not ascend.
+            ValueError: arrays of another shape than the policy's, or indices that do not ascend.
         """
-        n = len(tokens)
+        n = len(indices)
         for array, size in ((keys, self._head_size_k), (values, self._head_size_v)):
             if array.shape != (*self._heads, n, size):
                 raise ValueError(f"an array {array.shape} where {(*self._heads, n, size)} belongs")
         keys = np.ascontiguousarray(keys, np.float32)
         values = np.ascontiguousarray(values, np.float32)
-        tokens = np.ascontiguousarray(tokens, np.int32)
+        indices = np.ascontiguousarray(indices, np.int32)
         scores = np.empty((*self._heads, n), np.float32)
-        call("kvp_policy_score", self.handle, keys, values, tokens, n, threads, scores)
+        call("kvp_policy_score", self.handle, keys, values, indices, n, threads, scores)
         return scores

@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, TokenIndices
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.library import call, create, lib
 from kvp_edge.binding.observer import Observer
@@ -35,7 +35,7 @@ class Queries:
     """
 
     queries: FloatArray
-    indices: IntArray
+    indices: TokenIndices
     scale: FloatArray
 
     def __len__(self) -> int:

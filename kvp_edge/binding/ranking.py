@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
+from kvp_edge.arrays import BoolArray, FloatArray, IntArray, Rows
 from kvp_edge.binding.library import call
 
 
@@ -45,7 +45,7 @@ def choose_tokens(
     return keep
 
 
-def choose_rows(scores: FloatArray, unit: IntArray, protected: BoolArray, n_keep: int) -> IntArray:
+def choose_rows(scores: FloatArray, unit: IntArray, protected: BoolArray, n_keep: int) -> Rows:
     """Which rows each head keeps, the same number in all (see kvp_choose_rows).
 
     Args:

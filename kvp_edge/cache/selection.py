@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.arrays import IntArray
+from kvp_edge.arrays import IntArray, TokenIndices
 
 
-def units(tokens: IntArray, spans: IntArray) -> IntArray:
+def units(indices: TokenIndices, spans: IntArray) -> IntArray:
     """A number for each token, the same for the tokens of one span, ascending like the tokens.
 
     Args:
-        tokens: int32 [..., n].
+        indices: int32 [..., n].
         spans: int32 [k, 2], [start, end), start < end, ascending, disjoint.
     """
     if len(spans) == 0:
-        return tokens
-    n = max(int(tokens.max()) + 1, int(spans[-1, 1]))
+        return indices
+    n = max(int(indices.max()) + 1, int(spans[-1, 1]))
     step = np.zeros(n + 1, np.int32)
     step[spans[:, 0] + 1] += 1
     step[spans[:, 1]] -= 1
     behind_a_first = np.cumsum(step[:n]) > 0
     first = np.where(behind_a_first, 0, np.arange(n, dtype=np.int32))
-    return np.maximum.accumulate(first)[tokens]
+    return np.maximum.accumulate(first)[indices]
 
 
 def clipped(spans: IntArray, first: int, end: int) -> IntArray:
@@ -31,7 +31,7 @@ def clipped(spans: IntArray, first: int, end: int) -> IntArray:
     return inside[inside[:, 0] < inside[:, 1]]
 
 
-def spans(indices: IntArray) -> tuple[tuple[int, int], ...]:
+def spans(indices: TokenIndices) -> tuple[tuple[int, int], ...]:
     """Ascending indices as [start, end) runs of consecutive numbers."""
     if len(indices) == 0:
         return ()
@@ -41,7 +41,7 @@ def spans(indices: IntArray) -> tuple[tuple[int, int], ...]:
     return tuple((int(a), int(b) + 1) for a, b in zip(firsts, lasts, strict=True))
 
 
-def no_longer_held(before: IntArray, after: IntArray, seen: int) -> IntArray:
+def no_longer_held(before: TokenIndices, after: TokenIndices, seen: int) -> TokenIndices:
     """Tokens that some head kept before and no head keeps now, ascending."""
     held = np.zeros(seen, np.bool_)
     held[before] = True

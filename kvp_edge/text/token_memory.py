@@ -22,7 +22,7 @@ from functools import partial
 import llama_cpp
 import numpy as np
 
-from kvp_edge.arrays import IntArray
+from kvp_edge.arrays import TokenIds
 
 #: Shorter texts are not worth remembering.
 WORTH_BYTES = 4096
@@ -93,7 +93,7 @@ class _Known:
     text: bytes
     add_bos: bool
     tokens: list[int]
-    ids: IntArray  # the same
+    ids: TokenIds  # the same
     cuts: list[tuple[int, int]]  # bytes and tokens before each piece but the first
 
 
@@ -136,7 +136,7 @@ class TokenMemory:
         self._known = _Known(text, add_bos, tokens, ids, cuts)
         return tokens.copy()
 
-    def ids(self, tokens: list[int]) -> IntArray | None:
+    def ids(self, tokens: list[int]) -> TokenIds | None:
         """The same tokens as int32 [n], if they are those given last."""
         known = self._known
         return known.ids if known.tokens == tokens else None

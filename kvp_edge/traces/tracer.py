@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import HalfArray, IntArray
+from kvp_edge.arrays import HalfArray, TokenIds, TokenIndices
 from kvp_edge.binding.blocks import Blocks
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.capture import AttentionAsComputed
@@ -44,9 +44,9 @@ def _round_up(n_tokens: int) -> int:
 class Captured:
     """The capture of one text: L layers, H KV heads, T tokens, P = blocks.n_sums(T)."""
 
-    tokens: IntArray
+    tokens: TokenIds
     """int32 [T]"""
-    indices: IntArray
+    indices: TokenIndices
     """int32 [T], ascending"""
     keys: HalfArray
     """float16 [L, H, T, head_size_k], RoPE included"""

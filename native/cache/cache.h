@@ -48,7 +48,7 @@ public:
 
     // The rows of the tokens at [p0, p1), checked against what the caller expects there; fills positions. What is in
     // a state is valid until the next call that takes one.
-    kvp::token_rows find_rows(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, from where);
+    kvp::token_rows find_rows(kvp_llama_position p0, kvp_llama_position p1, uint32_t n, kvp_llama_position * positions, from where);
 
     // Calls each(il, keys or values as f32 [n, n_head_kv * head_size] in ascending position order) for the
     // layers that are not on a device.
@@ -70,12 +70,12 @@ public:
     }
 
     // See kvp_cache_read.
-    void read(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, float * keys, float * values);
+    void read(kvp_llama_position p0, kvp_llama_position p1, uint32_t n, kvp_llama_position * positions, float * keys, float * values);
 
     // Calls score(location, cells of the n tokens at [p0, p1)), or throws KVP_ERR_UNSUPPORTED if they are not known.
-    template <typename Score> void in_place(int32_t p0, int32_t p1, uint32_t n, Score score) {
+    template <typename Score> void in_place(kvp_llama_position p0, kvp_llama_position p1, uint32_t n, Score score) {
         std::vector<int32_t>        positions(n);
-        const std::vector<uint32_t> cells = known_cells(p0, p1, n, positions.data());
+        const std::vector<kvp_cell_index> cells = known_cells(p0, p1, n, positions.data());
         if (cells.empty() && n > 0) {
             kvp::fail(KVP_ERR_UNSUPPORTED, "it is not known where the tokens at positions [%d, %d) lie", p0, p1);
         }
@@ -88,20 +88,20 @@ public:
     kvp::location & found_location() { return *location; }
 
     // Compares the cells followed with llama.cpp's own state; false if they are not known.
-    bool check_cells(const int32_t * present, uint32_t n);
+    bool check_cells(const kvp_llama_position * present, uint32_t n);
 
     // -- changing
     // Removes the tokens at present[i] where keep[i] is 0, and returns in how many ranges.
-    uint32_t remove(const int32_t * present, const uint8_t * keep, uint32_t n);
-    void     move(const int32_t * present, const int32_t * positions, uint32_t n);
+    uint32_t remove(const kvp_llama_position * present, const uint8_t * keep, uint32_t n);
+    void     move(const kvp_llama_position * present, const kvp_llama_position * positions, uint32_t n);
     void     check_packing();
     void     pack(const kvp::pack_plan & plan);
-    void     restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n);
+    void     restore(const uint8_t * bytes, size_t size, const kvp_llama_position * present, uint32_t n);
     // Throws unless `bytes` is a state of a cache like this one that holds the n positions `present`.
-    void check_state(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) const;
+    void check_state(const uint8_t * bytes, size_t size, const kvp_llama_position * present, uint32_t n) const;
 
     // -- what the owner of the context does itself
-    void appended(int32_t first, uint32_t n);
+    void appended(kvp_llama_position first, uint32_t n);
     void forget();
 
 private:
@@ -113,14 +113,14 @@ private:
 
     // reading
     // The cells of the n tokens at [p0, p1), and their positions; none if they are not known.
-    std::vector<uint32_t> known_cells(int32_t p0, int32_t p1, uint32_t n, int32_t * positions) const;
+    std::vector<kvp_cell_index> known_cells(kvp_llama_position p0, kvp_llama_position p1, uint32_t n, kvp_llama_position * positions) const;
     size_t                blob_bound(uint32_t n) const;
 
     // changing
-    void             remove_range(int32_t p0, int32_t p1);
+    void             remove_range(kvp_llama_position p0, kvp_llama_position p1);
     bool             try_to_pack_in_place(const kvp::pack_plan & plan, int32_t newest);
     bool             thins_window(const kvp::pack_plan & plan, const std::vector<uint32_t> & survivors) const;
-    void             defragment(const int32_t * positions, uint32_t n);
+    void             defragment(const kvp_llama_position * positions, uint32_t n);
     void             set_state(const uint8_t * bytes, size_t size, int32_t newest);
     [[noreturn]] void clear_after_failure(const kvp::error & e);
 

@@ -26,7 +26,8 @@ rope_shift shift_of(const kvp_rope_shift * shift, uint32_t hadamard_block) {
 // Calls on_device(rows) for tokens whose cells are known and then on_host(rows), which sees the layers that
 // are not on a device; where a device is not able to, on_host alone, with all layers.
 template <typename Device, typename Host>
-void score_rows(kvp_cache & cache, int32_t p0, int32_t p1, uint32_t n, int32_t * positions, Device on_device, Host on_host) {
+void score_rows(kvp_cache & cache, int32_t p0, int32_t p1, uint32_t n, int32_t * positions, Device on_device,
+                Host on_host) {
     token_rows tokens = cache.find_rows(p0, p1, n, positions, kvp_cache::from::anywhere);
     if (n > 0 && tokens.in_place) {
         try {
@@ -70,8 +71,8 @@ void kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * shape) {
     }
 }
 
-int32_t kvp_cache_read(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, int32_t * positions, float * keys,
-                       float * values, kvp_error * err) {
+int32_t kvp_cache_read(kvp_cache * cache, kvp_llama_position p0, kvp_llama_position p1, uint32_t n,
+                       kvp_llama_position * positions, float * keys, float * values, kvp_error * err) {
     return guard(err, [&] {
         if (!cache) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_read: cache must not be NULL");
@@ -112,8 +113,8 @@ int32_t kvp_cache_score_range(kvp_cache * cache, int32_t p0, int32_t p1, uint32_
     });
 }
 
-int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, uint32_t first, uint32_t lag, uint32_t n_parts,
-                            float * scores, kvp_error * err) {
+int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, uint32_t first, uint32_t lag,
+                            uint32_t n_parts, float * scores, kvp_error * err) {
     return guard(err, [&] {
         if (!cache || !scores) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_score_lag: cache and scores must not be NULL");
@@ -127,8 +128,9 @@ int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t 
     });
 }
 
-int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_query_batch * queries, const int32_t * held,
-                                  float * paid, kvp_error * err) {
+int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n,
+                                  const kvp_query_batch * queries, const int32_t * held, float * paid,
+                                  kvp_error * err) {
     return guard(err, [&] {
         if (!cache || !queries || !held || !paid || (queries->n > 0 && (!queries->queries || !queries->indices || !queries->scale))) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_score_attention: cache, queries, held and paid must not be NULL");
@@ -140,8 +142,8 @@ int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uin
     });
 }
 
-int32_t kvp_cache_score_expected(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_expected * expected, float * scores,
-                                 kvp_error * err) {
+int32_t kvp_cache_score_expected(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_expected * expected,
+                                 float * scores, kvp_error * err) {
     return guard(err, [&] {
         if (!cache || !expected || !scores || !expected->means || !expected->covariances || !expected->scale || !expected->left_out) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_score_expected: cache, expected and scores must not be NULL");
@@ -184,8 +186,8 @@ int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p
     });
 }
 
-int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8_t * keep, uint32_t n, uint32_t * n_ranges,
-                         kvp_error * err) {
+int32_t kvp_cache_remove(kvp_cache * cache, const kvp_llama_position * present, const uint8_t * keep, uint32_t n,
+                         uint32_t * n_ranges, kvp_error * err) {
     return guard(err, [&] {
         if (n_ranges) {
             *n_ranges = 0;
@@ -203,7 +205,8 @@ int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8
     });
 }
 
-int32_t kvp_cache_move(kvp_cache * cache, const int32_t * present, const int32_t * positions, uint32_t n, kvp_error * err) {
+int32_t kvp_cache_move(kvp_cache * cache, const kvp_llama_position * present, const kvp_llama_position * positions,
+                       uint32_t n, kvp_error * err) {
     return guard(err, [&] {
         if (!cache || (n > 0 && (!present || !positions))) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_move: cache, present and positions must not be NULL");
@@ -212,7 +215,7 @@ int32_t kvp_cache_move(kvp_cache * cache, const int32_t * present, const int32_t
     });
 }
 
-int32_t kvp_cache_appended(kvp_cache * cache, int32_t first, uint32_t n, kvp_error * err) {
+int32_t kvp_cache_appended(kvp_cache * cache, kvp_llama_position first, uint32_t n, kvp_error * err) {
     return guard(err, [&] {
         if (!cache || first < 0) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_appended: there is no cache, or position %d", first);
@@ -233,7 +236,8 @@ void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location * locati
     }
 }
 
-int32_t kvp_cache_check_cells(kvp_cache * cache, const int32_t * present, uint32_t n, uint32_t * known, kvp_error * err) {
+int32_t kvp_cache_check_cells(kvp_cache * cache, const kvp_llama_position * present, uint32_t n, uint32_t * known,
+                              kvp_error * err) {
     return guard(err, [&] {
         if (!cache || !known || (n > 0 && !present)) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_check_cells: cache, present and known must not be NULL");
@@ -251,8 +255,9 @@ int32_t kvp_cache_check_packing(kvp_cache * cache, kvp_error * err) {
     });
 }
 
-int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions,
-                       uint32_t n_keep, const kvp_rope_shift * shift, kvp_error * err) {
+int32_t kvp_cache_pack(kvp_cache * cache, const kvp_llama_position * present, uint32_t n, const kvp_row * keep,
+                       const kvp_llama_position * positions, uint32_t n_keep, const kvp_rope_shift * shift,
+                       kvp_error * err) {
     return guard(err, [&] {
         if (!cache || !present || !keep || !positions) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_pack: cache, present, keep and positions must not be NULL");
@@ -262,8 +267,8 @@ int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, c
     });
 }
 
-int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present, uint32_t n,
-                          kvp_error * err) {
+int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, const kvp_llama_position * present,
+                          uint32_t n, kvp_error * err) {
     return guard(err, [&] {
         if (!cache || !blob || !present) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_restore: cache, blob and present must not be NULL");
@@ -272,8 +277,8 @@ int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, 
     });
 }
 
-int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present, uint32_t n,
-                              kvp_error * err) {
+int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, size_t size,
+                              const kvp_llama_position * present, uint32_t n, kvp_error * err) {
     return guard(err, [&] {
         if (!cache || !blob || !present) {
             fail(KVP_ERR_ARGUMENT, "kvp_cache_check_state: cache, blob and present must not be NULL");
@@ -283,8 +288,9 @@ int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, siz
 }
 
 int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
-                       const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions, uint32_t n_keep,
-                       const kvp_rope_shift * shift, uint32_t k_hadamard_block, size_t * packed_size, kvp_error * err) {
+                       const kvp_llama_position * present, uint32_t n, const kvp_row * keep,
+                       const kvp_llama_position * positions, uint32_t n_keep, const kvp_rope_shift * shift,
+                       uint32_t k_hadamard_block, size_t * packed_size, kvp_error * err) {
     return guard(err, [&] {
         if (!blob || !present || !keep || !positions || !packed_size) {
             fail(KVP_ERR_ARGUMENT, "kvp_state_pack: blob, present, keep, positions and packed_size must not be NULL");

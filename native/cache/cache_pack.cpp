@@ -8,7 +8,7 @@
 
 using namespace kvp;
 
-void kvp_cache::appended(int32_t first, uint32_t n) {
+void kvp_cache::appended(kvp_llama_position first, uint32_t n) {
     if (location) {
         location->appended(first, n);
     }
@@ -20,14 +20,14 @@ void kvp_cache::forget() {
     }
 }
 
-void kvp_cache::remove_range(int32_t p0, int32_t p1) {
+void kvp_cache::remove_range(kvp_llama_position p0, kvp_llama_position p1) {
     memory.remove(p0, p1);
     if (location) {
         location->removed(p0, p1);
     }
 }
 
-uint32_t kvp_cache::remove(const int32_t * present, const uint8_t * keep, uint32_t n) {
+uint32_t kvp_cache::remove(const kvp_llama_position * present, const uint8_t * keep, uint32_t n) {
     for (uint32_t i = 0; i < n; ++i) {
         if (present[i] < 0 || (i > 0 && present[i] <= present[i - 1])) {
             fail(KVP_ERR_ARGUMENT, "present positions must ascend, but entry %u is %d", i, present[i]);
@@ -60,7 +60,7 @@ uint32_t kvp_cache::remove(const int32_t * present, const uint8_t * keep, uint32
     return n_ranges;
 }
 
-void kvp_cache::move(const int32_t * present, const int32_t * positions, uint32_t n) {
+void kvp_cache::move(const kvp_llama_position * present, const kvp_llama_position * positions, uint32_t n) {
     for (uint32_t i = 0; i < n; ++i) {
         if (positions[i] < 0 || positions[i] > present[i] ||
             (i > 0 && (present[i] <= present[i - 1] || positions[i] <= positions[i - 1]))) {
@@ -175,8 +175,8 @@ bool kvp_cache::thins_window(const pack_plan & plan, const std::vector<uint32_t>
 // tensor's blocks for that of its values, and end the process where memory for them is lacking. Then these few
 // rows would go through the host, which is worth it only where more than half of the cells in use are holes:
 // the next tokens fill holes first, and at the next eviction these rows are old and move like others.
-void kvp_cache::defragment(const int32_t * positions, uint32_t n) {
-    std::vector<uint32_t> cells = location->cells_of(positions, n);
+void kvp_cache::defragment(const kvp_llama_position * positions, uint32_t n) {
+    std::vector<kvp_cell_index> cells = location->cells_of(positions, n);
     const auto   high   = std::find_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cell >= n; });
     const bool   pieces = layout.v_transposed && !location->on_host(); // one for every column: slower than the holes
     if (cells.empty() || high == cells.end() || layout.has_window || pieces) {
@@ -228,7 +228,7 @@ void kvp_cache::defragment(const int32_t * positions, uint32_t n) {
     }
 }
 
-void kvp_cache::check_state(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) const {
+void kvp_cache::check_state(const uint8_t * bytes, size_t size, const kvp_llama_position * present, uint32_t n) const {
     const state_blob state = parse_state_blob(bytes, size, context_memory::SEQ_CHAT);
     std::vector<int32_t> pos = state.base.pos;
     std::sort(pos.begin(), pos.end());
@@ -250,7 +250,7 @@ void kvp_cache::check_state(const uint8_t * bytes, size_t size, const int32_t * 
     }
 }
 
-void kvp_cache::restore(const uint8_t * bytes, size_t size, const int32_t * present, uint32_t n) {
+void kvp_cache::restore(const uint8_t * bytes, size_t size, const kvp_llama_position * present, uint32_t n) {
     check_state(bytes, size, present, n);
     set_state(bytes, size, present[n - 1]);
 }
@@ -263,7 +263,7 @@ void kvp_cache::set_state(const uint8_t * bytes, size_t size, int32_t newest) {
         const state_blob state = parse_state_blob(bytes, size, context_memory::SEQ_CHAT);
         bytes_checked += location->on_host() ? 0 : state.base.pos.size() * state.base.layers.front().k_row;
         if (location->begins_with(state.base)) {
-            std::vector<uint32_t> cells(state.base.pos.size());
+            std::vector<kvp_cell_index> cells(state.base.pos.size());
             std::iota(cells.begin(), cells.end(), 0u);
             location->are_in(state.base.pos.data(), cells);
         }

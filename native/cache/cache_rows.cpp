@@ -29,7 +29,8 @@ size_t kvp_cache::blob_bound(uint32_t n) const {
     return layout.has_window ? 0 : 64 + n * 12 + layout.n_layer * per_layer + n * layout.bytes_per_cell;
 }
 
-std::vector<uint32_t> kvp_cache::known_cells(int32_t p0, int32_t p1, uint32_t n, int32_t * positions) const {
+std::vector<kvp_cell_index> kvp_cache::known_cells(kvp_llama_position p0, kvp_llama_position p1, uint32_t n,
+                                                   kvp_llama_position * positions) const {
     if (!location || n == 0) {
         return {};
     }
@@ -41,12 +42,13 @@ std::vector<uint32_t> kvp_cache::known_cells(int32_t p0, int32_t p1, uint32_t n,
     return location->cells_of(positions, n);
 }
 
-token_rows kvp_cache::find_rows(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, from where) {
+token_rows kvp_cache::find_rows(kvp_llama_position p0, kvp_llama_position p1, uint32_t n,
+                                kvp_llama_position * positions, from where) {
     if (p0 < 0 || p1 < p0 || !positions) {
         fail(KVP_ERR_ARGUMENT, "a position range must be 0 <= p0 <= p1 with room for its positions, not [%d, %d)", p0, p1);
     }
     if (location && (where == from::anywhere || (where == from::host && location->on_host()))) {
-        std::vector<uint32_t> cells = known_cells(p0, p1, n, positions);
+        std::vector<kvp_cell_index> cells = known_cells(p0, p1, n, positions);
         if (!cells.empty()) {
             memory.wait();
             return { layout.v_transposed != 0, location->rows(), std::move(cells), true };
@@ -68,7 +70,8 @@ token_rows kvp_cache::find_rows(int32_t p0, int32_t p1, uint32_t n, int32_t * po
     return { base.v_trans, std::move(base.layers), std::move(order), false };
 }
 
-void kvp_cache::read(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, float * keys, float * values) {
+void kvp_cache::read(kvp_llama_position p0, kvp_llama_position p1, uint32_t n, kvp_llama_position * positions,
+                     float * keys, float * values) {
     const token_rows tokens = find_rows(p0, p1, n, positions, from::host);
     if (n == 0) {
         return;
@@ -93,7 +96,7 @@ void kvp_cache::read(int32_t p0, int32_t p1, uint32_t n, int32_t * positions, fl
     }
 }
 
-bool kvp_cache::check_cells(const int32_t * present, uint32_t n) {
+bool kvp_cache::check_cells(const kvp_llama_position * present, uint32_t n) {
     const auto cells = location ? location->cells_of(present, n) : std::vector<uint32_t>();
     if (cells.empty()) {
         return false;

@@ -4,7 +4,7 @@
 
 namespace kvp {
 
-void cell_map::append(int32_t first, uint32_t n, const std::vector<int64_t> & cells) {
+void cell_map::append(kvp_llama_position first, uint32_t n, const std::vector<int64_t> & cells) {
     cell_at.resize(size_t(first), UNKNOWN);
     if (cells.size() == n) {
         cell_at.insert(cell_at.end(), cells.begin(), cells.end());
@@ -13,14 +13,14 @@ void cell_map::append(int32_t first, uint32_t n, const std::vector<int64_t> & ce
     }
 }
 
-void cell_map::remove(int32_t p0, int32_t p1) {
+void cell_map::remove(kvp_llama_position p0, kvp_llama_position p1) {
     const auto end = std::min(size_t(std::max(p1, 0)), cell_at.size());
     for (size_t p = size_t(std::max(p0, 0)); p < end; ++p) {
         cell_at[p] = UNKNOWN;
     }
 }
 
-void cell_map::rename(const int32_t * from, const int32_t * to, uint32_t n) {
+void cell_map::rename(const kvp_llama_position * from, const kvp_llama_position * to, uint32_t n) {
     std::vector<int32_t> cells(n);
     for (uint32_t i = 0; i < n; ++i) {
         cells[i] = at(from[i]);
@@ -31,14 +31,14 @@ void cell_map::rename(const int32_t * from, const int32_t * to, uint32_t n) {
     }
 }
 
-void cell_map::assign(const int32_t * positions, const std::vector<uint32_t> & cells) {
+void cell_map::assign(const kvp_llama_position * positions, const std::vector<kvp_cell_index> & cells) {
     cell_at.assign(cells.empty() ? 0 : size_t(*std::max_element(positions, positions + cells.size())) + 1, UNKNOWN);
     for (size_t i = 0; i < cells.size(); ++i) {
         cell_at[size_t(positions[i])] = int32_t(cells[i]);
     }
 }
 
-std::vector<int32_t> cell_map::positions(int32_t p0, int32_t p1) const {
+std::vector<kvp_llama_position> cell_map::positions(kvp_llama_position p0, kvp_llama_position p1) const {
     std::vector<int32_t> found;
     for (int32_t p = std::max(p0, 0); p < p1 && size_t(p) < cell_at.size(); ++p) {
         if (cell_at[size_t(p)] != UNKNOWN) {
@@ -48,8 +48,8 @@ std::vector<int32_t> cell_map::positions(int32_t p0, int32_t p1) const {
     return found;
 }
 
-std::vector<uint32_t> cell_map::find(const int32_t * positions, uint32_t n) const {
-    std::vector<uint32_t> cells(n);
+std::vector<kvp_cell_index> cell_map::find(const kvp_llama_position * positions, uint32_t n) const {
+    std::vector<kvp_cell_index> cells(n);
     for (uint32_t i = 0; i < n; ++i) {
         const int32_t cell = at(positions[i]);
         if (cell == UNKNOWN) {

@@ -54,15 +54,17 @@ void context_memory::decode(llama_token * tokens, int32_t n, int32_t start) {
     }
 }
 
-bool context_memory::try_to_remove(int32_t p0, int32_t p1) { return llama_memory_seq_rm(mem, SEQ_CHAT, p0, p1); }
+bool context_memory::try_to_remove(kvp_llama_position p0, kvp_llama_position p1) { return llama_memory_seq_rm(mem,
+                                   SEQ_CHAT, p0, p1); }
 
-void context_memory::remove(int32_t p0, int32_t p1) {
+void context_memory::remove(kvp_llama_position p0, kvp_llama_position p1) {
     if (!try_to_remove(p0, p1)) {
         fail(KVP_ERR_RUNTIME, "llama.cpp would not remove positions [%d, %d) from its cache", p0, p1);
     }
 }
 
-void context_memory::shift(int32_t p0, int32_t p1, int32_t by) { llama_memory_seq_add(mem, SEQ_CHAT, p0, p1, by); }
+void context_memory::shift(kvp_llama_position p0, kvp_llama_position p1, int32_t by) { llama_memory_seq_add(mem,
+                           SEQ_CHAT, p0, p1, by); }
 
 void context_memory::clear() {
     llama_memory_seq_rm(mem, SEQ_READ, -1, -1);
@@ -92,7 +94,7 @@ context_memory::bytes context_memory::take_state(size_t bound, bool counted) {
     return { buffer.data(), size };
 }
 
-state_blob context_memory::read(int32_t p0, int32_t p1, size_t bound) {
+state_blob context_memory::read(kvp_llama_position p0, kvp_llama_position p1, size_t bound) {
     llama_memory_seq_cp(mem, SEQ_CHAT, SEQ_READ, p0, p1); // in a unified cache this only tags cells
     size_t size = 0;
     try {

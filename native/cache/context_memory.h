@@ -3,6 +3,7 @@
 #pragma once
 
 #include "format/state_blob.h"
+#include "kvp_edge.h"
 
 #include "llama.h"
 
@@ -63,11 +64,11 @@ public:
     const float * logits() const { return llama_get_logits_ith(ctx, -1); }
 
     // Removes positions [p0, p1) of the conversation; p1 < 0: all from p0 on.
-    void remove(int32_t p0, int32_t p1);
+    void remove(kvp_llama_position p0, kvp_llama_position p1);
     // Whether llama.cpp removes a position from the middle.
-    bool try_to_remove(int32_t p0, int32_t p1);
+    bool try_to_remove(kvp_llama_position p0, kvp_llama_position p1);
     // Adds `by` to positions [p0, p1).
-    void shift(int32_t p0, int32_t p1, int32_t by);
+    void shift(kvp_llama_position p0, kvp_llama_position p1, int32_t by);
     // Empties the conversation, whatever state it is in.
     void clear();
     // Empties everything, as if nothing had been decoded.
@@ -82,7 +83,7 @@ public:
     // The state of the whole conversation, not to be counted as carried where it only serves a check.
     bytes take_state(size_t bound, bool counted = true);
     // The tokens at [p0, p1) of it.
-    state_blob read(int32_t p0, int32_t p1, size_t bound = 0);
+    state_blob read(kvp_llama_position p0, kvp_llama_position p1, size_t bound = 0);
     // Puts a state in the conversation's place, whose newest token must then be at position `newest`. A state that
     // llama.cpp does not take leaves the cache empty, never half full: KVP_ERR_RUNTIME.
     void set_state(const uint8_t * data, size_t size, int32_t newest);

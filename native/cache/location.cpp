@@ -64,7 +64,7 @@ location::location(std::unique_ptr<cell_watcher> seeing, const blob_cache & tria
 // Whether the tensors are laid out like `want` and hold its bytes. Also refuses what is no plain table of
 // [row, cell], several streams for one.
 bool location::holds(const tensors & t, const layer_rows & want, const std::vector<uint32_t> & order,
-                     const std::vector<uint32_t> & cells) const {
+                     const std::vector<kvp_cell_index> & cells) const {
     if (!t.k || !t.v || !t.k->buffer || !t.v->buffer || t.k->type != want.type_k || t.v->type != want.type_v ||
         t.k->nb[1] != want.k_row || t.k->ne[2] != 1 || t.k->ne[3] != 1 || t.v->nb[1] != want.v_row || t.v->ne[2] != 1 ||
         t.v->ne[3] != 1 || t.k->ne[1] != n_cells || t.v->ne[1] != n_cells) {
@@ -190,7 +190,8 @@ bool location::has_room(size_t n) const {
     return true;
 }
 
-void location::compare(const blob_cache & blob, const std::vector<uint32_t> & order, const std::vector<uint32_t> & cells) const {
+void location::compare(const blob_cache & blob, const std::vector<uint32_t> & order,
+                       const std::vector<kvp_cell_index> & cells) const {
     for (size_t il = 0; il < layers.size(); ++il) {
         if (!holds(layers[il], blob.layers[il], order, cells)) {
             fail(KVP_ERR_RUNTIME, "layer %zu: the cells followed do not hold what llama.cpp's state says", il);

@@ -27,17 +27,17 @@ public:
 
     // -- which cells: what happens to the conversation is told here, and remembered.
     // The n tokens decoded last are at positions first, first + 1, ...
-    void appended(int32_t first, uint32_t n) { known.append(first, n, watcher->take(n)); }
-    void removed(int32_t p0, int32_t p1) { known.remove(p0, p1 < 0 ? INT32_MAX : p1); }
-    void moved(const int32_t * from, const int32_t * to, uint32_t n) { known.rename(from, to, n); }
+    void appended(kvp_llama_position first, uint32_t n) { known.append(first, n, watcher->take(n)); }
+    void removed(kvp_llama_position p0, kvp_llama_position p1) { known.remove(p0, p1 < 0 ? INT32_MAX : p1); }
+    void moved(const kvp_llama_position * from, const kvp_llama_position * to, uint32_t n) { known.rename(from, to, n); }
     // The conversation is the tokens at these positions, in these cells.
-    void are_in(const int32_t * positions, const std::vector<uint32_t> & where) { known.assign(positions, where); }
+    void are_in(const kvp_llama_position * positions, const std::vector<uint32_t> & where) { known.assign(positions, where); }
     void forget() { known.clear(); }
 
     // The positions in [p0, p1) whose cells are known, ascending; and the cells of n positions, or none if one is not
     // known.
-    std::vector<int32_t>  positions(int32_t p0, int32_t p1) const { return known.positions(p0, p1); }
-    std::vector<uint32_t> cells_of(const int32_t * positions, uint32_t n) const { return known.find(positions, n); }
+    std::vector<kvp_llama_position> positions(kvp_llama_position p0, kvp_llama_position p1) const { return known.positions(p0, p1); }
+    std::vector<kvp_cell_index> cells_of(const kvp_llama_position * positions, uint32_t n) const { return known.find(positions, n); }
 
     // -- which memory
     // Whether heads can be packed: on a device they must be whole words.
@@ -52,34 +52,34 @@ public:
     const std::vector<layer_rows> & rows() const { return host; }
 
     // Scores on devices, of the layers that lie there alone: scores f32 [n_layer, n_head_kv, n].
-    void score(int32_t scorer, const std::vector<uint32_t> & cells, float * scores);
-    void score(policy_network & network, const std::vector<slot> & slots, const std::vector<uint32_t> & cells, float * scores);
+    void score(int32_t scorer, const std::vector<kvp_cell_index> & cells, float * scores);
+    void score(policy_network & network, const std::vector<slot> & slots, const std::vector<kvp_cell_index> & cells, float * scores);
 
     // Scores of all layers, where a layer is in host memory by a graph on the CPU.
     // Of each value, as graph_range: scores f32 [n_layer, n_head_kv, n].
-    void score_range(const std::vector<uint32_t> & cells, int32_t n_threads, float * scores);
+    void score_range(const std::vector<kvp_cell_index> & cells, int32_t n_threads, float * scores);
     // Of partitions of `lag` tokens, as graph_lag, mean of keys' and values': f32 [n_layer, n_head_kv, n - lag].
     // n must be a multiple of lag.
-    void score_lag(const std::vector<uint32_t> & cells, uint32_t lag, int32_t n_threads, float * scores);
+    void score_lag(const std::vector<kvp_cell_index> & cells, uint32_t lag, int32_t n_threads, float * scores);
     // The attention that queries pay to tokens of these indices, int32 [n_layer, n_head_kv, n]: f32 likewise.
-    void score_attention(const std::vector<uint32_t> & cells, const kvp_query_batch & batch, const int32_t * indices, int32_t n_threads, float * paid);
+    void score_attention(const std::vector<kvp_cell_index> & cells, const kvp_query_batch & batch, const int32_t * indices, int32_t n_threads, float * paid);
     // As graph_expected_attention: f32 [n_layer, n_head_kv, n].
-    void score_expected(const std::vector<uint32_t> & cells, const kvp_expected & expected, int32_t n_threads, float * scores);
+    void score_expected(const std::vector<kvp_cell_index> & cells, const kvp_expected & expected, int32_t n_threads, float * scores);
 
     // Lets every head keep its rows (plan.keep, ascending) in the cells of the rows `survivors`; `cells` are
     // those of all rows. Throws KVP_ERR_UNSUPPORTED and _MEMORY before anything is changed.
-    void pack(const pack_plan & plan, const std::vector<uint32_t> & survivors, const std::vector<uint32_t> & cells);
+    void pack(const pack_plan & plan, const std::vector<uint32_t> & survivors, const std::vector<kvp_cell_index> & cells);
 
     // Whether every device has memory to spare for n more rows.
     bool has_room(size_t n) const;
 
     // The norms of the first layer's keys in these cells, negated: by them keys are recognised where few bytes shall
     // cross.
-    std::vector<float> key_norms(const std::vector<uint32_t> & cells);
+    std::vector<float> key_norms(const std::vector<kvp_cell_index> & cells);
 
     // Where a cell's bytes in the cache are not those of the blob, KVP_ERR_RUNTIME; order[i] is the blob's
     // cell whose token lies in cells[i].
-    void compare(const blob_cache & blob, const std::vector<uint32_t> & order, const std::vector<uint32_t> & cells) const;
+    void compare(const blob_cache & blob, const std::vector<uint32_t> & order, const std::vector<kvp_cell_index> & cells) const;
 
     // Whether the first layer holds the keys of `blob` in its first cells, in the same order.
     bool begins_with(const blob_cache & blob) const;
@@ -91,7 +91,7 @@ private:
     };
 
     bool holds(const tensors & t, const layer_rows & want, const std::vector<uint32_t> & order,
-               const std::vector<uint32_t> & cells) const;
+               const std::vector<kvp_cell_index> & cells) const;
     void add_layer(const tensors & t, const layer_rows & like);
     // All layers: those on devices, and those in host memory as a part of their own.
     std::vector<device_part *> with_host(int32_t n_threads);

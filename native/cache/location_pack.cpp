@@ -14,7 +14,7 @@ namespace {
 struct moves {
     const pack_plan &             plan;
     const std::vector<uint32_t> & survivors; // [n_keep] rows whose cells stay
-    const std::vector<uint32_t> & cells;     // [n] of all rows
+    const std::vector<kvp_cell_index> & cells;     // [n] of all rows
     row_range                     range;
 
     uint32_t size() const { return range.last - range.first; }

@@ -48,7 +48,7 @@ row_range rows_to_move(const pack_plan & plan, const std::vector<uint32_t> & sur
     row_range range{ plan.n_keep, 0 };
     const size_t n_groups = size_t(plan.n_layer) * plan.n_head_kv;
     for (size_t g = 0; g < n_groups; ++g) {
-        const int32_t * keep = plan.keep + g * plan.n_keep;
+        const kvp_row * keep = plan.keep + g * plan.n_keep;
         for (uint32_t i = 0; i < range.first; ++i) {
             if (uint32_t(keep[i]) != survivors[i]) {
                 range.first = i;

@@ -6,6 +6,8 @@
 // cache for packing tests it on the model at hand (kvp_cache_check_packing).
 #pragma once
 
+#include "kvp_edge.h"
+
 #include <cstdint>
 #include <vector>
 
@@ -14,7 +16,7 @@ namespace kvp {
 // How keys are turned to new positions while they are packed: pair i of a head by distance * frequency[i].
 struct rope_shift {
     const double *  frequency = nullptr; // [n_layer, n_pairs], radians per position; nullptr: no turning
-    const int32_t * distance  = nullptr; // [n_layer, n_head_kv, n_keep], new position - old one
+    const kvp_rope_position * distance  = nullptr; // [n_layer, n_head_kv, n_keep], new position - old one
     uint32_t        n_pairs   = 0;
     bool            neox      = false; // pairs (i, i + n_pairs); else (2i, 2i + 1)
     uint32_t        hadamard_block = 0; // of the rotation that keys are stored under, 0 = none
@@ -25,9 +27,9 @@ struct pack_plan {
     uint32_t        n_head_kv = 0;
     uint32_t        n         = 0; // rows now; row r is the cell with the r-th smallest position
     uint32_t        n_keep    = 0;
-    const int32_t * present   = nullptr; // [n], ascending: the positions that the blob must hold
-    const int32_t * keep      = nullptr; // [n_layer, n_head_kv, n_keep]: rows, all different in each head
-    const int32_t * positions = nullptr; // [n_keep], ascending: the new cells' positions; the newest stays
+    const kvp_llama_position * present   = nullptr; // [n], ascending: the positions that the blob must hold
+    const kvp_row * keep      = nullptr; // [n_layer, n_head_kv, n_keep]: rows, all different in each head
+    const kvp_llama_position * positions = nullptr; // [n_keep], ascending: the new cells' positions; the newest stays
     rope_shift      shift;
 };
 

@@ -43,7 +43,8 @@ void gather_rows(const uint8_t * src, size_t row, const uint32_t * cells, size_t
 
 // The same for transposed V: n_column columns of n values of `T`'s size, those of one head side by side.
 template <typename T>
-void gather_columns(const uint8_t * src, size_t n, const uint32_t * cells, size_t n_column, size_t n_head, size_t n_keep, uint8_t * dst) {
+void gather_columns(const uint8_t * src, size_t n, const uint32_t * cells, size_t n_column, size_t n_head,
+                    size_t n_keep, uint8_t * dst) {
     struct run {
         uint32_t from, length; // consecutive cells
     };
@@ -160,8 +161,8 @@ void from_float(ggml_type type, const float * src, size_t n, uint8_t * out, std:
 }
 
 // Turns keys of one layer, n_keep rows of n_head heads. Those that stay where they are keep their bits.
-void shift_keys(const rope_shift & how, const double * frequency, const int32_t * distance, ggml_type type, size_t row, size_t n_head,
-               size_t n_keep, uint8_t * keys) {
+void shift_keys(const rope_shift & how, const double * frequency, const kvp_rope_position * distance, ggml_type type,
+                size_t row, size_t n_head, size_t n_keep, uint8_t * keys) {
     const size_t         slice     = row / n_head;
     const size_t         head_size = slice / ggml_type_size(type) * size_t(ggml_blck_size(type));
     std::vector<float>   k(head_size);
@@ -202,7 +203,7 @@ size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan &
 
     const size_t          n_head = plan.n_head_kv, n_keep = plan.n_keep, per_layer = n_head * n_keep;
     size_t                largest = 0;
-    std::vector<uint32_t> cells(per_layer);
+    std::vector<kvp_cell_index> cells(per_layer);
     for (const layer_rows & layer : state.base.layers) {
         largest = std::max({ largest, layer.k_row * n_keep, layer.v_row * n_keep });
     }
@@ -220,7 +221,7 @@ size_t pack_state(uint8_t * blob, size_t size, int32_t seq_id, const pack_plan &
     out.put<uint32_t>(plan.n_layer);
 
     const auto cells_of = [&](uint32_t il) {
-        const int32_t * keep = plan.keep + il * per_layer;
+        const kvp_row * keep = plan.keep + il * per_layer;
         for (size_t i = 0; i < per_layer; ++i) {
             cells[i] = order[keep[i]];
         }
