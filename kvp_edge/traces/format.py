@@ -370,7 +370,7 @@ def _load(path: Path, entry: Json) -> Trace:
         raise TraceError(f"'{path}' is damaged ({error}): {_AGAIN}") from error
     heads, n = trace.keys.shape[:2], len(trace.tokens) if trace.tokens.ndim else -1
     fits = (
-        all(getattr(trace, name).dtype == dtype for name, dtype in _DTYPES.items())
+        all(arrays[name].dtype == dtype for name, dtype in _DTYPES.items())
         and trace.keys.shape == (*heads, n, trace.keys.shape[-1])
         and trace.values.shape == (*heads, n, trace.values.shape[-1])
         and trace.indices.shape == trace.tokens.shape == (n,)

@@ -15,20 +15,20 @@ class SyntheticTrace:
 
     keys: NDArray[np.float16]
     values: NDArray[np.float16]
-    positions: NDArray[np.int32]
+    indices: NDArray[np.int32]
     paid: NDArray[np.float32]
     block: int = 16
 
     @property
     def splits(self) -> NDArray[np.int32]:
-        return np.arange(self.block, len(self.positions), self.block, dtype=np.int32)
+        return np.arange(self.block, len(self.indices), self.block, dtype=np.int32)
 
     def importance(self, n: int) -> NDArray[np.float32]:
         assert n in self.splits
         return self.paid[:, :, :n] * np.float32(self.keys.shape[2] - n)
 
     def payments(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        for begin in range(0, len(self.positions), self.block):
+        for begin in range(0, len(self.indices), self.block):
             yield begin, self.paid[:, :, :begin]
 
     def peak(self, n: int) -> NDArray[np.float32]:

@@ -134,6 +134,6 @@ def test_a_chat_keeps_the_same_tokens_natively_and_in_numpy(
         )
         llm.eval([1, *np.random.default_rng(0).integers(300, 2000, 700).tolist()])
         assert llm.kv_stats.evictions > 3
-        held.append(llm._kv.positions)
+        held.append(llm._kv.indices)
     # Rounding may put two equal scores in the other order, and what is kept decides what follows.
     assert np.mean(held[0] == held[1]) > 0.98

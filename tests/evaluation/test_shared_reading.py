@@ -265,7 +265,7 @@ def test_after_going_back_logits_queries_and_cells_are_those_of_reading(subject:
     assert (subject.held, subject.evictions, subject.n_tokens) == (600, 0, 600)
     again = subject._query_log.read(600)
     np.testing.assert_array_equal(again.queries, queries.queries)
-    np.testing.assert_array_equal(again.positions, queries.indices)
+    np.testing.assert_array_equal(again.indices, queries.indices)
     assert subject._kv is not None
     assert subject._kv.cache.check_cells(np.arange(600, dtype=np.int32))  # scored where they lie
     subject.read(tokens[:64])

@@ -334,9 +334,9 @@ def test_the_log_holds_the_newest_tokens_and_follows_the_conversation(
     tokens = random_tokens(60)
     llm.eval(tokens[:40])
     before = policy.logged()
-    np.testing.assert_array_equal(before.positions, np.arange(30, 40))
+    np.testing.assert_array_equal(before.indices, np.arange(30, 40))
     llm.eval(tokens[40:43])
-    np.testing.assert_array_equal(policy.logged().positions, np.arange(33, 43))
+    np.testing.assert_array_equal(policy.logged().indices, np.arange(33, 43))
     llm.n_tokens = 40  # three queries are withdrawn; those they had replaced are gone
     llm.eval(tokens[43:45])
     logged = policy.logged()
@@ -344,7 +344,7 @@ def test_the_log_holds_the_newest_tokens_and_follows_the_conversation(
     np.testing.assert_array_equal(logged.queries[:, :, :7], before.queries[:, :, 3:])
     llm.n_tokens = 20
     llm.eval(tokens[:1])
-    np.testing.assert_array_equal(policy.logged().positions, [20])
+    np.testing.assert_array_equal(policy.logged().indices, [20])
     llm.reset()
     assert len(policy.logged()) == 0
     llm.eval(tokens[:40])
@@ -512,7 +512,7 @@ def test_a_conversation_whose_queries_are_logged_is_not_saved(
 def trace_of(llm: Tracer, tokens: list[int], n_prompt: int) -> Trace:
     c = llm.capture(tokens, n_prompt)
     return Trace(
-        c.keys, c.values, c.positions, c.tokens, c.sums, n_prompt, c.blocks, c.blocks.scale, "made"
+        c.keys, c.values, c.indices, c.tokens, c.sums, n_prompt, c.blocks, c.blocks.scale, "made"
     )
 
 

@@ -167,7 +167,7 @@ def test_at_token_granularity_heads_count_by_their_learned_weights(
     llm.eval(tokens[:1])
     best = 2 + np.argsort(-scores[2:248], kind="stable")[: 100 - 10]
     expected = sorted({0, 1, *best.tolist(), *range(248, 257)})
-    assert llm._kv.positions.tolist() == expected
+    assert llm._kv.indices.tolist() == expected
 
 
 def test_the_small_model_comes_with_a_policy_that_fits_it(

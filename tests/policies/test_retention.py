@@ -161,7 +161,7 @@ def test_an_eviction_keeps_what_will_be_used_most(
         recent=recent,
         reserve=64,
         n_batch=32,
-        on_evict=lambda event: states.append((event.seen, llm._kv.positions)),
+        on_evict=lambda event: states.append((event.seen, llm._kv.indices)),
     )
     llm.eval(llm.tokenize(book[:6000].encode())[:900])
     assert len(states) > 3

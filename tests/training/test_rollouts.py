@@ -85,7 +85,7 @@ def held(rollouts: Rollouts) -> Iterator[list[tuple[int, NDArray[np.int32]]]]:
     found: list[tuple[int, NDArray[np.int32]]] = []
 
     def keep(event: Any) -> None:
-        found.append((event.seen, kv.positions.reshape(-1, event.kept).copy()))
+        found.append((event.seen, kv.indices.reshape(-1, event.kept).copy()))
 
     kv.on_evict = keep
     yield found
