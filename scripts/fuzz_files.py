@@ -262,8 +262,6 @@ class Policy(_PolicyTarget):
 
     def read(self) -> None:
         info = (policy := Learned(self.path)).info
-        if info.statistics:
-            return  # scores by what a model has logged
         heads = (info.n_layer, info.n_head_kv, 5)
         keys, values = (
             np.ones((*heads, size), np.float32) for size in (info.head_size_k, info.head_size_v)

@@ -19,6 +19,7 @@ from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli import main
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.policies import Learned, get_policy
+from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policy_file import (
     FEATURES,
     PolicyInfo,
@@ -156,6 +157,8 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
         ({"adapter__type": "lora"}, "not a policy: it is a GGUF file of type 'lora'"),
         ({"kvp__format_version": 2}, "format version 2.*update kvp_edge"),
         ({"kvp__features": ["key", "query"]}, "scores by key, query"),
+        ({"kvp__features": [*FEATURES, "log(1e-4+attention)"]}, r"'log\(1e-4.attention\)' is"),
+        ({"kvp__features": list(FEATURES[::-1])}, "are another version's$"),
         ({"kvp__hidden_sizes": [32, 64]}, "kvp.hidden_sizes"),
         ({"kvp__hidden_sizes": [16, 16]}, "kvp_key.weight of shape"),
         ({"kvp__activation": "gelu"}, "kvp.activation 'gelu'"),
@@ -282,6 +285,14 @@ def test_another_architecture_or_shape_is_refused_another_quantisation_a_warning
         check_model(INFO, **{**model, "n_layer": 4})
     with pytest.warns(UserWarning, match="another quantisation"):
         check_model(INFO, **{**model, "fingerprint": "beef"})
+
+
+def test_the_bundled_policy_is_written_again_byte_for_byte(
+    tmp_path: Path, bundled_model: str
+) -> None:
+    shipped = Path(own_policy(bundled_model) or "")
+    write_policy(tmp_path / "again.gguf", *read_policy(shipped), "f16")
+    assert (tmp_path / "again.gguf").read_bytes() == shipped.read_bytes()
 
 
 def test_a_bundled_model_is_not_a_policy(bundled_model: str) -> None:

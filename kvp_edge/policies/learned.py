@@ -11,7 +11,6 @@ import numpy.typing as npt
 from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.policies.attention_statistics import attention_statistics
 from kvp_edge.policies.base import Policy
 from kvp_edge.policies.retention import log_future_use, log_total
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
@@ -38,9 +37,6 @@ class Learned(FromFile):
     """Runs a policy file: natively on a cache; ``score`` is the same in numpy, the definition that
     all executors are tested by.
 
-    A file that looks at attention statistics runs in numpy alone: its scores are of the moment, so
-    all tokens held are scored again at every eviction, by the queries logged until then.
-
     Attributes:
         info: what the file says of itself.
         context: half the context width. A token's score is final once this many tokens after it are
@@ -64,25 +60,17 @@ class Learned(FromFile):
         self.info, self.weights = read_policy(path)
         self.context = self.info.context // 2
         self.head_weights = self.weights.aggregate
-        if self.info.statistics:
-            self.scope, self.queries = "cache", self.info.statistics
-        elif native:
+        if native:
             self.native_scorer = NativePolicy(self.weights)
 
     def identity(self) -> str:
         digest = hashlib.sha256()
         for array in self.weights.arrays().values():
             digest.update(np.ascontiguousarray(array).tobytes())
-        if self.info.statistics:
-            digest.update(str(self.info.statistics).encode())
         return f"{self.info.name}({digest.hexdigest()[:16]})"
 
     def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
         check_arrays(self.info, keys, values)
-        if self.info.statistics:
-            found = attention_statistics(self.logged(), keys, indices, self.info.statistics)
-            alone = np.arange(keys.shape[2])  # without context there are no neighbours
-            return forward(self.weights, keys, values, indices, alone, found)
         at = with_gaps(indices, self.context)
         return forward(self.weights, keys, values, indices, at)
 
@@ -136,15 +124,11 @@ def forward(
     values: FloatArray,
     indices: IntArray,
     at: npt.NDArray[np.intp],
-    statistics: FloatArray | None = None,
 ) -> FloatArray:
     """The network of docs/policy-format.md: f32 [n_layer, n_head_kv, n] of all n tokens."""
     x: FloatArray = keys @ w.key.swapaxes(2, 3)
     x += values @ w.value.swapaxes(2, 3)
     x += position_features(indices) @ w.position.swapaxes(2, 3)
-    if w.statistics is not None:
-        assert statistics is not None
-        x += statistics @ w.statistics.swapaxes(2, 3)
     x += w.fc1_bias[:, :, None]
     width = w.conv.shape[2]
     if width > 1:

@@ -19,7 +19,6 @@ from kvp_edge.training.data import (
     cut_points,
     gather,
     importance_of,
-    statistics_of,
 )
 
 FloatArray = npt.NDArray[np.float64]
@@ -144,8 +143,7 @@ def agent_scorer(agents: Agents) -> Scorer:
         parts = []
         for start in range(0, shape.n_heads, group):
             heads = np.arange(start, min(start + group, shape.n_heads))
-            paid = statistics_of(trace, n, heads, 0, shape.statistics)
-            features = torch.from_numpy(gather(trace, np.arange(n), heads, 0, paid)).to(device)
+            features = torch.from_numpy(gather(trace, np.arange(n), heads, 0)).to(device)
             with torch.no_grad():
                 parts.append(agents(features[:, None], heads=torch.from_numpy(heads).to(device)))
         return np.asarray(torch.cat(parts)[:, 0].cpu().numpy())

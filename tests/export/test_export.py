@@ -173,6 +173,8 @@ def test_an_onnx_policy_with_damaged_metadata_is_refused(run: Path, tmp_path: Pa
     path, info = done.onnx, done.info
     assert path is not None
     assert get_policy(path).info == info
+    written = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert json.loads(written["kvp.info"]) == {**asdict(info), "statistics": 0}
     good = json.dumps(asdict(info))
     for about, aggregate in (
         ("{", "[[1]]"),
