@@ -244,7 +244,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         with listen(pass_on=verbose):
             chosen = get_policy(policy, model_path if kv_budget is not None else None)
-        if kv_budget is not None and chosen.queries:
+        if kv_budget is not None and chosen.n_queries:
             self._query_log = QueryLog()
         if kv_budget is not None and pack != "state":
             self._watch = Watch()
@@ -391,7 +391,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._check_place(cache.location, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
             if self._query_log is not None:
-                policy = self._start_query_log(self._query_log, policy, cache, limits, frequencies)
+                self._start_query_log(self._query_log, policy, cache, limits, frequencies)
         except BaseException:
             self.close()
             raise
@@ -405,6 +405,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             isolate_turns=self._bound.isolate_turns,
             compact_at=compact_at,
             frequencies=frequencies,
+            query_log=self._query_log,
         )
         self._n_ctx = limits.n_ctx
         self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
@@ -489,8 +490,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         cache: NativeCache,
         limits: CacheLimits,
         frequencies: KeyFrequencies | None,
-    ) -> Policy:
-        """The policy as it serves this model."""
+    ) -> None:
         if policy.needs_frequencies:
             try:
                 log.frequencies = frequencies or measure_frequencies(
@@ -502,13 +502,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     f"this model. Choose another policy (the reason: {error})"
                 ) from error
         log.start(self._ctx.ctx, cache, self._queries_to_log(policy, limits))
-        mine = policy.serving(log)
-        self._stack.callback(mine.released)
-        return mine
 
     def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
         """Of how many of the newest tokens."""
-        return min(policy.queries, limits.cells)
+        return min(policy.n_queries, limits.cells)
 
     # -- what it tells -----------------------------------------------------------------------
 

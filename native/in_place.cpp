@@ -1,6 +1,10 @@
 #include "in_place.h"
 
 #include "error.h"
+#include "graph_rows.h"
+#include "graph_scorers.h"
+#include "rows.h"
+#include "scorers.h"
 
 #include <algorithm>
 #include <cstring>
@@ -134,11 +138,16 @@ void in_place::place(const tensors & t, const layer_rows & like) {
     part->layers.push_back({ il, t.k, t.v, as_words(t.k, like.k_row), shape.v_transposed ? nullptr : as_words(t.v, like.v_row) });
 }
 
-std::vector<device_part *> in_place::with_host(int32_t n_threads) {
+std::vector<device_part *> in_place::on_devices() {
     std::vector<device_part *> all;
     for (device_part & part : parts) {
         all.push_back(&part);
     }
+    return all;
+}
+
+std::vector<device_part *> in_place::with_host(int32_t n_threads) {
+    std::vector<device_part *> all = on_devices();
     if (cpu.layers.empty()) {
         for (uint32_t il = 0; il < host.size(); ++il) {
             if (on_host(il)) {
@@ -197,6 +206,28 @@ bool in_place::begins_with(const blob_cache & blob) const {
     const layer_rows & want = blob.layers.front();
     const size_t       size = blob.pos.size() * want.k_row;
     return size <= ggml_nbytes(layers.front().k) && std::memcmp(bytes_of(layers.front().k, size).data(), want.k, size) == 0;
+}
+
+std::vector<float> in_place::look(const std::vector<uint32_t> & at) {
+    const size_t       n = at.size(), H = shape.n_head_kv;
+    std::vector<float> norms(n * H);
+    if (on_host(0)) {
+        std::vector<float> keys(n * H * shape.head_size_k);
+        read_k(host[0], at, H * shape.head_size_k, 0, keys.data());
+        score_knorm(keys.data(), n, H, shape.head_size_k, norms.data());
+        return norms;
+    }
+    const std::vector<int32_t> cells(at.begin(), at.end());
+    device_part &              part = parts.front(); // the first layer that is not on the host is its first
+    device_graph               graph(*part.on, 32);
+    graph_rows                 rows(graph, part, shape, cells);
+    ggml_tensor *              found = graph_knorm(graph.ctx(), rows.stored_keys(0));
+    ggml_set_output(found);
+    graph.compute(found);
+    graph.prepare();
+    graph.run();
+    part.on->get(found, norms.data(), norms.size() * sizeof(float));
+    return norms;
 }
 
 } // namespace kvp

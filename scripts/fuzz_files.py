@@ -55,7 +55,7 @@ from kvp_edge.evaluation.records import (  # noqa: E402
     append_record,
     read_records,
 )
-from kvp_edge.policies import Learned  # noqa: E402
+from kvp_edge.policies import ArrayView, Learned  # noqa: E402
 from kvp_edge.policies.discovery import own_policy  # noqa: E402
 from kvp_edge.policy_file import PolicyInfo, write_policy  # noqa: E402
 from kvp_edge.traces.format import TraceSet  # noqa: E402
@@ -267,7 +267,7 @@ class Policy(_PolicyTarget):
             np.ones((*heads, size), np.float32) for size in (info.head_size_k, info.head_size_v)
         )
         with np.errstate(all="ignore"):
-            policy.score(keys, values, np.arange(5, dtype=np.int32))
+            policy.score(ArrayView(keys, values, np.arange(5, dtype=np.int32)))
 
 
 class Beside(_PolicyTarget):

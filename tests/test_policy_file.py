@@ -18,7 +18,7 @@ import pytest
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli import main
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.policies import Learned, get_policy
+from kvp_edge.policies import ArrayView, Learned, get_policy
 from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policy_file import (
     FEATURES,
@@ -133,12 +133,12 @@ def test_scores_are_those_of_the_definition_also_where_tokens_are_missing(
     positions = np.array([0, 1, 2, 5, 6, 8, 40, 41, 1000, 1001], np.int32)
     keys = rng.normal(size=(2, 3, len(positions), 32)).astype(np.float32)
     values = rng.normal(size=(2, 3, len(positions), 64)).astype(np.float32)
-    got = policy.score(keys, values, positions)
+    got = policy.score(ArrayView(keys, values, positions))
     want = by_definition(policy.weights, keys, values, positions)
     np.testing.assert_allclose(got, want, atol=2e-5)
     # a score is final once `context` later tokens are known
     cut = len(positions) - 2
-    shorter = policy.score(keys[:, :, :cut], values[:, :, :cut], positions[:cut])
+    shorter = policy.score(ArrayView(keys[:, :, :cut], values[:, :, :cut], positions[:cut]))
     final = positions[:cut] + policy.context < positions[cut]
     np.testing.assert_allclose(shorter[..., final], got[..., :cut][..., final], atol=1e-5)
 
@@ -147,7 +147,7 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
     policy = Learned(policy_file)
     keys = np.zeros((2, 3, 4, 16), np.float32)
     with pytest.raises(PolicyFileError, match="another model's policy"):
-        policy.score(keys, keys, np.arange(4, dtype=np.int32))
+        policy.score(ArrayView(keys, keys, np.arange(4, dtype=np.int32)))
 
 
 @pytest.mark.parametrize(

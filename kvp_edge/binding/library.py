@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     pass
 
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 
-_ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
+_ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY, _NOT_IN_PLACE = 1, 2, 3, 6, 7
 
 
 class _Error(ctypes.Structure):
@@ -54,36 +54,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "kvp_cache_score": (
         ctypes.c_int32,
-        [PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, PTR, PTR, _ERR],
-    ),
-    "kvp_cache_score_range": (
-        ctypes.c_int32,
-        [PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, PTR, _ERR],
-    ),
-    "kvp_cache_score_lag": (
-        ctypes.c_int32,
-        [
-            *(PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32),
-            *(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, PTR, _ERR),
-        ],
-    ),
-    "kvp_cache_score_attention": (
-        ctypes.c_int32,
-        [PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, PTR, PTR, PTR, _ERR],
-    ),
-    "kvp_cache_score_expected": (
-        ctypes.c_int32,
-        [PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, PTR, PTR, _ERR],
+        [PTR, PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, PTR, _ERR],
     ),
     "kvp_policy_create": (ctypes.c_int32, [PTR, PTR, _ERR]),
     "kvp_policy_free": (None, [PTR]),
     "kvp_policy_score": (
         ctypes.c_int32,
         [PTR, PTR, PTR, PTR, ctypes.c_uint32, ctypes.c_int32, PTR, _ERR],
-    ),
-    "kvp_cache_score_policy": (
-        ctypes.c_int32,
-        [PTR, PTR, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32, PTR, PTR, _ERR],
     ),
     "kvp_choose_tokens": (
         ctypes.c_int32,
@@ -192,11 +169,25 @@ LLAMA_VERSION: str = lib.kvp_loaded_llama_version().decode()
 
 
 def call(name: str, *args: Any) -> None:
+    """Call a function whose last argument is its error, and raise what it says."""
+    reason = in_place(name, *args)
+    if reason is not None:
+        raise KVCacheError(reason)
+
+
+def in_place(name: str, *args: Any) -> str | None:
+    """Likewise, for functions that may not be able to work where the cache lies.
+
+    Returns:
+        Why rows must be read for this (KVP_NOT_IN_PLACE), which is no error; None: it is done.
+    """
     error = _Error()
     code: int = getattr(lib, name)(*args, ctypes.byref(error))
     if code == 0:
-        return
+        return None
     message = bytes(error.message).decode(errors="replace")
+    if code == _NOT_IN_PLACE:
+        return message
     if code == _ERR_ARGUMENT:
         raise ValueError(message)
     if code in (_ERR_FILE, _ERR_UNSUPPORTED):

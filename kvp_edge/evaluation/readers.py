@@ -196,7 +196,7 @@ class SharedReader(Reader):
         # the policy that needs the most of what is prepared at load
         most = max(
             self._policies.values(),
-            key=lambda policy: (policy.needs_frequencies, policy.queries),
+            key=lambda policy: (policy.needs_frequencies, policy.n_queries),
             default=get_policy("recency"),
         )
         self._subject = Subject(

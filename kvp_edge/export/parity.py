@@ -11,7 +11,7 @@ import torch
 
 from kvp_edge.arrays import FloatArray
 from kvp_edge.binding.policy import NativePolicy
-from kvp_edge.policies import Policy
+from kvp_edge.policies import ArrayView, Policy
 from kvp_edge.policy_file import PolicyWeights, read_policy
 from kvp_edge.training.agent import Agents
 from kvp_edge.training.data import TraceSetLike
@@ -142,7 +142,10 @@ def _torch_scores(agents: Agents, sample: _Tokens) -> FloatArray:
 
 def _policy_scores(policy: Policy | NativePolicy, sample: _Tokens) -> FloatArray:
     keys, values = sample.keys.astype(np.float32), sample.values.astype(np.float32)
-    scores = policy.score(keys, values, sample.indices)
+    if isinstance(policy, Policy):
+        scores = policy.score(ArrayView(keys, values, sample.indices))
+    else:
+        scores = policy.score(keys, values, sample.indices)
     return scores.reshape(-1, len(sample.indices))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvp_edge.policies import POLICIES
+from kvp_edge.policies import POLICIES, ArrayView
 from kvp_edge.training.agent import Agents
 from kvp_edge.training.data import (
     Protected,
@@ -158,14 +158,13 @@ def heuristic_scorer(name: str) -> Scorer:
         ValueError: a policy that looks at queries, which a trace does not hold.
     """
     policy = POLICIES[name]()
-    if policy.queries:
+    if policy.n_queries:
         raise ValueError(f"policy '{name}' looks at queries, and a trace holds none")
 
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         keys = trace.keys[:, :, :n].astype(np.float32)
         values = trace.values[:, :, :n].astype(np.float32)
-        scores = policy.score(keys, values, trace.indices[:n])
-        return scores.reshape(-1, n)
+        return policy.score(ArrayView(keys, values, trace.indices[:n])).reshape(-1, n)
 
     return score
 
