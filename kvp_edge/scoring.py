@@ -1,4 +1,4 @@
-"""The model under evaluation: it reads, is asked, and tells how likely it found a text."""
+"""The model under evaluation: it reads texts, answers questions, and measures losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BATCH = 512
 
 @dataclass(frozen=True)
 class Bookmark:
-    """A conversation that was read, and nothing of it dropped. n tokens.
+    """A conversation of n tokens that was read without dropping any.
 
     Attributes:
         tokens: int32 [n].
@@ -41,14 +41,13 @@ class Bookmark:
 class Subject(Llama):
     """A bounded Llama that holds at most ``cells`` tokens, whatever their number.
 
-    llama.cpp makes caches of 256 cells and multiples of that; for an evaluation in 1/8 of 1,024
-    tokens the cache has more cells than are used.
+    llama.cpp allocates cells in multiples of 256, so an evaluation in 1/8 of 1,024 tokens does not
+    use all cells.
 
     Args:
         model_path: GGUF file.
         n_ctx: longest conversation, in tokens.
-        cells: tokens that are held at most, at any time; n_ctx: nothing is dropped but by
-            ``evict``.
+        cells: the most tokens kept at any time; n_ctx: nothing is dropped except by ``evict``.
         budget: tokens that stay after an eviction.
         engine: the other arguments of kvp_edge.Llama.
     """
@@ -84,13 +83,13 @@ class Subject(Llama):
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        """From now on another one decides. One that looks at queries finds those that were logged:
-        all of them, if the subject was made with such a policy and drops nothing by itself."""
+        """Use another policy from now on. A policy by queries finds those that were logged: all of
+        them, if the subject was made with such a policy and drops nothing by itself."""
         assert self._kv is not None
         self._kv.policy = policy
 
     def check(self, policy: Policy) -> None:
-        """That this policy can decide here.
+        """Check that this policy fits the model.
 
         Raises:
             PolicyFileError: it was trained for another model.
@@ -99,8 +98,8 @@ class Subject(Llama):
         self._check_policy(policy, self._kv.cache)
 
     def limit(self, budget: int) -> None:
-        """Let ``budget`` tokens stay after an eviction from now on, of a subject that drops nothing
-        by itself.
+        """Keep ``budget`` tokens after evictions from now on; the subject must drop nothing by
+        itself.
 
         Raises:
             BudgetError: the budget leaves nothing to choose.
@@ -118,14 +117,14 @@ class Subject(Llama):
         )
 
     def scored(self, at: Bookmark) -> Bookmark:
-        """``at``, where the subject is now, with all tokens scored by its policy: evictions to one
-        budget after the other then score nothing again."""
+        """The bookmark ``at``, where the subject is now, with all tokens scored by its policy, so
+        that evictions to several budgets score only once."""
         assert self._kv is not None
         self._kv.score()
         return replace(at, table=self._kv.snapshot())
 
     def bookmark(self) -> Bookmark:
-        """What was read so far, to ``go_back`` to."""
+        """A bookmark of what was read so far, for ``go_back``."""
         assert self._kv is not None
         n = int(self.n_tokens)
         return Bookmark(
@@ -136,9 +135,9 @@ class Subject(Llama):
         )
 
     def go_back(self, to: Bookmark) -> None:
-        """Be what this subject was at the bookmark, before anything was dropped. Since then it must
-        have read no other conversation: the log of queries is taken back by forgetting what was
-        logged after it."""
+        """Restore the state at the bookmark, before anything was dropped. The subject must not have
+        read another conversation since: queries logged after the bookmark are removed from the
+        log."""
         assert self._kv is not None
         n = len(to.tokens)
         self._kv.restore_with(to.table, to.state)
@@ -181,7 +180,8 @@ class Subject(Llama):
         return super()._newest_logits() if self._logits_then is None else self._logits_then
 
     def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
-        """Those of all tokens where nothing is dropped but by ``evict``: ``go_back`` needs them."""
+        """The queries of all tokens if nothing is dropped except by ``evict``: ``go_back`` needs
+        them."""
         if limits.cells >= limits.n_ctx:
             return limits.cells
         return super()._queries_to_log(policy, limits)
@@ -191,7 +191,8 @@ class Subject(Llama):
         self.reset()
 
     def reply(self, most: int) -> list[int]:
-        """The likeliest reply to what was read, of at most ``most`` tokens; it is read, too."""
+        """The greedy reply to what was read, of at most ``most`` tokens; the model reads it,
+        too."""
         tokens: list[int] = []
         while len(tokens) < most:
             token = self._likeliest()
@@ -202,8 +203,8 @@ class Subject(Llama):
         return tokens
 
     def converse(self, turns: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-        """The reply to what was read, and, as each of the turns is read after the reply to the one
-        before it, the replies to them."""
+        """The reply to what was read, then the replies to the turns, each read after the reply
+        before."""
         replies = [self.reply(most)]
         for turn in turns:
             self.read(turn)
@@ -211,8 +212,8 @@ class Subject(Llama):
         return replies
 
     def draw(self, count: int, rng: np.random.Generator) -> list[int]:
-        """``count`` tokens drawn one after the other at temperature 1, which are read, too. Tokens
-        that end a reply are never drawn."""
+        """``count`` tokens sampled at temperature 1; the model reads them, too. Tokens that end a
+        reply are never drawn."""
         ends = [llama_cpp.llama_vocab_is_eog(self._model.vocab, t) for t in range(self._n_vocab)]
         tokens: list[int] = []
         while len(tokens) < count:
@@ -228,8 +229,8 @@ class Subject(Llama):
         return str(self.detokenize(tokens).decode(errors="replace"))
 
     def losses(self, ending: Sequence[int]) -> npt.NDArray[np.float64]:
-        """The loss in nats of each token of ``ending``, at least one, after what was read: f64 [n].
-        They are read, too."""
+        """The loss in nats of each token of ``ending`` (at least one) after what was read: f64 [n].
+        The model reads them, too."""
         self._rows = [self._newest_logits()[None].copy()]
         usual, self._logits_all = self._logits_all, True
         try:

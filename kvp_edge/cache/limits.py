@@ -28,7 +28,7 @@ def _round_up(n: int) -> int:
 
 
 def _mib(n_bytes: int) -> str:
-    """What to ask for to get these bytes: a number rounded down would not do."""
+    """The budget to request for these bytes, rounded up."""
     return f"{math.ceil(n_bytes * 100 / 2**20) / 100:.2f}"
 
 
@@ -71,8 +71,8 @@ class CacheLimits:
 
     Invariant: an eviction leaves at least ``n_batch`` free cells, so a batch always fits; or the
     logical context fits into the cells and nothing is ever evicted. The same holds in the window
-    cache of a model with sliding-window layers, of which an eviction frees nothing: it has the
-    cells for all that the next token sees of the window, and a batch.
+    cache of a model with sliding-window layers. Evictions free nothing there, so it has cells for
+    all that the next token sees of the window, and for a batch.
     """
 
     n_ctx: int
@@ -88,10 +88,10 @@ class CacheLimits:
         return self.cells - self.budget
 
     def with_cells(self, cells: int) -> CacheLimits:
-        """The same budget, evicted to as soon as ``cells`` are full, budget < cells <= n_ctx.
+        """The same budget, with evictions as soon as ``cells`` are full, budget < cells <= n_ctx.
 
-        llama.cpp has as many cells as were planned: a window cache keeps its room, since no batch
-        becomes larger.
+        llama.cpp keeps its planned cells. A window cache stays large enough, since no batch becomes
+        larger.
         """
         return replace(self, cells=cells, n_batch=min(self.n_batch, cells - self.budget))
 

@@ -1,4 +1,4 @@
-"""What stays or goes as a whole, and what went."""
+"""Tokens that are kept or dropped together, and tokens that were dropped."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def spans(indices: IntArray) -> tuple[tuple[int, int], ...]:
 
 
 def no_longer_held(before: IntArray, after: IntArray, seen: int) -> IntArray:
-    """Tokens that some head held before and none does now, ascending."""
+    """Tokens that some head kept before and no head keeps now, ascending."""
     held = np.zeros(seen, np.bool_)
     held[before] = True
     held[after] = False

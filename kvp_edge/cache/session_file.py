@@ -1,4 +1,4 @@
-"""Session files: everything that a bounded chat needs to go on as if it had never stopped.
+"""Session files: everything that a bounded chat needs to continue where it stopped.
 
 Layout, all numbers little-endian:
 
@@ -9,7 +9,7 @@ Layout, all numbers little-endian:
     arrays    one after the other, raw
     32 bytes  SHA-256 of all bytes before it
 
-The checksum finds damage, it proves no origin: load only sessions that you saved.
+The checksum detects damage but does not prove origin: load only sessions that you saved.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def write(
     *,
     follow_link: bool = True,
 ) -> None:
-    """Write a session file; one of that name is replaced at once or stays as it was.
+    """Write a session file. An existing file is replaced atomically or stays unchanged.
 
     Args:
         follow_link: see files.replacing.
@@ -146,8 +146,8 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Read a session file and check that all of it is what was written.
 
-    Nothing is made of a length that the file does not have. What the header's other fields and the
-    arrays mean is not looked at: see ``require_conversation``.
+    Nothing longer than the file is allocated. The meaning of the header's other fields and of the
+    arrays is not checked: see ``require_conversation``.
 
     Args:
         most_bytes: a file whose arrays have more is refused before they are read.
@@ -297,7 +297,7 @@ def require_tokens(path: str | os.PathLike[str], tokens: Array, n_vocab: int) ->
 
 
 def require_same(path: str | os.PathLike[str], saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse a session that was made with anything else than what is loaded here.
+    """Refuse a session that does not match the loaded model and options.
 
     Raises:
         SessionError: naming the first difference and both sides.

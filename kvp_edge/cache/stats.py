@@ -1,4 +1,4 @@
-"""What the cache tells: numbers on demand, and an event for every eviction."""
+"""Statistics of the cache, and an event for every eviction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class KVStats:
 
     Attributes:
         seen: tokens of the conversation read so far (the logical length).
-        kept: of these, still in the cache. At head granularity: held by each head; heads hold
+        kept: of these, still in the cache. At head granularity: kept by each head; heads keep
             different tokens, but all the same number.
         dropped: of these, evicted, from each head.
         evictions: evictions since the conversation was begun, or read again from its start.
@@ -25,13 +25,13 @@ class KVStats:
         budget: tokens kept after an eviction; None when the cache is not bounded.
         policy: name of the policy; None when the cache is not bounded.
         granularity: "token" or "head"; None when the cache is not bounded.
-        pack: "device" when the cache is scored and packed where it lies, as long as that is
-            possible (``Eviction.pack`` says why it may not be), "state" when it always goes through
-            llama.cpp's state; None when it is not bounded.
-        where: the devices that it lies on, with commas; with "state", why that is not known; None
-            when it is not bounded.
-        transferred_bytes: bytes carried between the cache and the host so far: cell numbers and
-            scores of layers on a device, nothing for layers in host memory; whole states where an
+        pack: "device" when the cache is scored and packed in place wherever possible
+            (``Eviction.pack`` lists the exceptions), "state" when every eviction goes through
+            llama.cpp's state; None when the cache is not bounded.
+        where: the cache's devices, separated by commas; with "state", why they are not known; None
+            when the cache is not bounded.
+        transferred_bytes: bytes transferred between the cache and the host so far: cell indices and
+            scores of layers on a device, nothing for layers in host memory, whole states when an
             eviction went through one.
         evictions_as_state: of the evictions, those that went through llama.cpp's state.
     """
@@ -88,14 +88,13 @@ class Eviction:
         n_dropped: tokens in these spans.
         kept: tokens held afterwards (by each head).
         seen: tokens of the conversation read so far.
-        policy: who chose.
+        policy: name of the policy.
         ms: milliseconds it took.
         pack: "device" if the cache was packed where it lies, "state" if it went through llama.cpp's
-            state: always so with KVStats.pack "state", else when positions are compacted, once
-            after load_state, and where a sliding window would lose tokens that it still sees (a
-            budget that without the recent window is smaller than the sliding one).
-        transferred_bytes: bytes it carried between the cache and the host
-            (KVStats.transferred_bytes).
+            state. With KVStats.pack "device" that happens when positions are compacted, once after
+            load_state, and where a sliding window would lose tokens that it still sees (the budget
+            without the recent window is smaller than the sliding window).
+        transferred_bytes: bytes it transferred between the cache and the host.
     """
 
     dropped: tuple[tuple[int, int], ...]

@@ -1,4 +1,4 @@
-"""Which tokens every head holds, and where."""
+"""Which tokens every head keeps, and in which rows."""
 
 from __future__ import annotations
 
@@ -79,17 +79,16 @@ class Table:
         return cls(**fields)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """For a session file; with ``numbers`` all there is."""
+        """The table's arrays for a session file; ``numbers`` has the rest."""
         return {name: getattr(self, name) for name in _ARRAYS}
 
     def numbers(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in _NUMBERS}
 
     def adds_up(self, empty: Table) -> bool:
-        """Whether types, sizes and orders are those of a table of the same cache as ``empty``.
+        """Whether types, sizes and orders fit the cache that ``empty`` belongs to.
 
-        Nothing larger than ``seen`` tokens is made on the way, so compare that with what there is
-        before.
+        This allocates nothing larger than ``seen`` tokens, so check ``seen`` first.
         """
         return self._numbers_add_up() and self._arrays_fit(empty) and self._rows_add_up()
 
@@ -189,8 +188,9 @@ class Table:
 
     @property
     def unsure_from(self) -> int:
-        """Where spans must be looked for again when more is known: the begin of the newest, and
-        where that may be no marker after all, of the text that then goes on in it."""
+        """Where to search for spans again when more text is known: the start of the newest span,
+        or, if that may not be a marker after all, the start of the text that would continue in
+        it."""
         at = max(0, self.marked - 1)
         i = int(np.searchsorted(self.spans[:, 0], at, side="right")) - 1
         if i < 0 or self.spans[i, 1] <= at:
@@ -200,9 +200,9 @@ class Table:
         return int(self.spans[i, 0])
 
     def with_spans(self, found: list[Span]) -> Table:
-        """With all spans from ``unsure_from`` to ``seen``, and without those that mean nothing any
-        more because at most one of their tokens is held. Where turns begin is needed as far back as
-        the conversation may be cut: from the newest of those before the tail on."""
+        """With all spans from ``unsure_from`` to ``seen``. Spans with at most one kept token are
+        removed, but not the newest start of a turn before the tail and those after it: the
+        conversation may be cut back to there."""
         new = np.array(found, np.int32).reshape(-1, 3)
         start = min([self.unsure_from, *new[:1, 0].tolist()])
         spans = np.concatenate((self.spans[self.spans[:, 1] <= start], new))

@@ -1,4 +1,4 @@
-"""Turn isolation: what was kept of finished turns is not thinned out again for new ones.
+"""Turn isolation: new turns do not push out what was kept of finished turns.
 
 After FlowKV (arXiv:2505.15347), which compresses a turn once, when it is finished, and lets the
 cache grow. Here the cells are fixed, so tokens of finished turns that have stayed in an eviction
@@ -9,8 +9,8 @@ are "settled", and:
     Settled tokens and newer ones are ranked apart: none of the one kind takes the place of one of
     the other.
 
-So a new turn always has a quarter of the room, and nothing settled goes while there are few enough
-of them.
+So a new turn always has a quarter of the room, and settled tokens are dropped only when there are
+too many of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvp_edge.binding import ranking
 
 
 def settled_share(n_settled: int, n_newer: int, room: int) -> int:
-    """How many of the settled tokens stay in a room for so many unprotected tokens."""
+    """How many settled tokens are kept if there is room for this many unprotected tokens."""
     return min(n_settled, room - min(n_newer, -(-room // 4)))
 
 

@@ -50,7 +50,7 @@ class _Version(argparse.Action):
     """--version, which llama.cpp must be loaded for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        native = import_module("kvp_edge.binding.cache")
+        native = import_module("kvp_edge.binding.library")
         print(
             f"kvp-edge {kvp_edge.__version__} "
             f"(llama-cpp-python {native.BUILT_FOR}, llama.cpp {native.LLAMA_VERSION})"

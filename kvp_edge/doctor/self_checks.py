@@ -43,7 +43,7 @@ def _llama_cpp(_: str | None) -> Found:
 
 def _native(_: str | None) -> Found:
     """Does the native part load, and does it fit?"""
-    native = importlib.import_module("kvp_edge.binding.cache")
+    native = importlib.import_module("kvp_edge.binding.library")
     return {"built_for": native.BUILT_FOR, "llama_cpp": native.LLAMA_VERSION}
 
 

@@ -1,9 +1,9 @@
 """Endings that the model itself writes, with its full cache.
 
 Every policy then reads exactly these tokens, and its loss on them is compared with that of the full
-cache which wrote them: the loss increase that ForesightKV (arXiv:2602.03203) rewards policies by,
-on the whole of a generation. The tokens are those that were generated, whatever a tokenizer would
-make of their text.
+cache that wrote them: the loss increase, as in ForesightKV's reward (arXiv:2602.03203), over the
+whole generation. The tokens are the generated ones, even if a tokenizer would split their text
+differently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Written = tuple[list[int], int, npt.NDArray[np.bool_]]
 
 
 def write_all(model_path: str, starts: Sequence[Start], engine: Mapping[str, Any]) -> list[Written]:
-    """The endings, by one model that is loaded if there are any to write.
+    """Write the endings; the model is loaded only if there are any.
 
     Args:
         model_path: GGUF file.
@@ -34,8 +34,8 @@ def write_all(model_path: str, starts: Sequence[Start], engine: Mapping[str, Any
         engine: the other arguments of kvp_edge.Llama.
 
     Returns:
-        Of each start all tokens, where its ending begins, and bool [tokens of the ending]: which of
-        them the model wrote.
+        For each start all tokens, where its ending begins, and bool [tokens of the ending]: which
+        of them the model wrote.
 
     Raises:
         ValueError: all replies of a conversation are empty.

@@ -1,8 +1,7 @@
-"""How long an evaluation or a demo will take here, told beforehand.
+"""Estimates how long an evaluation or a demo will take on this machine.
 
-What is to be read and written is counted exactly; replies may end before they are as long as they
-may become, so what is written is the most. How fast that goes is measured with the start of one
-conversation, just before.
+Tokens to read are counted exactly. Replies may end early, so tokens to write are an upper bound.
+The speed is measured on the start of one conversation, just before.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from kvp_edge.evaluation.run import Job, Run, groups
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.scoring import Subject
 
-# Tokens: before the clock starts, so that all of the model was touched; read at once at first;
-# read one by one, as a reply is written.
+# Numbers of tokens: read before the clock starts, so that all of the model is in memory; in the
+# first batch; read one by one, as a reply is written.
 _WARM, _FIRST, _SINGLE = 16, 64, 16
 _MOST_AT_ONCE = 512
 
@@ -104,12 +103,12 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Part:
-    """What is read in one way: conversations that settings share, or those of one setting.
+    """Work of one kind: conversations that settings share, or those of one setting.
 
     Attributes:
         name: what it is, for the user.
-        setting: one of its settings: how fast it goes is measured in this.
-        prompt: one of its conversations: the start of it is read to measure.
+        setting: one of its settings, in which the speed is measured.
+        prompt: one of its conversations, whose start is read for the measurement.
         cells: tokens in the cache at most.
         conversations: how many times one is read from its start.
     """
@@ -130,7 +129,7 @@ def parts(jobs: Sequence[Job], drawn: Sequence[Job] = ()) -> list[Part]:
     """All that a run will read and write.
 
     Args:
-        jobs: what is to be asked; see ``Run``.
+        jobs: the work; see ``Run``.
         drawn: whose kept tokens are to be drawn.
     """
     found: dict[tuple[str, int], Part] = {}
@@ -170,13 +169,13 @@ def _name_and_cells(setting: Setting) -> tuple[str, int]:
         return "read once for all settings", setting.longest
     if setting.budget is None:
         return "full cache", setting.longest
-    # context shift reads into a cache of which it uses no more cells than the others have
+    # context shift uses no more cells of its cache than the others have
     cells = setting.longest if setting.policy == SHIFT else min(setting.budget, setting.longest)
     return f"{setting.policy}, {setting.budget} tokens", cells
 
 
 def _ending(setting: Setting, prompt: Prompt) -> Work:
-    """What comes after tokens were dropped."""
+    """The tokens read and written after tokens were dropped."""
     turns = sum(map(len, prompt.turns))
     replies = 0 if prompt.item is None else 1 + len(prompt.turns)
     return Work(len(prompt.tokens) - setting.cut(prompt) + turns, replies * prompt.reply_tokens)
@@ -217,12 +216,12 @@ def _subject(run: Run, part: Part) -> Subject:
 
 
 def _way(part: Part) -> int | None:
-    """The budget, where the cache never holds more; None: all tokens are held for a while."""
+    """The budget, if the cache never keeps more; None: it keeps all tokens for a while."""
     return None if part.cells == part.setting.longest else part.setting.budget
 
 
 def about_speeds(speeds: Mapping[int | None, Speed]) -> list[str]:
-    """What was measured, a line for each."""
+    """The measured speeds, one per line."""
     return [
         f"{'full cache' if way is None else f'{way} tokens held'}: reads {speed.reading:,.0f} and "
         f"writes {speed.writing:,.1f} tokens a second, over {speed.over:,} tokens"
@@ -231,17 +230,17 @@ def about_speeds(speeds: Mapping[int | None, Speed]) -> list[str]:
 
 
 def cache_bytes(run: Run, part: Part) -> int:
-    """Of keys and values in the cells that llama.cpp makes; with sliding windows, at most."""
+    """Bytes of keys and values in llama.cpp's cells; with sliding windows, at most."""
     types = [_F16 if (kind := run.engine.get(t)) is None else kind for t in ("type_k", "type_v")]
     per_cell = read_model_shape(run.model).bytes_per_cell(*types)
     return -(-part.cells // CELL_UNIT) * CELL_UNIT * per_cell
 
 
 def table(run: Run, todo: Sequence[Part], speeds: Mapping[int | None, Speed], n: int) -> list[str]:
-    """What every part takes at most, and all of them, as lines.
+    """The most time that every part takes, and the total, as lines.
 
     Args:
-        n: processes, taken not to slow each other down.
+        n: processes, assumed not to slow each other down.
     """
     names = [f"{part.name}, length {part.setting.length:,}" for part in todo]
     wide = max(map(len, [*names, "total"]))

@@ -1,4 +1,4 @@
-"""Records sorted into what may be compared: a setting, its policies and budgets, its full cache."""
+"""Groups records that may be compared: a setting, its policies and budgets, its full cache."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Measure = Literal["accuracy", "loss"]
 #: Records of one policy at one budget: of each task, of each item.
 Cell: TypeAlias = dict[str, dict[ItemId, Record]]
 
-#: Policies that go last in a table: llama.cpp's own rule, and what no policy can be.
+#: Policies that come last in a table: llama.cpp's own rule, and the oracles.
 _LAST = (SHIFT, ORACLE, GOLDEN)
 
 
 class Setting(NamedTuple):
-    """What is the same for all that is compared, in the order in which groups are sorted."""
+    """What all compared records share, in the order in which groups are sorted."""
 
     mode: str
     question: str
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 
     @property
     def unusual(self) -> str:
-        """What is not as by default, to be added to a description."""
+        """Settings that differ from the defaults, for a description."""
         return (
             ("" if self.protected else ", no tokens protected")
             + ("" if self.keep_whole == "tokens" else f", whole {self.keep_whole}")
@@ -67,7 +67,7 @@ class Group:
         return sorted({budget for _, budget in self.cells})
 
     def policies(self, first: str = "") -> list[str]:
-        """By name, but ``first`` before the others and the special ones behind them."""
+        """By name, with ``first`` first and the special ones last."""
         return ordered((policy for policy, _ in self.cells), first)
 
     def tasks(self, measure: Measure) -> list[str]:
@@ -120,8 +120,8 @@ def full_caches(records: Iterable[Record]) -> dict[tuple[str, str, int], Cell]:
 
 
 def scores(cell: Cell, measure: Measure, tasks: Sequence[str] | None = None) -> Scores:
-    """What statistics need of a cell; of all tasks with that measure, or of those given.
-    Sorted, so that the same records in another order give the same resamples."""
+    """The scores of a cell, of all tasks with that measure or of those given. Sorted, so that the
+    order of records does not change the resamples."""
     return {
         task: {item: items[item].score for item in sorted(items)}
         for task, items in sorted(cell.items())

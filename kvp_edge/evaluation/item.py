@@ -1,4 +1,4 @@
-"""What a model is asked or given to read, and when its reply is right."""
+"""Questions and texts for a model, and the scoring of replies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Item:
 
     Attributes:
         messages: the conversation; the last message is the user's and ends in ``question``.
-        question: what is asked. Everything before it can be evicted before the question is seen.
+        question: the question. Everything before it can be evicted before it is read.
         answers: what the reply must name.
         match: "all": the score is the share of ``answers`` that the reply names (RULER's
             string_match_all); "any": 1 if it names one of them (string_match_part); "order": the
@@ -43,8 +43,8 @@ class Item:
     more: tuple[Question, ...] = ()
 
     def score(self, *replies: str) -> float:
-        """From 0 to 1, the mean over all questions. An answer counts when it stands in the reply as
-        words of its own; case and the kind of white space do not matter.
+        """From 0 to 1, the mean over all questions. An answer counts if the reply contains it as
+        separate words; case and the kind of white space do not matter.
 
         Args:
             replies: one for each question.
@@ -61,13 +61,13 @@ class Item:
 
 
 def names(reply: str, answer: str) -> bool:
-    """Whether ``answer`` stands in ``reply`` as words of its own."""
+    """Whether ``reply`` contains ``answer`` as separate words."""
     words = r"\s+".join(map(re.escape, answer.split()))
     return re.search(rf"(?<!\w){words}(?!\w)", reply, re.IGNORECASE) is not None
 
 
 def words_of(text: str) -> list[str]:
-    """Words and numbers without the signs around them, in small letters."""
+    """Words and numbers in lower case, without punctuation."""
     return re.findall(r"\w+(?:['\u2019-]\w+)*", text.casefold())
 
 
@@ -84,11 +84,11 @@ def in_order(found: Sequence[str], wanted: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Reading:
-    """A text whose ending the model must find likely.
+    """A text whose ending's loss is measured.
 
     Attributes:
         context: what is read first: a conversation, or plain text.
-        ending: what comes then; a plain text goes on with it, a conversation's next message is it.
+        ending: what follows: the rest of a plain text, or the next message of a conversation.
     """
 
     context: list[Message] | str
@@ -100,11 +100,11 @@ class Continuation:
     """A reading whose ending the model itself writes, with its full cache.
 
     Attributes:
-        context: what is read first: plain text, which the model goes on with in draws at
-            temperature 1, or a conversation, to which it gives its likeliest reply.
-        tokens: how many it writes of a plain text's ending; of each reply the most.
+        context: what is read first: plain text, which the model continues at temperature 1, or a
+            conversation, to which it replies greedily.
+        tokens: how many it writes after a plain text, or at most in each reply.
         questions: the user's messages that follow in a conversation, each after the model's own
-            reply to the one before. They are not measured, its replies are.
+            reply to the one before. Only the replies are measured.
         seed: of the draws.
     """
 
@@ -118,8 +118,8 @@ class Task(Protocol):
     """A family of items or of readings, drawn from a seed.
 
     Attributes:
-        name: what users call it.
-        about: one sentence for ``kvp-edge eval --list``: what it asks, and how it differs from its
+        name: its name for users.
+        about: one sentence for ``kvp-edge eval --list``: the question, and the differences from the
             original.
         reply_tokens: the most tokens that a reply needs (0: readings, which have no reply).
     """
@@ -134,6 +134,5 @@ class Task(Protocol):
         """``n_items`` of at most about ``n_tokens`` tokens; the same for the same arguments.
 
         Raises:
-            ValueError: no item fits into so few tokens, or there are not so many; the message says
-                which.
+            ValueError: no item fits into so few tokens, or there are too few items.
         """

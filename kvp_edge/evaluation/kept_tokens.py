@@ -1,4 +1,4 @@
-"""Which tokens each head kept, drawn over the text: a page to explore, or a picture.
+"""Shows over the text which tokens each head kept: an HTML page, or a picture.
 
 The page (HTML) needs nothing but a browser: no other files, nothing from the network. It shows the
 text once; a selector colours it by the share of heads that kept a token, or by one head's choice.
@@ -26,10 +26,10 @@ _LEVELS = 10  # shades, besides white for what no head kept
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """What is shown. n tokens.
+    """The contents of a page or picture, with n tokens.
 
     Attributes:
-        texts: n texts, as the tokens are written out one by one; "" for special tokens.
+        texts: the text of each token; "" for special tokens.
         kept: bool [n_layer, n_head_kv, n].
         protected: bool [n], tokens that no head could drop.
         title: of the page or picture.
@@ -66,12 +66,12 @@ class KeptTokens:
 
     @property
     def share(self) -> npt.NDArray[np.float64]:
-        """Of the heads, those that kept a token: f64 [n]."""
+        """The share of heads that kept each token: f64 [n]."""
         share: npt.NDArray[np.float64] = self.kept.mean((0, 1), dtype=np.float64)
         return share
 
     def levels(self) -> npt.NDArray[np.int64]:
-        """Shades of the share: int64 [n]; 0 only for no head, 10 only for all."""
+        """The share as a shade, int64 [n]: 0 only for no head, 10 only for all."""
         some = np.clip(np.rint(self.share * _LEVELS), 1, _LEVELS - 1).astype(np.int64)
         return np.where(self.share == 0, 0, np.where(self.share == 1, _LEVELS, some))
 
@@ -86,8 +86,8 @@ class KeptTokens:
 
 
 def html_page(shown: KeptTokens) -> str:
-    """The page. Its size is about 60 bytes for each token, and for each head one bit for each token
-    (with scores nine)."""
+    """The page. It takes about 60 bytes per token, and one bit per token and head (nine with
+    scores)."""
     n_layer, n_head_kv, n = shown.kept.shape
     levels = shown.levels()
     tokens = "".join(
@@ -125,8 +125,8 @@ def write_html(shown: KeptTokens, path: str | os.PathLike[str]) -> None:
 
 
 def _fill(parts: dict[str, str]) -> str:
-    """The template with its ``{{names}}`` replaced. It is cut before anything is put in, so that
-    text with braces in it stays text."""
+    """The template with its ``{{names}}`` replaced. It is split first, so that braces in the values
+    stay text."""
     first, *others = _TEMPLATE.read_text(encoding="utf-8").split("{{")
     page = [first]
     for other in others:
@@ -136,22 +136,23 @@ def _fill(parts: dict[str, str]) -> str:
 
 
 def _visible(text: str) -> str:
-    """A token as HTML whose text is the token: marks for white space are put in by the style
-    sheet, so that copied text is the true one."""
+    """A token as HTML. The style sheet adds the marks for white space, so that copied text is the
+    original."""
     escaped = html.escape(_storable(text))
     return escaped.replace("\n", "<i></i>\n").replace("\t", '<i class="tab"></i>\t')
 
 
 def _storable(text: str) -> str:
-    """Control characters, which HTML cannot hold, as their pictures; likewise half characters."""
+    """Replaces control characters, which HTML cannot contain, by their symbols, and half
+    characters."""
     pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
     # tokens may end within a character
     return text.translate(pictures).encode("utf-8", "replace").decode("utf-8")
 
 
 def _ranks(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
-    """Of each score, the percentage of its head's scores below it: uint8, same shape. What is not
-    a number is below all, as in an eviction."""
+    """For each score, the percentage of its head's scores below it: uint8, same shape. NaN is below
+    all, as in an eviction."""
     n = scores.shape[-1]
     rows = np.nan_to_num(scores.reshape(-1, n).astype(np.float64), nan=-np.inf)
     below = np.stack([np.searchsorted(np.sort(row), row) for row in rows])

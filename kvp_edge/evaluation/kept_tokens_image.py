@@ -67,8 +67,8 @@ def write_png(
 
 
 def _liveliest(shown: KeptTokens, count: int) -> tuple[int, int]:
-    """The ``count`` neighbouring tokens whose shares of heads have the largest variance, because a
-    passage that all heads keep or drop shows nothing."""
+    """The ``count`` neighbouring tokens whose shares of heads vary most: a passage that all heads
+    keep or drop shows nothing."""
     share = np.where(shown.protected, shown.share.mean(), shown.share)
     count = min(count, len(share))
     sums, squares = (np.concatenate([[0.0], np.cumsum(share**k)]) for k in (1, 2))
@@ -82,8 +82,7 @@ def _draw_map(axes: Any, shown: KeptTokens, start: int, stop: int, matplotlib: A
     n_layer, n_head_kv, n = shown.kept.shape
     palette = np.array([matplotlib.colors.to_rgb(c) for c in (_DROPPED, _KEPT, _PROTECTED)])
     image = palette[np.where(shown.kept & shown.protected, 2, shown.kept).reshape(-1, n)]
-    # Where tokens are narrower than pixels, a pixel shows the mean colour of its tokens: picking
-    # one of them would lose the others.
+    # If tokens are narrower than pixels, a pixel shows the mean colour of its tokens.
     borders = np.linspace(0, n, min(n, _PIXELS) + 1).astype(int)
     image = np.add.reduceat(image, borders[:-1], axis=1) / np.diff(borders)[:, None]
     axes.imshow(

@@ -1,8 +1,7 @@
 """How the loss grows along an ending while tokens are dropped.
 
-The loss of one policy minus that of the full cache, on the same tokens: what ForesightKV
-(arXiv:2602.03203) rewards evictions by, there squared and for surprising tokens alone, here the
-plain mean of all.
+The loss of one policy minus that of the full cache, on the same tokens, as a mean over all tokens.
+(ForesightKV's reward, arXiv:2602.03203, squares it and uses selected tokens only.)
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from kvp_edge.evaluation.statistics import Scores
 
 
 def tasks_in_parts(found: Group) -> list[str]:
-    """The readings whose full cache's records have losses for the parts of their endings."""
+    """The readings for which the full cache's records have losses of parts of the ending."""
     full = found.full
     return [
         task for task in found.tasks("loss") if any(r.losses for r in full.get(task, {}).values())
@@ -23,8 +22,8 @@ def tasks_in_parts(found: Group) -> list[str]:
 
 
 def by_parts(cell: Cell, task: str, count: int) -> list[Scores]:
-    """The losses of ``count`` parts of the endings in a row, for each of them as scores of the
-    items; an item without such losses is left out.
+    """The losses of ``count`` consecutive parts of the endings, each as scores of the items; items
+    without such losses are left out.
 
     Args:
         count: a divisor of PARTS.
@@ -38,5 +37,5 @@ def by_parts(cell: Cell, task: str, count: int) -> list[Scores]:
 
 
 def ending_tokens(records: list[Record]) -> float:
-    """How many tokens the endings have, on the average."""
+    """The mean number of tokens in the endings."""
     return float(np.mean([r.n_prompt - r.kept - r.dropped for r in records]))

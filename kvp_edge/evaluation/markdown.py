@@ -45,15 +45,15 @@ def signed_nats(found: Estimate) -> str:
 
 
 def escape(text: str) -> str:
-    """Names of policies may be paths; a table's cell must survive them."""
+    """A policy's name, which may be a path, escaped for a table."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def plural(word: str, n: int) -> str:
-    """``word`` for n of them."""
+    """``word``, in the plural unless n is 1."""
     return word if n == 1 else f"{word}s"
 
 
 def capital(text: str) -> str:
-    """With a capital first letter, as a heading begins."""
+    """The text with a capital first letter."""
     return text[:1].upper() + text[1:]

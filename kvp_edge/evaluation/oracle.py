@@ -1,4 +1,4 @@
-"""The ceiling: policies that have read what will be asked and know which tokens the reply needs."""
+"""Oracles: policies that have read the question and the reply and know the tokens these need."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from kvp_edge.traces.format import Trace
 
 
 class Oracle(Policy):
-    """Keeps what the rest of the conversation will attend to, taken from a trace of all of it.
+    """Keeps what the rest of the conversation will attend to, by a trace of all of it.
 
-    score = trace.importance(n): the attention that every later query of the traced run paid to the
-    token, the largest of the group's query heads (arXiv:2602.10238), where n tokens have been read
-    at the moment of the eviction. The trace was made with nothing evicted. With ``peak`` it is
-    trace.peak(n), the most that any one block of those queries paid: the golden eviction of
-    ForesightKV (arXiv:2602.03203, section 3), but with the trace's blocks instead of 256 queries,
-    and with the largest of a group instead of its mean.
+    score = trace.importance(n), for an eviction after n tokens: the attention mass that the token
+    receives from all later queries of the traced run, the largest of the group's query heads
+    (arXiv:2602.10238). Nothing was evicted in the traced run. With ``peak`` it is trace.peak(n),
+    the largest mass from one block of those queries: golden eviction in ForesightKV
+    (arXiv:2602.03203, section 3), but with the trace's blocks instead of 256 queries, and the
+    largest of a group instead of its mean.
 
-    A trace answers for the borders between its blocks. n is rounded up to the next one, so up to a
-    block of queries is left out; after the last border it is rounded down to it, and the tokens
-    from there on, newer than all others, score above them. So do those behind its end. Where the
-    replies read are not those of the trace (a smaller cache may write others), tokens and queries
-    behind them are matched by their positions, and are a few tokens off if the lengths differ; what
-    was told before the first question is not touched by that.
+    A trace is exact at the borders between its blocks. n is rounded up to the next border, which
+    leaves out up to a block of queries. After the last border it is rounded down, and the tokens
+    from there on, being the newest, score above all others, like those beyond the trace's end. If
+    the replies differ from the trace's (a smaller cache may write others), later tokens and queries
+    are matched by index, and are a few tokens off if the lengths differ. Text before the first
+    question is not affected.
 
     Args:
         trace: the whole conversation, the replies included, by the model that will read it.
         peak: see above.
 
     Raises:
-        ValueError: a trace of one block, which no query comes after.
+        ValueError: the trace has one block, with no queries after it.
     """
 
     name = "oracle"

@@ -136,7 +136,7 @@ def loss_increase_plot(
 
 
 def _looks(groups: Sequence[Group], first: str) -> dict[str, dict[str, str]]:
-    """A policy looks the same in all panels."""
+    """Each policy's style, the same in all panels."""
     names = ordered((name for found in groups for name in found.policies()), first)
     return {
         name: {
@@ -166,7 +166,7 @@ def _panels(pyplot: Any, count: int, *, sharey: bool) -> tuple[Any, list[Any]]:
 
 
 def _legend(figure: Any, panels: Sequence[Any]) -> None:
-    """One for all panels."""
+    """One legend for all panels."""
     entries = {
         label: handle
         for panel in panels
@@ -200,7 +200,7 @@ def _panel(
         panel.plot(x, [e.value for _, e in points], label=policy, markersize=5, **looks[policy])
         low, high = [e.low for _, e in points], [e.high for _, e in points]
         colour = looks[policy]["color"]
-        # a single budget has no band to see: a bar
+        # a single budget shows no band, so draw a bar
         panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         panel.vlines(x, low, high, color=colour, alpha=0.4, linewidth=1)
     full = scores(found.full, "accuracy", tasks)
@@ -296,6 +296,6 @@ def cost_per_head_plot(
 
 
 def _save(figure: Any, path: str | os.PathLike[str], pyplot: Any) -> None:
-    # without the software's name the same numbers make the same file everywhere
+    # without the software's name, the same numbers give the same file everywhere
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
     pyplot.close(figure)

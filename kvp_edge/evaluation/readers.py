@@ -1,7 +1,7 @@
-"""The model that reads conversations, is asked, and drops what a setting says.
+"""Models that read conversations, drop tokens as a setting says, and answer questions.
 
-Settings of one-shot mode that differ in policy and budget alone have read the same when tokens are
-dropped. ``SharedReader`` reads that once and gives it back to each of them.
+Settings of one-shot mode that differ only in policy and budget have read the same tokens when they
+drop some. ``SharedReader`` reads these once and restores them for each setting.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ OWN = Learned.name
 
 
 def shares_reading(setting: Setting) -> bool:
-    """Whether others may drop their tokens from the same reading. Context shift drops while it
-    reads, in both modes."""
+    """Whether the setting can share its reading with others. Context shift drops while it reads, in
+    both modes."""
     return setting.mode == "one-shot" and setting.policy != SHIFT
 
 
 def shares_trace(setting: Setting) -> bool:
-    """Whether others may use the trace that it makes of a conversation."""
+    """Whether the setting can share its traces with others."""
     return setting.policy in (ORACLE, GOLDEN)
 
 
 def reader_of(model: str, settings: Sequence[Setting], engine: Mapping[str, Any]) -> Reader:
-    """One for settings that differ in policy and budget alone and share reading or traces, or for a
-    single one."""
+    """The reader of settings that differ only in policy and budget and share reading or traces, or
+    of a single setting."""
     if all(shares_reading(setting) for setting in settings):
         return SharedReader(model, settings, engine)
     return BoundedReader(model, settings, engine)
 
 
 def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> Subject:
-    """What reads in a setting of bounded mode, or in one that drops nothing. For the oracles, which
-    must see a conversation first, its policy is another one."""
+    """The subject of a setting in bounded mode, or of one that drops nothing. The oracles must
+    trace a conversation first, so their subject starts with another policy."""
     n_ctx = setting.longest
     if setting.budget is None or shares_reading(setting):
         return Subject.whole(model, n_ctx, **engine)
@@ -82,16 +82,16 @@ class Reader(ABC):
 
     @abstractmethod
     def prepare(self, setting: Setting, prompt: Prompt) -> None:
-        """Do what several settings share and none has done yet, so that the time of
+        """Do the work that several settings share, if none has done it yet, so that the time of
         ``read_context`` is that of its own setting."""
 
     @abstractmethod
     def read_context(self, setting: Setting, prompt: Prompt) -> tuple[Subject, int]:
-        """All that comes before the question, or the question too where it is to be seen, is read
-        and what is to be dropped is dropped: the subject, and how many tokens it was given."""
+        """Read everything before the question (and the question, if it is seen), and drop tokens.
+        Returns the subject, and how many tokens it has read."""
 
     def ask(self, setting: Setting, prompt: Prompt) -> dict[str, Any]:
-        """What came of it, by the names of a Record."""
+        """The results, by the names of a Record."""
         tokens = prompt.tokens.tolist()
         subject, cut = self.read_context(setting, prompt)
         held = {"kept": subject.held, "dropped": cut - subject.held}
@@ -113,7 +113,7 @@ class Reader(ABC):
         return {**held, **outcome, "evictions": subject.evictions, "kv_bytes": kv_bytes}
 
     def kept_tokens(self, setting: Setting, prompt: Prompt) -> KeptTokens:
-        """Which tokens each head holds when the question comes."""
+        """The tokens that each head keeps when the question comes."""
         subject, n = self.read_context(setting, prompt)
         indices = np.asarray(subject.kv_indices)
         if indices.ndim == 1:
@@ -129,7 +129,7 @@ class Reader(ABC):
 
 
 class BoundedReader(Reader):
-    """Drops tokens while it reads, or none: it reads every conversation in each setting.
+    """Reads every conversation anew in each setting, and drops tokens while reading, or none.
 
     Args:
         model: GGUF file.
@@ -157,7 +157,7 @@ class BoundedReader(Reader):
         return subject, cut
 
     def _decide(self, setting: Setting, prompt: Prompt) -> Subject:
-        """The subject with the policy that is to decide."""
+        """The subject with the setting's policy."""
         subject = self._subjects[setting.budget]
         if shares_trace(setting):
             subject.policy = self._oracles.of(prompt, setting.policy)
@@ -166,14 +166,13 @@ class BoundedReader(Reader):
 
 class SharedReader(Reader):
     """Reads every conversation once, into a full cache, for all settings of one-shot mode that
-    differ in policy and budget alone. The full cache may be one of them.
+    differ only in policy and budget. The full cache may be one of them.
 
-    Each setting gets the state that reading left: llama.cpp's cells, the logits of the last token,
-    and, for policies that look at queries, the log of all of them. A policy scores it once for all
-    budgets that follow each other. Reading is the same for all: no
-    policy has a part in it before tokens are dropped. What follows is the same as after reading the
-    conversation anew, to the last bit, but for models with sliding windows: llama.cpp puts the
-    cells of a window back in another order, and so rounds sums otherwise.
+    Each setting starts from the state after reading: llama.cpp's cells, the logits of the last
+    token and, for policies by queries, the log of all of them. A policy scores it once for all its
+    consecutive budgets. Policies take no part in reading before tokens are dropped, so the results
+    equal those of reading anew, bit for bit, except in models with sliding windows: llama.cpp
+    restores the cells of a window in another order, which rounds sums differently.
 
     Args:
         model: GGUF file.
@@ -193,7 +192,7 @@ class SharedReader(Reader):
         if not chosen:
             self._subject = Subject.whole(model, n_ctx, **engine)
             return
-        # the policy that needs the most of what is prepared at load
+        # the policy that needs the most preparation at load
         most = max(
             self._policies.values(),
             key=lambda policy: (policy.needs_frequencies, policy.n_queries),
@@ -221,7 +220,7 @@ class SharedReader(Reader):
         return subject, setting.cut(prompt)
 
     def _start_of(self, setting: Setting, prompt: Prompt) -> Bookmark:
-        """The context read and, but for the full cache, scored by the setting's policy."""
+        """The context, read and (except for the full cache) scored by the setting's policy."""
         subject = self._subject
         if self._read is None or self._read[0] is not prompt:
             self._read = self._scored = None
@@ -243,8 +242,8 @@ class SharedReader(Reader):
 
 
 class _Oracles:
-    """Policies that have read a conversation to its end. It is traced once for both of them, and
-    for all budgets that follow each other."""
+    """The oracles. Each conversation is traced once for both of them and for all consecutive
+    budgets."""
 
     def __init__(self, model: str, n_ctx: int, engine: Mapping[str, Any]) -> None:
         self._model, self._n_ctx, self._engine = model, n_ctx, engine
@@ -267,7 +266,7 @@ class _Oracles:
         """The conversation with its last reply, read with a full cache."""
         tokens = self._whole(prompt)
         if self._tracer is None:
-            # without flash attention the attention itself is captured, in models of every kind
+            # without flash attention, attention itself is captured, for every kind of model
             plain = {k: v for k, v in self._engine.items() if k != "flash_attn"}
             self._tracer = Tracer(self._model, self._n_ctx, **plain)
         n_reply = prompt.reply_tokens if prompt.item is not None else 0
@@ -305,7 +304,7 @@ def _named(policy: str, model: str) -> str:
 
 
 def _how(setting: Setting) -> dict[str, Any]:
-    """Arguments of kvp_edge.Llama that settings which share their reading have in common."""
+    """Arguments of kvp_edge.Llama that are common to settings which share their reading."""
     return {
         "granularity": setting.granularity,
         "keep_whole": setting.keep_whole,
@@ -315,7 +314,7 @@ def _how(setting: Setting) -> dict[str, Any]:
 
 
 def _kv_bytes(subject: Subject, setting: Setting) -> int:
-    """Of the most tokens held at once. Cells that no token was in do not count."""
+    """Bytes of the most tokens kept at once. Cells that were never used do not count."""
     stats, held = subject.kv_stats, subject.n_tokens
     if setting.mode == "bounded" and setting.budget is not None and subject.evictions:
         held = setting.budget  # it was full; after a context shift n_tokens is what is left
@@ -323,7 +322,7 @@ def _kv_bytes(subject: Subject, setting: Setting) -> int:
 
 
 def _by_part(losses: npt.NDArray[np.float64]) -> list[float]:
-    """The mean of each of PARTS parts in a row; none if there are fewer tokens than that."""
+    """The means of PARTS consecutive parts; none if there are fewer tokens than that."""
     if len(losses) < PARTS:
         return []
     return [round(float(part.mean()), 6) for part in np.array_split(losses, PARTS)]

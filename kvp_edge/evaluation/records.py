@@ -1,8 +1,8 @@
-"""What an evaluation found, one JSON object per line and one line per setting and item.
+"""Records of an evaluation: one JSON object per line, one line per setting and item.
 
-A file of records grows while an evaluation runs and is all that statistics and reports need. Every
-line is written at once, so whatever interrupts a run leaves whole lines and at most one that was
-half written: that one is dropped on reading, and taken away before the next line is appended.
+A file of records grows while an evaluation runs, and is all that statistics and reports need. Every
+line is written at once, so an interrupted run leaves at most one half-written line. It is ignored
+on reading and removed before the next line is appended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FULL, SHIFT, ORACLE, GOLDEN = "none", "context-shift", "oracle", "golden"
 #: How many parts of an ending have losses of their own.
 PARTS = 8
 
-#: What tells two records apart; see Record.key.
+#: The fields that identify a record; see Record.key.
 Key: TypeAlias = tuple[str | int | bool | None, ...]
 
 _CHOICES = {
@@ -37,7 +37,7 @@ _CHOICES = {
 
 
 class RecordError(ValueError):
-    """A record is not what it should be, or records do not fit together."""
+    """A record is invalid, or records do not fit together."""
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,30 @@ class Record:
         question: whether it was read before tokens were dropped: "seen" or "unseen".
         granularity: "head": every (layer, KV head) keeps its own tokens; "token": the same in all.
         type_k, type_v: types of the cache, like "f16".
-        length: tokens of a conversation, about, as asked for.
+        length: requested tokens of a conversation (approximate).
         budget, share: tokens kept, and their share of ``length``; None for the full cache.
         policy: its name; "none" for the full cache.
         task, item, seed: which item. All policies read the same ones.
         protected: whether sinks and recent tokens were never dropped.
         prompt: first 16 hex digits of the SHA-256 of the prompt's tokens.
         n_prompt: tokens of the prompt.
-        kept, dropped, evictions: what the cache did.
+        kept, dropped, evictions: of the cache.
         reply: what the model wrote, one reply after the other; "" for readings.
         measure: what ``score`` is. "accuracy": from 0 to 1; "loss" (of readings): mean in nats per
             token.
         score: see ``measure``.
-        seconds: of this setting alone, on a machine that may have done other things, too. In
-            bounded mode, and with "context-shift": to read and reply. In one-shot mode, and with
-            the full cache there: only what settings do not share: dropping tokens when they
-            have been scored, then reading and writing what follows. Reading the context, scoring
-            it, and in both modes tracing it for the oracles do not count; in files from before they
-            were shared they do.
+        seconds: of this setting alone, on a machine that may have been busy. In bounded mode, and
+            with "context-shift": reading and replying. In one-shot mode: only what settings do not
+            share, that is dropping scored tokens, then reading and writing what follows. Reading
+            and scoring the context, and tracing it for the oracles (in both modes), do not count,
+            except in older files.
         kv_bytes: keys and values of the most tokens held at once.
         keep_whole, isolate_turns: see kvp_edge.Llama.
-        losses: of a reading, the mean loss of each of PARTS parts in a row, as equal as can be,
-            that together are the tokens of ``score``; [] for items and for endings of fewer tokens.
+        losses: of a reading, the mean losses of PARTS consecutive parts of nearly equal length,
+            which together are the tokens of ``score``; [] for items and for endings of fewer
+            tokens.
 
-    Files from before there were the last three lack them.
+    Older files lack the last three.
 
     Raises:
         RecordError: a value of the wrong type or range.
@@ -128,9 +128,9 @@ class Record:
     def key(self) -> Key:
         """Equal for two records of the same setting and item, so that one of them is enough.
 
-        How tokens are dropped is left out for the full cache, which drops none: one record stands
-        for all modes, granularities and budgets. The prompt is part of the key, so that a task that
-        has changed is asked again.
+        The full cache drops nothing, so its key leaves out how tokens are dropped: one record
+        serves all modes, granularities and budgets. The prompt is part of the key, so that a
+        changed task is run again.
         """
         how = (
             self.mode,
@@ -161,10 +161,10 @@ _REQUIRED = tuple(
 
 
 def parse_record(line: str | bytes) -> Record:
-    """A record from its line. Names it does not know are ignored.
+    """A record from its line. Unknown names are ignored.
 
     Raises:
-        RecordError: the line is no record; the message says why.
+        RecordError: the line is not a record; the message says why.
     """
     try:
         found = parse(line)
@@ -179,7 +179,7 @@ def parse_record(line: str | bytes) -> Record:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """All records of a file, in its order, but for a half-written last line.
+    """All records of a file, in order, without a half-written last line.
 
     Raises:
         RecordError: a damaged line; the message names the file and the line.
@@ -206,8 +206,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 def append_record(path: str | os.PathLike[str], record: Record) -> None:
     """Add a line to a file, which is made if there is none.
 
-    The line goes out in one write to a file opened for appending: other processes that append do
-    not get into it.
+    The line is one write to a file opened for appending, so that other processes' lines do not mix
+    with it.
     """
     line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
     # a lone surrogate in a reply has no UTF-8
@@ -224,7 +224,7 @@ def append_record(path: str | os.PathLike[str], record: Record) -> None:
 
 
 def _finish_last_line(path: str | os.PathLike[str]) -> None:
-    """Take away a half-written last line; end one that only lacks its line end."""
+    """Remove a half-written last line; complete one that only lacks its line end."""
     try:
         open_regular(path).close()
     except FileNotFoundError:

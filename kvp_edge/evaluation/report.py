@@ -34,7 +34,7 @@ from kvp_edge.evaluation.statistics import GATE, RESAMPLES, Estimate, Scores
 
 NOTHING = "There are no records: nothing has been evaluated yet."
 
-_FEW = 10  # items of a task; with fewer, the bootstrap's intervals are too narrow to lean on
+_FEW = 10  # items of a task; with fewer, the bootstrap's intervals are too narrow
 _OUT = "†"
 
 _READING = """\
@@ -50,7 +50,7 @@ what is missing: such tasks are marked {mark} and left out of averages and compa
 
 @dataclass(frozen=True)
 class _How:
-    """What holds for the whole report."""
+    """What applies to the whole report."""
 
     policy: str
     threshold: float

@@ -1,12 +1,12 @@
 """One evaluation: every policy in every setting reads the same conversations.
 
-Two modes. "one-shot", that of the papers: the whole conversation is read into a full cache, then
-tokens are dropped once, down to the budget. "bounded", that of a user: never more tokens than the
-budget are held, and tokens are dropped again and again while the conversation is read; an eviction
-leaves three quarters of them, and the last quarter is the room to read on. With the question
-"unseen" nothing of it was read when the context is dropped (in bounded mode evictions may follow
-while question and reply are read); "seen", for one-shot alone, drops after it. Where several
-questions are asked, it is the first of them, and the model's own replies stay in the conversation.
+There are two modes. "one-shot", as in the papers: the whole conversation is read into a full cache,
+then tokens are dropped once, down to the budget. "bounded", as for a user: the cache never keeps
+more tokens than the budget, and an eviction leaves three quarters of it, so tokens are dropped
+again and again while reading. With the question "unseen", tokens are dropped before it is read (in
+bounded mode evictions may follow during question and reply); "seen", only in one-shot mode, drops
+after it. With several questions it is the first, and the model's own replies stay in the
+conversation.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def prompts(
     """``count`` conversations of each task, of at most about ``length`` tokens.
 
     Args:
-        llm: whose tokenizer and chat template they are for; without one it has the chat format
-            "transcript" from now on.
+        llm: the model whose tokenizer and chat template are used; without a template it is set to
+            the chat format "transcript".
         engine: arguments of llama_cpp.Llama, for endings that the model itself writes.
     """
 
@@ -124,7 +124,7 @@ class Run:
     engine: dict[str, Any]
 
     def key(self, setting: Setting, prompt: Prompt) -> Key:
-        """Of the record that this will make."""
+        """The key of the record that this will make."""
         return self._record(setting, prompt).key()
 
     def _record(self, setting: Setting, prompt: Prompt, **outcome: Any) -> Record:
@@ -161,7 +161,7 @@ class Run:
         )
 
     def records(self, setting: Setting, todo: Sequence[Prompt]) -> Iterator[Record]:
-        """One record after the other."""
+        """Yield the records one by one."""
         return self.records_of([(setting, todo)])
 
     def records_of(self, jobs: Sequence[Job]) -> Iterator[Record]:
@@ -181,7 +181,7 @@ class Run:
             yield kept
 
     def all_kept_tokens(self, jobs: Sequence[Job]) -> Iterator[tuple[Setting, Prompt, KeptTokens]]:
-        """The same in all settings of all jobs."""
+        """The same for all settings of all jobs."""
         for group in groups(jobs):
             with reader_of(self.model, [setting for setting, _ in group], self.engine) as reader:
                 for setting, prompt in _by_conversation(group):
@@ -217,8 +217,8 @@ def run_all(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[Record]:
 
 
 def groups(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs whose settings share their reading or their traces are one group, every other job one of
-    its own."""
+    """Groups of jobs: those whose settings share reading or traces, and every other job by
+    itself."""
     found: dict[object, list[Job]] = {}
     for number, (setting, todo) in enumerate(jobs):
         together = shares_reading(setting) or shares_trace(setting)
@@ -228,8 +228,8 @@ def groups(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def _pieces(group: list[Job]) -> Iterator[list[Job]]:
-    """The group's work for one process after the other: jobs of one setting as they are, those that
-    share their reading a few conversations at a time."""
+    """Split a group's work for processes: jobs of one setting as they are, jobs that share their
+    reading into a few conversations each."""
     if len(group) == 1:
         yield group
         return
@@ -246,7 +246,7 @@ def _records_of(run: Run, jobs: Sequence[Job]) -> list[Record]:
 
 def check_policy(policy: str, model: str) -> None:
     """Raises:
-    ValueError: a policy that cannot be compared on this model; a policy file that cannot be used.
+    ValueError: the policy cannot be compared on this model, or its file cannot be used.
     """
     if policy in (FULL, SHIFT, ORACLE, GOLDEN) or (policy == OWN and own_policy(model)):
         return
@@ -256,6 +256,6 @@ def check_policy(policy: str, model: str) -> None:
 
 
 def known_policies(model: str) -> list[str]:
-    """All that can be compared on this model, in the order in which they are presented."""
+    """All policies that can be compared on this model, in the order of presentation."""
     own = [OWN] if own_policy(model) else []
     return [FULL, *own, *POLICIES, SHIFT, ORACLE, GOLDEN]

@@ -1,4 +1,4 @@
-"""What is read, and how: a conversation in tokens, and the setting that it is read in."""
+"""A conversation in tokens, and the setting in which it is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prompt:
     """An item or reading in tokens of the model.
 
     Attributes:
-        task, number: which.
+        task, number: which item.
         tokens: int32 [n], the conversation without its reply; of a reading the ending, too.
         border: where the question begins, or the ending.
         item: None for a reading.
@@ -58,9 +58,9 @@ class Setting:
     """How a conversation is read.
 
     Attributes:
-        length: tokens of a conversation, about.
+        length: tokens of a conversation, approximately.
         longest: tokens of the longest one, with its reply.
-        budget: most tokens that are held (bounded), or that stay (one-shot). None: all of them.
+        budget: most tokens kept at any time (bounded), or after the eviction (one-shot). None: all.
         protected: whether the first and the newest tokens stay, whatever their score.
         keep_whole, isolate_turns: see kvp_edge.Llama.
     """
@@ -84,7 +84,8 @@ class Setting:
             )
 
     def cut(self, prompt: Prompt) -> int:
-        """How many tokens are read before the question, or with it where it is to be seen."""
+        """The number of tokens read before tokens are dropped: up to the question, or with it if
+        seen."""
         seen = self.question == "seen" and prompt.item is not None
         return len(prompt.tokens) if seen else prompt.border
 

@@ -1,11 +1,11 @@
-"""Means, differences and ratios over items, none without its 95 % interval.
+"""Means, differences and ratios over items, with 95 % intervals.
 
-Items are drawn at random, tasks are not: a mean over tasks is the mean of the tasks' means, and
-its interval says how it would move with other items of the *same* tasks. So the bootstrap resamples
-the items of each task separately (stratified), and all policies have the same items (paired): what
-makes an item hard for every policy cancels out of their difference.
+Items are drawn at random, tasks are not. A mean over tasks is the mean of the tasks' means, and its
+interval shows the spread over other items of the *same* tasks. So the bootstrap resamples the items
+of each task separately (stratified). All policies have the same items (paired), so that an item's
+difficulty cancels out of differences.
 
-From a task of n items n - 1 are drawn, not n: with n the spread of a mean comes out too small by
+Each resample draws n - 1 of a task's n items: with n, the spread of a mean would be too small by
 the factor sqrt((n - 1) / n), 5 % with ten items (J. N. K. Rao and C. F. J. Wu, "Resampling
 inference with complex survey data", JASA 83, 1988). Intervals are the percentiles 2.5 and 97.5 of
 the resamples.
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
-#: What tells an item from the others of its task: its seed and its number.
+#: Identifies an item of a task: its seed and its number.
 ItemId: TypeAlias = tuple[int, int]
 
 #: Scores of one policy in one setting: of each task, of each item.
@@ -41,7 +41,7 @@ class Estimate:
 
     Attributes:
         value: the number.
-        low, high: the interval; NaN where the items are too few to tell (one in a task).
+        low, high: the interval; NaN if there are too few items (one in a task).
         n: items, of all tasks together.
     """
 
@@ -62,9 +62,9 @@ class Comparison:
     Attributes:
         policy: its name.
         best: the best of the others.
-        against: of each of the others, the mean of ``policy`` minus its own.
-        items: of each of the others, the share of the policy's items that it has, too. Less than 1
-            where an evaluation is not complete.
+        against: for each of the others, the mean of ``policy`` minus its own.
+        items: for each of the others, the share of the policy's items that it has, too; less than 1
+            if an evaluation is incomplete.
     """
 
     policy: str
@@ -75,7 +75,7 @@ class Comparison:
 
 def wilson(right: float, n: int) -> Estimate:
     """A share of n answers, each right or wrong, with the interval of E. B. Wilson (JASA 22, 1927),
-    which knows that 5 of 5 may become 4 of 5."""
+    which is not empty for 5 of 5."""
     share = right / n
     middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
@@ -104,7 +104,7 @@ def mean(scores: Scores, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
 
 
 def point(scores: Scores) -> float:
-    """The mean over tasks of the tasks' means alone, for what is not compared.
+    """The mean over tasks of the tasks' means, without an interval.
 
     Raises:
         ValueError: no items.
@@ -151,10 +151,9 @@ def compare(
 ) -> Comparison | None:
     """``policy`` against each of the others in ``scores``, and which of these is the best.
 
-    The best is the one with the best mean over the items it shares with ``policy``; where an
-    evaluation is not complete, among those that share the most. Being chosen for its result it may
-    owe some of it to luck, which is to the disadvantage of ``policy``. None if there is nothing to
-    compare.
+    The best has the best mean over the items it shares with ``policy``; in an incomplete
+    evaluation, among those that share the most. It is chosen by its result, which may be partly
+    luck; that works against ``policy``. None if there is nothing to compare.
     """
     if policy not in scores:
         return None
@@ -174,8 +173,8 @@ def compare(
 
 
 def gate(full: Scores, threshold: float = GATE) -> tuple[list[str], list[str]]:
-    """Tasks whose mean with the full cache is at least ``threshold``, and the others: what the
-    model cannot do with all tokens at hand says nothing about which of them to keep."""
+    """Tasks whose mean with the full cache is at least ``threshold``, and the others: a task that
+    fails with all tokens says nothing about which to keep."""
     passed: list[str] = []
     failed: list[str] = []
     for task, found in full.items():
@@ -186,7 +185,7 @@ def gate(full: Scores, threshold: float = GATE) -> tuple[list[str], list[str]]:
 
 
 def paired_items(first: Scores, second: Scores) -> dict[str, list[ItemId]]:
-    """Of each task of both, the items of both, in the order of ``first``; no empty tasks."""
+    """The items that both have, by task, in the order of ``first``; no empty tasks."""
     common = {
         task: [item for item in found if item in second[task]]
         for task, found in first.items()
@@ -196,7 +195,7 @@ def paired_items(first: Scores, second: Scores) -> dict[str, list[ItemId]]:
 
 
 def paired(first: Scores, second: Scores) -> dict[str, FloatArray]:
-    """Of each task of both: f64 [n, 2], the scores of the n items of both.
+    """For each task of both: f64 [n, 2], the scores of the n items of both.
 
     Raises:
         ValueError: no items in common.
@@ -214,7 +213,7 @@ def resampled(tasks: Sequence[FloatArray], resamples: int = RESAMPLES, seed: int
     """Means over tasks of ``resamples`` bootstrap samples.
 
     Args:
-        tasks: of each task f64 [n, k]: k scores of each of its n items, which stay together.
+        tasks: for each task f64 [n, k]: k scores of each of its n items, which stay together.
 
     Returns:
         f64 [resamples, k].
@@ -228,8 +227,8 @@ def resampled(tasks: Sequence[FloatArray], resamples: int = RESAMPLES, seed: int
     return total / len(tasks)
 
 
-# A report takes hundreds of means over the same tasks: their resamples are the same, and drawing
-# them is what takes the time. f32 holds the counts exactly; 16 x 4 MB with 100 items a task.
+# A report takes hundreds of means over the same tasks, with the same resamples, and drawing them
+# takes most of the time. f32 represents the counts exactly; 16 x 4 MB with 100 items a task.
 @lru_cache(maxsize=16)
 def _counts(n: int, stratum: int, resamples: int, seed: int) -> npt.NDArray[np.float32]:
     """How often each of n items is in each resample: f32 [resamples, n], rows sum to n - 1."""
@@ -244,7 +243,7 @@ def _counts(n: int, stratum: int, resamples: int, seed: int) -> npt.NDArray[np.f
 
 
 def _arrays(scores: Scores) -> list[FloatArray]:
-    """Of each task that has items: f64 [n]."""
+    """The scores of each task that has items: f64 [n]."""
     tasks = [np.array(list(found.values()), np.float64) for found in scores.values() if found]
     if not tasks:
         raise ValueError("there are no items")
@@ -252,11 +251,11 @@ def _arrays(scores: Scores) -> list[FloatArray]:
 
 
 def _estimate(value: float, drawn: FloatArray, tasks: Sequence[FloatArray]) -> Estimate:
-    """With the interval of the resamples ``drawn`` [resamples]: none if a task has one item alone,
-    which says nothing about how others would do."""
+    """The estimate with the interval of the resamples ``drawn`` [resamples]; no interval if a task
+    has only one item."""
     n = sum(map(len, tasks))
     if min(map(len, tasks)) < 2 or not np.isfinite(drawn).all():
         return Estimate(value, math.nan, math.nan, n)
-    # Sums of thirds that make 0 may come out as 1e-17, and leave out 0: they must not.
+    # Sums of thirds that are 0 may come out as 1e-17, and would then exclude 0.
     value, low, high = np.round([value, *np.quantile(drawn, (0.025, 0.975))], 12) + 0.0
     return Estimate(float(value), float(low), float(high), n)

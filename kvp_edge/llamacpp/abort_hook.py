@@ -1,4 +1,4 @@
-"""What is done between a failure in ggml and the end of the process.
+"""Functions to call when ggml aborts the process.
 
 When a device that holds a model or its cache fails (an error of a GPU driver, an RPC server that
 went away), ggml calls ggml_abort() (ggml/src/ggml.c) in whatever thread it is in. That calls one
@@ -18,7 +18,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp
 
-#: How long a thread that fails as well leaves the first one time for its last words.
+#: How long another failing thread waits for the first one to finish its calls.
 _PATIENCE_S = 60.0
 
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # ggml_abort_callback_t
@@ -27,11 +27,11 @@ _Callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # ggml_abort_callback_t
 def before_abort(do: Callable[[str], None]) -> Callable[[], None]:
     """Have ``do(message)`` called with ggml's message just before ggml ends the process.
 
-    It is called in the thread that failed, which may be none of Python's, while other threads may
-    be waiting inside llama.cpp for ever; it must not call llama.cpp. The newest registered is
-    called first, each once however many threads fail, and an exception in one, whose text goes to
-    stderr, does not keep the others from being called. When all have returned, ggml's message goes
-    where it would have gone without them (but no backtrace), and the process ends by SIGABRT.
+    It is called in the thread that failed, which may not be a Python thread, while other threads
+    may wait inside llama.cpp for ever. It must not call llama.cpp. The newest registered function
+    is called first, and each only once, even if several threads fail. An exception is printed to
+    stderr, and the others are still called. Then ggml's message is printed as usual (without a
+    backtrace), and the process ends by SIGABRT.
 
     Returns:
         A function that takes ``do`` back; calling it again has no effect. When the last one is
@@ -95,13 +95,13 @@ class _Process:
         if not self._failed.acquire(blocking=False):
             _say(text)
             if self._failed_in != threading.get_ident():
-                self._all_said.wait(_PATIENCE_S)  # to return now would end the process in mid-word
+                self._all_said.wait(_PATIENCE_S)  # returning would end the process too early
             return
         self._failed_in = threading.get_ident()
         for do in reversed(list(self._todo.values())):
             try:
                 do(text)
-            except BaseException as error:  # whatever it is, the others are not less needed
+            except BaseException as error:  # whatever it is, call the others
                 _say(f"{type(error).__name__}: {error}")
         if self._previous:
             self._previous(message)

@@ -1,4 +1,4 @@
-"""What llama.cpp itself does with a full cache: drop the oldest half and move the rest up.
+"""llama.cpp's own rule for a full cache: drop the oldest half and move the rest up.
 
 The baseline of ``kvp-edge demo``. The rule is that of llama.cpp's server (``pre_decode`` in
 tools/server/server-context.cpp), applied while reading as well as while writing; the server refuses
@@ -17,13 +17,13 @@ from kvp_edge.errors import KVCacheError, UnsupportedModelError
 class ContextShift:
     """Reads into an ordinary llama_cpp.Llama without end, shifting its context when it is full.
 
-    Use ``read`` and the model's own ``sample``. Not ``generate``: it expects that a token's
-    position is its index in the text, which a shift ends.
+    Use ``read`` and the model's own ``sample``, not ``generate``, which expects that a token's
+    position is its index in the text.
 
     Args:
         llm: a model with ``n_ctx`` cells.
         n_keep: first tokens that are never dropped, besides the token that begins every text.
-        cells: most tokens held; None: as many as llama.cpp's cache has cells.
+        cells: most tokens kept; None: as many as llama.cpp's cache has cells.
 
     Attributes:
         dropped: tokens dropped since the last ``reset``.

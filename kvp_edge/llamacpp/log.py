@@ -40,9 +40,9 @@ class LlamaLog:
 
 
 class _Ears:
-    """llama.cpp has one log callback for the process. Ours is made once and never freed: another
-    thread may be inside llama.cpp, about to call it, whenever it is taken out again. Each thread
-    hears its own lines; those of others go where they went before."""
+    """llama.cpp has one log callback per process. Ours is made once and never freed, because
+    another thread may be about to call it when it is removed. Each thread hears its own lines;
+    those of other threads go to the previous callback."""
 
     def __init__(self) -> None:
         self._callback = llama_cpp.llama_log_callback(self._hear)
@@ -83,8 +83,8 @@ class _Ears:
     def _install(self) -> None:
         previous, data = _current()
         self._previous = previous
-        # Callback and data are two words that another thread may read in between: the data stay the
-        # same, and ours passes them on.
+        # Another thread may read callback and data between two writes. So the data stay the same,
+        # and our callback passes them on.
         llama_cpp.llama_log_set(self._callback, data)
 
     def _take_out(self) -> None:

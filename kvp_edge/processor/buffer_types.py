@@ -1,12 +1,12 @@
-"""Try llama.cpp's buffer types for weights on this processor. Also a script of its own.
+"""Try llama.cpp's buffer types for weights on this processor. Also runs as a script.
 
-llama.cpp keeps quantised weights on the CPU in "extra" buffer types, laid out anew for faster
-products ("CPU_REPACK", "AMX", ...). Whether one is used depends on what the processor says of
-itself. Some promise more than they do: on virtual machines that list AMX and trap when it is used,
-the first product ends the process. So products are computed in a child process first.
+On the CPU llama.cpp repacks quantised weights into "extra" buffer types for faster products
+("CPU_REPACK", "AMX", ...), by the features that the processor reports. Some virtual machines report
+AMX but trap its use, so that the first product ends the process. So products are first computed in
+a child process.
 
-This file needs nothing but Python, and llama.cpp's library, whose path is its first argument; names
-of buffer types that shall be left out follow. It writes lines of words with tabs between them:
+This file needs only Python and llama.cpp's library. Its arguments are the library's path and the
+names of buffer types to leave out. It writes lines of tab-separated words:
 
     types  NAME...                the buffer types that there are; "CPU", the plain one, is first
     try    NAME TYPE              before the products with weights of this type
@@ -52,12 +52,11 @@ _F32 = 0
 #: A weight matrix of _OUT rows of _IN numbers: whole blocks of every type, and what AMX asks for
 #: (ggml/src/ggml-cpu/amx/amx.cpp: 32 rows, 256 numbers).
 _IN, _OUT = 512, 64
-#: One column runs kernels for a token, many those for a batch; 33 leaves a rest of all tiles.
+#: One column runs the kernels for a token, many those for a batch; 33 is no multiple of any tile.
 _COLUMNS = (1, 33)
 
-#: Largest mean squared error, as a share of the mean square. Rows in another layout are summed in
-#: another order, some with activations rounded otherwise: 1e-6 and less. What is rounded to one bit
-#: is off by 1/4.
+#: Largest mean squared error, as a share of the mean square. Another layout sums in another order,
+#: and some round activations differently: 1e-6 and less. Rounding to one bit would be off by 1/4.
 _MOST_FROM_PLAIN, _MOST_FROM_FLOATS = 1e-3, 0.5
 
 
@@ -185,7 +184,7 @@ class _Products:
             y = g["ggml_mul_mat"](of_rest, w, x)
             graph = g["ggml_new_graph"](of_rest)
             g["ggml_build_forward_expand"](graph, y)
-            # first of all: a buffer type may crash on weights that it does not know
+            # first: a buffer type may crash on weights that it does not know
             if not g["ggml_backend_dev_supports_op"](g.device, y):
                 return None
             plain = g.types[PLAIN]
@@ -213,14 +212,14 @@ class _Products:
 
 
 def _error(found: Sequence[float], expected: Sequence[float]) -> float:
-    """Mean squared error over the mean square; what is no number is an error without limit."""
+    """Mean squared error over the mean square; infinite if the result is not a number."""
     off = sum((a - b) ** 2 for a, b in zip(found, expected, strict=True))
     error = off / sum(b * b for b in expected)
     return error if error == error else float("inf")  # noqa: PLR0124
 
 
 def _try(ggml: _Ggml, left_out: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The lines of the answer, each before what may end the process."""
+    """The lines of the answer, each written before a step that may end the process."""
     yield ["types", *ggml.types]
     products = None
     for name, buffer_type in ggml.types.items():
@@ -250,7 +249,7 @@ def _try(ggml: _Ggml, left_out: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def leave_no_traces() -> None:
-    """A crash here is an answer: it shall leave no core file, no report and no window."""
+    """Prevent core files, crash reports and windows: a crash here is an expected answer."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nor is a crash handler started
     elif sys.platform == "win32":

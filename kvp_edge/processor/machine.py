@@ -1,4 +1,4 @@
-"""The machine that this process runs on, as far as it can be asked without llama.cpp."""
+"""The machine that this process runs on, as far as it is known without llama.cpp."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _OF_A_PROCESSOR = {
 
 
 def identity() -> dict[str, str]:
-    """What tells one machine from another, as far as products go: the processor, and who runs the
-    virtual machine, for that is who may trap what the processor lists."""
+    """Identifies a machine with regard to products: the processor, and the virtual machine's maker,
+    since a hypervisor may trap what the processor lists."""
     found = {"system": f"{platform.system()} {platform.release()} {platform.machine()}"}
     try:
         with open(_PROC / "cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -41,7 +41,7 @@ def identity() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """What the processor calls itself; "" where it says nothing."""
+    """The processor's name; "" if it has none."""
     found = identity()
     return found.get("model name") or found.get("cpu") or platform.processor()
 
@@ -59,10 +59,10 @@ def usable_cores() -> float:
 
 
 def memory() -> tuple[int, int | None]:
-    """Bytes of memory, and how many of them are free for programs; None where that is not told.
+    """Bytes of memory, and how many of them are free for programs (None if unknown).
 
     Raises:
-        OSError: this system does not tell.
+        OSError: the system does not report it.
     """
     try:
         lines = (_PROC / "meminfo").read_text().splitlines()
@@ -95,8 +95,8 @@ def _cgroup_quotas() -> Iterator[tuple[float, float]]:
 
 
 def _cgroup_values(controller: str, name: str, old_name: str) -> Iterator[str]:
-    """What the files of these names say in the control group of this process and in all above it:
-    ``name`` in the unified hierarchy, ``old_name`` in one of the older ones, unless it is empty."""
+    """The contents of these files in the control group of this process and in all above it:
+    ``name`` in the unified hierarchy, ``old_name`` (unless empty) in one of the older ones."""
     try:
         groups = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:

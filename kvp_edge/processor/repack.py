@@ -1,11 +1,10 @@
-"""Whether llama.cpp may lay out a model's weights anew for this processor ("repacking").
+"""Whether llama.cpp may repack a model's weights for this processor.
 
-By default llama.cpp keeps quantised weights in the buffer types that the processor says it can
-compute with. Where it cannot (AMX on some virtual machines), the process ends by SIGILL when the
-first batch is read. So these buffer types are tried in a child process first
-(kvp_edge.processor.buffer_types), once for each machine and build of llama.cpp; the answer is
-kept in the user's cache folder. Without them a model computes the same but for rounding, with most
-types of weights more slowly.
+By default llama.cpp uses the buffer types that the processor claims to support. If the claim is
+wrong (AMX on some virtual machines), the process ends by SIGILL on the first batch. So these buffer
+types are first tried in a child process (kvp_edge.processor.buffer_types), once per machine and
+build of llama.cpp; the result is kept in the user's cache folder. Without them a model computes the
+same up to rounding, more slowly with most types of weights.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from kvp_edge.processor.user_cache import recall, remember
 #: What ``Llama(repack=...)`` and ``--repack`` can be.
 REPACK = ("auto", "on", "off")
 
-#: Weights in these are never laid out anew.
+#: Weights of these types are never repacked.
 _NEVER_REPACKED = {"f32", "bf16"}
 #: Tried in a fifth of a second; a machine that is busy with something else takes longer.
 _LIMIT_S = 30.0
-#: Of what is kept; raised whenever it means something else.
+#: Version of the stored result; raised whenever its meaning changes.
 _VERSION = 1
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of one buffer type.
+    """The trial's result for one buffer type.
 
     Attributes:
         name: "CPU" is the plain one, which every model needs.
@@ -54,12 +53,12 @@ class Tried:
 
 
 class NotTried(Exception):
-    """Buffer types cannot be tried here: no child process could be started, or it did not answer in
-    words that are understood. The message is the reason."""
+    """Buffer types cannot be tried here: no child process could be started, or its answer was not
+    understood. The message is the reason."""
 
 
 def trial_command(library: Path) -> list[str]:
-    """What tries the buffer types of the llama.cpp in ``library``.
+    """The command that tries the buffer types of the llama.cpp in ``library``.
 
     Raises:
         NotTried: there is no Python to run it.
@@ -72,8 +71,8 @@ def trial_command(library: Path) -> list[str]:
 
 
 def try_buffer_types(command: Sequence[str], limit_s: float = _LIMIT_S) -> list[Tried]:
-    """Try every buffer type, one after the other; one that ends the child does not keep those after
-    it from being tried, in another child.
+    """Try every buffer type, one after the other. If one ends the child, another child tries the
+    rest.
 
     Args:
         command: a program that answers as kvp_edge.processor.buffer_types does.
@@ -102,7 +101,7 @@ def try_buffer_types(command: Sequence[str], limit_s: float = _LIMIT_S) -> list[
 
 
 def _understood(trial: Trial) -> tuple[list[str], dict[str, Tried]]:
-    """The names of all buffer types, and what became of those that this child tried."""
+    """The names of all buffer types, and the results of those that this child tried."""
     names: list[str] = []
     found: dict[str, Tried] = {}
     running, with_weights, wrong = "", "", ""
@@ -122,7 +121,7 @@ def _understood(trial: Trial) -> tuple[list[str], dict[str, Tried]]:
                 pass
             case _:
                 raise NotTried(f"the child process says what is not understood: '{line[:80]}'")
-    # status 0 is no end of its own in the middle: it is what a program that ignores SIGCHLD sees
+    # status 0 in the middle does not mean a normal end: a program that ignores SIGCHLD sees 0
     if running and (trial.crashed or not trial.failed):
         how = trial.failed or "without a word"
         fault = f"ends the process with {with_weights} weights ({how})"
@@ -166,12 +165,12 @@ def _key(library: Path) -> str:
 
 
 def keep(library: Path, tried: Sequence[Tried]) -> None:
-    """Keep an answer for the next process."""
+    """Store a result for the next process."""
     remember(_key(library), {"version": _VERSION, "tried": [asdict(one) for one in tried]})
 
 
 def kept(library: Path) -> list[Tried] | None:
-    """The answer that an earlier process kept; None without one that is understood."""
+    """The result that an earlier process stored; None if there is none, or it is not understood."""
     value: Any = recall(_key(library))
     try:
         if value["version"] != _VERSION:
@@ -191,8 +190,8 @@ def use_extra_buffers(
     """llama.cpp's model parameter ``use_extra_bufts`` for a model.
 
     Args:
-        repack: one of REPACK. "on" and "off" are what they say; "auto": where every buffer type
-            works that this llama.cpp has for this processor.
+        repack: one of REPACK; "auto": on if every buffer type works that this llama.cpp has for
+            this processor.
         n_gpu_layers, vocab_only: llama_cpp.Llama's.
     """
     if repack != "auto":
@@ -213,7 +212,7 @@ def use_extra_buffers(
 
 
 def _has_nothing_to_repack(model_path: str, n_gpu_layers: int, lib: Any) -> bool:
-    """Whether it is simple to see that no weight would lie in an extra buffer type."""
+    """Whether it is easy to see that no weight would be in an extra buffer type."""
     # these need the native library
     from kvp_edge.binding.fingerprint import tensor_types  # noqa: PLC0415
     from kvp_edge.binding.model import read_model_shape  # noqa: PLC0415
@@ -230,7 +229,7 @@ def _has_nothing_to_repack(model_path: str, n_gpu_layers: int, lib: Any) -> bool
         # one more than the layers: the output layer, too
         return n_gpu_layers < 0 or n_gpu_layers > read_model_shape(model_path).n_layer
     except UnsupportedModelError:
-        return False  # loading it will say what is wrong
+        return False  # loading the file will say what is wrong
 
 
 def _has_gpu(lib: Any) -> bool:
@@ -249,7 +248,7 @@ def fault_of(library: Path, command: Callable[[], Sequence[str]], limit_s: float
     """Why no extra buffer type may be used with this llama.cpp on this machine; "" where they work.
 
     Args:
-        command: returns what tries them (``trial_command``).
+        command: returns the trial's command (``trial_command``).
     """
     tried = kept(library)
     if tried is None:
@@ -262,8 +261,8 @@ def fault_of(library: Path, command: Callable[[], Sequence[str]], limit_s: float
         try:
             tried = try_buffer_types(command(), limit_s)
         except NotTried as reason:
-            # AMX is the one that is known to end processes; the others compute with the same
-            # instructions as the plain one, which no model can do without.
+            # Only AMX is known to end processes; the others use the same instructions as the plain
+            # buffer type, which every model needs.
             return f"llama.cpp's AMX could not be tried: {reason}" if "AMX" in names else ""
         keep(library, tried)
     return _told(tried)
@@ -278,7 +277,7 @@ _said = False
 
 
 def say_nothing() -> None:
-    """In this process: the one that started it has said it."""
+    """Silence the message in this process: its parent has shown it."""
     global _said  # noqa: PLW0603  # one process, one line
     _said = True
 

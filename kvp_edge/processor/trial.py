@@ -1,4 +1,4 @@
-"""Something is tried in a child process, because it may end the process or never return."""
+"""Runs something in a child process that may crash or never return."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _FIRST_EXCEPTION = 0x80000000
 
 @dataclass(frozen=True)
 class Trial:
-    """What a child said, and how it ended.
+    """What a child wrote, and how it ended.
 
     Attributes:
         lines: of its standard output, up to where it ended.
-        failed: "" when it ended by itself with status 0; else how it ended, "SIGILL" say.
-        crashed: what it did ended it, or never returned. False also where something else ended it,
-            as Linux does when memory runs out.
+        failed: "" if it ended by itself with status 0; otherwise how it ended, for example
+            "SIGILL".
+        crashed: its own action ended it, or never returned. False also if something else ended it,
+            such as Linux when memory runs out.
     """
 
     lines: list[str]
@@ -34,8 +35,8 @@ class Trial:
 def interpreter() -> str | None:
     """The Python that can run a script in a child process.
 
-    None where ``sys.executable`` is no Python: a frozen app would start itself once more, and a
-    program that has Python inside would do whatever it does.
+    None if ``sys.executable`` is not Python: a frozen app would start itself again, and a program
+    with embedded Python would start whatever it is.
     """
     name = os.path.basename(sys.executable or "").lower()
     ours = name.startswith(("python", "pypy")) and not name.startswith("pythonservice")
@@ -43,9 +44,8 @@ def interpreter() -> str | None:
 
 
 def attempt(command: Sequence[str], limit_s: float) -> Trial:
-    """Run a command, without a shell, with nothing to read and in a session of its own, so that
-    Ctrl-C and a terminal that goes away are this process's affair; one that is still running after
-    ``limit_s`` seconds is killed.
+    """Run a command without a shell, without input, and in its own session, so that only this
+    process gets Ctrl-C and a closed terminal. It is killed after ``limit_s`` seconds.
 
     Raises:
         OSError: it could not be started.

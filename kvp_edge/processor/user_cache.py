@@ -13,19 +13,20 @@ from kvp_edge.files import write_whole
 
 
 def cache_folder() -> Path | None:
-    """The folder ``kvp_edge`` among the user's caches, which need not exist; None where there is no
-    home folder."""
+    """The folder ``kvp_edge`` in the user's cache folder, which may not exist; None without a home
+    folder."""
     given = os.environ.get("XDG_CACHE_HOME")
     if not given and sys.platform == "win32":
         given = os.environ.get("LOCALAPPDATA")
     usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
     folder = given or os.path.expanduser(usual)
-    # without a home "~" stays, and would become a folder of that name wherever we are
+    # without a home folder "~" stays, and would become a folder of that name
     return Path(folder) / "kvp_edge" if os.path.isabs(folder) else None
 
 
 def recall(name: str) -> Any:
-    """What ``remember`` kept under this name; None where there is nothing, or a damaged file."""
+    """The value that ``remember`` stored under this name; None if there is none, or it is
+    damaged."""
     folder = cache_folder()
     if folder is None:
         return None
@@ -36,8 +37,8 @@ def recall(name: str) -> Any:
 
 
 def remember(name: str, value: Any) -> None:
-    """Keep a value that JSON can hold, at once or not at all. A folder that cannot be written is no
-    error: it will be found out again."""
+    """Store a JSON value atomically. A folder that cannot be written is not an error: the value is
+    computed again next time."""
     folder = cache_folder()
     if folder is None:
         return

@@ -1,4 +1,4 @@
-"""What comes before the first message of a chat: the system prompt, and what tools there are."""
+"""The head of a chat, before the first message: the system prompt and the definitions of tools."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from markupsafe import escape  # jinja2's, which llama_cpp brings
 
-#: A text of so many bytes is taken for a message wherever it is found.
+#: A text of at least this many bytes counts as a message wherever it is found.
 _TELLING_BYTES = 16
 
 
 class Head(NamedTuple):
-    """Where the head of a chat lies in the text that a chat template makes of it."""
+    """What identifies the head of a chat in its rendered text."""
 
     system: list[bytes]
     """Texts of the system message, in their order."""

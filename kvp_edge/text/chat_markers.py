@@ -19,7 +19,7 @@ _CONTENTS = ("KVPONE", "KVPTWO", "KVPTHREE")
 
 
 class _Rendered(Exception):
-    """Carries the prompt out of a chat handler, which would otherwise go on to complete it."""
+    """Carries the prompt out of a chat handler, which would otherwise complete it."""
 
     def __init__(self, prompt: bytes) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class _Rendered(Exception):
 
 
 class _Renderer:
-    """Stands in for a Llama where a chat handler only needs somebody to hand its prompt to: most
-    have it tokenized first, some (chatml-function-calling) completed at once."""
+    """Stands in for a Llama, to catch the prompt of a chat handler. Most handlers tokenize it
+    first; some (chatml-function-calling) complete it at once."""
 
     verbose = False
 
@@ -75,8 +75,8 @@ def template_markers(handler: Callable[..., Any]) -> list[bytes]:
 
 
 def _occurrences(text: bytes, markers: Sequence[bytes], beginnings: bool) -> list[tuple[int, int]]:
-    """[start, end) byte spans of markers in ``text``, ascending, overlapping ones merged; with
-    ``beginnings``, at the end of the text also the longest beginning of a marker."""
+    """[start, end) byte spans of markers in ``text``, ascending, overlapping ones merged. With
+    ``beginnings``, also the longest prefix of a marker at the end of the text."""
     found = []
     for marker in markers:
         at = text.find(marker)
@@ -104,8 +104,8 @@ def token_spans(pieces: Sequence[bytes], markers: Sequence[bytes]) -> list[tuple
         markers: what to look for.
 
     Returns:
-        Spans of the tokens that hold any byte of a marker, or at the very end of what may be the
-        first part of one: ascending, not overlapping.
+        Spans of the tokens with any byte of a marker, or, at the end, of a possible prefix of one:
+        ascending, not overlapping.
     """
     return _token_spans(pieces, _occurrences(b"".join(pieces), markers, beginnings=True))
 

@@ -17,7 +17,7 @@ Message = dict[str, str]
 
 
 class _Prompt(Exception):
-    """Carries the tokens out of a chat handler, which would otherwise go on to complete them."""
+    """Carries the tokens out of a chat handler, which would otherwise complete them."""
 
     def __init__(self, tokens: list[int]) -> None:
         super().__init__()
@@ -41,16 +41,16 @@ class _PromptTaker:
 
 
 def transcribe_without_template(llm: Llama) -> bool:
-    """Have a model whose file has no chat template, most often a base model, shown conversations as
-    transcripts (kvp_edge.text.transcript). Whether it is one of these."""
+    """Make a model without a chat template (usually a base model) read conversations as transcripts
+    (kvp_edge.text.transcript). Returns whether it is one."""
     if llm.lacks_chat_template:
         llm.chat_format = transcript.NAME
     return bool(llm.chat_format == transcript.NAME)
 
 
 def ends_reply(llm: Llama, token: int) -> bool:
-    """Whether the model's reply is over with this token, which is no part of it: one that ends
-    generation, or, in a transcript, one with the end of the line, where the user's would begin."""
+    """Whether this token ends the model's reply without being part of it: a token that ends
+    generation or, in a transcript, the end of the line."""
     if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
         return True
     return llm.chat_format == transcript.NAME and b"\n" in token_text(llm._model.vocab, token)
@@ -66,8 +66,8 @@ def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
 
 
 def next_turn(llm: Llama, text: str) -> list[int]:
-    """The tokens between a reply of the model's own and its next one: the end of its turn, the
-    user's message ``text``, and what the chat template begins a reply with."""
+    """The tokens between two replies of the model: the end of its turn, the user's message
+    ``text``, and the chat template's opening of a reply."""
     reply = "KVPREPLY"
     conversation = ["KVPONE", reply, text]
     tokens = prompt_tokens(
@@ -80,7 +80,7 @@ def next_turn(llm: Llama, text: str) -> list[int]:
 
 
 def last_begin(llm: Llama, tokens: Sequence[int], text: str) -> int:
-    """The number of the token in which ``text`` begins the last time; 0 if it does not occur."""
+    """The token in which the last occurrence of ``text`` begins; 0 if there is none."""
     pieces = [token_text(llm._model.vocab, t) for t in tokens]
     at = b"".join(pieces).rfind(text.encode())
     return bisect_right(list(accumulate(map(len, pieces))), at) if at >= 0 else 0

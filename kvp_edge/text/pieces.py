@@ -9,7 +9,7 @@ import llama_cpp
 
 
 def token_text(vocab: Any, token: int) -> bytes:
-    """llama_cpp's token_to_piece returns its whole buffer, and only 32 bytes of a long token."""
+    """llama_cpp's token_to_piece returns its whole buffer, and cuts long tokens to 32 bytes."""
     size = 32
     while True:
         buffer = ctypes.create_string_buffer(size)

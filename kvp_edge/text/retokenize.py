@@ -1,9 +1,8 @@
 """The same text in other tokens.
 
-A model may spell a word in other tokens than the tokenizer would. A chat keeps its replies as
-text, so the next prompt may hold other ids than those that were read, for the very same text. Where
-the cache cannot be taken back to the place where the ids part, the conversation would be read again
-from its start, for nothing.
+A model may spell a word in other tokens than the tokenizer does. A chat keeps its replies as text,
+so the next prompt may have other ids for the same text. If the cache cannot be rewound to the point
+where the ids differ, the conversation would be read again from its start, for nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from itertools import accumulate
 def begin_as_known(
     known: Sequence[int], tokens: Sequence[int], piece: Callable[[int], bytes]
 ) -> list[int]:
-    """``tokens`` with its beginning in the tokens of ``known``, as far as both are the same text.
+    """``tokens`` with its beginning in tokens of ``known``, as far as both are the same text.
 
     Args:
         known: tokens that were read.

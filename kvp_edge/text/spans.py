@@ -1,7 +1,7 @@
-"""Which neighbouring tokens stay or go together: a marker, and if asked a word or a sentence.
+"""Neighbouring tokens that are kept or dropped together: markers, and words or sentences.
 
-Kept tokens that are half of a name or a third of a clause say little. SkipKV (arXiv:2512.07993)
-ranks whole sentences for that reason; a word is the smallest such whole.
+Half a name or a third of a clause says little. So SkipKV (arXiv:2512.07993) ranks whole sentences;
+a word is the smallest such unit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from itertools import accumulate
 
 from kvp_edge.text.chat_markers import complete_markers, token_spans
 
-#: What a span is: part of a text; a chat-template marker, perhaps the first part of one at the very
-#: end of the conversation; a complete marker, with which a turn begins.
+#: Kinds of spans: part of a text; a chat-template marker, or a prefix of one at the end of the
+#: conversation; a complete marker that begins a turn.
 TEXT, MARKER, TURN = range(3)
 
 #: (start, end, kind): the tokens start .. end - 1.
@@ -25,8 +25,8 @@ KEEP_WHOLE = ("tokens", "words", "sentences")
 
 MAX_WORD, MAX_SENTENCE = 16, 64
 
-#: Tokens before the first new one that decide what it belongs to: those of a word too long to be
-#: one, with more than enough for a character that they begin in the middle of.
+#: Tokens before the first new one that decide which span it belongs to: enough for a word that is
+#: too long, and for a character that is split over tokens.
 LOOK_BACK = 64
 
 _SCRIPTS_WITHOUT_SPACES = "\u0e00"  # Thai is the first; most of what has none comes after it
@@ -54,7 +54,7 @@ def words(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
 
     Returns:
         [start, end) spans of tokens, ascending, disjoint. A word that ends before the last token is
-        finished: whatever text follows, it stays.
+        final, whatever text follows.
     """
     inside = _in_words(b"".join(pieces))
     found: list[tuple[int, int]] = []
@@ -71,8 +71,8 @@ def words(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
 
 
 def _in_words(text: bytes) -> list[bool]:
-    """For each byte whether its character can be part of a word; one that is cut off at the end of
-    the text, of which one does not know, can."""
+    """For each byte whether its character can be part of a word. A character cut off at the end of
+    the text counts as one that can."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(text[-3:])
     n_open = len(decoder.getstate()[0])
@@ -86,16 +86,16 @@ def _in_words(text: bytes) -> list[bool]:
 def sentences(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
     """Sentences of a text, with the white space behind them.
 
-    A sentence ends with . ! or ? and closing quotes and brackets, if white space or nothing comes
-    next; with a full-width one in any case; and with a line. So "e.g. this" is two of them. What
-    is longer than MAX_SENTENCE tokens is cut into runs of that many, wherever that is.
+    A sentence ends with . ! or ? and closing quotes and brackets, if white space or nothing
+    follows; with a full-width stop; and at the end of a line. So "e.g. this" is two sentences.
+    Sentences longer than MAX_SENTENCE tokens are cut into runs of that many.
 
     Args:
         pieces: as for ``words``.
 
     Returns:
-        [start, end) spans of tokens, ascending, all of them in one. Those before the last are
-        finished: whatever text follows, they stay.
+        [start, end) spans of tokens, ascending, that cover all tokens. Those before the last are
+        final, whatever text follows.
     """
     text = b"".join(pieces)
     ends = list(accumulate(map(len, pieces)))
@@ -127,8 +127,8 @@ def find_spans(
         pieces: the text of each token, special tokens included, from LOOK_BACK and the longest
             marker's bytes before ``start`` on.
         markers: see template_markers.
-        keep_whole: one of KEEP_WHOLE: what besides markers. No word or sentence reaches into a
-            marker.
+        keep_whole: one of KEEP_WHOLE: what else besides markers. Words and sentences end at
+            markers.
         start: where a sentence begins, or a marker; anywhere for words.
 
     Returns:

@@ -1,16 +1,15 @@
-"""Tokens of a text that was tokenized before, and has grown at its end.
+"""Tokenizes only the new end of a text that was tokenized before.
 
-A chat comes as one text that is longer at every turn. llama.cpp's tokenizer goes over all of it
-each time, and needs more than twice as long for twice the text. But it cuts a text at special
-tokens first and tokenizes what lies between them apart (tokenizer_st_partition in
-src/llama-vocab.cpp), so:
+A chat is one text that grows at every turn. llama.cpp's tokenizer reads all of it each time, and
+takes more than twice as long for twice the text. But it first cuts a text at special tokens and
+tokenizes the parts separately (tokenizer_st_partition in src/llama-vocab.cpp), so:
 
-    If no special token can overlap the special token S ("isolated"), then wherever a text holds S,
+    If no special token can overlap the special token S ("isolated"), then wherever S occurs,
     tokens(before S + S + behind S) = tokens(before S) + tokens(S + behind S).
 
-For then S is found there whatever stands around it, and no other special token is found that
-reaches across its ends. White space that special tokens strip beside them lies on one side of the
-cut, too, if S itself strips none before it and begins and ends with none.
+For then S is found whatever surrounds it, and no other special token reaches across its ends. White
+space that special tokens strip is on one side of the cut, too, if S strips none before it and has
+none at its ends.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def isolated(text: bytes, specials: Iterable[bytes]) -> bool:
 
 
 def _can_overlap(a: bytes, b: bytes) -> bool:
-    """Whether some text holds both so that they share bytes; if they are equal, only some."""
+    """Whether the two can overlap in some text; if they are equal, overlap partly."""
     if a != b and (a in b or b in a):
         return True
     shorter = min(len(a), len(b))
@@ -120,7 +119,7 @@ class TokenMemory:
         self._known = _Known(b"", False, [], np.empty(0, np.int32), [])
 
     def tokens(self, text: bytes, add_bos: bool) -> list[int]:
-        """What ``tokenize`` gives for a text, of which only what is new is tokenized."""
+        """What ``tokenize`` gives for a text, but tokenizing only what is new."""
         known = self._known  # read once: another thread may put another one in its place
         at, n_known, cuts = 0, 0, known.cuts[:0]
         if known.add_bos == add_bos:

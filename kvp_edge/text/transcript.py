@@ -1,4 +1,4 @@
-"""Chats with models that have no chat template: the conversation as the transcript of one.
+"""Chats with models that have no chat template: the conversation as a transcript.
 
     You answer briefly.
 
@@ -7,8 +7,8 @@
     User: What is my dog called?
     Assistant:
 
-A base model has seen such texts. It goes on with the assistant's next line, and then with the
-user's, where it is stopped. Registered with llama_cpp as the chat format "transcript".
+A base model has seen such texts. It writes the assistant's next line, and is stopped where the
+user's would begin. Registered with llama_cpp as the chat format "transcript".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def transcript(messages: list[dict[str, Any]], **_: Any) -> ChatFormatterRespons
 
 
 def _text(message: dict[str, Any]) -> str:
-    """Without the blank that a reply begins with, as the format writes one itself."""
+    """Without the leading space of a reply, since the format writes one itself."""
     content = message.get("content") or ""
     if not isinstance(content, str):  # a list of parts
         content = "\n".join(part["text"] for part in content if part.get("type") == "text")

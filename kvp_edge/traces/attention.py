@@ -1,7 +1,7 @@
-"""What tokens attended to, computed from logged queries and the cache's keys.
+"""Attention computed from logged queries and the cache's keys.
 
-With flash attention llama.cpp never has the attention in memory, so it cannot be read as it is
-computed (kvp_edge.traces.tracer); queries and keys can.
+With flash attention llama.cpp never stores the attention, so it cannot be captured
+(kvp_edge.traces.tracer), but queries and keys can be read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: Queries whose attention is in memory at once, in one layer: few enough for a processor's cache.
 _PIECE = 64
-#: Hides from each query of a piece the later ones of it.
+#: Causal mask within a piece: hides later tokens from each query.
 _CAUSAL = np.triu(np.full((_PIECE, _PIECE), -np.inf, np.float32), 1)
 
 
@@ -29,9 +29,8 @@ class AttentionFromQueries:
     """The sums over blocks of queries that kvp_capture_end defines (native/kvp_edge.h), from
     softmax(scale q.k) of the base cache's layers.
 
-    Queries are those that llama.cpp computed, keys those that it attended to: de-quantised, and the
-    Hadamard rotation undone on both. What llama.cpp rounds inside its operation (queries to the
-    keys' precision) is not in the sums.
+    Queries and keys are llama.cpp's own, de-quantised, with the Hadamard rotation undone. The sums
+    do not include its rounding inside the operation (queries to the keys' precision).
     """
 
     def __init__(self) -> None:
@@ -53,15 +52,15 @@ class AttentionFromQueries:
         )
 
     def begin(self, blocks: Blocks, n_tokens: int) -> None:
-        """From now on up to ``n_tokens`` are decoded, from an empty cache."""
+        """Start a text of up to ``n_tokens``, from an empty cache."""
         shape = self._cache.shape
         self._log.clear()
         self._blocks, self._done = blocks, 0
         self._sums = np.zeros((shape.n_layer, shape.n_head_kv, blocks.n_sums(n_tokens)), np.float32)
 
     def make_room(self, n_read: int, n_next: int) -> None:
-        """``n_read`` tokens were decoded since ``begin``, and ``n_next`` are about to be: the log
-        holds the queries of one batch, so that memory does not grow with queries."""
+        """Call before decoding ``n_next`` tokens, after ``n_read`` since ``begin``. The log keeps
+        the queries of one batch, so that memory does not grow."""
         if n_read > self._done and n_read + n_next > self._done + self._batch:
             self._add(n_read, self._cache.read(0, n_read, n_read, values=False)[1])
 
@@ -84,7 +83,8 @@ class AttentionFromQueries:
         return (sums * np.float32(self._blocks.scale)).astype(np.float16)
 
     def _add(self, n: int, keys: FloatArray) -> None:
-        """Add what the queries from ``_done`` to ``n`` pay to ``keys``, those of all n tokens."""
+        """Add the attention of the queries from ``_done`` to ``n`` to ``keys``, those of all n
+        tokens."""
         done, self._done = self._done, n
         self._log.append(done, n - done)
         logged = self._log.read(n - done)
@@ -104,8 +104,8 @@ class AttentionFromQueries:
 def _largest_attention(queries: FloatArray, keys: FloatArray) -> FloatArray:
     """softmax(q.k) of the newest tokens' queries, the largest of the query heads of each group.
 
-    kvp_edge.policies.attention does this for a cache with holes; here each query sees all tokens
-    before it, so that only the newest are masked, in half the time.
+    kvp_edge.policies.attention does this for a cache with holes. Here each query sees all tokens
+    before it, so only the newest need a mask, which takes half the time.
 
     Args:
         queries: f32 [n_head, m, head_size], scaled, of the last m <= 64 of the n tokens.

@@ -1,7 +1,7 @@
-"""How facts are told and asked for: in the demo, in generated traces and in the evaluation.
+"""Sentences for facts and questions in the demo, in generated traces and in the evaluation.
 
-The sentences are the same, because small models understand few. What the facts are about and their
-values are each module's own, so that a policy trained on traces meets new words in the others.
+All share the sentences, because small models understand few. Keys and values are each module's own,
+so that a policy trained on traces meets new words in the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Wording(NamedTuple):
     values: str
 
 
-#: Hidden in prose; ``{key}`` tells several of them apart.
+#: Hidden in prose; ``{key}`` distinguishes them.
 IN_PROSE = (
     Wording(
         "One of the special magic numbers for {key} is {value}.",

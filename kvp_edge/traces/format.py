@@ -1,8 +1,8 @@
-"""Traces: what a model kept of a text, and what later tokens wanted of it, in files.
+"""Trace files: a model's keys and values of a text, and the attention that they received.
 
-A trace is one text (or chat, or task) read by one GGUF model: keys, values, positions and tokens,
-and the attention that every block of later queries paid to every token, so that any block's border
-can be taken as the moment of an eviction. A folder of traces has
+A trace is one text (or chat, or task) read by one GGUF model: keys, values, indices and tokens, and
+the attention of every block of later queries to every token, so that an eviction can be placed at
+any border between blocks. A folder of traces has
 
 - ``manifest.json``: format, versions, model, sources, settings, and one entry for every trace;
 - ``trace-00000.safetensors``, ...: one file for every trace, written whole or not at all.
@@ -20,8 +20,8 @@ attention   float16  [L, H, P]      sums over blocks of queries, times ``scale``
 and, in its metadata under the one key "kvp_trace", JSON with run, index, source, n_prompt, block,
 first, scale. Queries are gathered in blocks: the first has ``first`` queries, the others ``block``,
 the last what is left; ``n_prompt`` is always a border. ``attention`` holds the blocks one after the
-other. A block of queries [s, e) has e values, for tokens 0 to e - 1, which are all it can see: for
-each the sum over the block's queries of the largest attention among the query heads of the group
+other. A block of queries [s, e) has e values, one for each token 0 to e - 1 that it can see: the
+sum over the block's queries of the largest attention among the query heads of the group
 (Learning to Evict from Key-Value Cache, arXiv:2602.10238: the maximum comes before the sum).
 
 The same command makes the same bytes, whether it was interrupted or not.
@@ -139,7 +139,7 @@ class Trace:
         return np.array(self.blocks.ends(len(self))[:-1], np.int32)
 
     def importance(self, n: int, until: int | None = None) -> FloatArray:
-        """What the queries from ``n`` on want of the tokens before ``n``.
+        """The attention of the queries from ``n`` on to the tokens before ``n``.
 
         a[l, h, i] = sum over queries j >= n of max over the group's query heads of attn(j -> i):
         Learning to Evict from Key-Value Cache, arXiv:2602.10238, section 3.1.1.
@@ -169,11 +169,11 @@ class Trace:
             )
 
     def peak(self, n: int) -> FloatArray:
-        """The most that any one block of the queries from ``n`` on wants of the tokens before
+        """The largest attention of one block of the queries from ``n`` on to each token before
         ``n``: a[l, h, i] = max over those blocks of what ``importance`` sums.
 
-        ForesightKV (arXiv:2602.03203) calls a token golden by its largest mean over a later block:
-        a token that one answer hangs on counts like one that every sentence glances at.
+        ForesightKV (arXiv:2602.03203) labels a token by its largest mean over a later block, so a
+        token needed for one answer counts like one that every sentence attends to a little.
 
         Args:
             n: as in ``importance``.
@@ -190,11 +190,11 @@ class Trace:
         return out
 
     def received(self, start: int, stop: int, n_tokens: int | None = None) -> FloatArray:
-        """Attention that the queries of [start, stop) paid to the first ``n_tokens`` tokens (None:
-        all), the largest of each group, each end rounded up to the next border.
+        """Attention of the queries [start, stop) to the first ``n_tokens`` tokens (None: all), the
+        largest of each group; both ends are rounded up to the next border.
 
-        With stop = n it is what is known at an eviction: [0, n) for accumulated attention as in
-        H2O, [n - w, n) for a window as in SnapKV, but with the maximum over a group, not its mean.
+        With stop = n it is known at an eviction: [0, n) is accumulated attention as in H2O, [n - w,
+        n) a window as in SnapKV, but with the maximum over a group, not its mean.
 
         Returns:
             float32 [L, H, n_tokens].
@@ -209,23 +209,24 @@ class Trace:
         return out
 
     def payments(self) -> Iterator[tuple[int, FloatArray]]:
-        """Every block's first query, and what a query of it pays on average to the tokens before
-        the block: float32 [L, H, first query]."""
+        """Every block's first query, and the mean attention of its queries to the tokens before the
+        block: float32 [L, H, first query]."""
         for begin, end, sums in self._block_sums():
             yield begin, sums[:, :, :begin].astype(np.float32) / (self.scale * (end - begin))
 
     def _block_sums(self) -> Iterator[tuple[int, int, HalfArray]]:
-        """Every block of queries [begin, end), and what it paid: float16 [L, H, end], scaled."""
+        """Every block of queries [begin, end), and its attention sums: float16 [L, H, end],
+        scaled."""
         for begin, end, at in self.blocks.spans(len(self)):
             yield begin, end, self.attention[:, :, at : at + end]
 
 
 class TraceSet(Sequence[Trace]):
-    """A folder of traces. ``len``, index and iteration; a trace is read when it is asked for.
+    """A folder of traces, with ``len``, index and iteration. A trace is read on access.
 
     Args:
         path: the folder.
-        partial: accept what an interrupted run has finished.
+        partial: accept the finished traces of an interrupted run.
         model: a GGUF file that must be the one that was traced.
 
     Attributes:

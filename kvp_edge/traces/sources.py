@@ -25,7 +25,7 @@ class Cut:
 
     Attributes:
         length: most tokens of a trace.
-        future: "text": what follows in the source; "greedy": what the model itself goes on with.
+        future: "text": what follows in the source; "greedy": what the model writes.
         future_tokens: how many tokens of a text, or of the model's own, are the future.
         seed: draws tasks and chooses pieces.
     """
@@ -55,7 +55,7 @@ class Source(Protocol):
     """Something that pieces can be cut from."""
 
     def about(self) -> dict[str, Any]:
-        """What the manifest says of it; equal only if the pieces are equal."""
+        """Its entry in the manifest; equal only if the pieces are equal."""
 
     def pieces(self, llm: Llama, cut: Cut) -> Iterator[Piece]:
         """All pieces, in a fixed order."""
@@ -135,7 +135,7 @@ class Tasks:
             prose, lambda text: len(llm.tokenize(text.encode(), add_bos=False)), cut.seed
         )
         for i in range(self.count):
-            # what template, facts and question take is known only afterwards
+            # the tokens of template, facts and question are known only afterwards
             for room in range(cut.length - 64, 0, -max(32, cut.length // 32)):
                 task = maker.make(room)
                 prompt = prompt_tokens(llm, task.messages)

@@ -1,9 +1,9 @@
-"""Read a text with a GGUF model and keep what later tokens paid to earlier ones.
+"""Read a text with a GGUF model and record the attention of later tokens to earlier ones.
 
-Attention comes from llama.cpp itself, as it is computed (native/capture.cpp), or with flash
-attention from llama.cpp's own queries and keys; keys and values come from the cache at the end. So
-a trace has the model's quantisation and peculiarities in it, and no other implementation of the
-model is needed.
+Attention is captured from llama.cpp as it is computed (native/capture.cpp) or, with flash
+attention, computed from its queries and keys. Keys and values come from the cache at the end. So a
+trace includes the model's quantisation and peculiarities, and needs no other implementation of the
+model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _round_up(n_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Captured:
-    """What one text left behind: L layers, H KV heads, T tokens, P = blocks.n_sums(T)."""
+    """The capture of one text: L layers, H KV heads, T tokens, P = blocks.n_sums(T)."""
 
     tokens: IntArray
     """int32 [T]"""
@@ -61,8 +61,8 @@ class Tracer(Llama):
     Args:
         model_path: GGUF file.
         length: most tokens of a text.
-        block: queries that are summed up; None: the fewest with which a trace takes no more than
-            twice the bytes of its keys and values.
+        block: queries per sum; None: the fewest with which a trace takes at most twice the bytes of
+            its keys and values.
         engine: arguments of llama_cpp.Llama. Values in a quantised ``type_v`` turn flash attention
             on.
 
@@ -78,9 +78,9 @@ class Tracer(Llama):
     def __init__(self, model_path: str, length: int, block: int | None = None, **engine: Any):
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
         self._native: NativeCache | None = None
-        # llama.cpp has quantised values only with flash attention, and flash attention never has
-        # the attention in memory: then it is computed from queries and keys. Without, what
-        # llama.cpp has computed is exact, also for models whose attention is more than a softmax.
+        # llama.cpp has quantised values only with flash attention, which never stores the
+        # attention. Then it is computed from queries and keys. Otherwise llama.cpp's own is
+        # captured, which is exact even for models whose attention is more than a softmax.
         self.flash_attn = bool(engine.pop("flash_attn", False)) or (
             engine.get("type_v") not in _PLAIN_TYPES
         )
@@ -117,8 +117,8 @@ class Tracer(Llama):
         self._context_params = params
 
     def _size_context(self, window: int) -> None:
-        # A window cache must be smaller than the base cache, to be told from it by its size (2
-        # sequences' windows and a micro-batch: llama_kv_cache_iswa).
+        # A window cache must be smaller than the base cache, since they are distinguished by size
+        # (2 sequences' windows and a micro-batch: llama_kv_cache_iswa).
         if window:
             params = self.context_params
             windows = 2 * window + params.n_ubatch + 2 * _CELL_UNIT

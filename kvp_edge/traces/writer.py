@@ -1,4 +1,4 @@
-"""Makes a folder of traces, resumes one, and writes each file whole."""
+"""Writes and resumes a folder of traces; each file is written atomically."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvp_edge.traces.format import (
 from kvp_edge.traces.sources import Cut, Piece, Source, plan
 from kvp_edge.traces.tracer import Captured, Tracer
 
-#: The manifest is rewritten after so many traces; files that it does not name yet are found anyway.
+#: The manifest is rewritten after this many traces; files that it does not list yet are found, too.
 _SAVE_EVERY = 16
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -49,7 +49,7 @@ def capture_traces(
     progress: Callable[[int, int, int], None] | None = None,
     **engine: Any,
 ) -> Path:
-    """Trace texts with a model. What an interrupted run left in ``out_dir`` is kept and completed.
+    """Trace texts with a model. An interrupted run in ``out_dir`` is resumed.
 
     Args:
         model_path: GGUF file.
@@ -58,7 +58,7 @@ def capture_traces(
         length: most tokens of a trace.
         n_traces: how many, drawn by ``seed`` from all that the sources make; None: all.
         seed: draws tasks and traces.
-        future: "text": the source goes on; "greedy": the model goes on, with its likeliest tokens.
+        future: "text": what follows in the source; "greedy": what the model writes, greedily.
         future_tokens: tokens of a text, or of the model's own, that are the future; None: a
             quarter of ``length``.
         block: queries per block; None: the fewest with which a file has at most twice the bytes of
@@ -128,9 +128,9 @@ def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) ->
         "head_size_k": shape.head_size_k,
         "head_size_v": shape.head_size_v,
     }
-    # Runs from before there was flash attention go on as what they are: without.
+    # Runs older than this entry were made without flash attention, and resume so.
     settled = {name: value for name, value in settings.items() if name != "flash_attn" or value}
-    # the file's name is for people; the fingerprint is what counts
+    # the file's name is for people; the fingerprint identifies the model
     what = [FORMAT_VERSION, LLAMA_VERSION, {**model, "file": ""}, sources, settled]
     run = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return {
@@ -221,7 +221,7 @@ def _finished(path: Path, about: Json, sha256: str | None) -> bytes | None:
         data = read_regular(path, MOST_TRACE_BYTES)
         found = metadata_of(data)
         safetensors_numpy().load(data)  # refuses what is cut off
-    except Exception:  # whatever is wrong with it, it is made again
+    except Exception:  # whatever is wrong with it, make it again
         return None
     same = all(found.get(key) == value for key, value in about.items())
     intact = sha256 is None or hashlib.sha256(data).hexdigest() == sha256
@@ -259,9 +259,9 @@ def _save_manifest(folder: Path, manifest: Json) -> None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens."""
+    """Write a file atomically."""
     try:
-        write_whole(path, data, private=True)  # token ids are the text, in another alphabet
+        write_whole(path, data, private=True)  # token ids are readable text
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise OSError(f"cannot write '{path}': {error.strerror}") from error

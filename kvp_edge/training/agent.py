@@ -128,7 +128,7 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
             x = x.flatten(1, 2)
         x = F.silu(x)
         x = F.silu(torch.baddbmm(own(self.fc2_bias)[:, None], x, own(self.fc2)))
-        # no bias: a constant changes no ranking, so nothing would hold it in place
+        # no bias: a constant changes no ranking, so nothing would train it
         out = self.out.expand(n, -1) if self.shape.shared_out else own(self.out)
         scores = torch.bmm(x, out[:, :, None])
         return scores.view(n, b, t).float()
@@ -148,7 +148,7 @@ def _convolve(x: Tensor, conv: Tensor, padding: int) -> Tensor:
 
 
 def position_features(positions: Tensor) -> Tensor:
-    """f32 [..., 4] from indices of tokens in the conversation; unlike a table, without an end."""
+    """f32 [..., 4] from indices of tokens in the conversation; unlike a table, unbounded."""
     p = positions.clamp_min(0).float()
     log = torch.log2(1 + p)
     return torch.stack((log / 16, torch.sin(log), torch.cos(log), 1 / (1 + p)), -1)

@@ -1,9 +1,9 @@
 """Baselines that know what earlier queries attended to: SnapKV, TOVA and H2O.
 
-They work from the attention that a trace holds; in a bounded chat the policies of the same names
-(kvp_edge.policies) work from logged queries. As everywhere in training, attention is the largest in
-a KV head's query group (the originals: its mean, or one score per query head), and a window of
-queries is rounded to whole blocks of the trace.
+They use the attention in a trace; in a bounded chat the policies of the same names
+(kvp_edge.policies) use logged queries. As everywhere in training, attention is the largest in a KV
+head's query group (the originals: its mean, or one score per query head), and a window of queries
+is rounded to whole blocks of the trace.
 """
 
 from __future__ import annotations

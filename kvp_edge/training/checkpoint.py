@@ -1,7 +1,7 @@
 """Checkpoints: safetensors files whose metadata says what they are.
 
 ``best.safetensors`` is the policy: the averaged (EMA) agents that did best in validation.
-``last.safetensors`` holds in addition what a run needs to go on exactly where it was.
+``last.safetensors`` also holds what a run needs to resume exactly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SETTINGS = {"objective": str, "sinks": int, "recent": int, "horizon": int, "n_t
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says beside its tensors."""
+    """The metadata of a checkpoint."""
 
     shape: AgentShape
     settings: dict[str, Any]
@@ -37,10 +37,10 @@ class About:
 
 
 def save(path: Path, tensors: dict[str, Tensor], about: About) -> None:
-    """Write a checkpoint, whole or not at all; an older one stays until then.
+    """Write a checkpoint atomically; an older one is replaced only then.
 
     Raises:
-        OSError: the disk is full, or the like; a sentence.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     from safetensors.torch import save as as_bytes  # noqa: PLC0415
 

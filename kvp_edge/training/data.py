@@ -47,10 +47,10 @@ class TraceLike(Protocol):
         over a KV head's query group, then the sum over queries."""
 
     def peak(self, n: int) -> npt.NDArray[np.float32]:
-        """f32 [L, H, n]: the same from the one block of later queries that pays most."""
+        """f32 [L, H, n]: the same from the one block of later queries that attends most."""
 
     def payments(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Every block's first query b, and f32 [L, H, b]: what a query of the block pays on average
+        """Every block's first query b, and f32 [L, H, b]: the mean attention of the block's queries
         to the tokens before it."""
 
 
@@ -63,7 +63,7 @@ class TraceSetLike(Protocol):
 
 @dataclass(frozen=True)
 class Protected:
-    """What never competes."""
+    """The tokens that never compete."""
 
     sinks: int = 4
     recent: int = 32
@@ -87,12 +87,11 @@ class States(Protocol):
     """Moments of eviction in a trace."""
 
     def of(self, trace: TraceLike, index: int, /) -> list[tuple[int, BoolArray]]:
-        """How many tokens were read, n, and which of them each head holds: bool [N, n]."""
+        """The number n of tokens read, and which of them each head keeps: bool [N, n]."""
 
 
 class InMemory:
-    """Keeps the traces that it was asked for, as long as they fit: reading one takes longer than
-    training on it."""
+    """Caches traces as long as they fit: reading one takes longer than training on it."""
 
     def __init__(self, traces: TraceSetLike, limit: int = 4 * 2**30) -> None:
         self._traces = traces
@@ -106,7 +105,7 @@ class InMemory:
         if index in self._kept:
             return self._kept[index]
         trace = self._traces[index]
-        # what the attention takes is about as much as keys and values
+        # attention takes about as many bytes as keys and values
         self._room -= 2 * (trace.keys.nbytes + trace.values.nbytes)
         if self._room > 0:
             self._kept[index] = trace
@@ -128,8 +127,8 @@ class _PeakTrace:
 
 
 class Peaks:
-    """Traces whose importance is the most that any one block of later queries pays, and not the sum
-    over all of them."""
+    """Traces whose importance is the largest attention from any one block of later queries, instead
+    of the sum over all."""
 
     def __init__(self, traces: TraceSetLike) -> None:
         self._traces = traces
@@ -179,7 +178,7 @@ def _words(shape: tuple[int, ...]) -> str:
 
 
 def model_facts(traces: Any) -> dict[str, str]:
-    """What the traces say of their model: any of architecture, name, fingerprint."""
+    """What the traces know about their model: any of architecture, name, fingerprint."""
     facts = getattr(traces, "model", None)
     if not isinstance(facts, Mapping):
         return {}
@@ -224,7 +223,7 @@ class Sampler:
     states: int  # B
     tokens: int  # C * S
     run: int = 64  # S
-    states_of: States | None = None  # None: cuts of a trace, of which all is held
+    states_of: States | None = None  # None: cuts of a trace, all tokens kept
 
     def draw(self, rng: np.random.Generator, heads: npt.NDArray[np.intp]) -> Batch:
         """A batch of the features of ``heads`` (indices into layers x KV heads, flattened).
@@ -263,7 +262,7 @@ class Sampler:
     def _state(
         self, rng: np.random.Generator, trace: TraceLike, index: int
     ) -> tuple[int, BoolArray]:
-        """How many tokens were read, and which of them are held: bool [N or 1, n]."""
+        """The number of tokens read, and which of them are kept: bool [N or 1, n]."""
         if self.states_of is None:
             cuts = cut_points(trace, self.protected)
             n = int(cuts[rng.integers(len(cuts))])
@@ -339,6 +338,6 @@ def standardisation(
         total, squares, count = total + x.sum(1), squares + (x**2).sum(1), count + x.shape[1]
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
-    # a feature that never changes carries nothing: it must not become large elsewhere
+    # a constant feature carries nothing, and must not become large on other data
     scale = np.where(std > 1e-4, 1 / np.maximum(std, 1e-4), 0.0)
     return torch.from_numpy(np.float32(mean)), torch.from_numpy(np.float32(scale))

@@ -1,9 +1,8 @@
 """Training retention gates by distillation (TRIM-KV, arXiv:2512.03324; DBTrimKV, 2605.09649).
 
 A gate gives every token i of every KV head a retention beta_i in [0, 1]; at step t it has faded to
-beta_i^(t - i). While gates are trained, that weighs the token in the attention of a frozen model,
-which is asked to predict what it predicts with all of it. An eviction then drops what has faded
-most.
+beta_i^(t - i). In training this weighs the token in the attention of a frozen model, which learns
+to predict what it predicts without gates. An eviction then drops what has faded most.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ def distillation_loss(
     """KL(full || gated) + the gated model's next-token cross entropy + capacity_weight * L_cap.
 
     The gated model adds (t - i) log beta_i to the attention logits of query t and key i (TRIM-KV).
-    L_cap asks all heads together to retain no more than ``capacity`` cells each (DBTrimKV's global
-    hinge), relative to what they would without gates, averaged over steps:
+    L_cap penalises what all heads together retain beyond ``capacity`` cells per head (DBTrimKV's
+    global hinge), relative to what they would retain without gates, averaged over steps:
 
         L_cap = mean over t = 1 .. T of
                 max(0, sum over layers, heads and i <= t of beta_i^(t - i) - capacity L H) / (t L H)
 
-    The KL divergence is averaged over tokens, too. Texts of a batch count alike.
+    The KL divergence is averaged over tokens, too. All texts of a batch have equal weight.
 
     Args:
         tokens: int64 [B, T], T >= 2.
         capacity: cells per KV head; a fraction is possible.
 
     Returns:
-        f32 scalar in nats, with a gradient for the gates and none for the model.
+        f32 scalar in nats, with gradients for the gates only.
 
     Raises:
         ValueError: a text of less than two tokens.

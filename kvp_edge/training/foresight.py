@@ -1,8 +1,8 @@
 """Golden evictions and their imitation (ForesightKV, arXiv:2602.03203, section 3).
 
-Golden eviction knows the rest of the text: while it is read, every ``every`` tokens each head keeps
-those that one block of later queries will want most, and the newest. It visits the states that an
-eviction during a long generation sees, and orders the tokens in them; a scorer learns that order.
+Golden eviction knows the rest of the text. Every ``every`` tokens, each head keeps the newest
+tokens and those that one block of later queries attends to most. Its states are those of evictions
+in a long generation, and it orders the tokens in them; a scorer learns that order.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class GoldenEvictions:
         return found
 
     def of(self, trace: TraceLike, index: int) -> list[tuple[int, BoolArray]]:
-        """Every eviction: the tokens read before it, n, and which of them each head still holds,
-        bool [N, n] for N = layers x KV heads. ``index`` names the trace."""
+        """Every eviction: the number n of tokens read before it, and which of them each head still
+        keeps, bool [N, n] for N = layers x KV heads. ``index`` names the trace."""
         if index not in self._known:
             self._known[index] = self._play(trace, index)
         return [(n, np.unpackbits(held, axis=1, count=n) > 0) for n, held in self._known[index]]
@@ -80,16 +80,16 @@ def hinge_loss(
     generator: torch.Generator,
     pairs: Pairs = "order",
 ) -> Tensor:
-    """Mean over pairs of max(0, margin - (score of the token wanted more - of the other)).
+    """Mean over pairs of max(0, margin - (score of the more important token - of the other)).
 
-    Every token is compared with a few others, drawn anew at each call: in the mean the same as with
-    all (2602.03203, stage 1, which scores what to drop; here larger = keep).
+    Every token is compared with a few others, drawn anew at each call, which has the same mean as
+    comparing with all (2602.03203, stage 1, which scores what to drop; here larger = keep).
 
     Args:
         scores, wanted: f32 [..., m].
-        present: bool, broadcast to that; pairs of tokens that are not there, or wanted alike, do
-            not count.
-        pairs: "order": all count alike (the paper). "cost": as much as one is wanted more.
+        present: bool, broadcast to that; pairs with an absent token, or of equal importance, do not
+            count.
+        pairs: "order": equal weights (the paper). "cost": weighted by the difference in importance.
 
     Returns:
         f32 [...].

@@ -1,10 +1,10 @@
 """Retention gates, trained from traces (TRIM-KV, arXiv:2512.03324; DBTrimKV, arXiv:2605.09649).
 
-A gate says which share beta of a token's use is left after every later token
-(kvp_edge.policies.retention). Attention that is multiplied by what is left loses the mass
-a * (1 - beta ** age); here its upper bound a * -log(beta ** age) is lowered, whose best beta ** age
-is in proportion to a, where that of the mass itself is all or nothing. Against it stands the hinge
-of 2605.09649: what all gates of all heads together retain, beyond ``capacity`` tokens per head.
+A gate is the share beta of a token's use that remains after every later token
+(kvp_edge.policies.retention). Attention a, multiplied by what remains, loses the mass a * (1 - beta
+** age). Training minimises its upper bound a * -log(beta ** age), whose optimal beta ** age is
+proportional to a; that of the mass itself is all or nothing. The hinge of 2605.09649 works against
+it: it penalises what all gates of all heads together retain beyond ``capacity`` tokens per head.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def lesson(
     protected: Protected,
     rng: np.random.Generator,
 ) -> Lesson:
-    """What a step learns from a trace; ``index`` names it in errors."""
+    """The training input of one trace; ``index`` names it in errors."""
     n_heads = trace.keys.shape[0] * trace.keys.shape[1]
     n = trace.keys.shape[2]
     features = gather(trace, np.arange(n), np.arange(n_heads), index)[:, None]
@@ -86,7 +86,7 @@ def wanted(
         if importance == "sum":
             total[:, first:end] += flat
             aged[:, first:end] += flat * age
-        else:  # the block that wants a token most says how long it must last
+        else:  # the block that attends to a token most decides how long it must last
             most = flat > total[:, first:end]
             np.copyto(total[:, first:end], flat, where=most)
             np.copyto(aged[:, first:end], flat * age, where=most)
@@ -107,7 +107,7 @@ def retention_loss(
     capacity: float,
     weight: float,
 ) -> Tensor:
-    """What decays though it is wanted, and what is retained beyond the capacity.
+    """The loss: attention lost to decay, plus what is retained beyond the capacity.
 
     Args:
         scores: f32 [N, T], raw.

@@ -1,8 +1,8 @@
-"""The weights and numbers of a GGUF model file, with account kept of what was asked for.
+"""The weights and numbers of a GGUF model file; it keeps track of what was read.
 
-A file says what its model computes by the metadata and tensors that it holds: soft caps, experts,
-attention sinks or a RoPE scaling all show as a key or tensor of their own. So code that has asked
-for all it knows can refuse what is left, instead of computing something else than llama.cpp.
+Metadata and tensors say what a model computes: soft caps, experts, attention sinks and RoPE scaling
+each have a key or tensor of their own. So code that has read all it knows can refuse the rest,
+instead of computing something different from llama.cpp.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DESCRIPTIVE = {
     "rope.scaling.original_context_length",  # only YaRN and long-rope look at it
     "rope.scaling.finetuned",
 }
-#: Keys that change nothing while they have this value; so does any key that is 0, false or empty.
+#: Keys that change nothing while they have this value, like any key that is 0, false or empty.
 _NEUTRAL = {"attention.causal": True, "rope.scaling.attn_factor": 1.0}
 
 
@@ -60,7 +60,7 @@ class GGUFWeights:
                 for key, field in reader.fields.items()
                 if key.startswith(prefix)  # not the vocabulary, which takes seconds to read
             }
-        except Exception as error:  # the reader fails in many ways, all of which mean this
+        except Exception as error:  # the reader fails in many ways, all for this reason
             raise TrainingError(
                 f"the model file '{self.path}' is damaged or cut short: copy or download it again"
             ) from error
@@ -118,7 +118,7 @@ class GGUFWeights:
         return torch.from_numpy(np.array(data, np.float32).reshape(shape)).to(self.device)
 
     def check_all_known(self) -> None:
-        """Refuse a file that holds anything of weight that has not been asked for.
+        """Refuse a file with a tensor or key that matters and was not read.
 
         Raises:
             TrainingError: naming the first such tensor or key.

@@ -1,9 +1,9 @@
 """Group-relative policy optimisation of evictions (ForesightKV, arXiv:2602.03203, stage 2).
 
-An action is the set of tokens that a head drops at an eviction: as many draws without replacement
-from the twice as many that score lowest, with probabilities softmax(-score / temperature). Several
-rollouts of the same text are compared with each other; the ratio of new and old probabilities is
-clipped draw by draw, and the distance to the supervised start is held down.
+An action is the set of tokens that a head drops at an eviction: k draws without replacement from
+the 2 k lowest scores, with probabilities softmax(-score / temperature). Several rollouts of the
+same text are compared with each other. The ratio of new and old probabilities is clipped for each
+draw, and the distance to the supervised start is penalised.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def log_probabilities(scores: Tensor, drawn: Tensor, temperature: float) -> Tens
     logits = -scores.float() / temperature
     chosen = logits.gather(-1, drawn)
     left = torch.ones_like(logits, dtype=torch.bool).scatter(-1, drawn, False)
-    # what is still there at draw j: all that is never drawn, and draws j, j + 1, ...
+    # candidates left at draw j: all that are never drawn, and draws j, j + 1, ...
     never = logits.masked_fill(~left, PADDING).logsumexp(-1, keepdim=True)
     later = chosen.flip(-1).logcumsumexp(-1).flip(-1)
     return chosen - torch.logaddexp(never, later)
 
 
 def advantages(returns: Tensor) -> Tensor:
-    """How much better each rollout did than the others of its text, from each eviction on: f32
-    [G, K] from [G, K]."""
-    exact = returns.double()  # or the mean of equal returns is another number, by rounding
+    """The advantage of each rollout over the others of its text, from each eviction on: f32 [G, K]
+    from [G, K]."""
+    exact = returns.double()  # in f32 the mean of equal returns may differ by rounding
     centred = exact - exact.mean(0, keepdim=True)
     return (centred / (exact.std(0, keepdim=True) + _TINY)).float()
 

@@ -51,7 +51,7 @@ class HeadAdamW:
                 p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a later run needs to go on exactly here."""
+        """Everything that a later run needs to resume exactly here."""
         out = {"adam.steps": self.steps}
         for name in self.parameters:
             out[f"adam.first.{name}"] = self.first[name]

@@ -1,9 +1,9 @@
 """The KVP objective (Moschella et al., arXiv:2602.10238, sections 3.1 and 3.1.1).
 
-A policy is a Plackett-Luce distribution over rankings of the tokens that compete. A ranking costs
-the future attention that is lost when only its first b tokens are kept, summed over every budget b,
-relative to what the best ranking loses. The cost is lowered by REINFORCE over K sampled rankings of
-the same state.
+A policy is a Plackett-Luce distribution over rankings of the competing tokens. The cost of a
+ranking is the future attention lost when only its first b tokens are kept, summed over every budget
+b, relative to that of the best ranking. REINFORCE over K sampled rankings of the same state lowers
+it.
 
 Shapes: ``...`` stands for any leading axes (heads, states); K rankings come before the last axis,
 of m competing tokens. Everything is f32. Tokens that only fill up a batch have the score
@@ -22,7 +22,7 @@ PADDING = -1e9
 
 _CLAMP = 2.0
 _TINY = 1e-8
-_WORST = -200.0  # where nothing is attended to, a ratio of costs has no meaning
+_WORST = -200.0  # without attention, a ratio of costs has no meaning
 
 
 def sample_rankings(scores: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def log_probabilities(scores: Tensor, rankings: Tensor) -> Tensor:
 
 
 def rank_weights(m: int, kind: RankWeights = "i-1") -> Tensor:
-    """How many budgets lose the token on rank i = 1 .. m: f32 [m]."""
+    """The number of budgets that lose the token on rank i = 1 .. m: f32 [m]."""
     first = 0.0 if kind == "i-1" else 1.0
     return torch.arange(m, dtype=torch.float32) + first
 
@@ -88,7 +88,7 @@ def reward(importance: Tensor, rankings: Tensor, kind: RankWeights = "i-1") -> T
 
 
 def advantages(rewards: Tensor, kind: Advantage = "zscore") -> Tensor:
-    """How much better each ranking did than the others of its state: f32 [..., K] from [..., K]."""
+    """The advantage of each ranking over the others of its state: f32 [..., K] from [..., K]."""
     k = rewards.shape[-1]
     centred = rewards - rewards.mean(-1, keepdim=True)
     if kind == "loo":
@@ -107,7 +107,7 @@ def surrogate_loss(
 ) -> Tensor:
     """A number per state whose gradient is the estimate of the expected cost's gradient.
 
-    Divided by the number of competing tokens, so that long states do not outweigh short ones.
+    It is divided by the number of competing tokens, so that long states do not outweigh short ones.
 
     Args:
         scores: [..., m]; ``PADDING`` where there is no token.

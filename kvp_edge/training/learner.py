@@ -1,4 +1,4 @@
-"""The agents of a run and how they move: optimisers, averages, several processes."""
+"""The agents of a run and their updates: optimisers, averages, several processes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Learner:
 
     Attributes:
         agents, ema: of the same shape.
-        optimisers: "heads" and "token" of the agents' own weights and of the heads' weights in
-            whole tokens; "shared" of a last projection that all heads share. A phase that needs
-            moments of its own asks for them (``add_optimiser``).
+        optimisers: "heads" for the agents' own weights, "token" for the heads' weights in whole
+            tokens, "shared" for a last projection that all heads share. ``add_optimiser`` adds one
+            with moments of its own, for a phase.
         heads: intp [N], all of them.
         stakes: f64 [N], the attention that each still loses in validation.
         drawn: tokens learned from so far, by this process.
@@ -54,7 +54,7 @@ class Learner:
         self.optimisers["heads"] = HeadAdamW(self._own, settings.weight_decay)
 
     def add_optimiser(self, name: str) -> None:
-        """Another one of the agents' own weights."""
+        """Add another optimiser of the agents' own weights."""
         self.optimisers[name] = HeadAdamW(self._own, 0.0)
 
     @contextmanager
@@ -64,7 +64,7 @@ class Learner:
             yield
 
     def rng(self, *key: int) -> np.random.Generator:
-        """Chance that depends on the run's seed, the key and the process, and on nothing else."""
+        """A random generator that depends only on the run's seed, the key and the process."""
         return np.random.default_rng([self.settings.seed, *key, self.worker.rank])
 
     def on_device(self, heads: npt.NDArray[np.intp]) -> Tensor:
@@ -77,7 +77,7 @@ class Learner:
         return float(total.detach())
 
     def move(self, heads: dict[str, Tensor], rate: float, memory: float | None = None) -> None:
-        """Step optimisers by the gradients that have been gathered, each with its heads.
+        """Step the optimisers, each with its heads, by the accumulated gradients.
 
         Args:
             memory: of the average; None: the setting ``ema``.
@@ -92,7 +92,7 @@ class Learner:
         self._average(self.settings.ema if memory is None else memory)
 
     def _average(self, memory: float) -> None:
-        # a short memory at first, or the average would long remember the random start
+        # a short memory at first, so that the average forgets the random start
         moves = float(self.optimisers["heads"].steps.max())
         decay = min(memory, (1 + moves) / (10 + moves))
         with torch.no_grad():
@@ -100,12 +100,12 @@ class Learner:
                 mean.lerp_(now, 1 - decay)
 
     def go_on_from(self, agents: nn.Module) -> None:
-        """Take over other weights, also as the average."""
+        """Load other weights, also into the average."""
         self.agents.load_state_dict(agents.state_dict())
         self.ema.load_state_dict(agents.state_dict())
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a later run needs to go on exactly here."""
+        """Everything that a later run needs to resume exactly here."""
         out = {"agents." + k: v for k, v in self.agents.state_dict().items()}
         out |= {"ema." + k: v for k, v in self.ema.state_dict().items()}
         out["stakes"] = torch.from_numpy(self.stakes)
@@ -124,5 +124,5 @@ class Learner:
 
 
 def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that beginning."""
+    """The tensors whose names have this prefix, with the prefix removed."""
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}

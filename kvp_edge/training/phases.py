@@ -1,4 +1,4 @@
-"""What a run does, one phase after the other: how a step of each learns, and what it is judged by.
+"""The phases of a run: how a step of each learns, and how its agents are judged.
 
 Every random number follows from (seed, step), so a resumed run repeats what an uninterrupted one
 would have done.
@@ -28,7 +28,7 @@ from kvp_edge.training.settings import Settings
 from kvp_edge.training.twin import Twin
 from kvp_edge.training.validate import Quality
 
-_TEXTS = 16  # that a validation in the model reads
+_TEXTS = 16  # read by a validation in the model
 _EVAL_IN_MODEL = 10  # steps between two of these
 
 
@@ -44,25 +44,25 @@ class Phase(ABC):
     eval_every: int
 
     def begin(self) -> float:
-        """Get ready; the learner has the best agents of the phase before. Returns what there is to
-        beat (see ``judge``)."""
+        """Prepare; the learner has the best agents of the phase before. Returns the value to beat
+        (see ``judge``)."""
         return math.inf
 
     @abstractmethod
     def step(self, step: int, rate: float) -> float:
-        """Learn once; the loss. ``step`` counts all steps of the run."""
+        """Do one training step and return the loss. ``step`` counts all steps of the run."""
 
     @abstractmethod
     def judge(self, quality: Quality) -> tuple[float, str]:
-        """What the best averaged agents have least of, and the same for the progress bar.
-        ``quality`` is of these agents on the validation's states."""
+        """The value that the best averaged agents minimise, and its text for the progress bar.
+        ``quality`` is that of these agents on the validation states."""
 
     def state(self) -> dict[str, Tensor]:
-        """What it needs to go on from, beside the learner's."""
+        """The phase's own state for resuming, besides the learner's."""
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (most have nothing to load)
-        """Go on from what ``state`` gave, which is among these."""
+        """Resume from these, which include what ``state`` returned."""
 
 
 class Heads(Phase):
@@ -91,7 +91,7 @@ class Heads(Phase):
         return float(quality.lost.mean()), f"cost {quality.cost.mean():.2f}"
 
     def _choose(self, step: int) -> npt.NDArray[np.intp]:
-        """A share of the heads without replacement, by what each still loses in validation."""
+        """Draw a share of the heads without replacement, by what each still loses in validation."""
         learner, s = self._learner, self._learner.settings
         n = max(1, math.ceil(s.effort * len(learner.heads)))
         if n == len(learner.heads):
@@ -132,7 +132,7 @@ class Gates(Phase):
         return total
 
     def judge(self, quality: Quality) -> tuple[float, str]:
-        # whole tokens as well: that is what a budget of all heads together is for
+        # whole tokens as well: they are the purpose of a budget over all heads
         return quality.token_lost + float(quality.lost.mean()), f"cost {quality.cost.mean():.2f}"
 
 
@@ -156,7 +156,7 @@ class Texts:
 
 
 class Distil(Phase):
-    """Gates in the twin of the model, which asks for the full cache's predictions (global)."""
+    """Gates in the twin of the model, trained towards the full cache's predictions (global)."""
 
     def __init__(self, learner: Learner, twin: Twin, texts: Texts, held_out: Texts) -> None:
         s = learner.settings
@@ -216,8 +216,8 @@ class InModel(Phase):
     """Agents that evict in the running model (foresight, GRPO).
 
     Attributes:
-        increase: what evictions cost a token of the validation's texts, in nats: of the agents
-            that it began with, and of the best.
+        increase: the cost of evictions per token of the validation texts, in nats, with the agents
+            at the start of the phase and with the best.
     """
 
     def __init__(self, learner: Learner, rollouts: Rollouts, texts: Texts, held_out: Texts) -> None:
@@ -236,7 +236,7 @@ class InModel(Phase):
         return before
 
     def step(self, step: int, rate: float) -> float:
-        """Several rollouts of some texts, learned from a few times."""
+        """Several rollouts of some texts, with a few passes over them."""
         learner, s = self._learner, self._learner.settings
         agents, indices = learner.agents, self._texts.indices
         rng = learner.rng(3, step)
@@ -279,7 +279,7 @@ class InModel(Phase):
         self.increase = before, after
 
     def _loss_increase(self) -> float:
-        """Of the averaged agents, which drop what scores lowest."""
+        """The increase with the averaged agents, which drop the lowest scores."""
         rises = []
         for index in self._held_out.indices[:_TEXTS]:
             text, full = self._held_out[index].tolist(), self._full(self._held_out, index)
@@ -301,7 +301,7 @@ class Tokens(Phase):
         self._learner, self._sampler = learner, sampler
 
     def begin(self) -> float:
-        # Heads start with equal say: their scores are brought to one scale.
+        # Heads start with equal weight: their scores are brought to one scale.
         spread = self._spread()
         for agents in (self._learner.agents, self._learner.ema):
             with torch.no_grad():
@@ -337,7 +337,7 @@ class Tokens(Phase):
 def draw(
     learner: Learner, sampler: Sampler, step: int, heads: npt.NDArray[np.intp]
 ) -> tuple[Batch, torch.Generator]:
-    """A step's batch, and what its noise comes from."""
+    """A step's batch, and the source of its noise."""
     device = learner.worker.device
     batch = sampler.draw(learner.rng(0, step), heads).to(device)
     learner.drawn += batch.present[0].numel()

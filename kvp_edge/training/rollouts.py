@@ -1,4 +1,4 @@
-"""A text read by the model itself while agents evict: what each eviction costs it.
+"""Rollouts: the model reads a text while agents evict, which shows what each eviction costs.
 
 This is the Markov decision process of ForesightKV (arXiv:2602.03203, section 4): the state is the
 cache, an action drops tokens from every head, and the reward comes from the loss of the tokens that
@@ -86,8 +86,8 @@ class Reading:
 
 
 class _Reader(Subject):
-    """A subject that tells the loss of every token of a text. Template markers are tokens like
-    others, so that an action is what was drawn."""
+    """A subject that returns the loss of every token of a text. It treats template markers like
+    other tokens, so that an action is exactly what was drawn."""
 
     def _find_spans(self, start: int, end: int) -> list[Span]:
         return []
@@ -100,7 +100,7 @@ class _Reader(Subject):
         self.forget()
         usual, self._logits_all = self._logits_all, True
         try:
-            # the budget first, or the first eviction would drop another number than later ones
+            # the budget first, so that the first eviction drops as many tokens as later ones
             assert self._kv is not None
             budget = self._kv.limits.budget
             self.read(tokens[:budget])
@@ -120,8 +120,8 @@ class _Reader(Subject):
 
 
 class _Drawing(Policy):
-    """Agents in PyTorch, which score every token once, when the tokens after it are known, and
-    draw what is dropped.
+    """Agents in PyTorch. They score every token once, when the tokens after it are known, and draw
+    what is dropped.
 
     Args:
         generator: draws; None: the tokens that score lowest are dropped, as in a chat.
@@ -202,7 +202,7 @@ class Rollouts:
         n_ctx: tokens of the longest text.
         settings: budget, every, sinks, recent, temperature and what is a penalty.
         engine: arguments of llama_cpp.Llama.
-        policy: what evicts in ``read`` unless that says otherwise.
+        policy: the default policy of ``read``.
     """
 
     model: str | os.PathLike[str]
@@ -245,7 +245,7 @@ class Rollouts:
     def roll(
         self, tokens: Sequence[int], agents: Agents, generator: torch.Generator | None
     ) -> Rollout:
-        """The text with the agents' evictions, drawn, or without a generator the best."""
+        """The text with the agents' evictions: drawn, or the lowest scores without a generator."""
         s = self.settings
         protected = Protected(s.sinks, s.recent)
         policy = _Drawing(agents, len(tokens), s.budget, protected, s.temperature, generator)
@@ -253,7 +253,8 @@ class Rollouts:
         return Rollout(policy.features[:, None], policy.evictions, losses)
 
     def penalties(self, losses: FloatArray, full: Reading) -> FloatArray:
-        """What every token's rise in loss counts: f32 [T - 1], squared nats (2602.03203, eq. 8)."""
+        """The penalty of every token's loss increase: f32 [T - 1], squared nats (2602.03203, eq.
+        8)."""
         s = self.settings
         rise = losses - full.losses
         counts = np.ones(len(rise), np.bool_)
@@ -265,7 +266,7 @@ class Rollouts:
         return out
 
     def returns(self, rollout: Rollout, full: Reading) -> FloatArray:
-        """What follows each eviction, f32 [K]: minus the penalties of all tokens that were
-        predicted with what it left."""
+        """The return of each eviction, f32 [K]: minus the penalties of all tokens predicted after
+        it."""
         later = np.cumsum(self.penalties(rollout.losses, full)[::-1])[::-1]
         return np.array([-later[e.seen] if e.seen < len(later) else 0 for e in rollout.evictions])

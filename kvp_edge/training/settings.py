@@ -13,16 +13,16 @@ from kvp_edge.errors import TrainingError
 #: all heads (Make Each Token Count, arXiv:2605.09649).
 Objective = Literal["kvp", "foresight", "global"]
 
-#: How much two tokens that golden eviction orders count in the imitation: "order": all alike (the
-#: paper); "cost": as much as one is wanted more, so that a mistake costs what it loses.
+#: Weight of a pair of tokens in the imitation of golden eviction: "order": equal (the paper);
+#: "cost": their difference in importance, so that a mistake costs what it loses.
 Pairs = Literal["order", "cost"]
 
 #: Which tokens' loss increases are a rollout's penalty (2602.03203, section 4): "all"; those of the
 #: "low" entropy, where the full cache was sure; or of these, those whose loss rose a lot.
 Reward = Literal["all", "low", "low-large"]
 
-#: What a run trains, one after the other: the agents by traces; the agents in the model, by what it
-#: predicts (gates) or by what evictions cost it; the weights with which heads add up to tokens.
+#: Phases of a run: the agents on traces; the agents in the model, by its predictions (gates) or by
+#: the cost of evictions; the weights with which heads add up to tokens.
 PhaseName = Literal["heads", "distil", "rollouts", "tokens"]
 
 #: "i-1": the sum over the budgets 1 .. m - 1 (the paper's section 3.1.1). "i": the budget 0 as well
@@ -34,8 +34,8 @@ RankWeights = Literal["i-1", "i"]
 #: hard states count alike.
 Advantage = Literal["loo", "zscore"]
 
-#: "sum": attention of all later queries (KVP). "peak": that of the one block of later queries that
-#: wants a token most (ForesightKV's labels, arXiv:2602.03203): one answer counts like a chapter.
+#: "sum": attention of all later queries (KVP). "peak": that of the one block of later queries with
+#: the most attention to the token (as in ForesightKV's labels, arXiv:2602.03203).
 Importance = Literal["sum", "peak"]
 
 
@@ -55,21 +55,21 @@ class Settings:
         precision: "f32" or "bf16" (autocast).
         budget, every: (foresight) tokens that each head keeps after an eviction, and tokens read
             between two evictions (L).
-        margin, pairs: (foresight) by how much a token should score above one that is needed less,
-            and how much it counts if it does not: see Pairs.
+        margin, pairs: (foresight) margin between a token's score and that of one needed less, and
+            the weight of a pair: see Pairs.
         grpo_steps, grpo_lr: (foresight) of the rollouts in the model.
         texts: (foresight, global) texts per step of the phases in the model.
         rollouts: (foresight) of each text (G).
-        passes: (foresight) times that a step's rollouts are learned from.
-        temperature: (foresight) of the draw of what is evicted.
+        passes: (foresight) passes over the rollouts of a step.
+        temperature: (foresight) of the draws in rollouts.
         clip, kl: (foresight) bound of the probability ratio; weight of the distance to the start.
         reward, low_entropy, large: (foresight) see Reward; the share of tokens with the lowest
             entropy, and the rise, in nats, that is large.
         capacity, capacity_weight: (global) tokens per head that all gates together may retain, and
-            the price of more.
+            the weight of the penalty beyond it.
         distil_steps, distil_lr, distil_tokens: (global) of the distillation in the model's twin;
             tokens of a text in it.
-        horizon: (global) tokens to come for which a token's use is added up.
+        horizon: (global) number of future tokens over which a token's use is summed.
     """
 
     objective: Objective = "global"
@@ -182,7 +182,7 @@ class Settings:
     def phases(self) -> tuple[tuple[PhaseName, int], ...]:
         """The phases of a run, with their steps, in order."""
         steps: dict[PhaseName, int] = {"heads": self.steps}
-        if self.objective == "global":  # its heads add up by themselves
+        if self.objective == "global":  # its heads need no weights
             steps["distil"] = self.distil_steps
         else:
             steps["rollouts"] = self.grpo_steps if self.objective == "foresight" else 0
@@ -190,7 +190,7 @@ class Settings:
         return tuple((name, count) for name, count in steps.items() if count)
 
 
-#: Settings that not every objective looks at.
+#: Settings that only some objectives use.
 _USED_BY = {
     **dict.fromkeys(
         ("token_steps", "token_lr", "rankings", "rank_weights", "advantage", "effort", "tokens"),

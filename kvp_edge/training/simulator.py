@@ -1,8 +1,8 @@
 """One-shot eviction simulated in the PyTorch twin of a model, where heads may keep unequal numbers.
 
-llama.cpp's cells are shared by all heads, so every head keeps the same number of tokens. What a
-global budget over layers and heads would be worth (Ada-KV, arXiv:2407.11550; DBTrimKV, 2605.09649)
-can therefore only be simulated: evicted tokens are hidden from the attention of a full pass.
+All heads share llama.cpp's cells, so every head keeps the same number of tokens. The value of a
+global budget over layers and heads (Ada-KV, arXiv:2407.11550; DBTrimKV, 2605.09649) can therefore
+only be simulated: evicted tokens are hidden from the attention of a full pass.
 
 Needs torch: pip install 'kvp_edge[train]'.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def simulated_loss(twin: Twin, tokens: Sequence[int], border: int, keep: BoolArray) -> float:
     """Mean loss in nats of ``tokens[border:]`` after an eviction at ``border``.
 
-    Tokens before the border see everything, as they are read before the eviction; so does the
+    Tokens before the border see everything, since they are read before the eviction. So does the
     prediction of the first token after it.
 
     Args:

@@ -1,11 +1,10 @@
 """The training run: up to three phases (Settings.phases), each from the best of the one before.
 
 "heads" trains the agents on traces. With the objectives kvp and foresight heads are separate
-agents, and a share (``effort``) of them takes part in each step, drawn by what they still lose in
-validation: most heads have little to lose. With the objective global all of them are trained
-together. "rollouts" (foresight) and "distil" (global) go on in the model itself. "tokens" trains
-only the heads' weights in a whole token's score, by the KVP objective on the importance summed over
-heads.
+agents, and each step trains a share (``effort``) of them, drawn by what they still lose in
+validation. With the objective global all heads are trained together. "rollouts" (foresight) and
+"distil" (global) continue in the model itself. "tokens" trains only the heads' weights in a whole
+token's score, by the KVP objective on the importance summed over heads.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ BASELINES = ("keydiff", "knorm", "recency", "random")
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found. ``quality`` and ``baselines`` are of the validation states;
-    ``loss_increase``, of rollouts, is what evictions cost a token of the validation's texts, in
-    nats: before and after."""
+    """The result of a run. ``quality`` and ``baselines`` are measured on the validation states.
+    ``loss_increase`` (rollouts) is the cost of evictions per token of the validation texts, in
+    nats, before and after."""
 
     folder: Path
     quality: Quality
@@ -91,7 +90,7 @@ def train(
     model: str | os.PathLike[str] | None = None,
     engine: dict[str, Any] | None = None,
 ) -> Result:
-    """Train a policy, or go on with the run that lies in ``out``.
+    """Train a policy, or resume the run in ``out``.
 
     Args:
         model: the traced GGUF file, in which rollouts evict.
@@ -100,7 +99,7 @@ def train(
         stop_after: stop after so many steps, with a checkpoint, as if interrupted.
 
     Raises:
-        TrainingError: traces or folder that cannot be used. What was finished is kept.
+        TrainingError: the traces or the folder cannot be used. Finished work is kept.
     """
     settings = settings or Settings()
     with _worker(device) as worker:
@@ -134,7 +133,7 @@ class _Run:
         s = settings
         self.protected = Protected(s.sinks, s.recent)
         usable, (n_layer, n_head_kv, dk, dv) = check_traces(traces, self.protected)
-        # every so manieth trace validates; with a single one it does both
+        # every n-th trace is held out for validation; a single trace does both
         apart = max(2, round(1 / s.validation))
         held_out = usable[apart // 2 :: apart] if len(usable) >= 2 else usable
         self.held_out = held_out or usable[-1:]
@@ -157,11 +156,11 @@ class _Run:
     def opened(
         self, model: str | os.PathLike[str] | None, engine: dict[str, Any]
     ) -> Iterator[None]:
-        """Get all phases ready, with what they read.
+        """Prepare all phases and their data.
 
         Raises:
-            TrainingError: a phase in the model without one, or not the traced one; texts that are
-                too short.
+            TrainingError: a phase needs a model and there is none, or it is not the traced one, or
+                texts are too short.
         """
         s, traces, learner = self.settings, self.traces, self.learner
         sampler = self._sampler(self.training)
@@ -227,7 +226,7 @@ class _Run:
             )
         return os.fspath(model)
 
-    # -- what lies in the folder -------------------------------------------------------------
+    # -- the folder --------------------------------------------------------------------------
 
     def _about(self, quality: Quality | None = None) -> checkpoint.About:
         settings = {**asdict(self.settings), "n_traces": len(self.traces)}
@@ -338,7 +337,7 @@ class _Run:
         return found
 
     def _phase(self) -> tuple[PhaseName, int, int]:
-        """The phase that the next step is of, and where it begins and ends."""
+        """The phase of the next step, and where it begins and ends."""
         first = 0
         for name, steps in self.settings.phases:
             if self.step < first + steps:
@@ -359,7 +358,7 @@ class _Run:
         return measure(scorer, self.traces, self.states, self.protected, whole)
 
     def _validate(self, name: PhaseName) -> str:
-        """Measure the averaged agents; keep the best; write a checkpoint to go on from."""
+        """Measure the averaged agents, keep the best, and write a checkpoint for resuming."""
         quality = self._measure(self.learner.ema)
         at_stake, shown = self.phases[name].judge(quality)
         if at_stake < self.best or not (self.out / checkpoint.BEST).exists():
@@ -381,7 +380,7 @@ class _Run:
 
 
 def scorer_of(agents: Agents, horizon: int) -> tuple[Scorer, Whole]:
-    """What agents say of tokens, and of whole tokens, when n of them were read; ``horizon`` of
+    """The agents' scorers of tokens and of whole tokens, after n tokens; ``horizon`` is for
     gates."""
     score = agent_scorer(agents)
     if not agents.shape.shared_out:
@@ -398,10 +397,10 @@ def _tokens(quality: Quality) -> dict[str, float]:
 
 
 def plain(quality: Quality) -> dict[str, Any]:
-    """As JSON has it."""
+    """A value for JSON."""
     return {"cost": quality.cost.tolist(), "lost": quality.lost.tolist(), **_tokens(quality)}
 
 
 def _beside(baselines: dict[str, Quality]) -> str:
-    """The baselines' cost, to stand beside the policy's in the progress bar."""
+    """The baselines' cost, for the progress bar."""
     return ", ".join(f"{name} {baselines[name].cost.mean():.1f}" for name in BASELINES)

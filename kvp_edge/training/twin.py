@@ -1,8 +1,8 @@
 """A model of a GGUF file in PyTorch, with weights that stay fixed and attention that can be biased.
 
-It computes what llama.cpp computes for a whole text (src/models/<architecture>.cpp), so that a
-gradient can flow through the model to something that changes what its heads attend to. Each
-formula names the file it follows. What the twin does not know, it refuses.
+It computes what llama.cpp computes for a whole text (src/models/<architecture>.cpp), so that
+gradients can flow through the model to whatever biases its attention. Each formula names the file
+it follows. The twin refuses what it does not know.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
             attention_bias: called once for each layer of the base cache, in order, with the keys
                 and values as llama.cpp caches them (after norm and RoPE). What it returns is added
                 to the attention logits of all query heads of the KV head's group, on top of the
-                causal mask; gradients flow through it and through keys and values. It must not
-                hide (-inf) all that a query may see: the result would be NaN.
+                causal mask; gradients flow through it and through keys and values. It must leave
+                each query at least one visible key: hiding (-inf) all of them gives NaN.
 
         Returns:
             f32 [B, T, n_vocab].
@@ -114,7 +114,7 @@ class _Norm(nn.Module):  # type: ignore[misc]
 
 
 class _Linear(nn.Module):  # type: ignore[misc]
-    """x W^T + b; where there is no W, ``tied`` takes its place."""
+    """x W^T + b; without W, ``tied`` is used."""
 
     def __init__(self, file: GGUFWeights, name: str, tied: Tensor | None = None) -> None:
         super().__init__()
@@ -203,8 +203,8 @@ class _Layer(nn.Module):  # type: ignore[misc]
         return y
 
     def _mask(self, keys: Tensor, added: Tensor | None) -> Tensor | None:
-        """What is added to attention logits: [T, T] or, with a bias, [B, n_head_kv, T, T]; None
-        where the causal mask is all.
+        """The mask added to attention logits: [T, T] or, with a bias, [B, n_head_kv, T, T]; None if
+        the causal mask is enough.
 
         A window hides keys at a distance of its size or more (`is_masked_swa`, llama-hparams.h).
         """
@@ -266,7 +266,8 @@ def _n_head(file: GGUFWeights) -> int:
 
 
 def _attention_scale(file: GGUFWeights, n_head: int) -> float:
-    """1 / sqrt(head size), but for gemma3 of 27B, which is told by its layers (gemma3.cpp)."""
+    """1 / sqrt(head size), except for gemma3 27B, recognised by its number of layers
+    (gemma3.cpp)."""
     if file.architecture == "gemma3" and file.shape.n_layer == 62:
         return float((file.key("embedding_length") // n_head) ** -0.5)
     return float(file.shape.head_size_k**-0.5)
@@ -275,8 +276,8 @@ def _attention_scale(file: GGUFWeights, n_head: int) -> float:
 def _window(file: GGUFWeights, n_layer: int) -> tuple[int, list[bool]]:
     """The sliding window, and which layers have it (``load_swa_pattern``, llama-model.cpp).
 
-    Of these architectures llama.cpp gives only gemma3 one, whatever the metadata say; phi3's is
-    disabled there (phi3.cpp).
+    Of these architectures only gemma3 has one in llama.cpp, whatever the metadata say; phi3's is
+    disabled (phi3.cpp).
     """
     window = int(file.key("attention.sliding_window", 0))
     if file.architecture != "gemma3" or window == 0:
@@ -305,7 +306,7 @@ def _frequencies(file: GGUFWeights) -> tuple[Tensor, Tensor]:
     local = everywhere
     if file.architecture == "gemma3":
         local = float(file.key("rope.freq_base_swa", 10000.0)) ** exponent
-    # the others' graphs take no factors
+    # other architectures' graphs use no factors
     if file.architecture == "llama" and file.holds("rope_freqs.weight"):
         everywhere = everywhere / file.tensor("rope_freqs.weight").cpu().double()
     return everywhere.to(file.device), local.to(file.device)

@@ -1,4 +1,4 @@
-"""How good a ranking is on states not trained on, head by head, against the heuristics."""
+"""The quality of rankings on held-out states, per head, compared with the heuristics."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from kvp_edge.training.data import (
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Shares of the competing tokens that are kept, where a head's loss is looked at.
+#: Shares of the competing tokens kept, at which a head's loss is measured.
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
 _WORST = 200.0
-_ELEMENTS = 2**24  # features held at once while a state is scored
+_ELEMENTS = 2**24  # features in memory at once while a state is scored
 
 #: Scores of the first n tokens of a trace: f32 [N, n] for N = layers x KV heads.
 Scorer = Callable[[TraceLike, int], npt.NDArray[np.float32]]
 
-#: What heads say of whole tokens together: f32 [m] from f32 [N, m].
+#: Combines the heads' scores into one for whole tokens: f32 [m] from f32 [N, m].
 Whole = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one scorer; means over states. N heads.
+    """The quality of one scorer with N heads; means over states.
 
     Attributes:
         cost: f64 [N], all budgets, relative to the oracle's (the paper's measure; 1 is best).
-        lost: f64 [N], share of a later query's attention that is lost over what the oracle loses,
-            mean over BUDGETS: near 0 also where there was nothing to lose.
-        token_cost, token_lost: the same for whole tokens, ranked by the scorer's heads together.
+        lost: f64 [N], share of a later query's attention lost beyond what the oracle loses, mean
+            over BUDGETS; also near 0 if there is nothing to lose.
+        token_cost, token_lost: the same for whole tokens, ranked by all heads together.
     """
 
     cost: FloatArray
@@ -64,8 +64,8 @@ class State:
 def choose_states(
     traces: TraceSetLike, usable: list[int], protected: Protected, count: int
 ) -> list[State]:
-    """Up to ``count`` states, the same at every call: cuts at 1/2, 3/4, 1/4 and all of what each
-    trace allows, one trace after the other."""
+    """Up to ``count`` states, the same at every call: cuts at 1/2, 3/4, 1/4 and the end of each
+    trace's range, one trace after the other."""
     states: list[State] = []
     for share in (0.5, 0.75, 0.25, 1.0):
         for index in usable:
@@ -81,10 +81,10 @@ def measure(
     protected: Protected,
     whole: Whole | None = None,
 ) -> Quality:
-    """Rank every state's competing tokens by ``scorer`` and see what that loses.
+    """Rank every state's competing tokens by ``scorer`` and measure the loss.
 
     Args:
-        whole: of whole tokens; None: the mean of the heads' standardised scores.
+        whole: scores of whole tokens; None: the mean of the heads' standardised scores.
     """
     rows: list[tuple[FloatArray, FloatArray]] = []
     token_rows: list[tuple[FloatArray, FloatArray]] = []
@@ -122,7 +122,7 @@ def costs(
 
     Args:
         scores, importance: [N, m].
-        queries: how many later queries paid the attention.
+        queries: number of later queries in the importance.
     """
     m = scores.shape[1]
     ranked = np.take_along_axis(importance, np.argsort(-scores, axis=1, kind="stable"), axis=1)
@@ -135,7 +135,7 @@ def costs(
 
 
 def agent_scorer(agents: Agents) -> Scorer:
-    """The agents as they are, without noise."""
+    """The agents' own scores, without noise."""
 
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         shape, device = agents.shape, agents.mean.device
@@ -155,7 +155,7 @@ def heuristic_scorer(name: str) -> Scorer:
     """A policy of ``kvp_edge.policies``, which sees the n tokens that are in the cache.
 
     Raises:
-        ValueError: a policy that looks at queries, which a trace does not hold.
+        ValueError: the policy needs queries, which a trace does not have.
     """
     policy = POLICIES[name]()
     if policy.n_queries:
@@ -170,7 +170,7 @@ def heuristic_scorer(name: str) -> Scorer:
 
 
 def oracle_scorer() -> Scorer:
-    """The importance itself."""
+    """The oracle: scores are the importance."""
 
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         return trace.importance(n).reshape(-1, n)

@@ -64,7 +64,7 @@ def read_library(folder: Path, max_books: int | None = None) -> Library:
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise SystemExit(
-            f"No *.txt books in '{folder}'. Copy the novels there (see docs/bundled_model.md) "
+            f"No *.txt books in '{folder}'. Copy the novels there (see docs/bundled-model.md) "
             "or name their folder with --books."
         )
     texts: dict[str, dict[str, str]] = {"train": {}, "held_out": {}}

@@ -32,10 +32,10 @@ def worths(policy: Learned, trace: Trace, n: int) -> dict[str, NDArray[np.float3
     """What the policy and an oracle say of the first n tokens: f32 [L, H, n] each."""
     keys = trace.keys[:, :, :n].astype(np.float32)
     values = trace.values[:, :, :n].astype(np.float32)
-    positions = trace.indices[:n]
-    scores = policy.score(ArrayView(keys, values, positions))
+    indices = trace.indices[:n]
+    scores = policy.score(ArrayView(keys, values, indices))
     return {
-        "policy": policy.worth(scores, n - positions),
+        "policy": policy.worth(scores, n - indices),
         "oracle": trace.importance(n),
     }
 

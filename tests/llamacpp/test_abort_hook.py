@@ -406,7 +406,7 @@ def test_rescuing_keeps_no_model_alive(random_model: Maker, tmp_path: Path) -> N
 
 CHAT = """
 from kvp_edge.cli import main, options
-from kvp_edge.cli.watch import WatchedLlama
+from kvp_edge.cli.progress import WatchedLlama
 
 class FailsLater(WatchedLlama):
     def eval(self, tokens):

@@ -153,7 +153,7 @@ def test_a_capture_does_not_depend_on_what_was_read_before(
     llm.capture(random_tokens(N_TOKENS, seed=1), 30)
     llm.eval(random_tokens(5))
     again = llm.capture(random_tokens(50), 20)
-    for name in ("keys", "values", "sums", "tokens", "positions"):
+    for name in ("keys", "values", "sums", "tokens", "indices"):
         assert getattr(first, name).tobytes() == getattr(again, name).tobytes(), name
 
 

@@ -301,7 +301,7 @@ def test_a_full_disk_keeps_what_is_finished(
         written.append(len(data))
         return data + b"\0" * 4096 if len(written) == 3 else data
 
-    monkeypatch.setattr(kvp_edge.traces.format, "_file_bytes", larger_at_last)
+    monkeypatch.setattr(kvp_edge.traces.writer, "_file_bytes", larger_at_last)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1024, limits[1]))
     try:
         with pytest.raises(OSError, match="the disk is full .*: 2 of 4 traces are finished"):
@@ -447,7 +447,7 @@ def test_whatever_is_wrong_with_what_a_trace_says_of_itself_is_refused(
     traces = traced(model, text, tmp_path, n_traces=1)
     path = tmp_path / "trace-00000.safetensors"
     data = path.read_bytes()
-    about, arrays = kvp_edge.traces.format._about(data), load(data)
+    about, arrays = kvp_edge.traces.format.metadata_of(data), load(data)
     changed: list[Any] = [
         *({**about, "block": value} for value in (0, -1, 2**62, "16", None, 1.5)),
         *({**about, "first": value} for value in (0, -1, about["block"] + 1, True)),
@@ -502,7 +502,7 @@ def test_arrays_that_do_not_fit_are_refused(model: RandomModel, text: str, tmp_p
     traces = traced(model, text, tmp_path, n_traces=1)
     path = tmp_path / "trace-00000.safetensors"
     data = path.read_bytes()
-    about = json.dumps(kvp_edge.traces.format._about(data))
+    about = json.dumps(kvp_edge.traces.format.metadata_of(data))
     arrays = load(data)
     arrays["positions"] = arrays["positions"][:-1]
     path.write_bytes(save(arrays, {"kvp_trace": about}))

@@ -1,11 +1,10 @@
 """The tasks of ``kvp-edge eval``.
 
 One idea per module. ``needles``, ``variable_tracking``, ``word_counts`` and ``paragraphs`` are
-those of RULER (``ruler`` tells how they differ from it); ``lookup`` and ``recall`` are others with
-questions; in ``quiz``, ``chains``, ``copying`` and ``sums`` the reply is a long text of the model's
-own (``generation``). ``readings``, ``dialogues`` and ``meetings`` have no question, but an ending
-that must stay likely; in ``continuation`` the model itself has written it. ``filling`` makes all of
-them as long as asked for.
+those of RULER (``ruler`` lists the differences); ``lookup`` and ``recall`` also have questions; in
+``quiz``, ``chains``, ``copying`` and ``sums`` the model writes a long reply (``generation``).
+``readings``, ``dialogues`` and ``meetings`` have no question, but measure the loss of an ending; in
+``continuation`` the model itself writes it. ``filling`` brings all of them to the requested length.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ RULER = ruler.NAMES
 #: The names of those with a long generation.
 GENERATION = tuple(task.name for task in generation.GENERATION)
 
-#: Those that need no data, by name.
+#: Tasks that need no data, by name.
 TASKS: dict[str, Task] = {
     **{task.name: task for task in (*RECALL, *LOOKUP, *ruler.WITHOUT_DATA)},
     "books": Books(),
@@ -35,7 +34,7 @@ TASKS: dict[str, Task] = {
 
 
 def data_tasks(folder: Path) -> dict[str, Task]:
-    """Those whose files the folder has, by name. (``books`` then reads the folder's books.)
+    """Tasks whose data is in the folder, by name. (``books`` then reads the folder's books.)
 
     Args:
         folder: laid out as the modules say: ``books/*.txt``, ``dialogue/``, ``meetings/qmsum/``,

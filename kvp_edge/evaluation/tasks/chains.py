@@ -1,9 +1,9 @@
 """Chains of variables: each is assigned the one before it, and the model writes down its way to the
 number.
 
-RULER's variable tracking (variable_tracking.py) wants the names of one chain. Here every variable
-of several chains is asked for, one after the other, and a reply walks from variable to variable:
-each step is a look-up by what the model itself has just written.
+RULER's variable tracking (variable_tracking.py) asks for the names of one chain. Here every
+variable of several chains is asked for, one by one, and a reply follows the chain: each step looks
+up what the model itself has just written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvp_edge.evaluation.tasks.novel import Excerpt, spread
 #: A number, the variable that has it, and two that have it from others.
 VARIABLES = 3
 
-#: Names are a letter and a number; the model that comes with the package was trained on these.
+#: Names are a letter and a number; the bundled model was trained on these.
 _LETTERS = "ABCDKMNPSTXYZ"
 
 _OPENING = "Find every value step by step, from one variable to the next."

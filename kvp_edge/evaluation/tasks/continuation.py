@@ -1,10 +1,9 @@
-"""Endings that the model writes itself, and that must stay likely when tokens are dropped.
+"""Endings that the model writes itself, whose loss is measured when tokens are dropped.
 
-The full cache writes, every policy reads what was written (continuations.py beside this folder):
-how much worse the policy finds it is the loss increase, along a generation as long as the context.
-In `continuation` the context are facts and the ending is the full cache's own replies to many
-questions about them, so what was told early matters to the last token. In `story` it is prose, and
-little of it matters.
+The full cache writes, and every policy reads what was written (../continuations.py): the increase
+of the loss is measured along a generation as long as the context. In `continuation` the context is
+facts, and the ending is the full cache's own replies to many questions about them, so early text
+matters to the last token. In `story` it is prose, of which little matters.
 """
 
 from __future__ import annotations

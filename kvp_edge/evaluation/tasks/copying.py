@@ -1,7 +1,7 @@
-"""Copying: a passage told early is written down again at the end, as it was or with another word.
+"""Copying: an early passage is repeated at the end, unchanged or with a word replaced.
 
-Each word of the reply follows from the one before it and its place in the passage. Nothing of the
-passage can be spared, and which part is needed next moves on with every word.
+Each word of the reply follows from the one before it and its place in the passage. No part of the
+passage may be dropped, and the part needed next moves on with every word.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def draw_edits(rng: random.Random, n_tokens: int) -> Draft[Item]:
 
 
 def _passage(excerpt: Excerpt, n_tokens: int) -> list[str]:
-    """Its sentences, the fewest that have as many words as are wanted; but a sentence that would
-    go beyond _MOST words is left out."""
+    """The fewest sentences with the requested number of words, without one that would exceed _MOST
+    words."""
     wanted = min(max(n_tokens // _TOKENS_PER_WORD, _FEWEST), _MOST)
     sentences = excerpt.take(1)
     while len(" ".join(sentences).split()) < wanted:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def reading(path: Path, collection: str) -> Iterator[None]:
-    """Tells which file it is that cannot be read, and what it was taken for.
+    """Turns errors in a data file into one that names the file and its expected contents.
 
     Raises:
-        ValueError: instead of what the code inside stumbles over.
+        ValueError: instead of the error inside.
     """
     stumbles = (AttributeError, EOFError, LookupError, OSError, TypeError)
     try:

@@ -1,4 +1,4 @@
-"""Chats of people and of assistants: how likely their last reply stays.
+"""Chats of people and of assistants: the loss of their last reply.
 
 Three collections in a data folder, each in turn, as far as they are there:
 
@@ -8,9 +8,8 @@ Three collections in a data folder, each in turn, as far as they are there:
   who begins is the user;
 - ``dialogue/taskmaster4/data/*.json``: Taskmaster-4 (arXiv:2403.10704), orders of coffee.
 
-Most of them are shorter than what is to be measured. So a conversation here is several in a row,
-all of one collection, as when a user goes on to the next thing without clearing the chat; the first
-of them may lack its beginning.
+Most of them are too short. So a conversation here chains several of one collection, as if a user
+changed the subject without clearing the chat; the first may lack its beginning.
 """
 
 from __future__ import annotations
@@ -127,8 +126,8 @@ def _thread(message: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
 
 
 def exchanges(said: Iterable[tuple[str, str]]) -> Dialogue:
-    """The dialogue as requests and replies. What one speaker says in several goes becomes one
-    message; a reply to nothing and an unanswered request fall away."""
+    """The dialogue as requests and replies. Consecutive messages of one speaker become one; a reply
+    without a request, or a request without a reply, is left out."""
     messages: list[tuple[str, str]] = []
     for who, text in said:
         if not text.strip() or (who != "user" and not messages):

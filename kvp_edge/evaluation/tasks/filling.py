@@ -1,9 +1,9 @@
-"""As much filler as fits: conversations of a given number of tokens, for any tokenizer.
+"""Fills conversations up to a given number of tokens, for any tokenizer.
 
-A task draws everything that chance decides (facts, places, order) once, and leaves the amount of
-filler open: that is a `Draft`. `fill` then looks for the largest amount that fits. It measures
-whole conversations, which is exact for every tokenizer, and needs few measurements because their
-length grows evenly with the filler.
+A task draws everything random (facts, places, order) once, and leaves the amount of filler open:
+that is a `Draft`. `fill` then finds the largest amount that fits. It measures whole conversations,
+which is exact for every tokenizer, and needs few measurements because length grows evenly with
+filler.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kvp_edge.text.chat_prompt import Message
 
 Made = TypeVar("Made", Item, Reading)
 
-#: What chat templates write beside the messages (a default system prompt and the opening of the
+#: Tokens of a chat template besides the messages (a default system prompt, the opening of the
 #: reply), and around each message. A single message thus leaves 40 tokens free.
 TEMPLATE_TOKENS = 34
 MESSAGE_TOKENS = 6
 
-#: A conversation that uses this share of its tokens is long enough; a little more is aimed at.
+#: A conversation that uses this share of its tokens is long enough; the target is a little more.
 ENOUGH = 0.98
 _AIM = 0.99
 
@@ -33,10 +33,10 @@ _DRAWS = 32
 
 @dataclass(frozen=True)
 class Draft(Generic[Made]):
-    """A conversation whose amount of filler is still open.
+    """A conversation whose amount of filler is not decided yet.
 
     Attributes:
-        lay_out: the conversation with so many pieces of filler; 0 is the shortest that there is.
+        lay_out: the conversation with this many pieces of filler; 0 gives the shortest.
         most: how many pieces there are.
     """
 
@@ -55,7 +55,7 @@ def length(made: Item | Reading, count_tokens: CountTokens) -> int:
         asked = [m["content"] for m in made.messages]
         for question in made.more:
             asked += [question.text, " ".join(question.answers)]
-        # beside its answers a reply is taken to be half as long as its question
+        # besides its answers, a reply is assumed to be half as long as its question
         around = sum(count_tokens(question.text) // 2 for question in made.more)
         return _chat_length(asked, count_tokens) + around
     if isinstance(made.context, str):
@@ -68,8 +68,8 @@ def _chat_length(texts: list[str], count_tokens: CountTokens) -> int:
 
 
 def fill(draft: Draft[Made], n_tokens: int, count_tokens: CountTokens) -> Made | None:
-    """The draft with about as much filler as ``n_tokens`` allow; None if it does not even fit
-    without."""
+    """The draft with about as much filler as fits into ``n_tokens``; None if it does not fit even
+    without filler."""
     best = draft.lay_out(0)
     used = bare = length(best, count_tokens)
     if used > n_tokens:
@@ -85,7 +85,7 @@ def fill(draft: Draft[Made], n_tokens: int, count_tokens: CountTokens) -> Made |
         else:
             too_many = pieces
         tries += 1
-        if tries < 8:  # as if the pieces to come were like those so far, and none less than a token
+        if tries < 8:  # assume that further pieces are like those so far, at least a token each
             per_piece = max((tokens - bare) / pieces, 1)
             guess = fits + int((_AIM * n_tokens - used) / per_piece)
         else:  # they are not: halve what is left
@@ -94,8 +94,8 @@ def fill(draft: Draft[Made], n_tokens: int, count_tokens: CountTokens) -> Made |
 
 
 def rng_of(name: str, seed: int, number: int = 0) -> random.Random:
-    """Chance for one item. It depends on nothing else, so that the first items stay the same when
-    more are asked for."""
+    """The random generator of one item. It depends on nothing else, so that more items do not
+    change the first."""
     return random.Random(f"{name}/{seed}/{number}")
 
 
@@ -105,8 +105,7 @@ class DrawnTask:
 
     Attributes:
         name, about, reply_tokens: see ``kvp_edge.evaluation.item.Task``.
-        draw: the draft of an item, for chance and for the number of tokens that it will be filled
-            up to.
+        draw: the draft of an item, given a random generator and the number of tokens to fill.
     """
 
     name: str

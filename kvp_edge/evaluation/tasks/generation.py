@@ -1,8 +1,8 @@
 """Long generation: tasks whose answer is a long text that the model itself writes.
 
-Tokens that it wrote are dropped like those that it read. `quiz` and `chains` ask again and again,
-`copy`, `edits` and `sums` want one long reply, and the readings of continuation.py measure the loss
-of what the full cache wrote. None of them needs data.
+Tokens that it wrote are dropped like those that it read. `quiz` and `chains` ask many questions,
+`copy`, `edits` and `sums` ask for one long reply, and the readings of continuation.py measure the
+loss of what the full cache wrote. None of them needs data.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """QMSum (Zhong et al., arXiv:2104.05938; github.com/Yale-LILY/QMSum): questions about meetings.
 
-A data folder's ``meetings/qmsum/*.jsonl`` holds transcripts, and questions about parts of them with
-answers of some sentences. How good a free answer is takes a judge to tell; how likely the published
-one stays does not. The user's message is a stretch of the transcript, with the part that the
-question is about somewhere in it, and then the question.
+A data folder's ``meetings/qmsum/*.jsonl`` has transcripts, and questions about parts of them with
+answers of a few sentences. A free answer would need a judge, but the loss of the published answer
+does not. The user's message is a stretch of the transcript that includes the part in question, and
+then the question.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _read(path: Path) -> tuple[_Question, ...]:
 
 
 def _questions(line: str) -> Iterator[_Question]:
-    """Those about a part of a meeting. The general ones are about all of it, which a part of it
-    cannot answer."""
+    """The questions about a part of a meeting. General ones are about all of it, so a part cannot
+    answer them."""
     meeting = json.loads(line)
     turns = tuple(
         _turn(turn["speaker"], turn["content"]) for turn in meeting["meeting_transcripts"]
@@ -84,8 +84,8 @@ def _turn(speaker: str, said: str) -> str:
 
 
 def _draft(asked: _Question, share_before: float) -> Draft[Reading]:
-    """The turns that the question is about, and others: that share of them before, the rest after,
-    or where one side has too few, on the other."""
+    """The turns that the question is about, and others: a share of them before, the rest after. If
+    one side has too few, the other gets more."""
     question = _QUESTION.format(question=asked.text)
     n_after = len(asked.turns) - asked.end
 

@@ -1,7 +1,7 @@
-"""The novel that comes with the package, as filler.
+"""The bundled novel, as filler.
 
-It has about 16,000 words. Filler longer than that begins again from the first: good enough to stand
-in the way of a fact, while texts whose likelihood is measured (readings.py) never repeat.
+It has about 16,000 words. Longer filler repeats it, which is good enough to hide a fact; texts
+whose loss is measured (readings.py) never repeat.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Excerpt:
         self._start = rng.randrange(len(sentences()))
 
     def take(self, n_sentences: int) -> list[str]:
-        """So many sentences in a row."""
+        """This many consecutive sentences."""
         novel = sentences()
         return [novel[(self._start + i) % len(novel)] for i in range(n_sentences)]
 

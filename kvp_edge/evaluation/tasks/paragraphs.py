@@ -44,15 +44,15 @@ class Paragraph:
     answers: tuple[str, ...]
 
     def names_any(self, answers: Sequence[str]) -> bool:
-        """Whether one of the answers stands in the text."""
+        """Whether the text contains one of the answers."""
         text = " ".join(self.text.lower().split())
-        # Most answers do not, and that is quickly found.
+        # Quick check: most answers do not occur.
         return any(" ".join(a.lower().split()) in text and names(text, a) for a in answers)
 
 
 @lru_cache(maxsize=2)
 def read_paragraphs(path: Path) -> tuple[Paragraph, ...]:
-    """All of the file's whose answer stands in them word for word."""
+    """All of the file's paragraphs that contain their answer word for word."""
     found = []
     with reading(path, "questions"), gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -104,7 +104,7 @@ class Paragraphs:
 
 
 def _wording(questions: list[str]) -> tuple[str, str]:
-    """What to do, told before and after the documents, and after them the questions too."""
+    """The instruction, before and after the documents, and then the questions."""
     if len(questions) == 1:
         return _ORDER_ONE, f"{_ORDER_ONE}\n\nQuestion: {questions[0]}"
     numbered = [f"Question {i}: {question}" for i, question in enumerate(questions, 1)]

@@ -1,8 +1,7 @@
 """A quiz: facts are told, then asked for one after the other, each after the model's own reply.
 
-Questions and replies grow with the facts, to about half of the conversation. While the model writes
-them it must not lose the facts that are still to be asked for, and nothing but their turn says
-which these are.
+Questions and replies grow with the facts, to about half of the conversation. While the model
+replies, it must not lose the facts that will be asked for later.
 """
 
 from __future__ import annotations

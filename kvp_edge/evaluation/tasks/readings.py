@@ -1,8 +1,7 @@
-"""Texts whose endings must stay likely: how much worse a model reads on without what was dropped.
+"""Texts whose endings are measured: how the loss grows without the dropped tokens.
 
-Nothing is asked, so nothing shows which token matters; and every token of the ending is measured,
-so that small differences show. The ending is prose here, a reply in dialogues.py, an answer in
-meetings.py.
+There is no question that shows which token matters, and every token of the ending is measured, so
+small differences show. The ending is prose here, a reply in dialogues.py, an answer in meetings.py.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _CONTEXT_SHARE = 0.75
 
 _FEWEST_WORDS = 8
 
-#: Multiples of it, without their whole part, are spread evenly over 0 to 1, however many they are.
+#: The fractional parts of its multiples are spread evenly over 0 to 1, however many there are.
 _GOLDEN = 0.618034
 
 
@@ -29,7 +28,7 @@ class Books:
     """Excerpts of plain texts, in which line ends and blank lines count as spaces.
 
     Args:
-        paths: the texts; none: the novel that comes with the package.
+        paths: the texts; none: the bundled novel.
     """
 
     name = "books"
@@ -93,11 +92,11 @@ def read_on(
     n_tokens: int,
     count_tokens: CountTokens,
 ) -> list[Reading]:
-    """The first ``n_items`` drafts that fit, and whose context alone, all that a cache can lose,
-    reaches half of ``n_tokens``.
+    """The first ``n_items`` drafts that fit and whose context, which is all that a cache can lose,
+    has at least half of ``n_tokens``.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are too few.
     """
     readings: list[Reading] = []
     for draft in drafts:

@@ -1,13 +1,13 @@
 """RULER (Hsieh et al., "What's the Real Context Size of Your Long-Context Language Models?",
 arXiv:2404.06654; github.com/NVIDIA/RULER): its thirteen tasks as chats.
 
-The wordings, the numbers of keys, values and hops, and the scoring are the published ones. What
-differs for every task:
+The wordings, the numbers of keys, values and hops, and the scoring are the published ones.
+Differences in every task:
 
 - RULER ends its prompts with the beginning of the reply ("The special magic number for ... is").
-  A chat's reply begins where the model begins it, so that is left off, and replies may be longer.
-- Solved examples, which RULER shows before `vt` and `cwe`, are left off.
-- Keys are drawn from a smaller word list of our own, and prose is the shipped novel.
+  In a chat the model begins the reply, so there is no such prefix, and replies may be longer.
+- Solved examples, which RULER shows before `vt` and `cwe`, are left out.
+- Keys are drawn from a smaller word list of our own, and prose is the bundled novel.
 - `qa_1` and `qa_2` need a data folder and have other data (paragraphs.py).
 
 So the figures can be compared with each other, but not with those that RULER publishes.

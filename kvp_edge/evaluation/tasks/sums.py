@@ -1,7 +1,7 @@
 """Running sums: numbers told in a text are added up one after the other, in writing.
 
-What the model has to go by is its own last total and the next number. For larger models: the one
-that comes with the package cannot add.
+Each step needs the model's own last total and the next number. This is for larger models: the
+bundled one cannot add.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _QUESTION = (
     "down the running total after each box."
 )
 
-#: There is a box for every so many tokens, but at most _MOST.
+#: There is a box per this many tokens, but at most _MOST.
 _TOKENS_PER_BOX = 32
 _FEWEST, _MOST = 4, 32
 

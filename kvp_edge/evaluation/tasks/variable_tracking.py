@@ -1,9 +1,9 @@
 """RULER's variable tracking (arXiv:2404.06654, section 3.2).
 
-A variable is assigned a number, a second one the first, and so on; the assignments lie in this
-order in repeated noise, and all variables that have the number are asked for. RULER shows a solved
-example first. In a chat the question alone tells what is wanted, and the tokens go to the text
-instead.
+A variable is assigned a number, a second variable the first one, and so on. The assignments are
+hidden in this order in repeated noise, and the question asks for all variables that have the
+number. RULER shows a solved example first; here the question alone says what to do, and the tokens
+go to the text instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """RULER's most frequent words (arXiv:2404.06654, section 3.3): `cwe` and `fwe`.
 
-Here no sentence holds the answer: it is spread over the whole text, so that whoever drops a part of
-it loses some of the count. RULER shows a solved example before `cwe`; in a chat the question alone
-tells what is wanted.
+No sentence contains the answer: it is spread over the whole text, so dropping a part loses some of
+the count. RULER shows a solved example before `cwe`; in a chat the question alone says what to do.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _COMMON_QUESTION = "Question: What are the 10 most common words in the above lis
 
 
 def draw_common_words(rng: random.Random, n_tokens: int) -> Draft[Item]:
-    """Ten words that stand in the list 30 times each, and as many others as fit 3 times each; in
+    """Ten words that occur 30 times each, and as many others as fit that occur 3 times each; in
     fewer than 4,096 tokens 6 times and once. (See ``DrawnTask.draw``.)"""
     often, seldom = (30, 3) if n_tokens >= 4096 else (6, 1)
     novel = sorted(set(re.findall(r"\b[a-z]{4,9}\b", " ".join(sentences()))))
@@ -57,7 +56,7 @@ _FREQUENT_QUESTION = (
     "most frequently appeared words in the above coded text?"
 )
 
-#: From so many words on, no two of the four most frequent ones come equally often.
+#: From this many words on, no two of the four most frequent ones are equally frequent.
 _FEWEST = 80
 
 

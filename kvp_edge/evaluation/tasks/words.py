@@ -1,4 +1,4 @@
-"""Words, numbers and identifiers to make keys and values of.
+"""Words, numbers and identifiers for keys and values.
 
 None of the words is one that policies are trained on (kvp_edge/traces/tasks.py).
 """
