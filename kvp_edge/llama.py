@@ -246,7 +246,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         with listen(pass_on=verbose):
             chosen = get_policy(policy, model_path if kv_budget is not None else None)
-        self._observed = kv_budget is not None and (pack != "state" or chosen.queries > 0)
+        self._observed = kv_budget is not None and (pack != "state" or chosen.n_queries > 0)
         self._n_ubatch = kwargs.get("n_ubatch", 512)
         cells, batch = 512 if n_ctx is None else n_ctx, 512 if n_batch is None else n_batch
         if kv_budget is not None:
@@ -388,9 +388,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             granularity = self._settle_granularity(cache)
             self._check_place(cache.location, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
-            if policy.queries and self._observer is not None:
-                log = self._query_log = QueryLog(self._observer)
-                policy = self._start_query_log(log, policy, cache, limits, frequencies)
+            if policy.n_queries and self._observer is not None:
+                self._query_log = QueryLog(self._observer)
+                self._start_query_log(self._query_log, policy, cache, limits, frequencies)
         except BaseException:
             self.close()
             raise
@@ -404,6 +404,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             isolate_turns=self._bound.isolate_turns,
             compact_at=compact_at,
             frequencies=frequencies,
+            query_log=self._query_log,
         )
         self._n_ctx = limits.n_ctx
         self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
@@ -488,8 +489,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         cache: NativeCache,
         limits: CacheLimits,
         frequencies: KeyFrequencies | None,
-    ) -> Policy:
-        """The policy as it serves this model."""
+    ) -> None:
         if policy.needs_frequencies:
             try:
                 log.frequencies = frequencies or measure_frequencies(
@@ -501,13 +501,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                     f"this model. Choose another policy (the reason: {error})"
                 ) from error
         log.start(self._ctx.ctx, cache, self._queries_to_log(policy, limits))
-        mine = policy.serving(log)
-        self._stack.callback(mine.released)
-        return mine
 
     def _queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
         """Of how many of the newest tokens."""
-        return min(policy.queries, limits.cells)
+        return min(policy.n_queries, limits.cells)
 
     # -- what it tells -----------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import FloatArray, TokenIds
-from kvp_edge.binding.queries import SharedLog
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.table import Table
 from kvp_edge.llama import Llama
@@ -87,9 +86,6 @@ class Subject(Llama):
         """Use another policy from now on. A policy by queries finds those that were logged: all of
         them, if the subject was made with such a policy and drops nothing by itself."""
         assert self._kv is not None
-        if policy.queries:
-            assert self._query_log is not None
-            policy.query_log = SharedLog(self._query_log)
         self._kv.policy = policy
 
     def check(self, policy: Policy) -> None:

@@ -50,6 +50,7 @@ enum kvp_status {
     KVP_ERR_LAYOUT      = 4, /* the state blob is not laid out as this build expects             */
     KVP_ERR_RUNTIME     = 5, /* llama.cpp refused or failed; the cache may have changed          */
     KVP_ERR_MEMORY      = 6, /* out of memory                                                    */
+    KVP_NOT_IN_PLACE    = 7, /* no failure: rows must be read where this was asked (kvp_cache_score) */
 };
 
 /* A token's numbers, as docs/glossary.md tells them apart. */
@@ -177,62 +178,6 @@ KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const kvp_llama_positio
 KVP_API int32_t kvp_cache_read(kvp_cache * cache, kvp_llama_position p0, kvp_llama_position p1, uint32_t n,
                                kvp_llama_position * positions, float * keys, float * values, kvp_error * err);
 
-/* Scorers that run here, so that keys need not be copied out. A larger score means: keep. */
-enum kvp_scorer {
-    KVP_SCORER_KNORM   = 0, /* -||k||                            (arXiv:2406.11430)              */
-    KVP_SCORER_KEYDIFF = 1, /* -cos(k, mean of k_j / ||k_j||)    (arXiv:2504.15364), j over the n */
-};
-
-/* Scores the tokens of sequence 0 at positions [p0, p1): scores f32 [n_layer, n_head_kv, n]. */
-KVP_API int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p1, uint32_t n,
-                                int32_t * positions, float * scores, kvp_error * err);
-
-/* What rules are made of that look at more than a key: computed by ggml graphs where the rows lie, on the CPU
- * or on a device, so that no key or value is copied out. n is the number of tokens of sequence 0 at positions
- * [p0, p1). KVP_ERR_UNSUPPORTED where it is not known in which cells they lie, or a device lacks an operation:
- * then kvp_cache_read gives the rows. */
-
-/* The largest number of each value minus the smallest (arXiv:2606.03928): scores f32 [n_layer, n_head_kv, n]. */
-KVP_API int32_t kvp_cache_score_range(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, float * scores,
-                                      kvp_error * err);
-
-/* How far keys and values stand out of the ranges of those that follow (arXiv:2504.04704, section 2.2), in the
- * n_parts * lag tokens from number `first` on, in partitions of `lag`:
- *   scores  f32 [n_layer, n_head_kv, n_parts - 1, lag], mean of the keys' and the values' share         */
-KVP_API int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, uint32_t first, uint32_t lag,
-                                    uint32_t n_parts, float * scores, kvp_error * err);
-
-/* Queries of n tokens, as kvp_queries_read gives them. */
-typedef struct kvp_query_batch {
-    const float *   queries;   /* [n_layer, n_head, n, head_size_k] */
-    const int32_t * indices;   /* [n], in the conversation, below 2^24 */
-    const float *   scale;     /* [n_layer], what q.k is multiplied by */
-    uint32_t        n_head;
-    uint32_t        n;
-} kvp_query_batch;
-
-/* The attention softmax(scale q.k) that queries pay to the tokens held, of which each sees its own and those
- * before: summed over queries, averaged over a KV head's query heads.
- *   held  int32 [n_layer, n_head_kv, n], the tokens' indices in the conversation
- *   paid  f32 [n_layer, n_head_kv, n]                                           */
-KVP_API int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n,
-                                          const kvp_query_batch * queries, const int32_t * held, float * paid,
-                                          kvp_error * err);
-
-/* What is known of queries to come. */
-typedef struct kvp_expected {
-    const float *   means;       /* [n_layer, n_head, head_size_k] */
-    const float *   covariances; /* [n_layer, n_head, head_size_k, head_size_k] */
-    const float *   scale;       /* [n_layer], as above */
-    const uint8_t * left_out;    /* [n_layer, n_head_kv, n]: tokens that the softmax leaves out; they score 0 */
-    uint32_t        n_head;
-} kvp_expected;
-
-/* softmax of scale k.mean + scale^2 k.(covariance)k / 2, averaged over a KV head's query heads, times the norm of the
- * value (arXiv:2510.00636, section 3): scores f32 [n_layer, n_head_kv, n]. */
-KVP_API int32_t kvp_cache_score_expected(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n,
-                                         const kvp_expected * expected, float * scores, kvp_error * err);
-
 /* A learned policy: a small network for every (layer, KV head), whose score docs/policy-format.md defines.
  * It runs as ggml graphs: on the CPU for rows in host memory, else on the device that holds them. */
 typedef struct kvp_policy kvp_policy;
@@ -272,9 +217,70 @@ KVP_API int32_t kvp_policy_score(kvp_policy * policy, const float * keys, const 
                                  const kvp_token_index * indices, uint32_t n, int32_t n_threads, float * scores,
                                  kvp_error * err);
 
-/* The same for the tokens of sequence 0 at positions [p0, p1), with as many threads as the context has. */
-KVP_API int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p0, int32_t p1, uint32_t n,
-                                       const int32_t * tokens, float * scores, kvp_error * err);
+/* Rules that score the tokens of sequence 0 where their rows lie, so that no key or value is copied out. A larger
+ * score means: keep. n is the number of tokens scored; what a rule gives is f32 [n_layer, n_head_kv, n], but for
+ * KVP_RULE_LAG. */
+enum kvp_rule_kind {
+    KVP_RULE_KNORM     = 0, /* -||k||                          (arXiv:2406.11430)                         */
+    KVP_RULE_KEYDIFF   = 1, /* -cos(k, mean of k_j / ||k_j||)  (arXiv:2504.15364), j over the n           */
+    KVP_RULE_RANGE     = 2, /* largest number of the value minus the smallest (arXiv:2606.03928)          */
+    KVP_RULE_LAG       = 3, /* and from here on those with parameters, which the structs below explain    */
+    KVP_RULE_ATTENTION = 4,
+    KVP_RULE_EXPECTED  = 5,
+    KVP_RULE_POLICY    = 6,
+};
+
+/* How far keys and values stand out of the ranges of those that follow (arXiv:2504.04704, section 2.2), in the
+ * n_parts * lag tokens from number `first` on, in partitions of `lag`. It gives f32 [n_layer, n_head_kv,
+ * n_parts - 1, lag], the mean of the keys' and the values' share. */
+typedef struct kvp_rule_lag {
+    uint32_t first;
+    uint32_t lag;
+    uint32_t n_parts; /* at least 2 */
+} kvp_rule_lag;
+
+/* The attention softmax(scale q.k) that queries (kvp_queries_read) pay to the tokens held, of which each sees its
+ * own and those before: summed over queries, averaged over a KV head's query heads. */
+typedef struct kvp_rule_attention {
+    const float *           queries;       /* [n_layer, n_head, n_queries, head_size_k]                  */
+    const kvp_token_index * query_indices; /* [n_queries], below 2^24                                    */
+    const float *           scale;         /* [n_layer], what q.k is multiplied by                       */
+    const kvp_token_index * key_indices;   /* [n_layer, n_head_kv, n], of the scored tokens              */
+    uint32_t                n_head;
+    uint32_t                n_queries;
+} kvp_rule_attention;
+
+/* What queries are expected to pay that are normal: softmax of scale k.mean + scale^2 k.(covariance)k / 2, averaged
+ * over a KV head's query heads, times the norm of the value (arXiv:2510.00636, section 3). */
+typedef struct kvp_rule_expected {
+    const float *   means;       /* [n_layer, n_head, head_size_k] */
+    const float *   covariances; /* [n_layer, n_head, head_size_k, head_size_k] */
+    const float *   scale;       /* [n_layer], as above */
+    const uint8_t * left_out;    /* [n_layer, n_head_kv, n]: tokens that the softmax leaves out; they score 0 */
+    uint32_t        n_head;
+} kvp_rule_expected;
+
+/* The score of a learned policy, with as many threads as the context has. */
+typedef struct kvp_rule_policy {
+    kvp_policy *            policy;
+    const kvp_token_index * indices; /* [n], ascending: of the scored tokens */
+} kvp_rule_policy;
+
+typedef struct kvp_rule {
+    int32_t kind; /* enum kvp_rule_kind: which of these is meant, if any */
+    union {
+        kvp_rule_lag       lag;
+        kvp_rule_attention attention;
+        kvp_rule_expected  expected;
+        kvp_rule_policy    policy;
+    } of;
+} kvp_rule;
+
+/* Scores the n tokens of sequence 0 at positions [p0, p1). KVP_NOT_IN_PLACE: it is not known in which cells they
+ * lie, or a device lacks an operation or memory; then kvp_cache_read gives the rows. KVP_RULE_KNORM, _KEYDIFF and
+ * _POLICY are never refused so: they read rows here. */
+KVP_API int32_t kvp_cache_score(kvp_cache * cache, const kvp_rule * rule, kvp_llama_position p0, kvp_llama_position p1,
+                                uint32_t n, float * scores, kvp_error * err);
 
 /* Chooses the tokens that stay: all protected ones, then the best by score, until `budget` are kept.
  * A token's score is the mean over all heads of its z-scores, each head standardised over the tokens

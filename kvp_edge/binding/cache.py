@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    LlamaPositions,
-    RopePositions,
-    Rows,
-    TokenIndices,
-)
+from kvp_edge.arrays import BoolArray, FloatArray, LlamaPositions, RopePositions, Rows
 from kvp_edge.binding import structs
-from kvp_edge.binding.library import call, create, lib
+from kvp_edge.binding.library import call, create, in_place, lib
 from kvp_edge.binding.observer import Observer
-from kvp_edge.binding.policy import NativePolicy
+from kvp_edge.binding.rules import Rule
 from kvp_edge.binding.structs import CacheLocation, CacheShape
-from kvp_edge.errors import KVCacheError, UnsupportedModelError
-
-#: Scorers that run inside the library: name -> enum kvp_scorer.
-SCORERS = {"knorm": 0, "keydiff": 1}
+from kvp_edge.errors import KVCacheError
 
 
-class NotInPlace(Exception):
-    """Scores cannot be computed where keys and values lie: it is not known where, or their device
-    lacks an operation or memory. Whoever queries reads the rows instead."""
+@dataclass(frozen=True)
+class NotInPlace:
+    """The answer where scores cannot be computed where keys and values lie: it is not known where,
+    or their device lacks an operation or memory. Whoever asked reads the rows instead."""
 
-
-class QueryBatch(Protocol):
-    """Queries of tokens (kvp_edge.binding.queries.Queries)."""
-
-    @property
-    def queries(self) -> FloatArray: ...
-    @property
-    def indices(self) -> TokenIndices: ...
-    @property
-    def scale(self) -> FloatArray: ...
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -214,124 +195,21 @@ class NativeCache:
         call("kvp_cache_read", self._handle, p0, p1, n, positions, keys, out_values)
         return positions, keys, out_values
 
-    def score(self, scorer: str | NativePolicy, p0: int, p1: int, tokens: IntArray) -> FloatArray:
-        """Scores of the tokens at positions [p0, p1), computed without copying keys to Python.
-
-        Args:
-            scorer: a name in SCORERS, or a learned policy.
-            tokens: int32 [n], ascending: their indices in the conversation.
+    def score(self, rule: Rule, p0: int, p1: int, n: int) -> FloatArray | NotInPlace:
+        """Scores of the ``n`` tokens at positions [p0, p1) by a rule, computed where they lie.
 
         Returns:
-            f32 [n_layer, n_head_kv, n], larger = keep.
+            f32 [n_layer, n_head_kv, n], or what the rule says; larger = keep.
 
         Raises:
-            ValueError: the positions hold another number of tokens, or the policy is for a cache of
-                another shape.
+            ValueError: the positions hold another number of tokens, or the rule's parameters do not
+                fit them or the cache.
         """
-        s, n = self.shape, len(tokens)
-        scores = np.empty((s.n_layer, s.n_head_kv, n), np.float32)
-        if isinstance(scorer, NativePolicy):
-            tokens = np.ascontiguousarray(tokens, np.int32)
-            call("kvp_cache_score_policy", self._handle, scorer.handle, p0, p1, n, tokens, scores)
-        else:
-            positions = np.empty(n, np.int32)
-            number = SCORERS[scorer]
-            call("kvp_cache_score", self._handle, number, p0, p1, n, positions, scores)
-        return scores
-
-    def score_range(self, p0: int, p1: int, n: int) -> FloatArray:
-        """The largest number of each value minus the smallest.
-
-        Args:
-            n: tokens at positions [p0, p1), here and below.
-
-        Returns:
-            f32 [n_layer, n_head_kv, n].
-
-        Raises:
-            NotInPlace: here and below.
-        """
-        scores = self._scores(n)
-        self._where_it_lies("kvp_cache_score_range", p0, p1, n, scores)
-        return scores
-
-    def score_lag(self, p0: int, p1: int, n: int, first: int, lag: int, n_parts: int) -> FloatArray:
-        """How far keys and values stand out of the ranges of those that follow (LagKV, section
-        2.2), in ``n_parts`` partitions of ``lag`` tokens from number ``first`` on.
-
-        Returns:
-            f32 [n_layer, n_head_kv, n_parts - 1, lag], the mean of the keys' and the values'.
-        """
-        scores = self._scores(n_parts - 1, lag)
-        self._where_it_lies("kvp_cache_score_lag", p0, p1, n, first, lag, n_parts, scores)
-        return scores
-
-    def score_attention(self, p0: int, p1: int, queries: QueryBatch, held: IntArray) -> FloatArray:
-        """The attention that queries pay, summed over them, averaged over a KV head's query heads.
-
-        Args:
-            queries: at most 2^24 tokens into the conversation.
-            held: int32 [n_layer, n_head_kv, n], the tokens' indices in the conversation.
-
-        Returns:
-            f32 [n_layer, n_head_kv, n].
-        """
-        n = held.shape[-1]
-        paid = self._scores(n)
-        held = np.ascontiguousarray(held, np.int32)
-        vectors = np.ascontiguousarray(queries.queries, np.float32)
-        indices = np.ascontiguousarray(queries.indices, np.int32)
-        scale = np.ascontiguousarray(queries.scale, np.float32)
-        batch = structs.QueryBatch(
-            queries=vectors,
-            indices=indices,
-            scale=scale,
-            n_head=vectors.shape[1],
-            n=len(indices),
-        )
-        self._where_it_lies("kvp_cache_score_attention", p0, p1, n, batch, held, paid)
-        return paid
-
-    def score_expected(
-        self,
-        p0: int,
-        p1: int,
-        means: FloatArray,
-        covariances: FloatArray,
-        scale: FloatArray,
-        left_out: BoolArray,
-    ) -> FloatArray:
-        """The attention expected of queries that are normal, times the values' norms.
-
-        Args:
-            means: f32 [n_layer, n_head, head_size_k].
-            covariances: f32 [n_layer, n_head, head_size_k, head_size_k].
-            scale: f32 [n_layer], what q.k is multiplied by.
-            left_out: bool [n_layer, n_head_kv, n], tokens that the softmax leaves out.
-
-        Returns:
-            f32 [n_layer, n_head_kv, n], 0 for what is left out.
-        """
-        n = left_out.shape[-1]
-        scores = self._scores(n)
-        expected = structs.Expected(
-            means=np.ascontiguousarray(means, np.float32),
-            covariances=np.ascontiguousarray(covariances, np.float32),
-            scale=np.ascontiguousarray(scale, np.float32),
-            left_out=np.ascontiguousarray(left_out, np.bool_),
-            n_head=means.shape[1],
-        )
-        self._where_it_lies("kvp_cache_score_expected", p0, p1, n, expected, scores)
-        return scores
-
-    def _scores(self, *per_head: int) -> FloatArray:
-        return np.empty((self.shape.n_layer, self.shape.n_head_kv, *per_head), np.float32)
-
-    def _where_it_lies(self, name: str, *args: Any) -> None:
-        try:
-            call(name, self._handle, *args)
-        except (UnsupportedModelError, MemoryError) as error:
-            raise NotInPlace(str(error)) from error
+        s = self.shape
+        scores = np.empty((s.n_layer, s.n_head_kv, *rule.per_head(n)), np.float32)
+        struct = rule.struct((s.n_layer, s.n_head_kv, n, s.head_size_k))
+        reason = in_place("kvp_cache_score", self._handle, struct, p0, p1, n, scores)
+        return scores if reason is None else NotInPlace(reason)
 
     def remove(self, present: LlamaPositions, keep: BoolArray) -> int:
         """Remove the tokens at ``present[~keep]`` from every layer and head.

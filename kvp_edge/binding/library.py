@@ -22,7 +22,7 @@ from kvp_edge.errors import KVCacheError, UnsupportedModelError
 
 _ABI_VERSION = 9
 
-_ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY = 1, 2, 3, 6
+_ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY, _NOT_IN_PLACE = 1, 2, 3, 6, 7
 
 
 # -- what the header's functions take ------------------------------------------------------------
@@ -128,8 +128,7 @@ _ERROR = ctypes.POINTER(structs.Error)
 _MODEL_SHAPE = _Struct("kvp_model_shape", structs.ModelShape)
 _CACHE_SHAPE = _Struct("kvp_cache_shape", structs.CacheShape)
 _CACHE_LOCATION = _Struct("kvp_cache_location", structs.CacheLocation)
-_QUERY_BATCH = _Struct("kvp_query_batch", structs.QueryBatch)
-_EXPECTED = _Struct("kvp_expected", structs.Expected)
+_RULE = _Struct("kvp_rule", structs.Rule)
 _POLICY_WEIGHTS = _Struct("kvp_policy_weights", structs.PolicyWeights)
 _ROPE_SHIFT = _Struct("kvp_rope_shift", structs.RopeShift)
 _CAPTURE_PLAN = _Struct("kvp_capture_plan", structs.CapturePlan)
@@ -145,12 +144,7 @@ _CALLS: dict[str, list[Any]] = {
     "kvp_cache_appended": [_CACHE, _I32, _U32],
     "kvp_cache_check_cells": [_CACHE, _I32S, _U32, _U32S],
     "kvp_cache_read": [_CACHE, _I32, _I32, _U32, _I32S, _F32S, _F32S],
-    "kvp_cache_score": [_CACHE, _I32, _I32, _I32, _U32, _I32S, _F32S],
-    "kvp_cache_score_range": [_CACHE, _I32, _I32, _U32, _F32S],
-    "kvp_cache_score_lag": [_CACHE, _I32, _I32, _U32, _U32, _U32, _U32, _F32S],
-    "kvp_cache_score_attention": [_CACHE, _I32, _I32, _U32, _QUERY_BATCH, _I32S, _F32S],
-    "kvp_cache_score_expected": [_CACHE, _I32, _I32, _U32, _EXPECTED, _F32S],
-    "kvp_cache_score_policy": [_CACHE, _POLICY, _I32, _I32, _U32, _I32S, _F32S],
+    "kvp_cache_score": [_CACHE, _RULE, _I32, _I32, _U32, _F32S],
     "kvp_cache_remove": [_CACHE, _I32S, _U8S, _U32, _U32S],
     "kvp_cache_move": [_CACHE, _I32S, _I32S, _U32],
     "kvp_cache_check_packing": [_CACHE],
@@ -290,11 +284,24 @@ def call(name: str, *args: Any) -> None:
         ValueError, UnsupportedModelError, MemoryError, KVCacheError: what went wrong, by its code.
         TypeError: an argument of another type than the header's.
     """
+    reason = in_place(name, *args)
+    if reason is not None:
+        raise KVCacheError(reason)
+
+
+def in_place(name: str, *args: Any) -> str | None:
+    """The same for a function that may not be able to work where the cache lies.
+
+    Returns:
+        Why rows must be read for this (KVP_NOT_IN_PLACE), which is no error; None: it is done.
+    """
     error = structs.Error()
     code: int = getattr(lib, name)(*args, ctypes.byref(error))
     if code == 0:
-        return
+        return None
     message = bytes(error.message).decode(errors="replace")
+    if code == _NOT_IN_PLACE:
+        return message
     if code == _ERR_ARGUMENT:
         raise ValueError(message)
     if code in (_ERR_FILE, _ERR_UNSUPPORTED):

@@ -18,16 +18,10 @@ class NativePolicy:
     """A learned policy's network as ggml graphs (kvp_policy_create); holds a copy of the weights.
 
     Raises:
-        ValueError: sizes that are not possible; the message names them. Or a network that looks at
-            attention statistics, which runs in numpy alone.
+        ValueError: sizes that are not possible; the message names them.
     """
 
     def __init__(self, weights: PolicyWeights) -> None:
-        if weights.statistics is not None:
-            raise ValueError(
-                "the native scorer sees keys, values and positions, and this policy looks at "
-                "attention statistics as well: use it through kvp_edge.policies.Learned"
-            )
         # all f32 and contiguous, as PolicyWeights are read and made; a copy only where they are not
         arrays = {name: np.ascontiguousarray(a, np.float32) for name, a in weights.arrays().items()}
         n_layer, n_head_kv, hidden, self._head_size_k = arrays["key"].shape

@@ -1,6 +1,6 @@
 """The newest tokens' queries, logged while llama.cpp computes them (native/observe/queries.cpp).
 
-Policies that look at queries find them here: they set ``Policy.queries``, and Llama does the rest.
+Policies that look at queries ask for them (``Policy.n_queries``) and find them in their view.
 """
 
 from __future__ import annotations
@@ -129,25 +129,3 @@ class QueryLog:
         indices = np.empty(n, np.int32)
         call("kvp_queries_read", self._handle, n, queries, indices)
         return Queries(queries, indices, self._scale.copy())
-
-
-class SharedLog:
-    """A log as one policy sees it when others look at the same queries: what it clears is gone for
-    this policy alone. It is for one eviction; for the next one the policy gets another."""
-
-    def __init__(self, log: QueryLog) -> None:
-        self._log = log
-        self._cleared = False
-
-    @property
-    def frequencies(self) -> KeyFrequencies | None:
-        return self._log.frequencies
-
-    def clear(self) -> None:
-        self._cleared = True
-
-    def __len__(self) -> int:
-        return 0 if self._cleared else len(self._log)
-
-    def read(self, newest: int) -> Queries:
-        return self._log.read(min(newest, len(self)))

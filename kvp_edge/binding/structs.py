@@ -154,30 +154,6 @@ class CacheLocation(Struct):
         return bytes(self._where).decode(errors="replace")
 
 
-class QueryBatch(Struct):
-    """kvp_query_batch"""
-
-    _fields_ = [
-        ("queries", _F32S),
-        ("indices", _I32S),
-        ("scale", _F32S),
-        ("n_head", _U32),
-        ("n", _U32),
-    ]
-
-
-class Expected(Struct):
-    """kvp_expected"""
-
-    _fields_ = [
-        ("means", _F32S),
-        ("covariances", _F32S),
-        ("scale", _F32S),
-        ("left_out", _U8S),
-        ("n_head", _U32),
-    ]
-
-
 class PolicyShape(Struct):
     """kvp_policy_shape"""
 
@@ -240,3 +216,70 @@ class QueriesShape(Struct):
     n_layer: int
     n_head: int
     head_size: int
+
+
+class PolicyPointer(ctypes.c_void_p):
+    """kvp_policy *"""
+
+
+class RuleLag(Struct):
+    """kvp_rule_lag"""
+
+    _fields_ = [("first", _U32), ("lag", _U32), ("n_parts", _U32)]
+
+
+class RuleAttention(Struct):
+    """kvp_rule_attention"""
+
+    _fields_ = [
+        ("queries", _F32S),
+        ("query_indices", _I32S),
+        ("scale", _F32S),
+        ("key_indices", _I32S),
+        ("n_head", _U32),
+        ("n_queries", _U32),
+    ]
+
+
+class RuleExpected(Struct):
+    """kvp_rule_expected"""
+
+    _fields_ = [
+        ("means", _F32S),
+        ("covariances", _F32S),
+        ("scale", _F32S),
+        ("left_out", _U8S),
+        ("n_head", _U32),
+    ]
+
+
+class RulePolicy(Struct):
+    """kvp_rule_policy"""
+
+    _fields_ = [("policy", PolicyPointer), ("indices", _I32S)]
+
+
+class _RuleParameters(ctypes.Union):
+    _fields_ = [
+        ("lag", RuleLag),
+        ("attention", RuleAttention),
+        ("expected", RuleExpected),
+        ("policy", RulePolicy),
+    ]
+
+
+class Rule(Struct):
+    """kvp_rule
+
+    Args:
+        kind: enum kvp_rule_kind.
+        parameters: of this kind, by its name in the union; the struct keeps them.
+    """
+
+    _fields_ = [("kind", _I32), ("of", _RuleParameters)]
+
+    def __init__(self, kind: int, **parameters: Struct) -> None:
+        super().__init__(kind=kind)
+        for name, value in parameters.items():
+            setattr(self.of, name, value)
+        self._parameters = parameters

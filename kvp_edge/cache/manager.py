@@ -16,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray, TokenIndices
-from kvp_edge.binding.cache import NativeCache, NotInPlace, RopeShift
+from kvp_edge.binding.cache import NativeCache, RopeShift
+from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.cache.table import Granularity, Table
 from kvp_edge.cache.turns import choose_rows, choose_tokens
+from kvp_edge.cache.view import LiveView
 from kvp_edge.errors import BudgetError, KVCacheError
 from kvp_edge.policies import Policy
 from kvp_edge.text.spans import TEXT, Span
@@ -54,6 +56,7 @@ class EvictionManager:
         isolate_turns: do not thin out finished turns again for new ones (kvp_edge.cache.turns).
         compact_at: positions are compacted before they would reach this many, None: never.
         frequencies: of RoPE, needed to compact at head granularity.
+        query_log: for a policy that looks at queries; the owner keeps it up with the conversation.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class EvictionManager:
         isolate_turns: bool = False,
         compact_at: int | None = None,
         frequencies: KeyFrequencies | None = None,
+        query_log: QueryLog | None = None,
     ) -> None:
         self.limits = limits
         self.policy = policy
@@ -79,6 +83,7 @@ class EvictionManager:
         self._isolate_turns = isolate_turns
         self._compact_at = compact_at
         self._frequencies = frequencies
+        self._query_log = query_log
         self._shift_pending = False
         self._protected_prefix = limits.sinks
         self.clear()
@@ -412,46 +417,37 @@ class EvictionManager:
             )
 
     def _final(self, scores: FloatArray, n_packed: int, kept: int) -> FloatArray:
-        """Of the scores of the first rows of ``kept``, those that will not change: they move with
-        their rows. The newest tokens are scored again when their later neighbours are known, and
-        with scope "cache" all tokens are."""
+        """Of the scores of the first rows of ``kept``, those that count at the next eviction: they
+        move with their rows. The newest tokens are scored again when their later neighbours are
+        known, and with scope "cache" all tokens are; with "history" what they scored is needed."""
         if self.policy.scope == "cache":
             return scores[:, :, :0]
+        if self.policy.scope == "history":
+            return scores
         return scores[:, :, : max(n_packed, kept - self.policy.context)]
 
     def _score(self) -> None:
         """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
-        the whole cache. Then all scores are of one moment, and end with it."""
+        the whole cache. Then all scores are of one moment, and end with it, or go into those of the
+        next (scope "history")."""
         t = self._table
-        shape = self.cache.shape
         first = t.scores.shape[2]
         if first == t.kept:
             return
-        if self.policy.scope == "cache":
+        if self.policy.scope != "token":
             first = 0
         # Rows that are scored for the first time lie in the tail, where all heads hold the same
         # tokens. Their left neighbours are read with them, as far as the tail goes.
         start = max(min(first, t.n_packed), first - self.policy.context)
         present, tokens = t.llama_positions()[start:], t.indices()[..., start:]
-        n = len(present)
         indices = tokens if start < t.n_packed and self.granularity == "head" else tokens[0, 0]
-        p0, p1 = int(present[0]), int(present[-1]) + 1
-        if self.policy.inputs == "indices":
-            nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
-            new = self.policy.score(nothing, nothing, indices)
-        else:
-            try:
-                new = self.policy.score_in_place(self.cache, p0, p1, indices)
-            except NotInPlace:
-                want_values = self.policy.inputs == "keys+values"
-                _, keys, values = self.cache.read(p0, p1, n, values=want_values)
-                no_values = keys[..., :0]
-                new = self.policy.score(keys, no_values if values is None else values, indices)
-        expected = (shape.n_layer, shape.n_head_kv, n)
-        if new.shape != expected:
+        previous = t.scores if self.policy.scope == "history" else t.scores[:, :, :0]
+        view = LiveView(self.cache, present, indices, previous, self._query_log)
+        new = self.policy.score(view)
+        if new.shape != view.shape:
             raise ValueError(
                 f"policy '{self.policy.name}' returned scores of shape {new.shape}, not "
-                f"[n_layer, n_head_kv, n_tokens] = {expected}"
+                f"[n_layer, n_head_kv, n_tokens] = {view.shape}"
             )
         new = new[:, :, first - start :].astype(np.float32)
         scores = np.concatenate((t.scores[:, :, :first], new), axis=2)

@@ -84,8 +84,8 @@ public:
             score(*location, cells);
         }
     }
-    // For rows that find_rows() found in place.
-    kvp::location & found_location() { return *location; }
+    // The layers on devices, of rows that find_rows() found in place.
+    std::vector<kvp::device_part *> device_parts() { return location->on_devices(); }
 
     // Compares the cells followed with llama.cpp's own state; false if they are not known.
     bool check_cells(const kvp_llama_position * present, uint32_t n);

@@ -2,8 +2,6 @@
 #include "cache/cache.h"
 #include "error.h"
 #include "format/pack_state.h"
-#include "graph/policy.h"
-#include "scorers.h"
 
 #include <algorithm>
 #include <memory>
@@ -21,33 +19,6 @@ rope_shift shift_of(const kvp_rope_shift * shift, uint32_t hadamard_block) {
         how = { shift->frequency, shift->distance, shift->n_pairs, shift->neox != 0, hadamard_block };
     }
     return how;
-}
-
-// Calls on_device(rows) for tokens whose cells are known and then on_host(rows), which sees the layers that
-// are not on a device; where a device is not able to, on_host alone, with all layers.
-template <typename Device, typename Host>
-void score_rows(kvp_cache & cache, int32_t p0, int32_t p1, uint32_t n, int32_t * positions, Device on_device,
-                Host on_host) {
-    token_rows tokens = cache.find_rows(p0, p1, n, positions, kvp_cache::from::anywhere);
-    if (n > 0 && tokens.in_place) {
-        try {
-            on_device(tokens);
-        } catch (const error & e) {
-            if (e.code != KVP_ERR_UNSUPPORTED && e.code != KVP_ERR_MEMORY) {
-                throw;
-            }
-            tokens = cache.find_rows(p0, p1, n, positions, kvp_cache::from::state);
-        }
-    }
-    if (n > 0) {
-        on_host(tokens);
-    }
-}
-
-void check_heads(const kvp_cache & cache, uint32_t n_head) {
-    if (n_head == 0 || n_head % cache.shape().n_head_kv != 0) {
-        fail(KVP_ERR_ARGUMENT, "%u query heads do not divide among %u KV heads", n_head, cache.shape().n_head_kv);
-    }
 }
 
 } // namespace
@@ -78,111 +49,6 @@ int32_t kvp_cache_read(kvp_cache * cache, kvp_llama_position p0, kvp_llama_posit
             fail(KVP_ERR_ARGUMENT, "kvp_cache_read: cache must not be NULL");
         }
         cache->read(p0, p1, n, positions, keys, values);
-    });
-}
-
-int32_t kvp_cache_score(kvp_cache * cache, int32_t scorer, int32_t p0, int32_t p1, uint32_t n, int32_t * positions,
-                        float * scores, kvp_error * err) {
-    return guard(err, [&] {
-        if (!cache || !scores) {
-            fail(KVP_ERR_ARGUMENT, "kvp_cache_score: cache and scores must not be NULL");
-        }
-        if (scorer != KVP_SCORER_KNORM && scorer != KVP_SCORER_KEYDIFF) {
-            fail(KVP_ERR_ARGUMENT, "there is no native scorer number %d", scorer);
-        }
-        const auto   score  = scorer == KVP_SCORER_KNORM ? score_knorm : score_keydiff;
-        const size_t n_head = cache->shape().n_head_kv;
-        score_rows(
-            *cache, p0, p1, n, positions, [&](const token_rows & tokens) { cache->found_location().score(scorer, tokens.order, scores); },
-            [&](const token_rows & tokens) {
-                cache->each_layer(tokens, false, [&](uint32_t il, const float * keys) {
-                    score(keys, n, n_head, cache->shape().head_size_k, scores + il * n_head * n);
-                });
-            });
-    });
-}
-
-int32_t kvp_cache_score_range(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, float * scores, kvp_error * err) {
-    return guard(err, [&] {
-        if (!cache || !scores) {
-            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_range: cache and scores must not be NULL");
-        }
-        cache->in_place(p0, p1, n, [&](location & where, const std::vector<uint32_t> & cells) {
-            where.score_range(cells, cache->n_threads(), scores);
-        });
-    });
-}
-
-int32_t kvp_cache_score_lag(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, uint32_t first, uint32_t lag,
-                            uint32_t n_parts, float * scores, kvp_error * err) {
-    return guard(err, [&] {
-        if (!cache || !scores) {
-            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_lag: cache and scores must not be NULL");
-        }
-        if (lag == 0 || n_parts < 2 || first > n || uint64_t(lag) * n_parts > n - first) {
-            fail(KVP_ERR_ARGUMENT, "%u partitions of %u tokens from token %u on do not lie in %u tokens, or are not two", n_parts, lag, first, n);
-        }
-        cache->in_place(p0, p1, n, [&](location & where, const std::vector<uint32_t> & cells) {
-            where.score_lag({ cells.begin() + first, cells.begin() + first + lag * n_parts }, lag, cache->n_threads(), scores);
-        });
-    });
-}
-
-int32_t kvp_cache_score_attention(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n,
-                                  const kvp_query_batch * queries, const int32_t * held, float * paid,
-                                  kvp_error * err) {
-    return guard(err, [&] {
-        if (!cache || !queries || !held || !paid || (queries->n > 0 && (!queries->queries || !queries->indices || !queries->scale))) {
-            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_attention: cache, queries, held and paid must not be NULL");
-        }
-        check_heads(*cache, queries->n_head);
-        cache->in_place(p0, p1, n, [&](location & where, const std::vector<uint32_t> & cells) {
-            where.score_attention(cells, *queries, held, cache->n_threads(), paid);
-        });
-    });
-}
-
-int32_t kvp_cache_score_expected(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, const kvp_expected * expected,
-                                 float * scores, kvp_error * err) {
-    return guard(err, [&] {
-        if (!cache || !expected || !scores || !expected->means || !expected->covariances || !expected->scale || !expected->left_out) {
-            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_expected: cache, expected and scores must not be NULL");
-        }
-        check_heads(*cache, expected->n_head);
-        cache->in_place(p0, p1, n, [&](location & where, const std::vector<uint32_t> & cells) {
-            where.score_expected(cells, *expected, cache->n_threads(), scores);
-        });
-    });
-}
-
-int32_t kvp_cache_score_policy(kvp_cache * cache, kvp_policy * policy, int32_t p0, int32_t p1, uint32_t n,
-                               const int32_t * tokens, float * scores, kvp_error * err) {
-    return guard(err, [&] {
-        if (!cache || !policy || (n > 0 && (!tokens || !scores))) {
-            fail(KVP_ERR_ARGUMENT, "kvp_cache_score_policy: cache, policy, tokens and scores must not be NULL");
-        }
-        const kvp_cache_shape &  c = cache->shape();
-        const kvp_policy_shape & s = policy->network.shape();
-        if (s.n_layer != c.n_layer || s.n_head_kv != c.n_head_kv || s.head_size_k != c.head_size_k ||
-            s.head_size_v != c.head_size_v) {
-            fail(KVP_ERR_ARGUMENT, "the policy scores %u layers x %u KV heads x %u+%u, and the cache holds %u x %u x %u+%u",
-                 s.n_layer, s.n_head_kv, s.head_size_k, s.head_size_v, c.n_layer, c.n_head_kv, c.head_size_k, c.head_size_v);
-        }
-        check_tokens(tokens, n);
-        std::vector<int32_t> positions(n + 1); // never without an address
-        const auto           slots = with_gaps(tokens, n, s.context / 2);
-        const size_t         H = c.n_head_kv, dk = c.head_size_k, dv = c.head_size_v;
-        std::vector<float>   values(n * H * dv);
-        score_rows(
-            *cache, p0, p1, n, positions.data(),
-            [&](const token_rows & found) { cache->found_location().score(policy->network, slots, found.order, scores); },
-            [&](const token_rows & found) {
-                cache->each_layer(found, false, [&](uint32_t il, const float * keys) {
-                    read_v(found.layers[il], found.v_trans, found.order, H * dv, c.v_hadamard_block, values.data());
-                    policy->network.score(il, { keys, H * dk, dk }, { values.data(), H * dv, dv }, slots.data(), slots.size(), n,
-                                          cache->n_threads(), scores + il * H * n);
-                });
-            });
     });
 }
 

@@ -139,11 +139,16 @@ void location::add_layer(const tensors & t, const layer_rows & like) {
     part->layers.push_back({ il, t.k, t.v, as_words(t.k, like.k_row), shape.v_transposed ? nullptr : as_words(t.v, like.v_row) });
 }
 
-std::vector<device_part *> location::with_host(int32_t n_threads) {
+std::vector<device_part *> location::on_devices() {
     std::vector<device_part *> all;
     for (device_part & part : parts) {
         all.push_back(&part);
     }
+    return all;
+}
+
+std::vector<device_part *> location::with_host(int32_t n_threads) {
+    std::vector<device_part *> all = on_devices();
     if (cpu.layers.empty()) {
         for (uint32_t il = 0; il < host.size(); ++il) {
             if (on_host(il)) {

@@ -51,20 +51,10 @@ public:
     // The layers in host memory; the others are null. Cells are those of the cache.
     const std::vector<layer_rows> & rows() const { return host; }
 
-    // Scores on devices, of the layers that lie there alone: scores f32 [n_layer, n_head_kv, n].
-    void score(int32_t scorer, const std::vector<kvp_cell_index> & cells, float * scores);
-    void score(policy_network & network, const std::vector<slot> & slots, const std::vector<kvp_cell_index> & cells, float * scores);
-
-    // Scores of all layers, where a layer is in host memory by a graph on the CPU.
-    // Of each value, as graph_range: scores f32 [n_layer, n_head_kv, n].
-    void score_range(const std::vector<kvp_cell_index> & cells, int32_t n_threads, float * scores);
-    // Of partitions of `lag` tokens, as graph_lag, mean of keys' and values': f32 [n_layer, n_head_kv, n - lag].
-    // n must be a multiple of lag.
-    void score_lag(const std::vector<kvp_cell_index> & cells, uint32_t lag, int32_t n_threads, float * scores);
-    // The attention that queries pay to tokens of these indices, int32 [n_layer, n_head_kv, n]: f32 likewise.
-    void score_attention(const std::vector<kvp_cell_index> & cells, const kvp_query_batch & batch, const int32_t * indices, int32_t n_threads, float * paid);
-    // As graph_expected_attention: f32 [n_layer, n_head_kv, n].
-    void score_expected(const std::vector<kvp_cell_index> & cells, const kvp_expected & expected, int32_t n_threads, float * scores);
+    // The layers that lie on devices; and all layers, those in host memory as a part of their own, for graphs on
+    // the CPU with so many threads.
+    std::vector<device_part *> on_devices();
+    std::vector<device_part *> with_host(int32_t n_threads);
 
     // Lets every head keep its rows (plan.keep, ascending) in the cells of the rows `survivors`; `cells` are
     // those of all rows. Throws KVP_ERR_UNSUPPORTED and _MEMORY before anything is changed.
@@ -93,8 +83,6 @@ private:
     bool holds(const tensors & t, const layer_rows & want, const std::vector<uint32_t> & order,
                const std::vector<kvp_cell_index> & cells) const;
     void add_layer(const tensors & t, const layer_rows & like);
-    // All layers: those on devices, and those in host memory as a part of their own.
-    std::vector<device_part *> with_host(int32_t n_threads);
     void try_packing();
 
     std::unique_ptr<cell_watcher> watcher;

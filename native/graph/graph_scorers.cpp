@@ -75,12 +75,12 @@ ggml_tensor * graph_lag(ggml_context * ctx, ggml_tensor * rows, int64_t lag) {
     return ggml_reshape_2d(ctx, share, lag * (parts - 1), heads);
 }
 
-ggml_tensor * graph_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * queries, ggml_tensor * asked,
-                              ggml_tensor * held, float scale) {
-    const int64_t n = keys->ne[1], m = asked->ne[1], heads = keys->ne[2], group = queries->ne[1] / m;
-    // whole numbers: the step is 1 where asked >= held, else 0
-    ggml_tensor * all   = ggml_repeat_4d(ctx, asked, n, m, heads, 1);
-    ggml_tensor * seen  = ggml_step(ctx, ggml_scale_bias(ctx, ggml_sub(ctx, all, held), 1.0f, 0.5f));
+ggml_tensor * graph_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * queries, ggml_tensor * query_indices,
+                              ggml_tensor * key_indices, float scale) {
+    const int64_t n = keys->ne[1], m = query_indices->ne[1], heads = keys->ne[2], group = queries->ne[1] / m;
+    // whole numbers: the step is 1 where query_indices >= key_indices, else 0
+    ggml_tensor * all   = ggml_repeat_4d(ctx, query_indices, n, m, heads, 1);
+    ggml_tensor * seen  = ggml_step(ctx, ggml_scale_bias(ctx, ggml_sub(ctx, all, key_indices), 1.0f, 0.5f));
     ggml_tensor * mask  = ggml_reshape_4d(ctx, ggml_scale_bias(ctx, seen, -UNSEEN, UNSEEN), n, m, 1, heads);
     ggml_tensor * logit = ggml_reshape_4d(ctx, mul_mat_f32(ctx, keys, queries), n, m, group, heads);
     ggml_tensor * paid  = ggml_reshape_3d(ctx, ggml_soft_max_ext(ctx, logit, mask, scale, 0.0f), n, m * group, heads);
@@ -95,8 +95,8 @@ ggml_tensor * graph_expected_attention(ggml_context * ctx, ggml_tensor * keys, g
         ggml_tensor * mean = ggml_cont(ctx, ggml_view_3d(ctx, means, size, 1, heads, means->nb[1], means->nb[2], size_t(g) * means->nb[1]));
         ggml_tensor * covariance = ggml_cont(ctx, ggml_view_3d(ctx, covariances, size, size, heads, size_t(size) * sizeof(float),
                                                                covariances->nb[2], size_t(g) * covariances->nb[1]));
-        ggml_tensor * turned = mul_mat_f32(ctx, covariance, keys); // it is symmetric
-        ggml_tensor * square = ggml_sum_rows(ctx, ggml_mul(ctx, turned, keys)); // [1, n, n_head_kv]
+        ggml_tensor * spread = mul_mat_f32(ctx, covariance, keys); // it is symmetric
+        ggml_tensor * square = ggml_sum_rows(ctx, ggml_mul(ctx, spread, keys)); // [1, n, n_head_kv]
         ggml_tensor * logits = ggml_add(ctx, ggml_scale(ctx, mul_mat_f32(ctx, keys, mean), scale),
                                         ggml_scale(ctx, ggml_reshape_3d(ctx, square, n, 1, heads), scale * scale / 2));
         ggml_tensor * paid   = ggml_soft_max(ctx, ggml_add(ctx, logits, ggml_scale(ctx, hidden, UNSEEN)));

@@ -21,10 +21,10 @@ ggml_tensor * graph_lag(ggml_context * ctx, ggml_tensor * rows, int64_t lag);
 
 // Attention that m queries of every query head pay to keys, summed over queries and averaged over a KV head's
 // group: [n, n_head_kv]. `queries` [head_size, m * group, n_head_kv], those of one query head side by side, are
-// of tokens `asked` [1, m], the keys of tokens `held` [n, 1, n_head_kv], both f32; a query sees its own token and
+// of tokens `query_indices` [1, m], the keys of tokens `key_indices` [n, 1, n_head_kv], both f32; a query sees its own token and
 // those before. One that sees none pays every key the same.
-ggml_tensor * graph_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * queries, ggml_tensor * asked,
-                              ggml_tensor * held, float scale);
+ggml_tensor * graph_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * queries, ggml_tensor * query_indices,
+                              ggml_tensor * key_indices, float scale);
 
 // What queries to come are expected to pay, times the values' norms: [n, n_head_kv]. `means` [head_size, group,
 // n_head_kv] and `covariances` [head_size * head_size, group, n_head_kv] of each query head's; `hidden` [n, 1,

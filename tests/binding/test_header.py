@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvp_edge.binding import library, structs
-from kvp_edge.binding.cache import SCORERS
+from kvp_edge.binding import library, rules, structs
 
 HEADER = Path(__file__).parents[2] / "native" / "kvp_edge.h"
 
@@ -31,6 +30,7 @@ C_NAMES: dict[Any, str] = {
     ctypes.c_void_p: "kvp_eval_callback",
     None: "void",
     structs.Error: "kvp_error",
+    structs.PolicyPointer: "kvp_policy *",
 }
 
 
@@ -189,10 +189,13 @@ def test_every_struct_has_the_compilers_size_and_offsets(compiled: dict[str, int
 def test_numbers_that_python_repeats_are_the_headers(compiled: dict[str, int]) -> None:
     assert compiled["KVP_ABI_VERSION"] == library._ABI_VERSION
     assert compiled["KVP_MAX_LAYERS"] == structs.MAX_LAYERS
+    assert compiled["KVP_NOT_IN_PLACE"] == library._NOT_IN_PLACE
     for code in ("ARGUMENT", "FILE", "UNSUPPORTED", "MEMORY"):
         assert getattr(library, f"_ERR_{code}") == compiled[f"KVP_ERR_{code}"]
-    assert {f"KVP_SCORER_{name.upper()}": number for name, number in SCORERS.items()} == {
-        name: value for name, value in compiled.items() if name.startswith("KVP_SCORER_")
+    kinds = {kind.__name__: kind.kind for kind in rules.Rule.__subclasses__()}
+    names = {"Network": "POLICY"}
+    assert {f"KVP_RULE_{names.get(name, name.upper())}": kind for name, kind in kinds.items()} == {
+        name: value for name, value in compiled.items() if name.startswith("KVP_RULE_")
     }
 
 

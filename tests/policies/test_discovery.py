@@ -14,7 +14,7 @@ import pytest
 
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.model import read_model_shape
-from kvp_edge.policies import FALLBACK, get_policy
+from kvp_edge.policies import FALLBACK, ArrayView, get_policy
 from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
 from makers.gguf_models import ModelShape
@@ -163,7 +163,8 @@ def test_at_token_granularity_heads_count_by_their_learned_weights(
     llm.eval(tokens)
     assert llm.kv_stats.evictions == 0
     _, keys, values = llm._kv.cache.read(0, 256, 256)
-    scores = get_policy(str(path)).score(keys, values, np.arange(256, dtype=np.int32))[1, 0]
+    view = ArrayView(keys, values, np.arange(256, dtype=np.int32))
+    scores = get_policy(str(path)).score(view)[1, 0]
     llm.eval(tokens[:1])
     best = 2 + np.argsort(-scores[2:248], kind="stable")[: 100 - 10]
     expected = sorted({0, 1, *best.tolist(), *range(248, 257)})

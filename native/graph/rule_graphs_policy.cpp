@@ -1,15 +1,23 @@
-// A learned policy's scores of tokens whose keys and values stay on their device.
-#include "cache/location.h"
+// The rule of a learned policy, whose network runs in chunks of tokens.
 #include "graph/graph_rows.h"
+#include "graph/rule_graphs.h"
 
 #include <algorithm>
 
 namespace kvp {
 
-void location::score(policy_network & network, const std::vector<slot> & slots, const std::vector<uint32_t> & at, float * scores) {
-    constexpr size_t CHUNK = 2048; // tokens per graph, so that its memory does not grow with the cache
-    const size_t     H = shape.n_head_kv, half = network.shape().context / 2, h = network.shape().hidden;
-    for (device_part & part : parts) {
+void graphs_of_policy(const rows_in_place & where, const kvp_rule & rule, float * scores) {
+    if (where.parts.empty()) {
+        return;
+    }
+    constexpr size_t        CHUNK   = 2048; // tokens per graph, so that its memory does not grow with the cache
+    policy_network &        network = rule.of.policy.policy->network;
+    const kvp_cache_shape & shape   = where.shape;
+    const auto &            at      = where.cells;
+    const size_t            H = shape.n_head_kv, half = network.shape().context / 2, h = network.shape().hidden;
+    const auto              slots = with_gaps(rule.of.policy.indices, uint32_t(at.size()), uint32_t(half));
+    for (device_part * each : where.parts) {
+        device_part & part = *each;
         const size_t L = part.layers.size();
         if (!part.policy || part.policy->network != network.id()) {
             std::vector<uint32_t> layers;
