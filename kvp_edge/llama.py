@@ -15,6 +15,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from kvp_edge import sessions
 from kvp_edge.arguments import check_engine
+from kvp_edge.arrays import TokenIndices
 from kvp_edge.binding.model import require_model_file
 from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
@@ -218,7 +219,7 @@ class Llama(BaseLlama):
             return KVStats(n, n, 0, 0, cells=self.n_cells, kv_bytes=self._kv_bytes)
 
     @property
-    def kv_indices(self) -> Any:
+    def kv_indices(self) -> TokenIndices:
         """Tokens that the cache holds, as their indices in the conversation, ascending: int32
         [kept]; at head granularity [n_layer, n_head_kv, kept], as every head holds its own."""
         with self._calls.look():

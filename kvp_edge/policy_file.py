@@ -23,7 +23,6 @@ OutType = Literal["f32", "f16", "q8_0"]
 FORMAT_VERSION = 1
 OBJECTIVES = ("kvp", "foresight", "global")
 N_POSITION_FEATURES = 4
-N_STATISTICS = 2
 #: What a token's score is computed from, in the order of the first layer's inputs.
 FEATURES = (
     "key",
@@ -33,8 +32,6 @@ FEATURES = (
     "cos(log2(1+p))",
     "1/(1+p)",
 )
-#: What comes after that in a policy that looks at attention statistics.
-STATISTICS = ("log(1e-4+attention)", "log(1e-4+attention of the newer half)")
 
 #: Numbers of PolicyInfo that must be from 1 to ``_MOST``, and their keys.
 _AT_LEAST_1 = {
@@ -56,8 +53,7 @@ _Q8_0_BLOCK = 32
 @dataclass(frozen=True)
 class PolicyInfo:
     """What a policy file says of itself. ``n_layer`` counts the layers of the base KV cache;
-    ``horizon`` is of gates (objective "global", kvp_edge.policies.retention); ``statistics`` counts
-    the newest queries whose attention is looked at, 0: none."""
+    ``horizon`` is of gates (objective "global", kvp_edge.policies.retention)."""
 
     architecture: str
     n_layer: int
@@ -71,7 +67,6 @@ class PolicyInfo:
     sinks: int = 4
     recent: int = 32
     horizon: int = 1024
-    statistics: int = 0
     base_model: str = ""
     fingerprint: str = ""
     training_data: str = ""
@@ -88,7 +83,6 @@ class PolicyWeights:
         conv [L, H, w, h]: over tokens; conv[:, :, w // 2] is the token's own. All 1 for w = 1.
         fc2 [L, H, h, h], fc2_bias [L, H, h], out [L, H, h].
         aggregate [L, H]: weights of the heads' scores in the score of a whole token.
-        statistics [L, H, h, 2]: of the first layer, too; None: the policy looks at no attention.
     """
 
     key: FloatArray
@@ -100,11 +94,10 @@ class PolicyWeights:
     fc2_bias: FloatArray
     out: FloatArray
     aggregate: FloatArray
-    statistics: FloatArray | None = None
 
     def arrays(self) -> dict[str, FloatArray]:
-        """Those that there are, by name."""
-        return {name: array for name, array in vars(self).items() if array is not None}
+        """By name."""
+        return dict(vars(self))
 
 
 #: attribute of PolicyWeights -> name of its tensor, one per layer
@@ -112,7 +105,6 @@ _TENSORS = {
     "key": "blk.{}.kvp_key.weight",
     "value": "blk.{}.kvp_value.weight",
     "position": "blk.{}.kvp_position.weight",
-    "statistics": "blk.{}.kvp_statistics.weight",
     "fc1_bias": "blk.{}.kvp_fc1.bias",
     "conv": "blk.{}.kvp_conv.weight",
     "fc2": "blk.{}.kvp_fc2.weight",
@@ -126,7 +118,6 @@ _TYPED = ("key", "value", "fc2")
 def weight_shapes(info: PolicyInfo) -> dict[str, tuple[int, ...]]:
     """The shape of every array of PolicyWeights for a policy of this kind."""
     heads, h = (info.n_layer, info.n_head_kv), info.hidden
-    statistics = {"statistics": (*heads, h, N_STATISTICS)} if info.statistics else {}
     return {
         "key": (*heads, h, info.head_size_k),
         "value": (*heads, h, info.head_size_v),
@@ -137,7 +128,6 @@ def weight_shapes(info: PolicyInfo) -> dict[str, tuple[int, ...]]:
         "fc2_bias": (*heads, h),
         "out": (*heads, h),
         "aggregate": heads,
-        **statistics,
     }
 
 
@@ -223,7 +213,7 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
     writer.add_uint32("kvp.head_count_kv", info.n_head_kv)
     writer.add_uint32("kvp.key_length", info.head_size_k)
     writer.add_uint32("kvp.value_length", info.head_size_v)
-    writer.add_array("kvp.features", list(_features(info.statistics)))
+    writer.add_array("kvp.features", list(FEATURES))
     writer.add_array("kvp.hidden_sizes", [info.hidden, info.hidden])
     writer.add_string("kvp.activation", "silu")
     writer.add_uint32("kvp.context_width", info.context)
@@ -231,14 +221,11 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
     writer.add_uint32("kvp.protected.recent", info.recent)
     if info.objective == "global":
         writer.add_uint32("kvp.retention.horizon", info.horizon)
-    if info.statistics:
-        writer.add_uint32("kvp.statistics.window", info.statistics)
     writer.add_string("kvp.training.data", info.training_data)
     writer.add_string("kvp.base_model.fingerprint", info.fingerprint)
 
     arrays = weights.arrays()
-    for attribute in (name for name in _TENSORS if name in arrays):
-        name = _TENSORS[attribute]
+    for attribute, name in _TENSORS.items():
         for layer, array in enumerate(arrays[attribute]):
             kind = _stored_type(outtype, attribute, array.shape[-1])
             quant = gguf.GGMLQuantizationType[kind.upper()]
@@ -256,10 +243,6 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
         with contextlib.suppress(OSError):
             writer.close()  # a full disk fails here, too
         raise
-
-
-def _features(statistics: int) -> tuple[str, ...]:
-    return FEATURES + (STATISTICS if statistics else ())
 
 
 def _stored_type(outtype: OutType, attribute: str, row: int) -> OutType:
@@ -298,12 +281,11 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
             return found.data(tensor)
 
         shapes = weight_shapes(info)
-        names = {name: _TENSORS[name] for name in _TENSORS if name in shapes}
         arrays = {
             attribute: np.stack(
                 [load(name.format(il), shapes[attribute][1:]) for il in range(info.n_layer)]
             )
-            for attribute, name in names.items()
+            for attribute, name in _TENSORS.items()
         }
         weights = PolicyWeights(**arrays, aggregate=load(_AGGREGATE, shapes["aggregate"]))
     _check_weights(info, weights, f"the policy file '{path}'")
@@ -373,12 +355,13 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
             f"the policy file '{path}' has format version {version}, and this kvp_edge reads "
             f"version {FORMAT_VERSION}" + (": update kvp_edge" if version > FORMAT_VERSION else "")
         )
-    statistics = optional("kvp.statistics.window", PolicyInfo.statistics)
     features = get("kvp.features", list[str])
-    if tuple(features) != _features(statistics):
+    if tuple(features) != FEATURES:
+        foreign = [feature for feature in features if feature not in FEATURES]
+        which = f" ({shortened(foreign[0])} is)" if foreign else ""
         raise PolicyFileError(
             f"the policy file '{path}' scores by {shortened(', '.join(features))[1:-1]}, which "
-            "this kvp_edge does not compute: its kvp.features are another version's"
+            f"this kvp_edge does not compute: its kvp.features are another version's{which}"
         )
     hidden = get("kvp.hidden_sizes", list[int])
     if len(hidden) != 2 or hidden[0] != hidden[1]:
@@ -405,7 +388,6 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
         sinks=get("kvp.protected.sinks"),
         recent=get("kvp.protected.recent"),
         horizon=get("kvp.retention.horizon") if objective == "global" else PolicyInfo.horizon,
-        statistics=statistics,
         base_model=optional("general.base_model.0.name", ""),
         fingerprint=optional("kvp.base_model.fingerprint", ""),
         training_data=optional("kvp.training.data", ""),
@@ -437,16 +419,11 @@ def _check_info(info: PolicyInfo, whose: str) -> None:
                 f"{whose} has the {key} {getattr(info, name)}; it must be at least 1, and no more "
                 f"than {_MOST}"
             )
-    for name in ("sinks", "recent", "statistics"):
+    for name in ("sinks", "recent"):
         if not 0 <= getattr(info, name) <= _MOST:
             raise PolicyFileError(f"{whose} has {getattr(info, name)} {name}: that cannot be")
     if info.context % 2 == 0:
         raise PolicyFileError(f"{whose} has the kvp.context_width {info.context}; it must be odd")
-    if info.statistics % 2 or (info.statistics and info.context > 1):
-        raise PolicyFileError(
-            f"{whose} has the kvp.statistics.window {info.statistics} and the kvp.context_width "
-            f"{info.context}; the one must be even, and the other 1 with it"
-        )
     if info.objective not in OBJECTIVES:
         raise PolicyFileError(
             f"{whose} has the kvp.objective {shortened(info.objective)}, and this kvp_edge knows "
@@ -455,13 +432,8 @@ def _check_info(info: PolicyInfo, whose: str) -> None:
 
 
 def _check_weights(info: PolicyInfo, weights: PolicyWeights, whose: str) -> None:
-    shapes, arrays = weight_shapes(info), weights.arrays()
-    if arrays.keys() != shapes.keys():
-        raise PolicyFileError(
-            f"{whose} has a statistics window of {info.statistics} queries and "
-            f"{'' if weights.statistics is not None else 'no '}statistics weights"
-        )
-    for name, array in arrays.items():
+    shapes = weight_shapes(info)
+    for name, array in weights.arrays().items():
         if array.shape != shapes[name]:
             raise PolicyFileError(
                 f"{whose} has {name} weights of shape {list(array.shape)}, not {list(shapes[name])}"

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 import kvp_edge
 from bench_common import bounded, fill, ms, read_ms, rows_to_keep, synthetic_state, write_ms
+from kvp_edge.binding import rules
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.cache.limits import CELL_UNIT
 from kvp_edge.policy_file import PolicyInfo, write_policy
@@ -176,7 +177,7 @@ def evictions(
     kv = llm.kv
     cache, shape, limits = kv.cache, kv.cache.shape, kv.limits
     cells, kept, per_cell = limits.cells, limits.budget, shape.bytes_per_cell
-    learned, tokens = kv.policy.native_scorer, np.arange(cells, dtype=np.int32)
+    learned = rules.Network(kv.policy.network, np.arange(cells - new, cells, dtype=np.int32))
     plan = rows_to_keep(llm)
     pack = Costs(f"packing {cells} rows to {kept}", 2 * kept * per_cell)
     some = Costs(f"scoring {new} tokens, learned", new * per_cell)
@@ -194,10 +195,8 @@ def evictions(
                     cache.forget_cells()  # where they are not known, it goes through the state
 
             refill()
-            some.measure(
-                way, cache, device, cache.score, learned, cells - new, cells, tokens[cells - new :]
-            )
-            every.measure(way, cache, device, cache.score, "keydiff", 0, cells, tokens)
+            some.measure(way, cache, device, cache.score, learned, cells - new, cells, new)
+            every.measure(way, cache, device, cache.score, rules.KeyDiff(), 0, cells, cells)
             pack.measure(way, cache, device, cache.pack, *plan)
             refill()
             whole.measure(way, cache, device, kv.make_room, 1)

@@ -53,7 +53,7 @@ from kvp_edge.policies import SnapKV
 PRESSES = {
     "knorm": kvpress.KnormPress(),
     "keydiff": kvpress.KeyDiffPress(),
-    "snapkv": kvpress.SnapKVPress(window_size=SnapKV.queries, kernel_size=5),
+    "snapkv": kvpress.SnapKVPress(window_size=SnapKV.window, kernel_size=5),
     "tova": kvpress.TOVAPress(),
     "expected-attention": kvpress.ExpectedAttentionPress(n_future_positions=512, n_sink=4),
 }

@@ -53,7 +53,7 @@ from kvp_edge.evaluation.records import (  # noqa: E402
     append_record,
     read_records,
 )
-from kvp_edge.policies import Learned, discovery  # noqa: E402
+from kvp_edge.policies import ArrayView, Learned, discovery  # noqa: E402
 from kvp_edge.policy_file import PolicyInfo, write_policy  # noqa: E402
 from kvp_edge.traces.format import TraceSet  # noqa: E402
 from kvp_edge.traces.sources import TextFile  # noqa: E402
@@ -259,14 +259,12 @@ class Policy(_PolicyTarget):
 
     def read(self) -> None:
         info = (policy := Learned(self.path)).info
-        if info.statistics:
-            return  # scores by what a model has logged
         heads = (info.n_layer, info.n_head_kv, 5)
         keys, values = (
             np.ones((*heads, size), np.float32) for size in (info.head_size_k, info.head_size_v)
         )
         with np.errstate(all="ignore"):
-            policy.score(keys, values, np.arange(5, dtype=np.int32))
+            policy.score(ArrayView(keys, values, np.arange(5, dtype=np.int32)))
 
 
 class Beside(_PolicyTarget):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import kvp_edge
 from conftest import RandomModel, beside, random_tokens
 from kvp_edge import BudgetError, ContextLengthError, KVCacheError, UnsupportedModelError
-from kvp_edge.policies import POLICIES, KeyDiff, KNorm, Policy
+from kvp_edge.policies import POLICIES, ArrayView, CacheView, KeyDiff, KNorm, Policy
 from kvp_edge.text.pieces import token_text
 from makers.gguf_models import ModelShape, write_bert, write_mamba
 from support.properties import examples
@@ -197,7 +197,8 @@ def test_what_is_kept_is_what_the_reference_scores_say(
     llm.eval(tokens[256:])
     assert llm.kv_stats.evictions == 1
     candidates = np.arange(4, 240)
-    scores = policy.score(model.reference.keys(tokens[:256]), None, np.arange(256))
+    keys = model.reference.keys(tokens[:256])
+    scores = policy.score(ArrayView(keys, keys[..., :0], np.arange(256)))
     flat = scores.reshape(-1, 256)[:, candidates].astype(np.float64)
     z = ((flat - flat.mean(1, keepdims=True)) / flat.std(1, keepdims=True)).mean(0)
     border = np.sort(z)[-80]
@@ -232,10 +233,11 @@ def test_a_policy_of_ones_own_sees_keys_values_and_positions(
     class OddFirst(Policy):
         name = "odd-first"
 
-        def score(self, keys: Any, values: Any, positions: Any) -> Any:
-            assert keys.shape == (2, 2, len(positions), 32)
-            assert values.shape == (2, 2, len(positions), 32)
-            return np.broadcast_to((positions % 2).astype(np.float32), keys.shape[:3])
+        def score(self, view: CacheView) -> Any:
+            assert view.shape == (2, 2, len(view.indices))
+            assert view.keys().shape == (*view.shape, 32)
+            assert view.values().shape == (*view.shape, 32)
+            return np.broadcast_to((view.indices % 2).astype(np.float32), view.shape)
 
     llm = load(
         random_model(LLAMA).path,
@@ -254,12 +256,11 @@ class NeighboursSeen(Policy):
     """A score is final when a token was seen with two neighbours on either side: then it is 5."""
 
     name = "neighbours-seen"
-    inputs = "indices"
     context = 2
 
-    def score(self, keys: Any, values: Any, positions: Any) -> Any:
-        near = np.abs(positions[:, None] - positions[None, :]) <= 2
-        return np.broadcast_to(near.sum(1).astype(np.float32), (*keys.shape[:2], len(positions)))
+    def score(self, view: CacheView) -> Any:
+        near = np.abs(view.indices[:, None] - view.indices[None, :]) <= 2
+        return np.broadcast_to(near.sum(1).astype(np.float32), view.shape)
 
 
 @pytest.mark.parametrize("granularity", ["token", "head"])
@@ -299,9 +300,8 @@ def test_a_policy_that_returns_the_wrong_shape_is_refused_and_nothing_is_lost(
 ) -> None:
     class Wrong(Policy):
         name = "wrong"
-        inputs = "indices"
 
-        def score(self, keys: Any, values: Any, positions: Any) -> Any:
+        def score(self, view: CacheView) -> Any:
             return np.zeros(3, np.float32)
 
     llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, reserve=156, policy=Wrong())

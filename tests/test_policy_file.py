@@ -18,7 +18,8 @@ import pytest
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli import main
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.policies import Learned, get_policy
+from kvp_edge.policies import ArrayView, Learned, get_policy
+from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policy_file import (
     FEATURES,
     PolicyInfo,
@@ -132,12 +133,12 @@ def test_scores_are_those_of_the_definition_also_where_tokens_are_missing(
     positions = np.array([0, 1, 2, 5, 6, 8, 40, 41, 1000, 1001], np.int32)
     keys = rng.normal(size=(2, 3, len(positions), 32)).astype(np.float32)
     values = rng.normal(size=(2, 3, len(positions), 64)).astype(np.float32)
-    got = policy.score(keys, values, positions)
+    got = policy.score(ArrayView(keys, values, positions))
     want = by_definition(policy.weights, keys, values, positions)
     np.testing.assert_allclose(got, want, atol=2e-5)
     # a score is final once `context` later tokens are known
     cut = len(positions) - 2
-    shorter = policy.score(keys[:, :, :cut], values[:, :, :cut], positions[:cut])
+    shorter = policy.score(ArrayView(keys[:, :, :cut], values[:, :, :cut], positions[:cut]))
     final = positions[:cut] + policy.context < positions[cut]
     np.testing.assert_allclose(shorter[..., final], got[..., :cut][..., final], atol=1e-5)
 
@@ -146,7 +147,7 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
     policy = Learned(policy_file)
     keys = np.zeros((2, 3, 4, 16), np.float32)
     with pytest.raises(PolicyFileError, match="another model's policy"):
-        policy.score(keys, keys, np.arange(4, dtype=np.int32))
+        policy.score(ArrayView(keys, keys, np.arange(4, dtype=np.int32)))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,8 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
         ({"adapter__type": "lora"}, "not a policy: it is a GGUF file of type 'lora'"),
         ({"kvp__format_version": 2}, "format version 2.*update kvp_edge"),
         ({"kvp__features": ["key", "query"]}, "scores by key, query"),
+        ({"kvp__features": [*FEATURES, "log(1e-4+attention)"]}, r"'log\(1e-4.attention\)' is"),
+        ({"kvp__features": list(FEATURES[::-1])}, "are another version's$"),
         ({"kvp__hidden_sizes": [32, 64]}, "kvp.hidden_sizes"),
         ({"kvp__hidden_sizes": [16, 16]}, "kvp_key.weight of shape"),
         ({"kvp__activation": "gelu"}, "kvp.activation 'gelu'"),
@@ -282,6 +285,14 @@ def test_another_architecture_or_shape_is_refused_another_quantisation_a_warning
         check_model(INFO, **{**model, "n_layer": 4})
     with pytest.warns(UserWarning, match="another quantisation"):
         check_model(INFO, **{**model, "fingerprint": "beef"})
+
+
+def test_the_bundled_policy_is_written_again_byte_for_byte(
+    tmp_path: Path, bundled_model: str
+) -> None:
+    shipped = Path(own_policy(bundled_model) or "")
+    write_policy(tmp_path / "again.gguf", *read_policy(shipped), "f16")
+    assert (tmp_path / "again.gguf").read_bytes() == shipped.read_bytes()
 
 
 def test_a_bundled_model_is_not_a_policy(bundled_model: str) -> None:

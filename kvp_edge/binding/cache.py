@@ -2,138 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
-from kvp_edge.errors import KVCacheError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    pass
-
-from kvp_edge.binding.library import call, lib
+from kvp_edge.arrays import BoolArray, FloatArray, LlamaPositions, RopePositions, Rows
+from kvp_edge.binding import structs
+from kvp_edge.binding.library import call, create, in_place, lib
 from kvp_edge.binding.observer import Observer
-from kvp_edge.binding.policy import NativePolicy
-
-#: Scorers that run inside the library: name -> enum kvp_scorer.
-SCORERS = {"knorm": 0, "keydiff": 1}
-
-
-class CacheShape(ctypes.Structure):
-    """A base cache's layout, learned from a real state blob (struct kvp_cache_shape)."""
-
-    _fields_ = [
-        ("n_layer", ctypes.c_uint32),
-        ("n_head_kv", ctypes.c_uint32),
-        ("head_size_k", ctypes.c_uint32),
-        ("head_size_v", ctypes.c_uint32),
-        ("type_k", ctypes.c_int32),
-        ("type_v", ctypes.c_int32),
-        ("v_transposed", ctypes.c_uint32),
-        ("has_window", ctypes.c_uint32),
-        ("k_hadamard_block", ctypes.c_uint32),
-        ("v_hadamard_block", ctypes.c_uint32),
-        ("bytes_per_cell", ctypes.c_uint64),
-    ]
-
-    n_layer: int
-    n_head_kv: int
-    head_size_k: int
-    head_size_v: int
-    type_k: int
-    type_v: int
-    v_transposed: int
-    has_window: int
-    k_hadamard_block: int
-    v_hadamard_block: int
-    bytes_per_cell: int
+from kvp_edge.binding.rules import Rule
+from kvp_edge.binding.structs import CacheLocation, CacheShape
+from kvp_edge.errors import KVCacheError
 
 
-class CacheLocation(ctypes.Structure):
-    """Where a base cache lies (struct kvp_cache_location)."""
+@dataclass(frozen=True)
+class NotInPlace:
+    """The answer where scores cannot be computed where keys and values lie: it is not known where,
+    or their device lacks an operation or memory. Whoever asked reads the rows instead."""
 
-    _fields_ = [
-        ("_known", ctypes.c_uint32),
-        ("_on_device", ctypes.c_uint32),
-        ("_can_pack", ctypes.c_uint32),
-        ("packed_in_place", ctypes.c_uint32),
-        ("packed_as_state", ctypes.c_uint32),
-        ("bytes_transferred", ctypes.c_uint64),
-        ("_where", ctypes.c_char * 256),
-    ]
-
-    packed_in_place: int
-    packed_as_state: int
-    bytes_transferred: int
-
-    @property
-    def known(self) -> bool:
-        """Whether it is scored and packed where it lies, and not through llama.cpp's state."""
-        return bool(self._known)
-
-    @property
-    def on_device(self) -> bool:
-        """Whether some of it lies in memory that the host does not see."""
-        return bool(self._on_device)
-
-    @property
-    def can_pack(self) -> bool:
-        """Whether heads can be packed there, too: on a device they must be whole 32-bit words."""
-        return bool(self._can_pack)
-
-    def packs(self, granularity: str) -> bool:
-        """Whether evictions of this granularity stay where it lies, as long as cells are known."""
-        return self.known and (granularity == "token" or self.can_pack)
-
-    @property
-    def where(self) -> str:
-        """The devices, with commas; or why it is not known."""
-        return bytes(self._where).decode(errors="replace")
-
-
-class NotInPlace(Exception):
-    """Scores cannot be computed where keys and values lie: it is not known where, or their device
-    lacks an operation or memory. Whoever queries reads the rows instead."""
-
-
-class QueryBatch(Protocol):
-    """Queries of tokens (kvp_edge.binding.queries.Queries)."""
-
-    @property
-    def queries(self) -> FloatArray: ...
-    @property
-    def indices(self) -> IntArray: ...
-    @property
-    def scale(self) -> FloatArray: ...
-
-
-class _QueryBatch(ctypes.Structure):
-    """struct kvp_query_batch"""
-
-    _fields_ = [
-        ("queries", ctypes.c_void_p),
-        ("indices", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("n_head", ctypes.c_uint32),
-        ("n", ctypes.c_uint32),
-    ]
-
-
-class _Expected(ctypes.Structure):
-    """struct kvp_expected"""
-
-    _fields_ = [
-        ("means", ctypes.c_void_p),
-        ("covariances", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("left_out", ctypes.c_void_p),
-        ("n_head", ctypes.c_uint32),
-    ]
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -147,54 +37,37 @@ class RopeShift:
     """
 
     frequency: npt.NDArray[np.float64]
-    distance: IntArray
+    distance: RopePositions
     neox: bool
 
-    def as_struct(self) -> _RopeShift:
-        """Borrows this object's arrays."""
-        return _RopeShift(
-            self.frequency.ctypes.data,
-            self.distance.ctypes.data,
-            self.frequency.shape[1],
-            int(self.neox),
-        )
 
-
-class _RopeShift(ctypes.Structure):
-    _fields_ = [
-        ("frequency", ctypes.c_void_p),
-        ("distance", ctypes.c_void_p),
-        ("n_pairs", ctypes.c_uint32),
-        ("neox", ctypes.c_uint32),
-    ]
-
-
-def _checked_shift(rope_shift: RopeShift | None, keep: IntArray) -> RopeShift | None:
+def _shift_struct(rope_shift: RopeShift | None, keep: Rows) -> structs.RopeShift | None:
     if rope_shift is None:
         return None
-    checked = RopeShift(
-        np.ascontiguousarray(rope_shift.frequency, np.float64),
-        np.ascontiguousarray(rope_shift.distance, np.int32),
-        rope_shift.neox,
-    )
-    if checked.distance.shape != keep.shape or checked.frequency.shape[:1] != keep.shape[:1]:
+    frequency = np.ascontiguousarray(rope_shift.frequency, np.float64)
+    distance = np.ascontiguousarray(rope_shift.distance, np.int32)
+    if distance.shape != keep.shape or frequency.shape[:1] != keep.shape[:1]:
         raise ValueError(
-            f"frequency {rope_shift.frequency.shape} and distance {rope_shift.distance.shape} "
-            "do not fit rows "
+            f"frequency {frequency.shape} and distance {distance.shape} do not fit rows "
             f"{keep.shape}"
         )
-    return checked
+    return structs.RopeShift(
+        frequency=frequency,
+        distance=distance,
+        n_pairs=frequency.shape[1],
+        neox=int(rope_shift.neox),
+    )
 
 
 def pack_state(
     state: npt.NDArray[np.uint8],
     seq_id: int,
-    present: IntArray,
-    keep: IntArray,
-    positions: IntArray,
+    present: LlamaPositions,
+    keep: Rows,
+    positions: LlamaPositions,
     *,
     rope_shift: RopeShift | None = None,
-    rotation: int = 0,
+    k_hadamard_block: int = 0,
 ) -> npt.NDArray[np.uint8]:
     """Pack a state blob of llama.cpp that lies in memory, without a context (see kvp_state_pack).
 
@@ -203,7 +76,7 @@ def pack_state(
         present: int32 [n], ascending: every position in it.
         keep: int32 [n_layer, n_head_kv, n_keep]: rows, all different within a head.
         positions: int32 [n_keep], ascending: positions of the new rows.
-        rotation: block of the Hadamard rotation of the keys, needed only with ``rope_shift``.
+        k_hadamard_block: of the keys' Hadamard rotation, needed only with ``rope_shift``.
 
     Returns:
         uint8 [new size], the beginning of ``state``.
@@ -220,25 +93,25 @@ def pack_state(
     positions = np.ascontiguousarray(positions, np.int32)
     if keep.ndim != 3 or keep.shape[2] != len(positions):
         raise ValueError(f"rows {keep.shape} and {len(positions)} positions do not fit together")
-    rope_shift = _checked_shift(rope_shift, keep)
-    size = ctypes.c_size_t()
+    shift = _shift_struct(rope_shift, keep)
+    size = np.zeros(1, np.uintp)
     call(
         "kvp_state_pack",
-        state.ctypes.data,
+        state,
         len(state),
         seq_id,
         keep.shape[0],
         keep.shape[1],
-        present.ctypes.data,
+        present,
         len(present),
-        keep.ctypes.data,
-        positions.ctypes.data,
+        keep,
+        positions,
         len(positions),
-        ctypes.byref(rope_shift.as_struct()) if rope_shift is not None else None,
-        rotation,
-        ctypes.byref(size),
+        shift,
+        k_hadamard_block,
+        size,
     )
-    return state[: size.value]
+    return state[: int(size[0])]
 
 
 class NativeCache:
@@ -262,26 +135,20 @@ class NativeCache:
     def __init__(self, ctx: Any, observer: Observer | None = None) -> None:
         self._ctx = ctx
         self._observer = observer
-        self._handle = ctypes.c_void_p()
-        call(
-            "kvp_cache_open",
-            ctypes.cast(ctx, ctypes.c_void_p),
-            observer.handle if observer is not None else None,
-            ctypes.byref(self._handle),
-        )
+        handle = observer.handle if observer is not None else None
+        self._handle = create("kvp_cache", "kvp_cache_open", ctx, handle)
         self.shape = CacheShape()
-        lib.kvp_cache_get_shape(self._handle, ctypes.byref(self.shape))
+        lib.kvp_cache_get_shape(self._handle, self.shape)
 
     def close(self) -> None:
-        if self._handle:
-            lib.kvp_cache_close(self._handle)
-            self._handle = ctypes.c_void_p()
+        """Twice is harmless."""
+        self._handle.close()
 
     @property
     def location(self) -> CacheLocation:
         """Where it lies, and how many bytes were transferred between there and the host so far."""
         location = CacheLocation()
-        lib.kvp_cache_get_location(self._handle, ctypes.byref(location))
+        lib.kvp_cache_get_location(self._handle, location)
         return location
 
     def appended(self, first: int, n: int) -> None:
@@ -293,7 +160,7 @@ class NativeCache:
         """Tokens were put into the cache in another way than by decoding them."""
         lib.kvp_cache_forget(self._handle)
 
-    def check_cells(self, present: IntArray) -> bool:
+    def check_cells(self, present: LlamaPositions) -> bool:
         """Compare the cells followed, where ``present`` lies, with llama.cpp's state, byte by byte.
 
         Args:
@@ -306,14 +173,13 @@ class NativeCache:
             KVCacheError: they are others.
         """
         present = np.ascontiguousarray(present, np.int32)
-        known = ctypes.c_uint32()
-        where = present.ctypes.data
-        call("kvp_cache_check_cells", self._handle, where, len(present), ctypes.byref(known))
-        return bool(known.value)
+        known = np.zeros(1, np.uint32)
+        call("kvp_cache_check_cells", self._handle, present, len(present), known)
+        return bool(known[0])
 
     def read(
         self, p0: int, p1: int, n: int, *, values: bool = True
-    ) -> tuple[IntArray, FloatArray, FloatArray | None]:
+    ) -> tuple[LlamaPositions, FloatArray, FloatArray | None]:
         """Keys and values of the ``n`` tokens at positions [p0, p1), de-quantised, not rotated.
 
         Returns:
@@ -326,135 +192,26 @@ class NativeCache:
             np.empty((s.n_layer, s.n_head_kv, n, s.head_size_v), np.float32) if values else None
         )
         positions = np.empty(n, np.int32)
-        call(
-            "kvp_cache_read",
-            self._handle,
-            p0,
-            p1,
-            n,
-            positions.ctypes.data,
-            keys.ctypes.data,
-            out_values.ctypes.data if out_values is not None else None,
-        )
+        call("kvp_cache_read", self._handle, p0, p1, n, positions, keys, out_values)
         return positions, keys, out_values
 
-    def score(self, scorer: str | NativePolicy, p0: int, p1: int, tokens: IntArray) -> FloatArray:
-        """Scores of the tokens at positions [p0, p1), computed without copying keys to Python.
-
-        Args:
-            scorer: a name in SCORERS, or a learned policy.
-            tokens: int32 [n], ascending: their indices in the conversation.
+    def score(self, rule: Rule, p0: int, p1: int, n: int) -> FloatArray | NotInPlace:
+        """Scores of the ``n`` tokens at positions [p0, p1) by a rule, computed where they lie.
 
         Returns:
-            f32 [n_layer, n_head_kv, n], larger = keep.
+            f32 [n_layer, n_head_kv, n], or what the rule says; larger = keep.
 
         Raises:
-            ValueError: the positions hold another number of tokens, or the policy is for a cache of
-                another shape.
+            ValueError: the positions hold another number of tokens, or the rule's parameters do not
+                fit them or the cache.
         """
-        s, n = self.shape, len(tokens)
-        scores = np.empty((s.n_layer, s.n_head_kv, n), np.float32)
-        out = scores.ctypes.data
-        if isinstance(scorer, NativePolicy):
-            tokens = np.ascontiguousarray(tokens, np.int32)
-            where = tokens.ctypes.data
-            call("kvp_cache_score_policy", self._handle, scorer.handle, p0, p1, n, where, out)
-        else:
-            positions = np.empty(n, np.int32)
-            where = positions.ctypes.data
-            call("kvp_cache_score", self._handle, SCORERS[scorer], p0, p1, n, where, out)
-        return scores
+        s = self.shape
+        scores = np.empty((s.n_layer, s.n_head_kv, *rule.per_head(n)), np.float32)
+        struct = rule.struct((s.n_layer, s.n_head_kv, n, s.head_size_k))
+        reason = in_place("kvp_cache_score", self._handle, struct, p0, p1, n, scores)
+        return scores if reason is None else NotInPlace(reason)
 
-    def score_range(self, p0: int, p1: int, n: int) -> FloatArray:
-        """The largest number of each value minus the smallest.
-
-        Args:
-            n: tokens at positions [p0, p1), here and below.
-
-        Returns:
-            f32 [n_layer, n_head_kv, n].
-
-        Raises:
-            NotInPlace: here and below.
-        """
-        scores = self._scores(n)
-        self._where_it_lies("kvp_cache_score_range", p0, p1, n, scores.ctypes.data)
-        return scores
-
-    def score_lag(self, p0: int, p1: int, n: int, first: int, lag: int, n_parts: int) -> FloatArray:
-        """How far keys and values stand out of the ranges of those that follow (LagKV, section
-        2.2), in ``n_parts`` partitions of ``lag`` tokens from number ``first`` on.
-
-        Returns:
-            f32 [n_layer, n_head_kv, n_parts - 1, lag], the mean of the keys' and the values'.
-        """
-        scores = self._scores(n_parts - 1, lag)
-        out = scores.ctypes.data
-        self._where_it_lies("kvp_cache_score_lag", p0, p1, n, first, lag, n_parts, out)
-        return scores
-
-    def score_attention(self, p0: int, p1: int, queries: QueryBatch, held: IntArray) -> FloatArray:
-        """The attention that queries pay, summed over them, averaged over a KV head's query heads.
-
-        Args:
-            queries: at most 2^24 tokens into the conversation.
-            held: int32 [n_layer, n_head_kv, n], the tokens' indices in the conversation.
-
-        Returns:
-            f32 [n_layer, n_head_kv, n].
-        """
-        n = held.shape[-1]
-        paid = self._scores(n)
-        held = np.ascontiguousarray(held, np.int32)
-        vectors = np.ascontiguousarray(queries.queries, np.float32)
-        indices = np.ascontiguousarray(queries.indices, np.int32)
-        scale = np.ascontiguousarray(queries.scale, np.float32)
-        c = _QueryBatch(
-            *(x.ctypes.data for x in (vectors, indices, scale)), vectors.shape[1], len(indices)
-        )
-        where = held.ctypes.data, paid.ctypes.data
-        self._where_it_lies("kvp_cache_score_attention", p0, p1, n, ctypes.byref(c), *where)
-        return paid
-
-    def score_expected(
-        self,
-        p0: int,
-        p1: int,
-        means: FloatArray,
-        covariances: FloatArray,
-        scale: FloatArray,
-        left_out: BoolArray,
-    ) -> FloatArray:
-        """The attention expected of queries that are normal, times the values' norms.
-
-        Args:
-            means: f32 [n_layer, n_head, head_size_k].
-            covariances: f32 [n_layer, n_head, head_size_k, head_size_k].
-            scale: f32 [n_layer], what q.k is multiplied by.
-            left_out: bool [n_layer, n_head_kv, n], tokens that the softmax leaves out.
-
-        Returns:
-            f32 [n_layer, n_head_kv, n], 0 for what is left out.
-        """
-        n = left_out.shape[-1]
-        scores = self._scores(n)
-        floats = [np.ascontiguousarray(x, np.float32) for x in (means, covariances, scale)]
-        hidden = np.ascontiguousarray(left_out, np.bool_)
-        c = _Expected(*(x.ctypes.data for x in floats), hidden.ctypes.data, means.shape[1])
-        out = scores.ctypes.data
-        self._where_it_lies("kvp_cache_score_expected", p0, p1, n, ctypes.byref(c), out)
-        return scores
-
-    def _scores(self, *per_head: int) -> FloatArray:
-        return np.empty((self.shape.n_layer, self.shape.n_head_kv, *per_head), np.float32)
-
-    def _where_it_lies(self, name: str, *args: Any) -> None:
-        try:
-            call(name, self._handle, *args)
-        except (UnsupportedModelError, MemoryError) as error:
-            raise NotInPlace(str(error)) from error
-
-    def remove(self, present: IntArray, keep: BoolArray) -> int:
+    def remove(self, present: LlamaPositions, keep: BoolArray) -> int:
         """Remove the tokens at ``present[~keep]`` from every layer and head.
 
         Args:
@@ -468,18 +225,11 @@ class NativeCache:
             raise ValueError(f"{len(present)} positions but {len(keep)} keep flags")
         present = np.ascontiguousarray(present, np.int32)
         flags = np.ascontiguousarray(keep, np.uint8)
-        ranges = ctypes.c_uint32()
-        call(
-            "kvp_cache_remove",
-            self._handle,
-            present.ctypes.data,
-            flags.ctypes.data,
-            len(present),
-            ctypes.byref(ranges),
-        )
-        return ranges.value
+        ranges = np.zeros(1, np.uint32)
+        call("kvp_cache_remove", self._handle, present, flags, len(present), ranges)
+        return int(ranges[0])
 
-    def move(self, present: IntArray, positions: IntArray) -> None:
+    def move(self, present: LlamaPositions, positions: LlamaPositions) -> None:
         """Give the cells at ``present`` new, not larger, positions; both int32 [n], ascending.
 
         llama.cpp turns the keys accordingly when it decodes the next batch (its "K-shift"); until
@@ -489,8 +239,7 @@ class NativeCache:
         positions = np.ascontiguousarray(positions, np.int32)
         if len(present) != len(positions):
             raise ValueError(f"{len(present)} cells cannot move to {len(positions)} positions")
-        where, to = present.ctypes.data, positions.ctypes.data
-        call("kvp_cache_move", self._handle, where, to, len(present))
+        call("kvp_cache_move", self._handle, present, positions, len(present))
 
     def check_packing(self) -> None:
         """Test, on an empty context, that heads can keep different rows (kvp_cache_check_packing).
@@ -502,9 +251,9 @@ class NativeCache:
 
     def pack(
         self,
-        present: IntArray,
-        keep: IntArray,
-        positions: IntArray,
+        present: LlamaPositions,
+        keep: Rows,
+        positions: LlamaPositions,
         rope_shift: RopeShift | None = None,
     ) -> None:
         """Let every head keep its own rows, in the same cells (see kvp_cache_pack).
@@ -531,17 +280,9 @@ class NativeCache:
                 f"rows {keep.shape} for {len(positions)} positions in {s.n_layer} layers of "
                 f"{s.n_head_kv} KV heads"
             )
-        rope_shift = _checked_shift(rope_shift, keep)
-        call(
-            "kvp_cache_pack",
-            self._handle,
-            present.ctypes.data,
-            len(present),
-            keep.ctypes.data,
-            positions.ctypes.data,
-            len(positions),
-            ctypes.byref(rope_shift.as_struct()) if rope_shift is not None else None,
-        )
+        shift = _shift_struct(rope_shift, keep)
+        rows = keep, positions, len(positions)
+        call("kvp_cache_pack", self._handle, present, len(present), *rows, shift)
 
     def state(self) -> npt.NDArray[np.uint8]:
         """llama.cpp's state of sequence 0: uint8 [size].
@@ -550,12 +291,12 @@ class NativeCache:
             KVCacheError: llama.cpp could not write it.
         """
         state = np.empty(llama_cpp.llama_state_seq_get_size(self._ctx, 0), np.uint8)
-        buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        buffer = np.ctypeslib.as_ctypes(state)
         if llama_cpp.llama_state_seq_get_data(self._ctx, buffer, len(state), 0) != len(state):
             raise KVCacheError("llama.cpp could not write its state")
         return state
 
-    def restore(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+    def restore(self, state: npt.NDArray[np.uint8], present: LlamaPositions) -> None:
         """Put back what ``state`` gave, now or in another process.
 
         Args:
@@ -568,16 +309,9 @@ class NativeCache:
         """
         state = np.ascontiguousarray(state, np.uint8)
         present = np.ascontiguousarray(present, np.int32)
-        call(
-            "kvp_cache_restore",
-            self._handle,
-            state.ctypes.data,
-            len(state),
-            present.ctypes.data,
-            len(present),
-        )
+        call("kvp_cache_restore", self._handle, state, len(state), present, len(present))
 
-    def check_state(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+    def check_state(self, state: npt.NDArray[np.uint8], present: LlamaPositions) -> None:
         """Check that ``restore`` would take ``state`` and ``present``; the arguments are the same.
 
         Raises:
@@ -585,9 +319,8 @@ class NativeCache:
         """
         state = np.ascontiguousarray(state, np.uint8)
         present = np.ascontiguousarray(present, np.int32)
-        blob, where = (state.ctypes.data, len(state)), (present.ctypes.data, len(present))
         try:
-            call("kvp_cache_check_state", self._handle, *blob, *where)
+            call("kvp_cache_check_state", self._handle, state, len(state), present, len(present))
         except ValueError as error:
             raise KVCacheError(f"the cache is not what its table says: {error}") from error
 

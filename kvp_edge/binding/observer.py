@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from typing import Any
 
 import llama_cpp
 
-from kvp_edge.binding.library import call, lib
+from kvp_edge.binding.library import create, lib
 
 
 class Observer:
@@ -24,15 +22,9 @@ class Observer:
     """
 
     def __init__(self, params: Any) -> None:
-        self.handle = ctypes.c_void_p()
-        call(
-            "kvp_observer_create",
-            ctypes.cast(params.cb_eval, ctypes.c_void_p),
-            params.cb_eval_user_data,
-            ctypes.byref(self.handle),
-        )
         self._next = params.cb_eval  # a function in Python must stay alive
-        # The finalizer holds the handle alone, so it cannot keep this object alive.
-        weakref.finalize(self, lib.kvp_observer_free, self.handle)
+        self.handle = create(
+            "kvp_observer", "kvp_observer_create", params.cb_eval, params.cb_eval_user_data
+        )
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lib.kvp_observer_callback())
-        params.cb_eval_user_data = self.handle
+        params.cb_eval_user_data = self.handle.pointer

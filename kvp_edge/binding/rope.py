@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import FloatArray
+from kvp_edge.arrays import FloatArray, RopePositions
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.errors import UnsupportedModelError
 
@@ -41,7 +41,7 @@ class KeyFrequencies:
     radians: npt.NDArray[np.float64]
     neox: bool
 
-    def shifted(self, keys: FloatArray, positions: int | npt.NDArray[np.int32]) -> FloatArray:
+    def shifted(self, keys: FloatArray, positions: int | RopePositions) -> FloatArray:
         """Keys (or queries) as they would be so many positions later.
 
         Args:

@@ -15,15 +15,16 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
-from kvp_edge.binding.cache import NativeCache, NotInPlace, RopeShift
-from kvp_edge.binding.queries import QueryLog, SharedLog
+from kvp_edge.arrays import BoolArray, FloatArray, IntArray, TokenIndices
+from kvp_edge.binding.cache import NativeCache, RopeShift
+from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.cache.table import Granularity, Table
 from kvp_edge.cache.turns import choose_rows, choose_tokens
+from kvp_edge.cache.view import LiveView
 from kvp_edge.errors import BudgetError, KVCacheError, PolicyError
 from kvp_edge.policies import Policy
 from kvp_edge.text.spans import TEXT, Span
@@ -109,7 +110,7 @@ class EvictionManager:
         return self._table.kept
 
     @property
-    def indices(self) -> IntArray:
+    def indices(self) -> TokenIndices:
         """Tokens held, as their indices in the conversation, ascending: int32 [kept], at head
         granularity [n_layer, n_head_kv, kept]."""
         tokens = self._table.indices()
@@ -234,13 +235,11 @@ class EvictionManager:
         Raises:
             PolicyError: it looks at queries, and none are logged.
         """
-        if policy.queries:
-            if self.query_log is None:
-                raise PolicyError(
-                    f"policy '{policy.name}' looks at queries, and none are logged: load the model "
-                    "with a policy that looks at queries, too"
-                )
-            policy.query_log = SharedLog(self.query_log)
+        if policy.n_queries and self.query_log is None:
+            raise PolicyError(
+                f"policy '{policy.name}' looks at queries, and none are logged: load the model "
+                "with a policy that looks at queries, too"
+            )
         self.policy = policy
 
     def replace_limits(self, limits: CacheLimits) -> None:
@@ -404,14 +403,14 @@ class EvictionManager:
         started, place = time.perf_counter(), self.cache.location
         self.score()
         before = self._table
-        tokens = before.indices()
+        indices = before.indices()
         first, newest = self._protected_borders()
-        protected = (tokens < first) | (tokens >= newest)
-        unit = units(tokens, clipped(before.spans, first, newest))
+        protected = (indices < first) | (indices >= newest)
+        unit = units(indices, clipped(before.spans, first, newest))
         if self.granularity == "head":
-            self._pack(tokens, protected, unit)
+            self._pack(indices, protected, unit)
         else:
-            self._remove(tokens[0, 0], protected[0, 0], unit[0, 0])
+            self._remove(indices[0, 0], protected[0, 0], unit[0, 0])
         if self._isolate_turns:
             settled = max(before.settled, min(before.newest_turn, newest))
             self._table = replace(self._table, settled=settled)
@@ -422,7 +421,7 @@ class EvictionManager:
         in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
         self.evictions_as_state += not in_place
         if self.on_evict is not None:
-            dropped = no_longer_held(tokens, self._table.indices())
+            dropped = no_longer_held(indices, self._table.indices())
             self.on_evict(
                 Eviction(
                     spans(dropped),
@@ -461,17 +460,17 @@ class EvictionManager:
         ahead = t.seen - t.shift + self.limits.cells - n_keep
         return self._compact_at is not None and ahead > self._compact_at
 
-    def _remove(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
+    def _remove(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
         """Token granularity: choose by one score per token, and remove the others' cells."""
         t = self._table
-        worth = self.policy.worth(t.scores, t.seen - tokens)
+        worth = self.policy.worth(t.scores, t.seen - indices)
         whole = self.policy.whole_tokens(worth)
         if whole is not None:
             worth = whole[None, None]
-        settled = tokens < t.settled
+        settled = indices < t.settled
         keep = choose_tokens(worth, unit, protected, self.limits.budget, settled)
         present = t.llama_positions()
-        kept, llama_positions = tokens[keep], present[keep]
+        kept, llama_positions = indices[keep], present[keep]
         tail = self._next_tail()
         n_packed, shift = len(kept) - (t.seen - tail), t.shift
         with self._changing():
@@ -493,14 +492,14 @@ class EvictionManager:
         # llama.cpp turns the keys of moved cells when it decodes the next batch, not before
         self.trusted = not self._shift_pending
 
-    def _pack(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
+    def _pack(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
         """Head granularity: every head ranks its own rows, and all keep the same number."""
         t = self._table
         n_keep = max(self.limits.budget, int(protected.sum(axis=-1).max()))
         if n_keep >= t.kept:
             return  # all protected: make_room finds no free cell and says so
-        worth = self.policy.worth(t.scores, t.seen - tokens)
-        keep = choose_rows(worth, unit, protected, n_keep, tokens < t.settled)
+        worth = self.policy.worth(t.scores, t.seen - indices)
+        keep = choose_rows(worth, unit, protected, n_keep, indices < t.settled)
         tail = self._next_tail()
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift
@@ -524,53 +523,44 @@ class EvictionManager:
                 t,
                 tail=tail,
                 shift=shift,
-                packed_indices=np.take_along_axis(tokens, keep[..., :n_packed], axis=-1),
+                packed_indices=np.take_along_axis(indices, keep[..., :n_packed], axis=-1),
                 packed_rope_positions=rope_positions[..., :n_packed],
                 packed_llama_positions=llama_positions[:n_packed],
                 scores=self._final(np.take_along_axis(t.scores, keep, axis=-1), n_packed, n_keep),
             )
 
     def _final(self, scores: FloatArray, n_packed: int, kept: int) -> FloatArray:
-        """Of the scores of the first rows of ``kept``, those that will not change: they move with
-        their rows. The newest tokens are scored again when their later neighbours are known, and
-        with scope "cache" all tokens are."""
+        """Of the scores of the first rows of ``kept``, those that count at the next eviction: they
+        move with their rows. The newest tokens are scored again when their later neighbours are
+        known, and with scope "cache" all tokens are; with "history" what they scored is needed."""
         if self.policy.scope == "cache":
             return scores[:, :, :0]
+        if self.policy.scope == "history":
+            return scores
         return scores[:, :, : max(n_packed, kept - self.policy.context)]
 
     def _score(self) -> None:
         """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
-        the whole cache. Then all scores are of one moment, and end with it."""
+        the whole cache. Then all scores are of one moment, and end with it, or go into those of the
+        next (scope "history")."""
         t = self._table
-        shape = self.cache.shape
         first = t.scores.shape[2]
         if first == t.kept:
             return
-        if self.policy.scope == "cache":
+        if self.policy.scope != "token":
             first = 0
         # Rows that are scored for the first time lie in the tail, where all heads hold the same
         # tokens. Their left neighbours are read with them, as far as the tail goes.
         start = max(min(first, t.n_packed), first - self.policy.context)
         present, tokens = t.llama_positions()[start:], t.indices()[..., start:]
-        n = len(present)
         indices = tokens if start < t.n_packed and self.granularity == "head" else tokens[0, 0]
-        p0, p1 = int(present[0]), int(present[-1]) + 1
-        if self.policy.inputs == "indices":
-            nothing = np.empty((shape.n_layer, shape.n_head_kv, n, 0), np.float32)
-            new = self.policy.score(nothing, nothing, indices)
-        else:
-            try:
-                new = self.policy.score_in_place(self.cache, p0, p1, indices)
-            except NotInPlace:
-                want_values = self.policy.inputs == "keys+values"
-                _, keys, values = self.cache.read(p0, p1, n, values=want_values)
-                no_values = keys[..., :0]
-                new = self.policy.score(keys, no_values if values is None else values, indices)
-        expected = (shape.n_layer, shape.n_head_kv, n)
-        if new.shape != expected:
+        previous = t.scores if self.policy.scope == "history" else t.scores[:, :, :0]
+        view = LiveView(self.cache, present, indices, previous, self.query_log)
+        new = self.policy.score(view)
+        if new.shape != view.shape:
             raise PolicyError(
                 f"policy '{self.policy.name}' returned scores of shape {new.shape}, not "
-                f"[n_layer, n_head_kv, n_tokens] = {expected}"
+                f"[n_layer, n_head_kv, n_tokens] = {view.shape}"
             )
         new = new[:, :, first - start :].astype(np.float32)
         scores = np.concatenate((t.scores[:, :, :first], new), axis=2)

@@ -9,12 +9,13 @@ from typing import Any
 
 import llama_cpp
 
-from kvp_edge.binding.cache import CacheLocation, CacheShape, NativeCache
+from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
+from kvp_edge.binding.structs import CacheLocation, CacheShape
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.manager import EvictionManager, SpanFinder
 from kvp_edge.cache.stats import Eviction
@@ -34,7 +35,7 @@ QueryCount = Callable[[Policy, CacheLimits], int]
 
 def queries_needed(policy: Policy, limits: CacheLimits) -> int:
     """A QueryCount: what the policy looks at."""
-    return min(policy.queries, limits.cells)
+    return min(policy.n_queries, limits.cells)
 
 
 class Opening:
@@ -66,7 +67,7 @@ class Opening:
         self._options = options
         self._model_path = model_path
         self._policy = get_policy(options.policy, model_path)
-        self._observed = options.pack != "state" or self._policy.queries > 0
+        self._observed = options.pack != "state" or self._policy.n_queries > 0
         self._observer: Observer | None = None
         self._granularity = options.granularity  # "auto" until it is settled
         self._n_ubatch = engine.get("n_ubatch", 512)
@@ -173,11 +174,11 @@ class Opening:
         granularity = self._settle_granularity(cache)
         self._check_location(cache.location, granularity)
         compact_at, frequencies = self._plan_compaction(context, params, cache, granularity)
-        if policy.queries and self._observer is not None:
+        if policy.n_queries and self._observer is not None:
             log = QueryLog(self._observer)
-            n = query_count(policy, self.limits)
-            policy = _with_queries(policy, log, context, params, cache, n, frequencies)
-            closing.callback(policy.released)
+            if policy.needs_frequencies:
+                log.frequencies = frequencies or _frequencies_for(policy, context, params)
+            log.start(context, cache, query_count(policy, self.limits))
         return EvictionManager(
             self.limits,
             policy,
@@ -269,24 +270,12 @@ def check_policy(policy: Policy, shape: CacheShape, architecture: str, model_pat
         )
 
 
-def _with_queries(
-    policy: Policy,
-    log: QueryLog,
-    context: Any,
-    params: Any,
-    cache: NativeCache,
-    n_queries: int,
-    frequencies: KeyFrequencies | None,
-) -> Policy:
-    """Start to log queries; the policy as it serves this context."""
-    if policy.needs_frequencies:
-        model = llama_cpp.llama_get_model(context)
-        try:
-            log.frequencies = frequencies or measure_frequencies(model, params, own_shift=False)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"policy '{policy.name}' takes RoPE off queries, which is not possible with "
-                f"this model. Choose another policy (the reason: {error})"
-            ) from error
-    log.start(context, cache, n_queries)
-    return policy.serving(log)
+def _frequencies_for(policy: Policy, context: Any, params: Any) -> KeyFrequencies:
+    model = llama_cpp.llama_get_model(context)
+    try:
+        return measure_frequencies(model, params, own_shift=False)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"policy '{policy.name}' takes RoPE off queries, which is not possible with "
+            f"this model. Choose another policy (the reason: {error})"
+        ) from error

@@ -83,11 +83,10 @@ def _main(args: Options) -> int:
 
 def _told(done: Any, outtype: str) -> str:
     p = done.parity
-    how = "in numpy" if done.info.statistics else "natively"
     lines = [
         f"compared with PyTorch on {p.checked} (largest difference of a score; kept tokens in "
         "common):",
-        f"  the file's weights, run {how}  {p.executor:.1e}   {p.kept:.2%} at the worst budget",
+        f"  the file's weights, run natively  {p.executor:.1e}   {p.kept:.2%} at the worst budget",
     ]
     if p.onnx is not None:
         lines.append(

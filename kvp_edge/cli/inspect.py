@@ -34,11 +34,6 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
         if info.context == 1
         else f"a score sees {info.context // 2} tokens before and after its own"
     )
-    looks = (
-        "attention",
-        f"of the newest {info.statistics} queries is looked at, too: these are logged, and every "
-        "eviction scores all tokens held",
-    )
     share = weights.aggregate / max(float(weights.aggregate.sum()), 1e-12)
     layer, head = np.unravel_index(int(share.argmax()), share.shape)
     return [
@@ -56,7 +51,6 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
             f"{heads} networks, one per KV head, of {info.hidden} + {info.hidden} hidden units on "
             "key, value and position",
         ),
-        *([looks] if info.statistics else []),
         ("context width", f"{info.context}: {sight}"),
         (
             "whole tokens",

@@ -75,8 +75,6 @@ _HELP: dict[str, str] = {
     "low-large: of these, where it rose a lot",
     "low_entropy": "foresight: share of the tokens whose entropy is low",
     "large": "foresight: nats by which a loss rises a lot",
-    "statistics": "foresight: newest queries whose attention a score looks at (0: none); needs "
-    "--context 1 and --grpo-steps 0",
     "capacity": "global: tokens per head that all gates together may retain",
     "capacity_weight": "global: price of what they retain beyond it",
     "distil_steps": "global: steps of distillation in a twin of the model (--model) at the end",

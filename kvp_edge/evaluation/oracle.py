@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
-from kvp_edge.policies import Policy
+from kvp_edge.arrays import FloatArray
+from kvp_edge.policies import CacheView, Policy
 from kvp_edge.traces.format import Trace
 
 
@@ -35,7 +35,6 @@ class Oracle(Policy):
     """
 
     name = "oracle"
-    inputs = "indices"
     scope = "cache"
 
     def __init__(self, trace: Trace, *, peak: bool = False) -> None:
@@ -51,8 +50,8 @@ class Oracle(Policy):
     def identity(self) -> str:
         return f"{self.name}({self._trace.source}, {self._measure})"
 
-    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
-        held = np.broadcast_to(indices, keys.shape[:3]).astype(np.int64)
+    def score(self, view: CacheView) -> FloatArray:
+        held = np.broadcast_to(view.indices, view.shape).astype(np.int64)
         newest = int(held.max())
         n = min(newest + 1, int(self._trace.splits[-1]))
         importance = self._wanted(n)

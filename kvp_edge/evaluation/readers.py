@@ -195,7 +195,7 @@ class SharedReader(Reader):
         # the policy that needs the most preparation at load
         most = max(
             self._policies.values(),
-            key=lambda policy: (policy.needs_frequencies, policy.queries),
+            key=lambda policy: (policy.needs_frequencies, policy.n_queries),
             default=get_policy("recency"),
         )
         self._subject = ScoringLlama(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import IntArray
+from kvp_edge.arrays import TokenIds
 from kvp_edge.errors import OptionError
 from kvp_edge.evaluation.item import Item
 from kvp_edge.options import EVALUATED, OPTIONS
@@ -43,7 +43,7 @@ class Prompt:
 
     task: str
     number: int
-    tokens: IntArray
+    tokens: TokenIds
     border: int
     item: Item | None
     reply_tokens: int

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvp_edge.errors import PolicyFileError, TrainingError
-from kvp_edge.export.onnx_graph import refuse_statistics, write_onnx
+from kvp_edge.export.onnx_graph import write_onnx
 from kvp_edge.export.parity import Parity, check_parity
 from kvp_edge.policy_file import (
     N_POSITION_FEATURES,
@@ -59,12 +59,11 @@ def policy_of(
         head_size_v=shape.head_size_v,
         hidden=shape.hidden,
         context=shape.context,
-        name=_stem(base_model, objective, shape.context, shape.statistics),
+        name=_stem(base_model, objective, shape.context),
         objective=objective,
         sinks=int(settings.get("sinks", 4)),
         recent=int(settings.get("recent", 32)),
         horizon=int(settings.get("horizon", PolicyInfo.horizon)),
-        statistics=shape.statistics,
         base_model=base_model,
         fingerprint=model.get("fingerprint", ""),
         training_data=f"{settings.get('n_traces', 0)} traces",
@@ -91,20 +90,17 @@ def policy_of(
         fc2_bias=per_head(w["fc2_bias"]),
         out=per_head(np.broadcast_to(w["out"], (shape.n_heads, shape.hidden))),
         aggregate=per_head(np.exp(w["log_aggregate"])),
-        statistics=per_head(rows[..., place.stop :]) if shape.statistics else None,
     )
 
 
-def _stem(base_model: str, objective: str, context: int, statistics: int) -> str:
+def _stem(base_model: str, objective: str, context: int) -> str:
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", base_model).strip("-") or "model"
     kind = "" if objective == "kvp" else f"-{objective}"
-    attention = f"-a{statistics}" if statistics else ""
-    return f"kvp-{slug}{kind}-w{context}{attention}"
+    return f"kvp-{slug}{kind}-w{context}"
 
 
 def derived_name(info: PolicyInfo, outtype: OutType) -> str:
-    """kvp-<model>[-<objective>]-w<context width>[-a<statistics>]-<OUTTYPE>.gguf; without objective:
-    kvp"""
+    """kvp-<model>[-<objective>]-w<context width>-<OUTTYPE>.gguf; without objective: kvp"""
     return f"{info.name}-{outtype.upper()}.gguf"
 
 
@@ -130,15 +126,12 @@ def export(
 
     Raises:
         TrainingError: no usable checkpoint.
-        PolicyFileError: the files do not score like PyTorch. They are left for inspection. Or
-            ONNX of a policy that looks at attention statistics.
+        PolicyFileError: the files do not score like PyTorch. They are left for inspection.
     """
     agents, about = load_agents(checkpoint)
     info, weights = policy_of(
         agents, about, architecture=architecture, base_model=base_model, license=license
     )
-    if onnx:
-        refuse_statistics(info)
     if traces is not None:
         trace = traces[0]
         found = (*trace.keys.shape[:2], trace.keys.shape[3], trace.values.shape[3])

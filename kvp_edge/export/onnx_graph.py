@@ -10,12 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from kvp_edge.errors import PolicyFileError
 from kvp_edge.files import write_whole
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights
 
 _OPSET = 17
 _IR_VERSION = 8  # of opset 17, so that older runtimes take it
+
+
+def _keys(info: PolicyInfo) -> dict[str, Any]:
+    """The policy file's keys, and one that readers of the first files ask for, too: ``statistics``,
+    how many queries a policy looks at, always 0."""
+    keys: dict[str, Any] = {}
+    for name, value in asdict(info).items():
+        keys[name] = value
+        if name == "horizon":
+            keys["statistics"] = 0
+    return keys
 
 
 class _Graph:
@@ -40,17 +50,6 @@ class _Graph:
         return output
 
 
-def refuse_statistics(info: PolicyInfo) -> None:
-    """Raises:
-    PolicyFileError: the policy looks at attention statistics, which ONNX's inputs do not hold.
-    """
-    if info.statistics:
-        raise PolicyFileError(
-            f"the policy '{info.name}' looks at the attention of {info.statistics} queries, and an "
-            "ONNX file sees keys, values and positions alone: export it without --onnx"
-        )
-
-
 def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWeights) -> None:
     """Write the policy as ONNX, f32.
 
@@ -58,11 +57,7 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
     n is dynamic. A negative position marks a token that is missing: it is not seen by its
     neighbours, and its score means nothing. Output: scores f32 [L, H, n]. The metadata holds the
     policy file's keys and the heads' weights as JSON.
-
-    Raises:
-        PolicyFileError: as ``refuse_statistics``.
     """
-    refuse_statistics(info)
     try:
         import onnx  # noqa: PLC0415
         from onnx import TensorProto, helper  # noqa: PLC0415
@@ -137,7 +132,7 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
     )
     helper.set_model_props(
         model,
-        {"kvp.info": json.dumps(asdict(info)), "kvp.aggregate": json.dumps(w.aggregate.tolist())},
+        {"kvp.info": json.dumps(_keys(info)), "kvp.aggregate": json.dumps(w.aggregate.tolist())},
     )
     onnx.checker.check_model(model, full_check=True)
     write_whole(path, model.SerializeToString())

@@ -11,9 +11,7 @@ import torch
 
 from kvp_edge.arrays import FloatArray
 from kvp_edge.binding.policy import NativePolicy
-from kvp_edge.binding.queries import Queries
-from kvp_edge.policies import Learned, Policy
-from kvp_edge.policies.attention import attention
+from kvp_edge.policies import ArrayView, Policy
 from kvp_edge.policy_file import PolicyWeights, read_policy
 from kvp_edge.training.agent import Agents
 from kvp_edge.training.data import TraceSetLike
@@ -35,8 +33,7 @@ class Parity:
         checked: what was scored.
         onnx: largest difference of ONNX (in onnxruntime) from PyTorch; None: not exported or
             onnxruntime is not installed.
-        executor: largest difference of the native executor (of numpy's, for a policy that looks at
-            attention statistics) from PyTorch with the file's weights.
+        executor: largest difference of the native executor from PyTorch with the file's weights.
         kept: share of kept tokens in which these two agree, at the worst budget.
         rounding: largest difference of the file's weights from the checkpoint's, in scores.
         rounding_kept: share of kept tokens in which these agree, mean over budgets.
@@ -60,24 +57,6 @@ class _Tokens:
     keys: npt.NDArray[np.float16]
     values: npt.NDArray[np.float16]
     indices: npt.NDArray[np.int32]
-    queries: Queries
-    block = 1
-
-    @property
-    def splits(self) -> npt.NDArray[np.int32]:
-        return np.arange(1, len(self.indices), dtype=np.int32)
-
-    def received(self, start: int, stop: int, n_tokens: int) -> FloatArray:
-        """What the queries of [start, stop) pay, as a trace's: f32 [L, H, n_tokens]."""
-        some = self.queries[start - stop :]
-        paid = attention(some, self.keys.astype(np.float32), self.indices)
-        return np.stack([x.max(1).sum(1) for x in paid])[:, :, :n_tokens]
-
-    def importance(self, n: int) -> FloatArray:
-        raise NotImplementedError  # scores alone are compared
-
-    def peak(self, n: int) -> FloatArray:
-        raise NotImplementedError
 
 
 def check_parity(
@@ -99,11 +78,8 @@ def check_parity(
         parity = Parity(f"{len(samples)} traces, {sum(len(s.indices) for s in samples)} tokens")
     exact = [_torch_scores(agents, sample) for sample in samples]
     rounded = [_torch_scores(_with_weights(agents, stored), sample) for sample in samples]
-    if agents.shape.statistics:
-        ran = [_policy_scores(_Told(gguf, sample.queries), sample) for sample in samples]
-    else:
-        native = NativePolicy(read_policy(gguf)[1])
-        ran = [_policy_scores(native, sample) for sample in samples]
+    native = NativePolicy(read_policy(gguf)[1])
+    ran = [_policy_scores(native, sample) for sample in samples]
     parity.executor = _difference(rounded, ran)
     common, kept = common_tokens(rounded, ran)
     parity.kept = float((common / kept).min())
@@ -142,10 +118,7 @@ def _check_onnx(
 def _samples(agents: Agents, traces: TraceSetLike | None) -> list[_Tokens]:
     if traces is not None:
         chosen = (traces[i] for i in range(min(_TRACES, len(traces))))
-        return [
-            _Tokens(t.keys[:], t.values[:], t.indices[:], _queries(agents, t.indices[:]))
-            for t in chosen
-        ]
+        return [_Tokens(t.keys[:], t.values[:], t.indices[:]) for t in chosen]
     shape = agents.shape
     heads = (shape.n_layer, shape.n_head_kv)
     # as the training data were: f16 cannot hold what never varied, so that part is its mean
@@ -159,29 +132,8 @@ def _samples(agents: Agents, traces: TraceSetLike | None) -> list[_Tokens]:
         x = (mean + std * noise).reshape(*heads, _RANDOM_TOKENS, -1).astype(np.float16)
         dk, dv = shape.head_size_k, shape.head_size_v
         indices = np.arange(_RANDOM_TOKENS, dtype=np.int32)
-        queries = _queries(agents, indices)
-        samples.append(_Tokens(x[..., :dk], x[..., dk : dk + dv], indices, queries))
+        samples.append(_Tokens(x[..., :dk], x[..., dk : dk + dv], indices))
     return samples
-
-
-def _queries(agents: Agents, indices: npt.NDArray[np.int32]) -> Queries:
-    """Random ones of the newest tokens, two heads to a KV head; as many as the agents look at."""
-    shape, rng = agents.shape, np.random.default_rng(1)
-    newest = indices[len(indices) - min(shape.statistics, len(indices)) :]
-    size = (shape.n_layer, 2 * shape.n_head_kv, len(newest), shape.head_size_k)
-    scale = np.full(shape.n_layer, shape.head_size_k**-0.5, np.float32)
-    return Queries(rng.standard_normal(size).astype(np.float32), newest, scale)
-
-
-class _Told(Learned):
-    """The policy of a file, with the queries that it would find in a log."""
-
-    def __init__(self, path: Path, queries: Queries) -> None:
-        super().__init__(path)
-        self._queries = queries
-
-    def logged(self) -> Queries:
-        return self._queries
 
 
 def _torch_scores(agents: Agents, sample: _Tokens) -> FloatArray:
@@ -190,7 +142,10 @@ def _torch_scores(agents: Agents, sample: _Tokens) -> FloatArray:
 
 def _policy_scores(policy: Policy | NativePolicy, sample: _Tokens) -> FloatArray:
     keys, values = sample.keys.astype(np.float32), sample.values.astype(np.float32)
-    scores = policy.score(keys, values, sample.indices)
+    if isinstance(policy, Policy):
+        scores = policy.score(ArrayView(keys, values, sample.indices))
+    else:
+        scores = policy.score(keys, values, sample.indices)
     return scores.reshape(-1, len(sample.indices))
 
 
@@ -202,8 +157,7 @@ def _with_weights(agents: Agents, w: PolicyWeights) -> Agents:
         return torch.from_numpy(array.reshape(n, *array.shape[2:]).copy())
 
     out = Agents(replace(agents.shape, shared_out=False))  # a file holds one per head
-    inputs = [w.key, w.value, w.position] + ([] if w.statistics is None else [w.statistics])
-    first = np.concatenate(inputs, axis=-1)
+    first = np.concatenate([w.key, w.value, w.position], axis=-1)
     out.load_state_dict(
         {
             "mean": torch.zeros_like(out.mean),

@@ -19,6 +19,7 @@ from kvp_edge.policies.recency import Recency
 from kvp_edge.policies.snapkv import SnapKV
 from kvp_edge.policies.tova import TOVA
 from kvp_edge.policies.value_range import ValueRange
+from kvp_edge.policies.view import ArrayView, CacheView
 
 #: The plain rules that tables compare with: name -> class.
 HEURISTICS: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, KNorm, Recency, Random)}
@@ -70,6 +71,8 @@ __all__ = [
     "HEURISTICS",
     "POLICIES",
     "TOVA",
+    "ArrayView",
+    "CacheView",
     "ExpectedAttention",
     "KNorm",
     "KeyDiff",

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import FloatArray, IntArray
-from kvp_edge.policies.base import Policy
-
-if TYPE_CHECKING:
-    from kvp_edge.binding.cache import NativeCache
-    from kvp_edge.binding.queries import Queries
+from kvp_edge.arrays import FloatArray, TokenIndices
+from kvp_edge.binding.queries import Queries
 
 _CHUNK = 128  # queries whose attention is held at once
 
 
-def attention(queries: Queries, keys: FloatArray, indices: IntArray) -> Iterator[FloatArray]:
+def attention(queries: Queries, keys: FloatArray, indices: TokenIndices) -> Iterator[FloatArray]:
     """Layer by layer softmax(scale q.k) over the held tokens that a query can see, as llama.cpp's.
 
     A query sees the tokens of its own position and before. Where all it saw is still held these are
@@ -45,7 +39,7 @@ def attention(queries: Queries, keys: FloatArray, indices: IntArray) -> Iterator
         yield softmax(logits, seen)
 
 
-def total_attention(queries: Queries, keys: FloatArray, indices: IntArray) -> FloatArray:
+def total_attention(queries: Queries, keys: FloatArray, indices: TokenIndices) -> FloatArray:
     """f32 [n_layer, n_head_kv, n]: attention summed over queries, averaged over a KV head's query
     heads."""
     total = np.zeros(keys.shape[:3], np.float32)
@@ -53,32 +47,6 @@ def total_attention(queries: Queries, keys: FloatArray, indices: IntArray) -> Fl
         for layer, paid in enumerate(attention(queries[start : start + _CHUNK], keys, indices)):
             total[layer] += paid.sum(axis=2).mean(axis=1)
     return total
-
-
-#: total_attention of some queries to the tokens held.
-Pays = Callable[["Queries"], FloatArray]
-
-
-class ByAttention(Policy):
-    """A policy that looks at nothing but total_attention, which is computed where the keys lie."""
-
-    inputs = "keys"
-    scope = "cache"
-
-    @abstractmethod
-    def score_paid(self, pays: Pays, indices: IntArray) -> FloatArray:
-        """``score``, from indices int32 [n_layer, n_head_kv, n]."""
-
-    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
-        def pays(queries: Queries) -> FloatArray:
-            return total_attention(queries, keys, indices)
-
-        return self.score_paid(pays, np.broadcast_to(indices, keys.shape[:3]))
-
-    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
-        s = cache.shape
-        held = np.broadcast_to(indices, (s.n_layer, s.n_head_kv, indices.shape[-1]))
-        return self.score_paid(lambda q: cache.score_attention(p0, p1, q, held), held)
 
 
 def softmax(logits: FloatArray, seen: npt.NDArray[np.bool_] | None = None) -> FloatArray:

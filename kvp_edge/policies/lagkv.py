@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray
+from kvp_edge.binding import rules
+from kvp_edge.errors import PolicyError
 from kvp_edge.policies.base import Policy
-
-if TYPE_CHECKING:
-    from kvp_edge.binding.cache import NativeCache
+from kvp_edge.policies.view import CacheView
 
 _TINY = 1e-12  # a channel in which all reference tokens agree has no range
 
 
+@dataclass(frozen=True)
 class LagKV(Policy):
     """The tokens held, without the first ``sinks``, are cut into partitions of ``lag`` tokens; each
     is measured by the next one, its reference (section 2.2):
@@ -33,42 +34,27 @@ class LagKV(Policy):
     """
 
     name = "lagkv"
-    inputs = "keys+values"
     scope = "cache"
+    lag: int = 128
+    sinks: int = 4
 
-    def __init__(self, lag: int = 128, sinks: int = 4) -> None:
-        self.lag = lag
-        self.sinks = sinks
+    def __post_init__(self) -> None:
+        if self.lag < 1 or self.sinks < 0:
+            raise PolicyError(
+                f"LagKV needs a lag >= 1 and no fewer than 0 sinks: {self.lag}, {self.sinks}"
+            )
 
-    def identity(self) -> str:
-        return f"{self.name}(lag={self.lag}, sinks={self.sinks})"
-
-    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
-        n_layer, n_head_kv, n = keys.shape[:3]
-        n_parts = self._parts(n)
+    def score(self, view: CacheView) -> FloatArray:
+        n = view.shape[2]
+        n_parts = (n - self.sinks) // self.lag
         if n_parts < 2:
-            return self._newest(n_layer, n_head_kv, n)
-        end = self.sinks + n_parts * self.lag
-        size = (n_parts, self.lag)
-        of_keys, of_values = (
-            standing_out(x[:, :, self.sinks : end].reshape(n_layer, n_head_kv, *size, -1))
-            for x in (keys, values)
-        )
-        mean: FloatArray = (of_keys + of_values) / np.float32(2)
-        return self._ranked(mean, n)
+            return self._newest(view.shape)
+        rule = rules.Lag(self.sinks, self.lag, n_parts)
+        return self._ranked(view.apply(rule, lambda view: _score(view, rule)), n)
 
-    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
-        n = indices.shape[-1]
-        n_parts = self._parts(n)
-        if n_parts < 2:
-            return self._newest(cache.shape.n_layer, cache.shape.n_head_kv, n)
-        return self._ranked(cache.score_lag(p0, p1, n, self.sinks, self.lag, n_parts), n)
-
-    def _parts(self, n: int) -> int:
-        return (n - self.sinks) // self.lag
-
-    def _newest(self, n_layer: int, n_head_kv: int, n: int) -> FloatArray:
-        score = np.ones((n_layer, n_head_kv, n), np.float32)
+    def _newest(self, shape: tuple[int, int, int]) -> FloatArray:
+        n = shape[2]
+        score = np.ones(shape, np.float32)
         score[:, :, self.sinks :] = np.arange(max(0, n - self.sinks)) / max(1, n)
         return score
 
@@ -81,6 +67,19 @@ class LagKV(Policy):
         ranked = rank.reshape(n_layer, n_head_kv, -1) / self.lag
         score[:, :, self.sinks : self.sinks + ranked.shape[-1]] = ranked
         return score
+
+
+def _score(view: CacheView, rule: rules.Lag) -> FloatArray:
+    """s of the tokens in partitions that have a reference: the mean of the keys' and the
+    values'."""
+    n_layer, n_head_kv, _ = view.shape
+    inside = slice(rule.first, rule.first + rule.n_parts * rule.lag)
+    of_keys, of_values = (
+        standing_out(x[:, :, inside].reshape(n_layer, n_head_kv, rule.n_parts, rule.lag, -1))
+        for x in view.keys_and_values()
+    )
+    mean: FloatArray = (of_keys + of_values) / np.float32(2)
+    return mean
 
 
 def standing_out(x: FloatArray) -> FloatArray:

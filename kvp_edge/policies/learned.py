@@ -8,20 +8,39 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, IntArray, TokenIndices
+from kvp_edge.binding import rules
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.policies.attention_statistics import attention_statistics
 from kvp_edge.policies.base import Policy
 from kvp_edge.policies.retention import log_future_use, log_total
+from kvp_edge.policies.view import CacheView
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 
 
 class FromFile(Policy):
     """A policy that was trained, whatever computes its scores. Those of gates (objective "global")
-    say how fast a token's worth decays."""
+    say how fast a token's worth decays.
 
-    info: PolicyInfo
+    Attributes:
+        path: the file.
+        head_weights: f32 [n_layer, n_head_kv], of the heads in the worth of a whole token.
+    """
+
+    path: str
+    head_weights: FloatArray
+    _info: PolicyInfo
+
+    @property
+    def info(self) -> PolicyInfo:
+        """What the file says of itself."""
+        return self._info
+
+    @property
+    def context(self) -> int:
+        """Half the context width. A token's score is final once this many tokens after it are
+        known; before that it is what it would be if the conversation ended there."""
+        return self._info.context // 2
 
     def worth(self, scores: FloatArray, ages: IntArray) -> FloatArray:
         if self.info.objective == "global":
@@ -31,25 +50,19 @@ class FromFile(Policy):
     def whole_tokens(self, worth: FloatArray) -> FloatArray | None:
         if self.info.objective == "global":
             return log_total(worth)
-        return super().whole_tokens(worth)
+        total: FloatArray = np.einsum("lhn,lh->n", worth, self.head_weights)
+        return total
 
 
 class Learned(FromFile):
-    """Runs a policy file: natively on a cache; ``score`` is the same in numpy, the definition that
-    all executors are tested by.
-
-    A file that looks at attention statistics runs in numpy alone: its scores are of the moment, so
-    all tokens held are scored again at every eviction, by the queries logged until then.
+    """Runs a policy file: natively on a cache, and on arrays in numpy, the definition that all
+    executors are tested by.
 
     Attributes:
-        info: what the file says of itself.
-        context: half the context width. A token's score is final once this many tokens after it are
-            known; before that it is what it would be if the conversation ended there.
+        network: what runs it natively; None: numpy does on a cache, too.
     """
 
     name = "learned"
-    inputs = "keys+values"
-    info: PolicyInfo
 
     def __init__(self, path: str | os.PathLike[str], *, native: bool = True) -> None:
         """Read the file.
@@ -61,30 +74,26 @@ class Learned(FromFile):
             PolicyFileError: missing, damaged, or not a policy file.
         """
         self.path = os.fspath(path)
-        self.info, self.weights = read_policy(path)
-        self.context = self.info.context // 2
+        self._info, self.weights = read_policy(path)
         self.head_weights = self.weights.aggregate
-        if self.info.statistics:
-            self.scope, self.queries = "cache", self.info.statistics
-        elif native:
-            self.native_scorer = NativePolicy(self.weights)
+        self.network = NativePolicy(self.weights) if native else None
 
     def identity(self) -> str:
         digest = hashlib.sha256()
         for array in self.weights.arrays().values():
             digest.update(np.ascontiguousarray(array).tobytes())
-        if self.info.statistics:
-            digest.update(str(self.info.statistics).encode())
         return f"{self.info.name}({digest.hexdigest()[:16]})"
 
-    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
+    def score(self, view: CacheView) -> FloatArray:
+        if self.network is None:
+            return self._in_numpy(view)
+        return view.apply(rules.Network(self.network, view.indices), self._in_numpy)
+
+    def _in_numpy(self, view: CacheView) -> FloatArray:
+        keys, values = view.keys_and_values()
         check_arrays(self.info, keys, values)
-        if self.info.statistics:
-            found = attention_statistics(self.logged(), keys, indices, self.info.statistics)
-            alone = np.arange(keys.shape[2])  # without context there are no neighbours
-            return forward(self.weights, keys, values, indices, alone, found)
-        at = with_gaps(indices, self.context)
-        return forward(self.weights, keys, values, indices, at)
+        at = with_gaps(view.indices, self.context)
+        return forward(self.weights, keys, values, view.indices, at)
 
 
 def check_arrays(info: PolicyInfo, keys: FloatArray, values: FloatArray) -> None:
@@ -101,7 +110,7 @@ def check_arrays(info: PolicyInfo, keys: FloatArray, values: FloatArray) -> None
         )
 
 
-def with_gaps(indices: IntArray, half: int) -> npt.NDArray[np.intp]:
+def with_gaps(indices: TokenIndices, half: int) -> npt.NDArray[np.intp]:
     """Where each token stands in conversation order, with -1 where tokens are missing between them.
 
     Between two tokens that are not neighbours come as many -1 as are missing, but no more than
@@ -117,7 +126,7 @@ def with_gaps(indices: IntArray, half: int) -> npt.NDArray[np.intp]:
     return at
 
 
-def position_features(indices: IntArray) -> FloatArray:
+def position_features(indices: TokenIndices) -> FloatArray:
     """f32 [..., 4] from tokens' indices in the conversation."""
     p = np.maximum(indices, 0).astype(np.float32)
     log = np.log2(1 + p)
@@ -134,17 +143,13 @@ def forward(
     w: PolicyWeights,
     keys: FloatArray,
     values: FloatArray,
-    indices: IntArray,
+    indices: TokenIndices,
     at: npt.NDArray[np.intp],
-    statistics: FloatArray | None = None,
 ) -> FloatArray:
     """The network of docs/policy-format.md: f32 [n_layer, n_head_kv, n] of all n tokens."""
     x: FloatArray = keys @ w.key.swapaxes(2, 3)
     x += values @ w.value.swapaxes(2, 3)
     x += position_features(indices) @ w.position.swapaxes(2, 3)
-    if w.statistics is not None:
-        assert statistics is not None
-        x += statistics @ w.statistics.swapaxes(2, 3)
     x += w.fc1_bias[:, :, None]
     width = w.conv.shape[2]
     if width > 1:

@@ -7,11 +7,12 @@ import os
 
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.files.json_values import parse, require
 from kvp_edge.policies.learned import FromFile, check_arrays, with_gaps
-from kvp_edge.policy_file import PolicyInfo, info_of
+from kvp_edge.policies.view import CacheView
+from kvp_edge.policy_file import info_of
 
 _AGGREGATE = {"aggregate": list[list[float]]}
 
@@ -20,9 +21,6 @@ class Onnx(FromFile):
     """Scores like ``Learned``, from the .onnx file that ``kvp-edge export --onnx`` writes."""
 
     name = "onnx"
-    inputs = "keys+values"
-    scope = "token"
-    info: PolicyInfo
 
     def __init__(self, path: str | os.PathLike[str], providers: list[str] | None = None) -> None:
         """Load the file.
@@ -54,7 +52,7 @@ class Onnx(FromFile):
         if "kvp.info" not in metadata:
             raise PolicyFileError(f"'{self.path}' is not a policy exported by kvp-edge export")
         try:
-            self.info = info_of(parse(metadata["kvp.info"]))
+            self._info = info_of(parse(metadata["kvp.info"]))
             found = require({"aggregate": parse(metadata.get("kvp.aggregate", "0"))}, _AGGREGATE)
             self.head_weights = np.asarray(found["aggregate"], np.float32)
             if self.head_weights.shape != (self.info.n_layer, self.info.n_head_kv):
@@ -63,13 +61,14 @@ class Onnx(FromFile):
             raise PolicyFileError(
                 f"the policy file '{self.path}' is damaged ({error}): export it again"
             ) from error
-        self.context = self.info.context // 2
 
     def identity(self) -> str:
         with open(self.path, "rb") as file:
             return f"{self.info.name}({hashlib.sha256(file.read()).hexdigest()[:16]})"
 
-    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
+    def score(self, view: CacheView) -> FloatArray:
+        keys, values = view.keys_and_values()
+        indices = view.indices
         check_arrays(self.info, keys, values)
         at = with_gaps(indices, self.context)
         inputs = {

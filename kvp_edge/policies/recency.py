@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray
 from kvp_edge.policies.base import Policy
+from kvp_edge.policies.view import CacheView
 
 
+@dataclass(frozen=True)
 class Recency(Policy):
     """score = position."""
 
     name = "recency"
-    inputs = "indices"
 
-    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
+    def score(self, view: CacheView) -> FloatArray:
         # exact in f32 up to position 2^24
-        return np.broadcast_to(indices.astype(np.float32), (*keys.shape[:2], len(indices)))
+        return np.broadcast_to(view.indices.astype(np.float32), view.shape)

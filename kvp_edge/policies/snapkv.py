@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray
 from kvp_edge.errors import PolicyError
-from kvp_edge.policies.attention import ByAttention, Pays
+from kvp_edge.policies.base import Policy
+from kvp_edge.policies.view import CacheView
 
 
-class SnapKV(ByAttention):
+@dataclass(frozen=True)
+class SnapKV(Policy):
     """The attention of the newest ``window`` queries, pooled over neighbours (section 4):
 
         score = mean over the group's query heads of avg_pool(mean over the window of attention)
@@ -24,24 +28,27 @@ class SnapKV(ByAttention):
     """
 
     name = "snapkv"
-    queries = 32
+    scope = "cache"
+    window: int = 32
+    kernel: int = 5
 
-    def __init__(self, window: int = queries, kernel: int = 5) -> None:
-        if window < 1 or kernel % 2 == 0:
-            raise PolicyError(f"SnapKV needs a window >= 1 and an odd kernel: {window}, {kernel}")
-        self.queries = window
-        self.kernel = kernel
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.kernel % 2 == 0:
+            raise PolicyError(
+                f"SnapKV needs a window >= 1 and an odd kernel: {self.window}, {self.kernel}"
+            )
 
-    def identity(self) -> str:
-        return f"{self.name}(window={self.queries}, kernel={self.kernel})"
+    @property
+    def n_queries(self) -> int:
+        return self.window
 
-    def score_paid(self, pays: Pays, indices: IntArray) -> FloatArray:
-        logged = self.logged()
-        if len(logged) == 0:
-            return np.zeros(indices.shape, np.float32)
-        score = pays(logged) / np.float32(len(logged))
+    def score(self, view: CacheView) -> FloatArray:
+        queries = view.queries(self.window)
+        if len(queries) == 0:
+            return np.zeros(view.shape, np.float32)
+        score = view.attention(queries) / np.float32(len(queries))
         # the window's tokens are none of the pooled ones' neighbours
-        inside = indices >= logged.indices[0]
+        inside = np.broadcast_to(view.indices, view.shape) >= queries.indices[0]
         pooled = _avg_pool(np.where(inside, 0, score), self.kernel)
         pooled[inside] = pooled.max(initial=0) + 1
         return pooled

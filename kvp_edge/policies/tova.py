@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
-from kvp_edge.policies.attention import ByAttention, Pays
+from kvp_edge.arrays import FloatArray
+from kvp_edge.policies.base import Policy
+from kvp_edge.policies.view import CacheView
 
 
-class TOVA(ByAttention):
+@dataclass(frozen=True)
+class TOVA(Policy):
     """score = mean over ALL query heads of the layer of the newest query's attention (section 3.2).
 
     All KV heads of a layer get the same scores, so they keep the same tokens, also at head
@@ -16,11 +20,12 @@ class TOVA(ByAttention):
     """
 
     name = "tova"
-    queries = 1
+    scope = "cache"
+    n_queries = 1
 
-    def score_paid(self, pays: Pays, indices: IntArray) -> FloatArray:
-        score = np.zeros(indices.shape, np.float32)
-        newest = self.logged()[-1:]
+    def score(self, view: CacheView) -> FloatArray:
+        score = np.zeros(view.shape, np.float32)
+        newest = view.queries(1)
         if len(newest):
-            score[:] = pays(newest).mean(axis=1, keepdims=True)
+            score[:] = view.attention(newest).mean(axis=1, keepdims=True)
         return score

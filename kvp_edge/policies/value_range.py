@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray
+from kvp_edge.binding import rules
 from kvp_edge.policies.base import Policy
-
-if TYPE_CHECKING:
-    from kvp_edge.binding.cache import NativeCache
+from kvp_edge.policies.view import CacheView
 
 
+@dataclass(frozen=True)
 class ValueRange(Policy):
     """score = max_c v_c - min_c v_c over the channels c of a token's value.
 
@@ -19,12 +19,12 @@ class ValueRange(Policy):
     """
 
     name = "value-range"
-    inputs = "keys+values"
-    scope = "token"
 
-    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
-        score: FloatArray = values.max(axis=-1) - values.min(axis=-1)
-        return score
+    def score(self, view: CacheView) -> FloatArray:
+        return view.apply(rules.Range(), _score)
 
-    def score_in_place(self, cache: NativeCache, p0: int, p1: int, indices: IntArray) -> FloatArray:
-        return cache.score_range(p0, p1, indices.shape[-1])
+
+def _score(view: CacheView) -> FloatArray:
+    values = view.values()
+    score: FloatArray = values.max(axis=-1) - values.min(axis=-1)
+    return score

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from kvp_edge.arrays import HalfArray, IntArray
+from kvp_edge.arrays import HalfArray, TokenIds, TokenIndices
 from kvp_edge.binding.blocks import Blocks
-from kvp_edge.binding.cache import CacheShape, NativeCache
+from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.capture import AttentionAsComputed
 from kvp_edge.binding.observer import Observer
+from kvp_edge.binding.structs import CacheShape
 from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
@@ -45,9 +46,9 @@ def _round_up(n_tokens: int) -> int:
 class Captured:
     """The capture of one text: L layers, H KV heads, T tokens, P = blocks.n_sums(T)."""
 
-    tokens: IntArray
+    tokens: TokenIds
     """int32 [T]"""
-    indices: IntArray
+    indices: TokenIndices
     """int32 [T], ascending"""
     keys: HalfArray
     """float16 [L, H, T, head_size_k], RoPE included"""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvp_edge.policy_file import N_POSITION_FEATURES, N_STATISTICS
+from kvp_edge.policy_file import N_POSITION_FEATURES
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class AgentShape:
         context: the convolution's width; 1 is the blind agent of arXiv:2602.10238.
         shared_out: one last projection for all layers and heads, which makes their scores
             comparable (arXiv:2605.09649).
-        statistics: newest queries whose attention is an input as well; 0: none.
     """
 
     n_layer: int
@@ -33,7 +32,6 @@ class AgentShape:
     hidden: int = 64
     context: int = 9
     shared_out: bool = False
-    statistics: int = 0
 
     @property
     def n_heads(self) -> int:
@@ -41,8 +39,7 @@ class AgentShape:
 
     @property
     def n_features(self) -> int:
-        statistics = N_STATISTICS if self.statistics else 0
-        return self.head_size_k + self.head_size_v + N_POSITION_FEATURES + statistics
+        return self.head_size_k + self.head_size_v + N_POSITION_FEATURES
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of ``Agents``, by its name."""

@@ -96,7 +96,10 @@ def _about(values: dict[str, Any]) -> About:
     hints, of_about = _hints(AgentShape), _hints(About)
     values = require(values, {**of_about, "shape": dict[str, Any]})
     shape = AgentShape(**{name: require(values["shape"], hints)[name] for name in hints})
-    if values["step"] < 0 or shape.statistics < 0:
+    unknown = [name for name in values["shape"] if name not in hints and values["shape"][name]]
+    if unknown:  # what is 0 was not used
+        raise ValueError(f"its agents have {unknown[0]}, which this version does not know")
+    if values["step"] < 0:
         raise ValueError("a number below 0")
     # runs of older versions have fewer of them
     require(values["settings"], {k: v for k, v in _SETTINGS.items() if k in values["settings"]})

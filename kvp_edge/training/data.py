@@ -16,10 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvp_edge.arrays import BoolArray, IntArray
+from kvp_edge.arrays import BoolArray, IntArray, TokenIndices
 from kvp_edge.errors import TrainingError
-from kvp_edge.policies.attention_statistics import log_attention, windows
-from kvp_edge.policy_file import N_STATISTICS
 from kvp_edge.training.agent import position_features
 
 _MIN_COMPETING = 16  # fewer tokens than this are not worth ranking
@@ -37,7 +35,7 @@ class TraceLike(Protocol):
         """f16 [L, H, T, head_size_v]."""
 
     @property
-    def indices(self) -> IntArray:
+    def indices(self) -> TokenIndices:
         """int32 [T]: each token's index in the conversation."""
 
     @property
@@ -226,7 +224,6 @@ class Sampler:
     tokens: int  # C * S
     run: int = 64  # S
     states_of: States | None = None  # None: cuts of a trace, all tokens kept
-    statistics: int = 0  # newest queries whose attention is a feature
 
     def draw(self, rng: np.random.Generator, heads: npt.NDArray[np.intp]) -> Batch:
         """A batch of the features of ``heads`` (indices into layers x KV heads, flattened).
@@ -251,8 +248,7 @@ class Sampler:
             there = there & held[:, inner.clip(0, n - 1)]
             present.append(there)
             inside = at.clip(0, n - 1).reshape(-1)
-            paid = statistics_of(trace, n, heads, index, self.statistics, held)
-            found = gather(trace, inside, heads, index, paid)
+            found = gather(trace, inside, heads, index)
             features.append(found.reshape(len(heads), *at.shape, -1))
             received = importance_of(trace, n, heads, index)[:, inner.clip(0, n - 1)]
             importance.append(np.where(there, received, 0.0))
@@ -295,26 +291,17 @@ class Sampler:
 
 
 def gather(
-    trace: TraceLike,
-    at: npt.NDArray[np.intp],
-    heads: npt.NDArray[np.intp],
-    index: int,
-    statistics: npt.NDArray[np.float32] | None = None,
+    trace: TraceLike, at: npt.NDArray[np.intp], heads: npt.NDArray[np.intp], index: int
 ) -> npt.NDArray[np.float32]:
     """Features of some tokens in some heads: f32 [n, len(at), F], as docs/policy-format.md lists
-    them, not standardised; ``statistics`` are what ``statistics_of`` found for these heads.
-    ``index`` names the trace in errors."""
+    them, not standardised. ``index`` names the trace in errors."""
     layer, head = np.unravel_index(heads, trace.keys.shape[:2])
     dk, dv = trace.keys.shape[3], trace.values.shape[3]
-    extra = 0 if statistics is None else statistics.shape[2]
-    out = np.empty((len(heads), len(at), dk + dv + 4 + extra), np.float32)
+    out = np.empty((len(heads), len(at), dk + dv + 4), np.float32)
     for i, (il, ih) in enumerate(zip(layer, head, strict=True)):
         out[i, :, :dk] = trace.keys[il, ih][at]
         out[i, :, dk : dk + dv] = trace.values[il, ih][at]
-    place = slice(dk + dv, dk + dv + 4)
-    out[:, :, place] = position_features(torch.from_numpy(trace.indices[at])).numpy()
-    if statistics is not None:
-        out[:, :, place.stop :] = statistics[:, at]
+    out[:, :, dk + dv :] = position_features(torch.from_numpy(trace.indices[at])).numpy()
     if not np.isfinite(out).all():
         raise TrainingError(
             f"trace {index} holds keys or values that are not numbers (NaN or infinite): leave it "
@@ -327,10 +314,7 @@ def importance_of(
     trace: TraceLike, n: int, heads: npt.NDArray[np.intp], index: int
 ) -> npt.NDArray[np.float32]:
     """``trace.importance(n)`` of some heads: f32 [len(heads), n]."""
-    return _sound(trace.importance(n).reshape(-1, n)[heads], index)
-
-
-def _sound(received: npt.NDArray[np.float32], index: int) -> npt.NDArray[np.float32]:
+    received: npt.NDArray[np.float32] = trace.importance(n).reshape(-1, n)[heads]
     if not np.isfinite(received).all() or (received < 0).any():
         raise TrainingError(
             f"trace {index} holds attention that is negative or not a number: make it again"
@@ -338,74 +322,19 @@ def _sound(received: npt.NDArray[np.float32], index: int) -> npt.NDArray[np.floa
     return received
 
 
-def statistics_of(
-    trace: Any,
-    n: int,
-    heads: npt.NDArray[np.intp],
-    index: int,
-    window: int,
-    held: BoolArray | None = None,
-) -> npt.NDArray[np.float32] | None:
-    """Statistics of the attention that the newest of n queries paid, as docs/policy-format.md
-    defines them: f32 [len(heads), n, 2]; None for a window of 0.
-
-    A chat computes attention over the tokens that it still holds, and a trace has it over all n. Of
-    those held by a head (``held``: bool [len(heads) or 1, n]; None: all) each gets its share of
-    what all were paid in the window. That would be exact if every query had paid the dropped ones
-    the same share, and the maximum over the query group were over one query head.
-
-    Args:
-        trace: one that knows what was paid before a cut (kvp_edge.traces.format.Trace).
-        n: a border between its blocks, or its end.
-
-    Raises:
-        TrainingError: the trace does not know, or not for so few queries.
-    """
-    if window == 0:
-        return None
-    if not hasattr(trace, "received"):
-        raise TrainingError(
-            "the traces do not say what was paid before a cut, and statistics are made of that: "
-            "trace with kvp-edge trace, or leave out --statistics"
-        )
-    if any(newest % trace.block for newest in windows(window)):
-        raise TrainingError(
-            f"statistics of the newest {' and '.join(map(str, windows(window)))} queries are not "
-            f"whole blocks of {trace.block} queries, which is what trace {index} knows: a multiple "
-            f"of {2 * trace.block} is, or trace again with a smaller --block"
-        )
-    borders = np.array([0, *trace.splits])
-    out = np.empty((len(heads), n, N_STATISTICS), np.float32)
-    for i, newest in enumerate(windows(window)):
-        start = int(borders[borders >= n - newest][0])  # a text's first block may be a short one
-        paid = _sound(trace.received(start, n, n).reshape(-1, n)[heads], index) / (n - start)
-        if held is not None:
-            total = paid.sum(1, keepdims=True)
-            paid = np.where(held, paid, 0)
-            paid *= total / np.maximum(paid.sum(1, keepdims=True), 1e-12)
-        out[:, :, i] = log_attention(paid)
-    return out
-
-
 def standardisation(
     traces: TraceSetLike,
     usable: list[int],
     heads: npt.NDArray[np.intp],
     sample: int = 32,
-    statistics: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation of every feature in every head: f32 [n, F] each, from up to
-    ``sample`` traces spread over the set; those of the attention of the newest ``statistics``
-    queries when half of a trace was read."""
+    ``sample`` traces spread over the set."""
     chosen = [usable[i] for i in np.unique(np.linspace(0, len(usable) - 1, sample).astype(int))]
     total, squares, count = 0.0, 0.0, 0
     for index in chosen:
         trace = traces[index]
-        n, paid = trace.keys.shape[2], None
-        if statistics:
-            n = int(trace.splits[len(trace.splits) // 2])
-            paid = statistics_of(trace, n, heads, index, statistics)
-        x = gather(trace, np.arange(n), heads, index, paid).astype(np.float64)
+        x = gather(trace, np.arange(trace.keys.shape[2]), heads, index).astype(np.float64)
         total, squares, count = total + x.sum(1), squares + (x**2).sum(1), count + x.shape[1]
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvp_edge.arrays import FloatArray, IntArray
-from kvp_edge.policies import Policy
+from kvp_edge.arrays import FloatArray
+from kvp_edge.policies import CacheView, Policy
 from kvp_edge.scoring import ScoringLlama
 from kvp_edge.text.spans import Span
 from kvp_edge.training.agent import Agents, position_features
@@ -125,7 +125,6 @@ class _Drawing(Policy):
     """
 
     name = "agents"
-    inputs = "keys+values"
     scope = "cache"
 
     def __init__(
@@ -146,19 +145,19 @@ class _Drawing(Policy):
         self._final = 0  # tokens whose scores will not change any more
         self.evictions: list[Eviction] = []
 
-    def score(self, keys: FloatArray, values: FloatArray, indices: IntArray) -> FloatArray:
-        seen = int(indices.max()) + 1
-        self._read(keys, values, indices, seen)
+    def score(self, view: CacheView) -> FloatArray:
+        seen = int(view.indices.max()) + 1
+        self._read(*view.keys_and_values(), seen)
         held = torch.from_numpy(
-            np.broadcast_to(indices, keys.shape[:3]).reshape(len(self._scores), -1).astype(int)
+            np.broadcast_to(view.indices, view.shape).reshape(len(self._scores), -1).astype(int)
         )
         scores = self._scores.gather(1, held)
         if self._generator is not None:
             scores = self._draw(scores, held, seen)
-        out: FloatArray = scores.numpy().reshape(keys.shape[:3])
+        out: FloatArray = scores.numpy().reshape(view.shape)
         return out
 
-    def _read(self, keys: FloatArray, values: FloatArray, indices: IntArray, seen: int) -> None:
+    def _read(self, keys: FloatArray, values: FloatArray, seen: int) -> None:
         """Bring features and scores up to date. All tokens that came in since the last eviction,
         and the recent ones before them, are held by every head, in the last rows."""
         start = max(0, self._final - self._half)

@@ -65,8 +65,6 @@ class Settings:
         clip, kl: (foresight) bound of the probability ratio; weight of the distance to the start.
         reward, low_entropy, large: (foresight) see Reward; the share of tokens with the lowest
             entropy, and the rise, in nats, that is large.
-        statistics: (foresight) newest queries whose attention to a token its score looks at, and
-            half as many once more; 0: none. Needs their log at run time, context 1 and no rollouts.
         capacity, capacity_weight: (global) tokens per head that all gates together may retain, and
             the weight of the penalty beyond it.
         distil_steps, distil_lr, distil_tokens: (global) of the distillation in the model's twin;
@@ -113,7 +111,6 @@ class Settings:
     reward: Reward = "low-large"
     low_entropy: float = 0.8
     large: float = 1.5
-    statistics: int = 0
     capacity: int = 96
     capacity_weight: float = 4.0
     horizon: int = 1024
@@ -168,25 +165,8 @@ class Settings:
                 f"recent ({self.recent}) must be at least {self.context - 1} for rollouts: a score "
                 f"that looks at {self.context} tokens is made of those that all heads still hold"
             )
-        self._check_statistics()
         if self.precision not in ("f32", "bf16"):
             raise TrainingError(f"precision is f32 or bf16, not '{self.precision}'")
-
-    def _check_statistics(self) -> None:
-        if self.statistics < 0 or self.statistics % 2:
-            raise TrainingError(
-                f"statistics is a number of queries of which half are looked at once more: an even "
-                f"one, or 0 for none, not {self.statistics}"
-            )
-        if self.statistics and self.context > 1:
-            raise TrainingError(
-                f"statistics need --context 1, not {self.context}: such scores are made anew at "
-                "every eviction, when a token's neighbours may be gone"
-            )
-        if self.statistics and self.grpo_steps:
-            raise TrainingError(
-                f"statistics need --grpo-steps 0, not {self.grpo_steps}: rollouts log no queries"
-            )
 
     def _refuse_settings_of_others(self) -> None:
         for field in fields(self):
@@ -219,7 +199,7 @@ _USED_BY = {
     **dict.fromkeys(
         (
             *("budget", "every", "margin", "pairs", "grpo_steps", "grpo_lr", "rollouts", "passes"),
-            *("temperature", "clip", "kl", "reward", "low_entropy", "large", "statistics"),
+            *("temperature", "clip", "kl", "reward", "low_entropy", "large"),
         ),
         ("foresight",),
     ),

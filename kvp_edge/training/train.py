@@ -140,12 +140,10 @@ class _Run:
         self.training = [i for i in usable if i not in set(self.held_out)] or usable
         self.states = choose_states(traces, self.held_out, self.protected, s.validation_states)
         together = s.objective == "global"
-        self.shape = AgentShape(
-            n_layer, n_head_kv, dk, dv, s.hidden, s.context, together, s.statistics
-        )
+        self.shape = AgentShape(n_layer, n_head_kv, dk, dv, s.hidden, s.context, together)
         agents = Agents(self.shape, s.seed)
         heads = np.arange(self.shape.n_heads)
-        mean, scale = standardisation(traces, self.training, heads, statistics=s.statistics)
+        mean, scale = standardisation(traces, self.training, heads)
         agents.mean.copy_(mean)
         agents.scale.copy_(scale)
         self.learner = Learner(agents, s, worker)
@@ -211,7 +209,6 @@ class _Run:
             s.states,
             s.tokens,
             states_of=states_of,
-            statistics=s.statistics,
         )
 
     def _traced(self, model: str | os.PathLike[str] | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvp_edge.policies import POLICIES
+from kvp_edge.policies import POLICIES, ArrayView
 from kvp_edge.training.agent import Agents
 from kvp_edge.training.data import (
     Protected,
@@ -19,7 +19,6 @@ from kvp_edge.training.data import (
     cut_points,
     gather,
     importance_of,
-    statistics_of,
 )
 
 FloatArray = npt.NDArray[np.float64]
@@ -144,8 +143,7 @@ def agent_scorer(agents: Agents) -> Scorer:
         parts = []
         for start in range(0, shape.n_heads, group):
             heads = np.arange(start, min(start + group, shape.n_heads))
-            paid = statistics_of(trace, n, heads, 0, shape.statistics)
-            features = torch.from_numpy(gather(trace, np.arange(n), heads, 0, paid)).to(device)
+            features = torch.from_numpy(gather(trace, np.arange(n), heads, 0)).to(device)
             with torch.no_grad():
                 parts.append(agents(features[:, None], heads=torch.from_numpy(heads).to(device)))
         return np.asarray(torch.cat(parts)[:, 0].cpu().numpy())
@@ -160,14 +158,13 @@ def heuristic_scorer(name: str) -> Scorer:
         ValueError: the policy needs queries, which a trace does not have.
     """
     policy = POLICIES[name]()
-    if policy.queries:
+    if policy.n_queries:
         raise ValueError(f"policy '{name}' looks at queries, and a trace holds none")
 
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         keys = trace.keys[:, :, :n].astype(np.float32)
         values = trace.values[:, :, :n].astype(np.float32)
-        scores = policy.score(keys, values, trace.indices[:n])
-        return scores.reshape(-1, n)
+        return policy.score(ArrayView(keys, values, trace.indices[:n])).reshape(-1, n)
 
     return score
 

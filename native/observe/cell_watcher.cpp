@@ -8,7 +8,7 @@
 
 namespace kvp {
 
-void cell_watcher::look() {
+void cell_watcher::follow_all() {
     take_failure();
     seen.clear();
     followed = ALL;

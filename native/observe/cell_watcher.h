@@ -12,7 +12,7 @@
 
 namespace kvp {
 
-// One layer's cache, and the cells that were written to since the watcher was told to look.
+// One layer's cache, and the cells that were written to since the watcher was told to follow them.
 struct seen_cache {
     const ggml_tensor *  k = nullptr;
     const ggml_tensor *  v = nullptr;
@@ -25,8 +25,8 @@ public:
 
     static constexpr int32_t NONE = -1, ALL = -2; // in place of a layer
 
-    // Looks at all layers from now on.
-    void look();
+    // Follows all layers from now on, with what was seen before forgotten.
+    void follow_all();
     // What was seen, by layer number in the model. From now on only the cells of layer `il` are followed, or
     // of NONE.
     std::map<int32_t, seen_cache> follow(int32_t il);

@@ -2,9 +2,9 @@
 #include "observe/queries.h"
 
 #include "error.h"
+#include "format/rows.h"
 #include "observe/cache_nodes.h"
 #include "observe/observer.h"
-#include "rows.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"

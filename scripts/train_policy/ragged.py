@@ -19,7 +19,7 @@ from kvp_edge.cli.options import bundled_model
 from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.markdown import signed_nats
 from kvp_edge.evaluation.statistics import Scores
-from kvp_edge.policies import Learned
+from kvp_edge.policies import ArrayView, Learned
 from kvp_edge.policies.discovery import own_policy
 from kvp_edge.traces.format import Trace, TraceSet
 from kvp_edge.training.simulator import equal_counts, ragged_counts, simulated_loss
@@ -33,7 +33,7 @@ def worths(policy: Learned, trace: Trace, n: int) -> dict[str, NDArray[np.float3
     keys = trace.keys[:, :, :n].astype(np.float32)
     values = trace.values[:, :, :n].astype(np.float32)
     indices = trace.indices[:n]
-    scores = policy.score(keys, values, indices)
+    scores = policy.score(ArrayView(keys, values, indices))
     return {
         "policy": policy.worth(scores, n - indices),
         "oracle": trace.importance(n),

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import RandomModel, random_tokens
+from kvp_edge.binding import rules
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.library import BUILT_FOR, check_versions
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.binding.ranking import choose_tokens
 from kvp_edge.errors import UnsupportedModelError
-from kvp_edge.policies import KeyDiff, KNorm
+from kvp_edge.policies import ArrayView, KeyDiff, KNorm
 from makers.gguf_models import ModelShape, write_bert, write_mamba
 
 F16, F32, Q8_0, Q4_0 = (
@@ -41,6 +42,9 @@ TOLERANCE = {F32: 3e-4, F16: 5e-3, Q8_0: 0.03, Q4_0: 0.5}
 
 Loader = Callable[..., Any]
 Maker = Callable[[ModelShape], RandomModel]
+
+
+RULES = {"knorm": rules.KNorm(), "keydiff": rules.KeyDiff()}
 
 
 def opened(load: Loader, model: RandomModel, **kwargs: Any) -> tuple[Any, NativeCache]:
@@ -88,8 +92,9 @@ def test_native_scores_equal_the_formula_on_the_reference_keys(
     tokens = random_tokens(80)
     llm.eval(tokens)
     positions = np.arange(80, dtype=np.int32)
-    got = cache.score(policy.name, 0, 80, positions)
-    want = policy.score(model.reference.keys(tokens), None, positions)
+    got = cache.score(RULES[policy.name], 0, 80, 80)
+    keys = model.reference.keys(tokens)
+    want = policy.score(ArrayView(keys, keys[..., :0], positions))
     # On the scale of the largest score: a key's length, or a cosine.
     assert np.abs(got - want).max() < TOLERANCE[cache_type] * np.abs(want).max()
 
@@ -101,8 +106,8 @@ def test_native_scores_equal_the_python_definition_on_the_same_keys(
     llm, cache = opened(load, random_model(SHAPES["llama-32"]))
     llm.eval(random_tokens(100))
     positions, keys, _ = cache.read(0, 100, 100, values=False)
-    got = cache.score(policy.name, 0, 100, positions)
-    np.testing.assert_allclose(got, policy.score(keys, keys, positions), atol=2e-6)
+    got = cache.score(RULES[policy.name], 0, 100, 100)
+    np.testing.assert_allclose(got, policy.score(ArrayView(keys, keys, positions)), atol=2e-6)
 
 
 def test_half_precision_is_converted_exactly(random_model: Maker, load: Loader) -> None:
@@ -128,7 +133,7 @@ def test_reading_leaves_the_conversation_as_it_was(random_model: Maker, load: Lo
     for llm in (read, untouched):
         llm.eval(tokens[:30])
     read.kv.cache.read(5, 20, 15)
-    read.kv.cache.score("keydiff", 0, 30, np.arange(30, dtype=np.int32))
+    read.kv.cache.score(rules.KeyDiff(), 0, 30, 30)
     for llm in (read, untouched):
         llm.eval(tokens[30:])
     np.testing.assert_array_equal(read.scores[:40], untouched.scores[:40])
@@ -141,7 +146,7 @@ def test_an_empty_range_is_no_error(random_model: Maker, load: Loader) -> None:
     assert positions.shape == (0,)
     assert keys.shape == (2, 2, 0, 32)
     llm.eval(random_tokens(3))
-    assert cache.score("keydiff", 3, 9, positions).shape == (2, 2, 0)
+    assert cache.score(rules.KeyDiff(), 3, 9, 0).shape == (2, 2, 0)
 
 
 def test_a_range_that_holds_other_than_the_expected_number_is_refused(

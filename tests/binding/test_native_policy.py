@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvp_edge.binding import rules
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.policies.learned import Learned, forward, with_gaps
@@ -96,8 +97,9 @@ def test_another_model_s_cache_is_refused(
 ) -> None:
     llm = load(random_model(ModelShape("llama", head_dim=32)).path, kv_budget=400, n_ctx=512)
     llm.eval(list(range(3, 20)))
+    rule = rules.Network(NativePolicy(random_weights(INFO)), np.arange(17))
     with pytest.raises(ValueError, match=r"the policy scores 2 layers x 3 KV heads x 32\+64"):
-        llm.kv.cache.score(NativePolicy(random_weights(INFO)), 0, 17, np.arange(17))
+        llm.kv.cache.score(rule, 0, 17, 17)
 
 
 @pytest.mark.parametrize("granularity", ["token", "head"])
@@ -118,7 +120,7 @@ def test_a_chat_keeps_the_same_tokens_natively_and_in_numpy(
     held = []
     for native in (True, False):
         policy = Learned(tmp_path / "p.gguf", native=native)
-        assert (policy.native_scorer is not None) == native
+        assert (policy.network is not None) == native
         llm = load(
             bundled_model,
             policy=policy,

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from conftest import RandomModel, random_tokens
+from kvp_edge.binding import rules
 from kvp_edge.binding.blocks import Blocks
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.capture import AttentionAsComputed
@@ -108,7 +109,9 @@ def what_they_see(on: Observed, order: Sequence[str]) -> dict[str, NDArray[Any]]
         assert cache.location.known
         assert cache.check_cells(np.arange(N_TOKENS, dtype=np.int32))
         before = cache.location.bytes_transferred
-        seen["cells"] = cache.score("keydiff", 0, N_TOKENS, np.arange(N_TOKENS, dtype=np.int32))
+        scores = cache.score(rules.KeyDiff(), 0, N_TOKENS, N_TOKENS)
+        assert isinstance(scores, np.ndarray)
+        seen["cells"] = scores
         assert cache.location.bytes_transferred == before  # scored where they lie
     return seen
 

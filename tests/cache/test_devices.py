@@ -185,10 +185,10 @@ model, rescue, when, *tokens = sys.argv[1:]
 server = RpcServer()
 
 class DiesInside(Noise):
-    def score(self, *args):
+    def score(self, view):
         if when == "evicting":
             server.kill()
-        return super().score(*args)
+        return super().score(view)
 
 with placed([rpc_device(server.endpoint)]):
     llm = Llama(model, n_ctx=3000, kv_budget=100, recent=20, reserve=60, policy=DiesInside(),

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import Eviction, Llama, UnsupportedModelError
+from kvp_edge.binding import rules
 from kvp_edge.binding.cache import NativeCache, NotInPlace
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.binding.queries import Queries
-from kvp_edge.policies import POLICIES, KeyDiff, KNorm, Policy, ValueRange
+from kvp_edge.policies import POLICIES, ArrayView, KeyDiff, KNorm, Policy, ValueRange
 from kvp_edge.policies.attention import total_attention
 from kvp_edge.policies.lagkv import standing_out
 from kvp_edge.policy_file import PolicyInfo
@@ -340,11 +341,12 @@ def test_scores_in_place_are_those_of_the_state_and_of_numpy(
     network = NativePolicy(random_weights(info))
     p0, p1, n = int(present[0]), int(present[-1]) + 1, len(present)
     bytes_transferred = cache.location.bytes_transferred
-    cache.score(network, p0, p1, tokens)
+    by_network = rules.Network(network, tokens)
+    scored(cache, by_network, p0, p1, n)
     in_place = {
-        "keydiff": cache.score("keydiff", p0, p1, tokens),
-        "knorm": cache.score("knorm", p0, p1, tokens),
-        "network": cache.score(network, p0, p1, tokens),
+        "keydiff": scored(cache, rules.KeyDiff(), p0, p1, n),
+        "knorm": scored(cache, rules.KNorm(), p0, p1, n),
+        "network": scored(cache, by_network, p0, p1, n),
     }
     if place == "cpu":
         assert cache.location.bytes_transferred == bytes_transferred
@@ -354,13 +356,22 @@ def test_scores_in_place_are_those_of_the_state_and_of_numpy(
     _, keys, values = cache.read(p0, p1, n)
     assert values is not None
     assert cache.location.bytes_transferred > before  # a state was taken
-    heuristics: dict[str, Policy] = {"keydiff": KeyDiff(), "knorm": KNorm()}
-    for name, policy in heuristics.items():
-        assert_close(in_place[name], cache.score(name, p0, p1, tokens))
-        assert_close(in_place[name], policy.score(keys, values, tokens))
+    heuristics: dict[str, tuple[rules.Rule, Policy]] = {
+        "keydiff": (rules.KeyDiff(), KeyDiff()),
+        "knorm": (rules.KNorm(), KNorm()),
+    }
+    for name, (rule, policy) in heuristics.items():
+        assert_close(in_place[name], scored(cache, rule, p0, p1, n))
+        assert_close(in_place[name], policy.score(ArrayView(keys, values, tokens)))
     limit = HALF_PRODUCTS if place == "gpu" else SAME
-    assert_close(in_place["network"], cache.score(network, p0, p1, tokens), limit)
+    assert_close(in_place["network"], scored(cache, by_network, p0, p1, n), limit)
     assert_close(in_place["network"], network.score(keys, values, tokens), limit)
+
+
+def scored(cache: NativeCache, rule: rules.Rule, p0: int, p1: int, n: int) -> NDArray[np.float32]:
+    found = cache.score(rule, p0, p1, n)
+    assert not isinstance(found, NotInPlace)
+    return found
 
 
 def assert_close(got: NDArray[np.float32], want: NDArray[np.float32], limit: float = SAME) -> None:
@@ -404,26 +415,25 @@ def test_what_rules_look_at_is_the_same_in_place_and_in_numpy(
     )
     left_out = held < 30
     bytes_transferred = cache.location.bytes_transferred
-    in_place = [
-        cache.score_range(p0, p1, n),
-        cache.score_lag(p0, p1, n, first=4, lag=20, n_parts=4),
-        cache.score_attention(p0, p1, asked, held),
-        cache.score_expected(p0, p1, *expected, left_out),
+    looked_at = [
+        rules.Range(),
+        rules.Lag(first=4, lag=20, n_parts=4),
+        rules.Attention(asked, held),
+        rules.Expected(*expected, left_out),
     ]
+    in_place = [scored(cache, rule, p0, p1, n) for rule in looked_at]
     assert (cache.location.bytes_transferred == bytes_transferred) == (place == "cpu")
 
     cache.forget_cells()
-    for again in (
-        lambda: cache.score_range(p0, p1, n),
-        lambda: cache.score_attention(p0, p1, asked, held),
-    ):
-        with pytest.raises(NotInPlace, match="not known where the tokens"):
-            again()
+    for rule in looked_at:
+        refused = cache.score(rule, p0, p1, n)
+        assert isinstance(refused, NotInPlace)
+        assert "not known where the tokens" in refused.reason
     _, keys, values = cache.read(p0, p1, n)
     assert values is not None
     parts = [x[:, :, 4:84].reshape(s.n_layer, 2, 4, 20, -1) for x in (keys, values)]
     numpy = [
-        ValueRange().score(keys, values, present),
+        ValueRange().score(ArrayView(keys, values, present)),
         sum(standing_out(x) for x in parts) / 2,
         total_attention(asked, keys, held),
         expected_attention(keys, values, *expected, left_out),
@@ -464,7 +474,7 @@ def test_more_queries_than_one_graph_holds_pay_the_same(random_model: Maker, loa
     held = np.broadcast_to(np.arange(n, dtype=np.int32), (3, 2, n))
     asked = queries_at(cache, list(range(n - 1600, n)))
     _, keys, _ = cache.read(0, n, n, values=False)
-    got = cache.score_attention(0, n, asked, held)
+    got = scored(cache, rules.Attention(asked, held), 0, n, n)
     assert_close(got, total_attention(asked, keys, held))
     assert got.sum(axis=-1) == pytest.approx(np.full((3, 2), 1600), rel=1e-4)
 
@@ -476,7 +486,7 @@ def test_partitions_that_do_not_fit_are_refused(
     llm = load(random_model(LLAMA).path, **BOUND, pack="device")
     llm.eval(random_tokens(44))
     with pytest.raises(ValueError, match="partitions of"):
-        cache_of(llm).score_lag(0, 44, 44, *first)
+        cache_of(llm).score(rules.Lag(*first), 0, 44, 44)
 
 
 def test_query_heads_that_do_not_divide_among_kv_heads_are_refused(
@@ -487,8 +497,9 @@ def test_query_heads_that_do_not_divide_among_kv_heads_are_refused(
     asked = Queries(
         np.zeros((3, 3, 1, 64), np.float32), np.zeros(1, np.int32), np.ones(3, np.float32)
     )
+    rule = rules.Attention(asked, np.zeros((3, 2, 10), np.int32))
     with pytest.raises(ValueError, match="3 query heads do not divide among 2 KV heads"):
-        cache_of(llm).score_attention(0, 10, asked, np.zeros((3, 2, 10), np.int32))
+        cache_of(llm).score(rule, 0, 10, 10)
 
 
 @pytest.mark.parametrize("place", ["cpu", "rpc"], indirect=True)
@@ -618,7 +629,7 @@ def test_only_cell_numbers_and_scores_cross(
 ) -> None:
     """Two models that differ in the size of their heads put the same bytes on the wire; but where a
     policy looks at queries, these cross too, as they are logged on the host."""
-    n_queries = POLICIES[policy].queries
+    n_queries = POLICIES[policy]().n_queries
     bytes_transferred = []
     for head_dim in (64, 256):
         shape = ModelShape("llama", n_layer=3, n_embd=64, n_head=2, n_head_kv=2, head_dim=head_dim)
@@ -766,7 +777,7 @@ _ROWS_READ = """
 import os, sys
 import numpy as np
 from kvp_edge import Llama
-from kvp_edge.binding.cache import NativeCache, NotInPlace
+from kvp_edge.binding.cache import NativeCache
 del os.environ["LD_PRELOAD"]
 read, kept = [], []
 was = NativeCache.read

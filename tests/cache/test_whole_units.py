@@ -21,7 +21,7 @@ from kvp_edge import Llama, SessionError
 from kvp_edge.cache.selection import clipped, no_longer_held, several_held, units
 from kvp_edge.cache.table import Table
 from kvp_edge.cache.turns import settled_share
-from kvp_edge.policies import Policy
+from kvp_edge.policies import CacheView, Policy
 from kvp_edge.text.chat_markers import template_markers
 from kvp_edge.text.chat_prompt import prompt_tokens
 from kvp_edge.text.pieces import token_text
@@ -45,10 +45,10 @@ class Numbered(Policy):
     """A number for every token, another one in every head."""
 
     name = "numbered"
-    inputs = "indices"
 
-    def score(self, keys: Any, values: Any, positions: Any) -> Any:
-        return numbers(keys.shape[0], keys.shape[1], int(np.max(positions)) + 1)[..., positions]
+    def score(self, view: CacheView) -> Any:
+        n_layer, n_head_kv, _ = view.shape
+        return numbers(n_layer, n_head_kv, int(np.max(view.indices)) + 1)[..., view.indices]
 
 
 def numbers(n_layer: int, n_head_kv: int, n: int) -> Any:

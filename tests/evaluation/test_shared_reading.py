@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import RandomModel, random_tokens
+from kvp_edge.binding.queries import Queries
 from kvp_edge.cli import main
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.evaluation import run
@@ -22,8 +23,7 @@ from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
 from kvp_edge.llamacpp.context_shift import ContextShift
-from kvp_edge.policies import H2O, SnapKV
-from kvp_edge.policies.attention import ByAttention
+from kvp_edge.policies import H2O, CacheView, SnapKV
 from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policy_file import read_policy, write_policy
 from kvp_edge.scoring import ScoringLlama
@@ -221,13 +221,13 @@ def test_a_context_is_scored_once_for_all_budgets_of_a_policy(
     the_run: Run, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[str] = []
-    score = ByAttention.score_in_place
+    attention = CacheView.attention
 
-    def counted(self: ByAttention, *args: Any) -> Any:
-        scored.append(self.name)
-        return score(self, *args)
+    def counted(self: CacheView, queries: Queries) -> Any:
+        scored.append("tova" if len(queries) == 1 else "h2o")
+        return attention(self, queries)
 
-    monkeypatch.setattr(ByAttention, "score_in_place", counted)
+    monkeypatch.setattr(CacheView, "attention", counted)
     budgets = (48, 64, 96)
     todo = jobs(asked[:2], [(policy, b) for policy in ("h2o", "tova") for b in budgets])
     assert len(list(run.run_all(the_run, todo, 1))) == 12
@@ -260,7 +260,7 @@ def test_after_going_back_logits_queries_and_cells_are_those_of_reading(
         assert (subject.held, subject.evictions) == (100, 1)
         kept.append(subject.kv_indices)
         subject.read(random_tokens(40, seed=1))
-    assert (kept[1] == kept[2]).all()  # the first one's clearing the log was its own affair
+    assert (kept[1] == kept[2]).all()  # the first one has counted its queries for itself alone
     assert (kept[0] != kept[1]).any()
     subject.go_back(mark)
     subject.limit(700)

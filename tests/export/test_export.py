@@ -19,7 +19,7 @@ from kvp_edge.cli import main  # noqa: E402
 from kvp_edge.errors import PolicyFileError, TrainingError  # noqa: E402
 from kvp_edge.export import export, policy_of  # noqa: E402
 from kvp_edge.export.parity import check_parity, common_tokens  # noqa: E402
-from kvp_edge.policies import Learned, get_policy  # noqa: E402
+from kvp_edge.policies import ArrayView, Learned, get_policy  # noqa: E402
 from kvp_edge.policy_file import read_policy, write_policy  # noqa: E402
 from kvp_edge.training.checkpoint import load_agents  # noqa: E402
 from kvp_edge.training.train import Settings, train  # noqa: E402
@@ -69,16 +69,16 @@ def test_pytorch_numpy_and_onnx_agree(run: Path, tmp_path: Path, outtype: Any) -
     some = np.r_[0:7, 9:40, 80:120]
     keys = trace.keys[:, :, some].astype(np.float32)
     values = trace.values[:, :, some].astype(np.float32)
-    a, b = (p.score(keys, values, trace.indices[some]) for p in (learned, onnx))
+    a, b = (p.score(ArrayView(keys, values, trace.indices[some])) for p in (learned, onnx))
     np.testing.assert_allclose(a, b, atol=3e-2 if outtype == "q8_0" else 1e-3)
     agents, _ = load_agents(run)
     whole = agent_scorer(agents)(trace, 100).reshape(2, 2, 100)
-    np.testing.assert_allclose(onnx.score(*_whole(trace, 100)), whole, atol=1e-4)
+    np.testing.assert_allclose(onnx.score(_whole(trace, 100)), whole, atol=1e-4)
 
 
-def _whole(trace: Any, n: int) -> tuple[Any, Any, Any]:
+def _whole(trace: Any, n: int) -> ArrayView:
     keys, values = trace.keys[:, :, :n], trace.values[:, :, :n]
-    return keys.astype(np.float32), values.astype(np.float32), trace.indices[:n]
+    return ArrayView(keys.astype(np.float32), values.astype(np.float32), trace.indices[:n])
 
 
 def test_the_blind_agent_is_exported_too(tmp_path: Path) -> None:
@@ -175,6 +175,8 @@ def test_an_onnx_policy_with_damaged_metadata_is_refused(run: Path, tmp_path: Pa
     path, info = done.onnx, done.info
     assert path is not None
     assert get_policy(path).info == info
+    written = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert json.loads(written["kvp.info"]) == {**asdict(info), "statistics": 0}
     good = json.dumps(asdict(info))
     for about, aggregate in (
         ("{", "[[1]]"),

@@ -4,7 +4,7 @@ the attention that llama.cpp computed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from kvp_edge.policies import (
     H2O,
     POLICIES,
     TOVA,
+    ArrayView,
+    CacheView,
     ExpectedAttention,
     LagKV,
-    Policy,
     SnapKV,
     ValueRange,
 )
@@ -43,21 +44,7 @@ Array = NDArray[np.float64]
 L, H, GROUP, N, D = 2, 2, 3, 40, 8
 F32, F16, Q8_0 = 0, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0
 NEW = ("lagkv", "value-range", "snapkv", "tova", "h2o", "expected-attention")
-WANT_QUERIES = [name for name in NEW if POLICIES[name].queries]
-
-
-@dataclass
-class Log:
-    """A log of queries that was filled by hand."""
-
-    all: Queries
-    frequencies: KeyFrequencies | None = None
-
-    def read(self, newest: int) -> Queries:
-        return self.all[max(0, len(self.all) - newest) :]
-
-    def clear(self) -> None:
-        self.all = self.all[:0]
+WANT_QUERIES = [name for name in NEW if POLICIES[name]().n_queries]
 
 
 def draw(*shape: int, seed: int = 0) -> NDArray[np.float32]:
@@ -80,9 +67,13 @@ def queries_of(positions: range, seed: int = 3) -> Queries:
     return Queries(drawn, np.array(positions, np.int32), scale)
 
 
-def logging(policy: Policy, queries: Queries, frequencies: KeyFrequencies | None = None) -> Policy:
-    policy.query_log = Log(queries, frequencies)  # type: ignore[assignment]
-    return policy
+def seen(
+    queries: Queries,
+    keys: NDArray[np.float32],
+    held: NDArray[np.int32],
+    previous: NDArray[np.float32] | None = None,
+) -> ArrayView:
+    return ArrayView(keys, keys[..., :0], held, queries=queries, previous=previous)
 
 
 def paid(queries: Queries, keys: NDArray[np.float32], held: NDArray[np.int32]) -> Array:
@@ -114,7 +105,7 @@ def test_lagkv_ranks_each_partition_by_its_distance_from_the_next(
     keys: NDArray[np.float32], values: NDArray[np.float32]
 ) -> None:
     lag, sinks = 10, 4  # partitions [4, 14), [14, 24), [24, 34), and 6 tokens that fill none
-    got = LagKV(lag, sinks).score(keys, values, np.arange(N, dtype=np.int32))
+    got = LagKV(lag, sinks).score(ArrayView(keys, values, np.arange(N, dtype=np.int32)))
 
     def standing_out(x: NDArray[np.float32], token: int) -> float:
         part = (token - sinks) // lag
@@ -141,20 +132,24 @@ def test_lagkv_ranks_each_partition_by_its_distance_from_the_next(
 def test_lagkv_without_two_partitions_keeps_sinks_and_the_newest(
     keys: NDArray[np.float32], values: NDArray[np.float32]
 ) -> None:
-    got = LagKV(lag=19).score(keys, values, np.arange(N, dtype=np.int32))
+    got = LagKV(lag=19).score(ArrayView(keys, values, np.arange(N, dtype=np.int32)))
     assert (np.diff(got[:, :, 4:]) > 0).all()
     assert (got[:, :, :4] > got[:, :, 4:].max()).all()
     for n in (1, 4, 5):
-        few = LagKV().score(keys[:, :, :n], values[:, :, :n], np.arange(n, dtype=np.int32))
+        few = LagKV().score(
+            ArrayView(keys[:, :, :n], values[:, :, :n], np.arange(n, dtype=np.int32))
+        )
         assert np.isfinite(few).all()
     same = np.zeros_like(keys)
-    assert np.isfinite(LagKV(lag=10).score(same, same, np.arange(N, dtype=np.int32))).all()
+    assert np.isfinite(
+        LagKV(lag=10).score(ArrayView(same, same, np.arange(N, dtype=np.int32)))
+    ).all()
 
 
 def test_value_range_is_the_largest_value_minus_the_smallest(
     keys: NDArray[np.float32], values: NDArray[np.float32]
 ) -> None:
-    got = ValueRange().score(keys, values, np.arange(N, dtype=np.int32))
+    got = ValueRange().score(ArrayView(keys, values, np.arange(N, dtype=np.int32)))
     assert got[1, 0, 7] == max(values[1, 0, 7]) - min(values[1, 0, 7])
     assert got.shape == (L, H, N)
 
@@ -169,7 +164,7 @@ def test_snapkv_pools_the_windows_attention(own_tokens: bool, keys: NDArray[np.f
         held = np.concatenate((old, newest), axis=1).reshape(L, H, N).astype(np.int32)
     end = int(held.max()) + 1
     queries = queries_of(range(end - 12, end))
-    got = logging(SnapKV(window=8, kernel=3), queries).score(keys, keys[..., :0], held)
+    got = SnapKV(window=8, kernel=3).score(seen(queries, keys, held))
     mean = by_group(paid(queries[4:], keys, held).mean(axis=2))
     inside = N - 8
     for layer, head in np.ndindex(L, H):
@@ -184,7 +179,7 @@ def test_tova_is_the_newest_querys_attention_over_all_heads_of_a_layer(
 ) -> None:
     held = np.arange(N, dtype=np.int32)
     queries = queries_of(range(N - 5, N))
-    got = logging(TOVA(), queries).score(keys, keys[..., :0], held)
+    got = TOVA().score(seen(queries, keys, held))
     want = paid(queries, keys, held)[:, :, -1].mean(axis=1)
     for head in range(H):
         np.testing.assert_allclose(got[:, head], want, rtol=1e-4, atol=1e-6)
@@ -195,34 +190,85 @@ def test_h2o_adds_up_what_every_query_paid_to_what_was_there(keys: NDArray[np.fl
     first, second = queries_of(range(30)), queries_of(range(30, 50), seed=4)
     held = np.arange(30, dtype=np.int32)
     first_sums = by_group(paid(first, keys[:, :, :30], held).sum(axis=2))
-    got = logging(policy, first).score(keys[:, :, :30], keys[:, :, :30, :0], held)
-    np.testing.assert_allclose(got, first_sums, rtol=1e-4, atol=1e-5)
+    before = policy.score(seen(first, keys[:, :, :30], held))
+    np.testing.assert_allclose(before, first_sums, rtol=1e-4, atol=1e-5)
 
     # each head loses ten of them, and twenty tokens come
     rng = np.random.default_rng(0)
     kept = np.array([np.sort(rng.choice(30, 20, replace=False)) for _ in range(L * H)])
     tokens = np.concatenate((kept, np.broadcast_to(np.arange(30, 50), (L * H, 20))), axis=1)
     held = tokens.reshape(L, H, N).astype(np.int32)
-    got = logging(policy, second).score(keys, keys[..., :0], held)
+    kept = kept.reshape(L, H, 20)
+    all_logged = Queries(
+        np.concatenate((first.queries, second.queries), axis=2),
+        np.concatenate((first.indices, second.indices)),
+        first.scale,
+    )
+    previous = np.take_along_axis(before, kept, axis=2)
+    got = policy.score(seen(all_logged, keys, held, previous))  # the first were counted before
     want = by_group(paid(second, keys, held).sum(axis=2))
-    want[:, :, :20] += np.take_along_axis(first_sums, kept.reshape(L, H, 20), axis=2)
+    want[:, :, :20] += np.take_along_axis(first_sums, kept, axis=2)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    again = policy.score(keys, keys[..., :0], held)  # no new query: the same
+    again = policy.score(seen(all_logged, keys, held, got))  # no new query: the same
     np.testing.assert_array_equal(got, again)
 
     # another conversation: only its own queries count
-    held = np.arange(30, dtype=np.int32)
-    got = logging(policy, first).score(keys[:, :, :30], keys[:, :, :30, :0], held)
-    np.testing.assert_allclose(got, first_sums, rtol=1e-4, atol=1e-5)
+    anew = policy.score(seen(first, keys[:, :, :30], np.arange(30, dtype=np.int32)))
+    np.testing.assert_array_equal(anew, before)
 
 
 def test_h2o_forgets_sums_of_tokens_that_were_replaced(keys: NDArray[np.float32]) -> None:
-    policy, held = H2O(), np.arange(30, dtype=np.int32)
-    logging(policy, queries_of(range(30))).score(keys[:, :, :30], keys[:, :, :30, :0], held)
+    policy, held, keys = H2O(), np.arange(30, dtype=np.int32), keys[:, :, :30]
+    first = policy.score(seen(queries_of(range(30)), keys, held))
     back = queries_of(range(25, 30), seed=5)  # went back to 25 and read five other tokens
-    got = logging(policy, back).score(keys[:, :, :30], keys[:, :, :30, :0], held)
-    want = by_group(paid(back, keys[:, :, :30], held).sum(axis=2))
+    got = policy.score(seen(back, keys, held, first[:, :, :25]))
+    want = by_group(paid(back, keys, held).sum(axis=2))
     np.testing.assert_allclose(got[:, :, 25:], want[:, :, 25:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        got[:, :, :25], first[:, :, :25] + want[:, :, :25], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("granularity", ["token", "head"])
+def test_scores_of_before_follow_their_tokens_through_an_eviction_and_going_back(
+    granularity: str, random_model: Maker, load: Loader
+) -> None:
+    policy = Recorded()
+    llm = load(
+        random_model(SHAPES["llama, 2 queries to a key"]).path,
+        n_ctx=999, kv_budget=100, reserve=156, policy=policy, granularity=granularity,
+    )  # fmt: skip
+    tokens = random_tokens(300)
+    llm.eval(tokens[:256])
+    llm.evict()
+    held = np.broadcast_to(llm.kv_indices, (2, 2, 100))
+    llm.n_tokens = 251  # of the 100 tokens held the last five are replaced
+    llm.eval(tokens[256:])
+    llm.evict()
+    assert [x.shape[2] for x in policy.previous] == [0, 95]
+    assert policy.new == [256, 44]
+    stayed = np.take_along_axis(policy.scored[0], held, axis=2)[:, :, :95]
+    np.testing.assert_array_equal(policy.previous[1], stayed)
+    assert (policy.scored[1][:, :, :95] > stayed).all()
+    llm.reset()
+    llm.eval(tokens[:101])
+    llm.evict()
+    assert policy.previous[2].shape[2] == 0
+
+
+@dataclass(frozen=True)
+class Recorded(H2O):
+    """Remembers what it saw and said."""
+
+    scored: list[Any] = field(default_factory=list, compare=False)
+    previous: list[Any] = field(default_factory=list, compare=False)
+    new: list[int] = field(default_factory=list, compare=False)
+
+    def score(self, view: CacheView) -> Any:
+        self.previous.append(view.previous)
+        self.new.append(view.shape[2] - view.previous.shape[2])
+        self.scored.append(super().score(view))
+        return self.scored[-1]
 
 
 @pytest.mark.parametrize("neox", [True, False])
@@ -243,8 +289,14 @@ def test_expected_attention_is_its_formula(
         return r
 
     queries = queries_of(range(N))
-    policy = logging(ExpectedAttention(future, sinks), queries, KeyFrequencies(radians, neox))
-    got = policy.score(keys, values, np.arange(N, dtype=np.int32))
+    view = ArrayView(
+        keys,
+        values,
+        np.arange(N, dtype=np.int32),
+        queries=queries,
+        frequencies=KeyFrequencies(radians, neox),
+    )
+    got = ExpectedAttention(future, sinks).score(view)
     for layer, kv in np.ndindex(L, H):
         r = np.mean([rotation(layer, p) for p in range(N, N + future)], axis=0)
         k, s = keys[layer, kv, sinks:].astype(float), float(queries.scale[layer])
@@ -261,15 +313,14 @@ def test_expected_attention_is_its_formula(
 
 @pytest.mark.parametrize("name", WANT_QUERIES)
 def test_without_any_query_all_tokens_score_alike(name: str, keys: NDArray[np.float32]) -> None:
-    policy = logging(POLICIES[name](), queries_of(range(0)))
-    got = policy.score(keys, keys, np.arange(N, dtype=np.int32))
+    got = POLICIES[name]().score(seen(queries_of(range(0)), keys, np.arange(N, dtype=np.int32)))
     assert (got == 0).all()
 
 
 @pytest.mark.parametrize("name", WANT_QUERIES)
-def test_a_policy_that_no_llama_has_loaded_says_so(name: str, keys: NDArray[np.float32]) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' looks at queries.*kv_budget"):
-        POLICIES[name]().score(keys, keys, np.arange(N, dtype=np.int32))
+def test_a_view_without_queries_says_so(name: str, keys: NDArray[np.float32]) -> None:
+    with pytest.raises(ValueError, match=r"queries exist only in a bounded chat.*kv_budget"):
+        POLICIES[name]().score(ArrayView(keys, keys, np.arange(N, dtype=np.int32)))
 
 
 # -- logged queries ----------------------------------------------------------------------------
@@ -314,7 +365,7 @@ def test_logged_queries_pay_the_attention_that_llama_computed(
         model.path, n_ctx=999, kv_budget=200, policy=policy, flash_attn=flash, n_ubatch=7, **types
     )
     llm.eval(tokens)
-    logged = policy.logged()
+    logged = llm.kv.query_log.read(N_TOKENS)
     np.testing.assert_array_equal(logged.indices, np.arange(N_TOKENS))
     _, keys, _ = llm.kv.cache.read(0, N_TOKENS, N_TOKENS, values=False)
     got = np.array(
@@ -326,6 +377,12 @@ def test_logged_queries_pay_the_attention_that_llama_computed(
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
+def logged_by(llm: kvp_edge.Llama) -> Queries:
+    """What its policy sees: the queries of the newest ten tokens."""
+    assert llm.kv.query_log is not None
+    return llm.kv.query_log.read(10)
+
+
 def test_the_log_holds_the_newest_tokens_and_follows_the_conversation(
     random_model: Maker, load: Loader
 ) -> None:
@@ -334,22 +391,22 @@ def test_the_log_holds_the_newest_tokens_and_follows_the_conversation(
     llm = load(path, n_ctx=999, kv_budget=200, policy=policy)
     tokens = random_tokens(60)
     llm.eval(tokens[:40])
-    before = policy.logged()
+    before = logged_by(llm)
     np.testing.assert_array_equal(before.indices, np.arange(30, 40))
     llm.eval(tokens[40:43])
-    np.testing.assert_array_equal(policy.logged().indices, np.arange(33, 43))
+    np.testing.assert_array_equal(logged_by(llm).indices, np.arange(33, 43))
     llm.n_tokens = 40  # three queries are withdrawn; those they had replaced are gone
     llm.eval(tokens[43:45])
-    logged = policy.logged()
+    logged = logged_by(llm)
     np.testing.assert_array_equal(logged.indices, np.arange(33, 42))
     np.testing.assert_array_equal(logged.queries[:, :, :7], before.queries[:, :, 3:])
     llm.n_tokens = 20
     llm.eval(tokens[:1])
-    np.testing.assert_array_equal(policy.logged().indices, [20])
+    np.testing.assert_array_equal(logged_by(llm).indices, [20])
     llm.reset()
-    assert len(policy.logged()) == 0
+    assert len(logged_by(llm)) == 0
     llm.eval(tokens[:40])
-    again = policy.logged()
+    again = logged_by(llm)
     np.testing.assert_allclose(again.queries, before.queries, atol=1e-5)
     assert len(again[-3:]) == 3
 
@@ -365,10 +422,10 @@ def test_logging_changes_nothing_of_what_is_computed(random_model: Maker, load: 
 
 
 def test_queries_that_were_not_shown_are_an_error(random_model: Maker, load: Loader) -> None:
-    policy = SnapKV()
     path = random_model(SHAPES["llama, 2 queries to a key"]).path
-    load(path, n_ctx=999, kv_budget=200, policy=policy).eval(random_tokens(9))
-    log = policy.query_log
+    llm = load(path, n_ctx=999, kv_budget=200, policy="snapkv")
+    llm.eval(random_tokens(9))
+    log = llm.kv.query_log
     assert log is not None
     with pytest.raises(kvp_edge.KVCacheError, match="did not show the queries of the 2 tokens"):
         log.append(9, 2)
@@ -437,7 +494,7 @@ def test_tova_keeps_the_same_tokens_in_all_heads_of_a_layer(
 
 
 def test_h2os_sums_in_a_chat_are_the_references(random_model: Maker, load: Loader) -> None:
-    model, policy = random_model(SHAPES["llama, 2 queries to a key"]), H2O()
+    model, policy = random_model(SHAPES["llama, 2 queries to a key"]), Recorded()
     llm = load(model.path, n_ctx=999, kv_budget=100, reserve=156, policy=policy, type_k=F32,
                type_v=F32)  # fmt: skip
     tokens = random_tokens(156)
@@ -447,7 +504,7 @@ def test_h2os_sums_in_a_chat_are_the_references(random_model: Maker, load: Loade
     shape = model.shape
     want = model.reference.attention(tokens).sum(axis=2)
     want = want.reshape(shape.n_layer, shape.n_head_kv, -1, 156).mean(axis=2)
-    np.testing.assert_allclose(policy._paid, want, rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(policy.scored[0], want, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("name", WANT_QUERIES)
@@ -551,17 +608,21 @@ def test_the_oracle_rounds_to_the_traces_borders(random_model: Maker) -> None:
     llm.close()
     oracle, none = Oracle(trace), np.empty((2, 2, 88, 0), np.float32)
 
+    def view(held: NDArray[np.int32]) -> ArrayView:
+        nothing = none[:, :, : len(held)]
+        return ArrayView(nothing, nothing, held)
+
     def score(n: int) -> NDArray[np.float32]:
-        return oracle.score(none[:, :, :n], none[:, :, :n], np.arange(n, dtype=np.int32))
+        return oracle.score(view(np.arange(n, dtype=np.int32)))
 
     np.testing.assert_array_equal(score(50), trace.received(56, 90, 50))  # up to 56
     late = score(89 - 1)  # the last border is 88
     np.testing.assert_array_equal(late, trace.importance(88))
     for newest in (89, 90):  # the trace's last token, and one that only the reader has
         held = np.array([3, 85, 86, newest], np.int32)
-        beyond = oracle.score(none[:, :, :4], none[:, :, :4], held)
+        beyond = oracle.score(view(held))
         assert (beyond[..., 3] > beyond[..., :3].max()).all()
-    golden = Oracle(trace, peak=True).score(none[:, :, :50], none[:, :, :50], np.arange(50))
+    golden = Oracle(trace, peak=True).score(view(np.arange(50, dtype=np.int32)))
     blocks = [trace.received(n, n + 8, 50) for n in (56, 64, 72, 80, 88)]
     np.testing.assert_allclose(golden, np.max(blocks, axis=0), rtol=1e-6)
     with pytest.raises(ValueError, match="one block"):

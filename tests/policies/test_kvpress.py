@@ -24,6 +24,7 @@ from kvp_edge.binding.rope import KeyFrequencies  # noqa: E402
 from kvp_edge.policies import (  # noqa: E402
     H2O,
     TOVA,
+    ArrayView,
     ExpectedAttention,
     KeyDiff,
     KNorm,
@@ -62,26 +63,16 @@ class Prompt:
         """Our policy's scores f32 [H, N]; the prompt is a model of one layer."""
         scale = np.full(1, D**-0.5, np.float32)
         logged = Queries(self.queries.numpy(), POSITIONS, scale)
-        policy.query_log = Log(logged, KeyFrequencies(self.radians, neox=True))  # type: ignore
-        return policy.score(self.keys.numpy(), self.values.numpy(), POSITIONS)[0]
+        frequencies = KeyFrequencies(self.radians, neox=True)
+        keys, values = self.keys.numpy(), self.values.numpy()
+        view = ArrayView(keys, values, POSITIONS, queries=logged, frequencies=frequencies)
+        return policy.score(view)[0]
 
     def attention(self) -> Any:
         """Causal attention [1, H * GROUP, N, N]."""
         keys = self.keys.repeat_interleave(GROUP, dim=1)
         logits = self.queries @ keys.transpose(2, 3) * D**-0.5
         return logits.masked_fill(torch.ones(N, N).triu(1).bool(), -np.inf).softmax(-1)
-
-
-@dataclass
-class Log:
-    all: Queries
-    frequencies: KeyFrequencies
-
-    def read(self, newest: int) -> Queries:
-        return self.all[-newest:]
-
-    def clear(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvp_edge.policies import POLICIES, KeyDiff, KNorm, Random, Recency, get_policy
+from kvp_edge.policies import POLICIES, ArrayView, KeyDiff, KNorm, Random, Recency, get_policy
 
 
 @pytest.fixture
@@ -18,13 +18,13 @@ POSITIONS = np.arange(100, 150, dtype=np.int32)
 
 
 def test_knorm_is_minus_the_length_of_the_key(keys: np.ndarray) -> None:
-    got = KNorm().score(keys, NONE, POSITIONS)
+    got = KNorm().score(ArrayView(keys, NONE, POSITIONS))
     np.testing.assert_allclose(got[1, 2, 7], -np.sqrt((keys[1, 2, 7] ** 2).sum()), rtol=1e-6)
     assert got.shape == (2, 3, 50)
 
 
 def test_keydiff_is_minus_the_cosine_with_the_mean_direction(keys: np.ndarray) -> None:
-    got = KeyDiff().score(keys, NONE, POSITIONS)
+    got = KeyDiff().score(ArrayView(keys, NONE, POSITIONS))
     head = keys[1, 0].astype(np.float64)
     directions = [k / np.linalg.norm(k) for k in head]
     anchor = sum(directions) / len(directions)
@@ -34,26 +34,26 @@ def test_keydiff_is_minus_the_cosine_with_the_mean_direction(keys: np.ndarray) -
 
 def test_a_zero_key_gives_finite_scores(keys: np.ndarray) -> None:
     keys[0, 0, 0] = 0.0
-    assert np.isfinite(KeyDiff().score(keys, NONE, POSITIONS)).all()
-    assert np.isfinite(KeyDiff().score(np.zeros_like(keys), NONE, POSITIONS)).all()
+    assert np.isfinite(KeyDiff().score(ArrayView(keys, NONE, POSITIONS))).all()
+    assert np.isfinite(KeyDiff().score(ArrayView(np.zeros_like(keys), NONE, POSITIONS))).all()
 
 
 def test_recency_prefers_later_positions() -> None:
-    got = Recency().score(NONE, NONE, POSITIONS)
+    got = Recency().score(ArrayView(NONE, NONE, POSITIONS))
     assert (np.diff(got, axis=2) > 0).all()
 
 
 def test_random_depends_on_seed_and_position_only() -> None:
-    first = Random(seed=3).score(NONE, NONE, POSITIONS)
-    again = Random(seed=3).score(NONE[:, :, :10], NONE[:, :, :10], POSITIONS[20:30])
+    first = Random(seed=3).score(ArrayView(NONE, NONE, POSITIONS))
+    again = Random(seed=3).score(ArrayView(NONE[:, :, :10], NONE[:, :, :10], POSITIONS[20:30]))
     np.testing.assert_array_equal(first[:, :, 20:30], again)
-    assert not np.array_equal(first, Random(seed=4).score(NONE, NONE, POSITIONS))
+    assert not np.array_equal(first, Random(seed=4).score(ArrayView(NONE, NONE, POSITIONS)))
 
 
 def test_random_is_uniform_and_without_trend() -> None:
     n = 20_000
     none = np.empty((1, 1, n, 0), np.float32)
-    scores = Random(0).score(none, none, np.arange(n, dtype=np.int32))[0, 0]
+    scores = Random(0).score(ArrayView(none, none, np.arange(n, dtype=np.int32)))[0, 0]
     counts, _ = np.histogram(scores, bins=10, range=(0, 1))
     assert abs(counts - n / 10).max() < 5 * np.sqrt(n / 10)
     assert abs(np.corrcoef(scores, np.arange(n))[0, 1]) < 0.03

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.errors import PolicyFileError
-from kvp_edge.policies import Learned, get_policy
+from kvp_edge.policies import ArrayView, CacheView, Learned, get_policy
 from kvp_edge.policies.learned import FromFile
 from kvp_edge.policies.retention import BIAS, log_future_use, log_total
 from kvp_edge.policy_file import PolicyInfo, read_policy, write_policy
@@ -99,7 +99,7 @@ class Given(FromFile):
 
     info = replace(GATES, horizon=1000)
 
-    def score(self, keys: Any, values: Any, positions: Any) -> Any:
+    def score(self, view: CacheView) -> Any:
         raise NotImplementedError
 
 
@@ -129,8 +129,8 @@ class Recorded(Learned):
         super().__init__(path, native=False)
         self.raw: dict[int, NDArray[np.float32]] = {}
 
-    def score(self, keys: Any, values: Any, positions: Any) -> Any:
-        scores = super().score(keys, values, positions)
+    def score(self, view: CacheView) -> Any:
+        scores, positions = super().score(view), view.indices
         assert not self.raw.keys() & set(positions.tolist())
         self.raw.update(zip(positions.tolist(), np.moveaxis(scores, -1, 0), strict=True))
         return scores
@@ -244,7 +244,7 @@ def test_onnx_says_the_same_of_tokens(gates_file: Path, tmp_path: Path) -> None:
     for name in ("gates.gguf", "gates.onnx"):
         policy = get_policy(str(tmp_path / name))
         assert policy.info == GATES
-        worth = policy.worth(policy.score(keys, values, positions), ages)
+        worth = policy.worth(policy.score(ArrayView(keys, values, positions)), ages)
         said.append((worth, policy.whole_tokens(worth)))
     np.testing.assert_allclose(said[0][0], said[1][0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(said[0][1], said[1][1], rtol=1e-4, atol=1e-4)

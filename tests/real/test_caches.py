@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 from kvp_edge import Llama
-from kvp_edge.policies import POLICIES, KeyDiff, KNorm
+from kvp_edge.binding import rules
+from kvp_edge.policies import POLICIES, ArrayView, KeyDiff, KNorm
 from support.cache_types import CACHE_TYPES
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of
 
 pytestmark = pytest.mark.real
 
 Opened = Callable[..., Llama]
+
+
+RULES = {"knorm": rules.KNorm(), "keydiff": rules.KeyDiff()}
 
 
 @pytest.fixture
@@ -141,6 +145,7 @@ def test_native_scores_are_those_of_numpy_on_the_keys_read(
     p1 = cache.newest_position() + 1
     _, keys, values = cache.read(0, p1, n)
     for policy in (KeyDiff(), KNorm()):
-        got = cache.score(policy.name, 0, p1, np.arange(n, dtype=np.int32))
-        want = policy.score(keys.astype(np.float64), values, llm.kv_indices)  # type: ignore[arg-type]
+        got = cache.score(RULES[policy.name], 0, p1, n)
+        exact: Any = keys.astype(np.float64)
+        want = policy.score(ArrayView(exact, values, llm.kv_indices))
         np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvp_edge import Llama, Policy, UnsupportedModelError
-from kvp_edge.policies import KeyDiff
+from kvp_edge.policies import CacheView, KeyDiff
 from makers.gguf_models import ModelShape
 from support.cache_types import CACHE_TYPES
 from support.closeness import difference
@@ -53,13 +53,12 @@ class Drawn(Policy):
     """Scores drawn for every head and token, the same at every eviction."""
 
     name = "drawn"
-    inputs = "indices"
     scope = "cache"
 
-    def score(self, keys: Any, values: Any, positions: Any) -> Any:
-        heads = keys.shape[:2]
+    def score(self, view: CacheView) -> Any:
+        heads = view.shape[:2]
         drawn = np.random.default_rng(0).random((*heads, BOUND["n_ctx"]), np.float32)
-        at = np.broadcast_to(positions, (*heads, positions.shape[-1]))
+        at = np.broadcast_to(view.indices, view.shape)
         return np.take_along_axis(drawn, at, axis=-1)
 
 

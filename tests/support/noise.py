@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 
 from kvp_edge import Policy
+from kvp_edge.policies import CacheView
 
 
 class Noise(Policy):
     """Scores that differ in every head and at every token, so that heads choose differently."""
 
     name = "noise"
-    inputs = "indices"
 
-    def score(self, keys: Any, values: Any, positions: Any) -> Any:
-        rng = [np.random.default_rng(int(p)) for p in positions]
-        scores = np.stack([r.random(keys.shape[:2]) for r in rng], axis=-1)
+    def score(self, view: CacheView) -> Any:
+        rng = [np.random.default_rng(int(p)) for p in view.indices]
+        scores = np.stack([r.random(view.shape[:2]) for r in rng], axis=-1)
         return scores.astype(np.float32)
 
 
@@ -26,8 +26,8 @@ class CacheNoise(Noise):
 
     scope = "cache"
 
-    def score(self, keys: Any, values: Any, positions: Any) -> Any:
-        by_head = np.broadcast_to(positions, keys.shape[:3])
-        heads = np.arange(keys.shape[0] * keys.shape[1]).reshape(*keys.shape[:2], 1)
+    def score(self, view: CacheView) -> Any:
+        by_head = np.broadcast_to(view.indices, view.shape)
+        heads = np.arange(view.shape[0] * view.shape[1]).reshape(*view.shape[:2], 1)
         x = by_head.astype(np.uint64) * np.uint64(2654435761) + heads.astype(np.uint64) * 40503
         return ((x >> np.uint64(7)) % 1009).astype(np.float32)

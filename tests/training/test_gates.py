@@ -18,7 +18,7 @@ needs("safetensors", "train")
 from conftest import RandomModel  # noqa: E402
 from kvp_edge.errors import TrainingError  # noqa: E402
 from kvp_edge.export import export  # noqa: E402
-from kvp_edge.policies import Learned  # noqa: E402
+from kvp_edge.policies import ArrayView, Learned  # noqa: E402
 from kvp_edge.policies.retention import BIAS  # noqa: E402
 from kvp_edge.traces.format import TraceSet  # noqa: E402
 from kvp_edge.traces.sources import TextFile  # noqa: E402
@@ -291,7 +291,8 @@ def test_a_chat_ranks_as_validation_did(learned: tuple[Path, Any], tmp_path: Pat
     scorer, whole = scorer_of(agents, 1024)
     policy = Learned(tmp_path / "gates.gguf")
     keys, values = (x[:, :, :n].astype(np.float32) for x in (trace.keys, trace.values))
-    worth = policy.worth(policy.score(keys, values, trace.indices[:n]), n - trace.indices[:n])
+    scores = policy.score(ArrayView(keys, values, trace.indices[:n]))
+    worth = policy.worth(scores, n - trace.indices[:n])
     np.testing.assert_allclose(worth.reshape(4, n), scorer(trace, n), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
         policy.whole_tokens(worth), whole(scorer(trace, n)), rtol=1e-4, atol=1e-4

@@ -18,6 +18,7 @@ from support.packages import needs
 torch = needs("torch", "train")
 
 from conftest import RandomModel, random_tokens  # noqa: E402
+from kvp_edge.policies import ArrayView  # noqa: E402
 from kvp_edge.scoring import ScoringLlama  # noqa: E402
 from kvp_edge.training.simulator import equal_counts, ragged_counts, simulated_loss  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402
@@ -53,7 +54,8 @@ def test_with_equal_counts_the_loss_is_that_of_a_real_eviction(
         real = subject.losses(tokens[border:]).mean()
     finally:
         subject.close()
-    scores = Noise().score(np.empty((5, 2, border, 0)), None, np.arange(border))
+    nothing: Any = np.empty((5, 2, border, 0))
+    scores = Noise().score(ArrayView(nothing, nothing, np.arange(border)))
     at = np.arange(border)
     keep = equal_counts(scores, (at < 4) | (at >= border - 16), budget)
     assert (np.nonzero(keep)[2].reshape(held.shape) == held).all()
