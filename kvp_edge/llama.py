@@ -57,10 +57,11 @@ from kvp_edge.processor.repack import REPACK, use_extra_buffers
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_head import Head
 from kvp_edge.text.chat_markers import template_markers
+from kvp_edge.text.growing_chat import remember_messages
 from kvp_edge.text.pieces import token_text
 from kvp_edge.text.retokenize import begin_as_known
 from kvp_edge.text.spans import KEEP_WHOLE, LOOK_BACK, Span, find_spans
-from kvp_edge.text.token_memory import WORTH_BYTES, TokenMemory, marks
+from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, marks
 
 _GGML_TYPE_F16 = 1
 #: Bytes of a session besides its tokens, keys and values.
@@ -166,6 +167,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     _rescue: tuple[Callable[[], str], Callable[[], Any] | None] | None = None  # where, what besides
     _stop_rescue: Callable[[], None] | None = None
     _head: Head | None = None  # of the chat that is completed just now
+    _own_handlers: Sequence[Any] = ()  # those of llama_cpp's that render the file's templates
+    _lends_to: int | None = None  # the thread that gets the token memory's own list next
+    _token_memory: TokenMemory | None = None
     _fell_back = False  # neither the model file nor the caller has a chat template
 
     # set by the base class
@@ -411,9 +415,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
         if self._logits_all:
             self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
+        self._own_handlers = [h for h in self._chat_handlers.values() if remember_messages(h)]
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
-        self._token_memory: TokenMemory | None = None
         self._remembers = True  # as far as is known
         self._file_identity: str | None = None
 
@@ -561,6 +565,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             if self._kv is not None and special and len(text) >= WORTH_BYTES:
                 memory = self._memory()
                 if memory is not None:
+                    if self._lends_to == threading.get_ident():
+                        self._lends_to = None
+                        return memory.lend(text, add_bos)
                     return memory.tokens(text, add_bos)
             tokens: list[int] = super().tokenize(text, add_bos, special)
             return tokens
@@ -689,7 +696,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if how.get("logits_processor") is not None:
             how["logits_processor"] = [self._calls.lent(f) for f in how["logits_processor"]]
         if self._kv is not None:
-            tokens = list(how["tokens"])
+            # in create_completion its own list, that nobody changes
+            given = how["tokens"]
+            tokens = given if isinstance(given, PromptTokens) else PromptTokens(given)
             self._protect_head(tokens)
             if how.get("reset", True):
                 # the base class would compare both texts again, number by number
@@ -707,8 +716,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         prefix = self._equal_beginning(tokens)
         if not kv.can_rewind(min(prefix, len(tokens) - 1)):
             known = self._input_ids[prefix:].tolist()
-            tokens[prefix:] = begin_as_known(known, tokens[prefix:], self._piece)
-            prefix = self._equal_beginning(tokens)
+            tokens = tokens[:prefix] + begin_as_known(known, tokens[prefix:], self._piece)
+            prefix = self._equal_beginning(tokens, prefix)
         all_read = prefix == len(tokens)
         live = not self._requires_eval and kv.trusted
         if all_read and live and int(self.n_tokens) == prefix:
@@ -723,15 +732,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._follow()
         return tokens
 
-    def _equal_beginning(self, tokens: list[int]) -> int:
-        """How many of the first tokens are those that were read."""
+    def _equal_beginning(self, tokens: list[int], start: int = 0) -> int:
+        """How many of the first tokens are those that were read; the first ``start`` are."""
         known = self._input_ids
         n = min(len(known), len(tokens))
-        ids = self._token_memory.ids(tokens) if self._token_memory is not None else None
-        if ids is None:
-            ids = np.asarray(tokens[:n], np.intc)
-        differ = np.flatnonzero(known[:n] != ids[:n])
-        return int(differ[0]) if len(differ) else n
+        ids = tokens.ids if isinstance(tokens, PromptTokens) else None
+        if ids is None and self._token_memory is not None:
+            ids = self._token_memory.ids(tokens)
+        new = np.asarray(tokens[start:n], np.intc) if ids is None else ids[start:n]
+        differ = np.flatnonzero(known[start:n] != new)
+        return start + int(differ[0]) if len(differ) else n
 
     def evict(self) -> None:
         """Drop tokens now, down to the budget, and not only when the cells are full: after a long
@@ -749,6 +759,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         return self._calls.steps("create_completion", self._complete(args, kwargs))
 
     def _complete(self, args: Any, kwargs: Any) -> Generator[Any, None, None]:
+        prompt = kwargs.get("prompt") if self._kv is not None else None
+        if isinstance(prompt, list) and not isinstance(prompt, PromptTokens):
+            kwargs["prompt"] = PromptTokens(prompt)
         completion = super()._create_completion(*args, **kwargs)
         while True:
             try:
@@ -788,7 +801,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         streams = kwargs.get("stream", False)
         with self._calls.look() if streams else self._calls.own("create_chat_completion"):
             # a handler may complete more than once (tool_choice="auto" does)
-            with contextlib.nullcontext() if streams else self._protecting(head):
+            with contextlib.nullcontext() if streams else self._whole_chat(head):
                 result = super().create_chat_completion(messages, *args, **kwargs)
             if isinstance(result, dict):
                 result["kv_cache"] = dict(self.kv_stats)
@@ -804,6 +817,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             if chunk["choices"] and chunk["choices"][0]["finish_reason"] is not None:
                 chunk["kv_cache"] = dict(self.kv_stats)
             yield chunk
+
+    @contextlib.contextmanager
+    def _whole_chat(self, head: Head | None) -> Iterator[None]:
+        """``_protecting``. What is tokenized first inside, by this thread, is the prompt, which
+        llama_cpp reads and does not change, if the handler is its own."""
+        handler = self.chat_completion_handler()
+        with self._protecting(head):
+            self._lends_to = threading.get_ident() if handler in self._own_handlers else None
+            try:
+                yield
+            finally:
+                self._lends_to = None
+                if self._token_memory is not None:
+                    self._token_memory.take_back()
 
     @contextlib.contextmanager
     def _protecting(self, head: Head | None) -> Iterator[None]:

@@ -10,6 +10,9 @@ Needs Python 3.10 or newer with venv, a C++17 compiler, and access to a package 
 run compiles llama.cpp (minutes); pip keeps the result, so later ones are quick. Arguments after the
 name go on to it:  python3 scripts/fresh.py demo --items 5
 
+What is installed, what it is compiled with, and pip are the versions in locks/, whose files are
+known by their hashes (scripts/lock.py).
+
 pip keeps what it compiled without regard to CMAKE_ARGS, so every set of flags has a pip cache of
 its own, kvp_edge/pip-<hash of the flags> in the user's cache folder; PIP_CACHE_DIR names another.
 
@@ -32,10 +35,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: name -> (what to install, what to run)
+#: name -> (the lock of what to install, what to run)
 JOBS = {
-    "demo": (".", ["kvp-edge", "demo"]),
-    "test": (".[dev]", ["pytest"]),
+    "demo": ("run", ["kvp-edge", "demo"]),
+    "test": ("test", ["pytest"]),
 }
 
 #: llama-cpp-python compiles llama.cpp's multimodal library unless told otherwise; nothing here uses
@@ -195,6 +198,19 @@ def _has_pip(python: Path) -> bool:
     return asked.returncode == 0
 
 
+def installation(python: Path, lock: str) -> list[list[str | Path]]:
+    """The commands that install kvp_edge and what a lock lists, in this order."""
+    locks = ROOT / "locks"
+    install: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
+    # for isolated builds, too: kvp_edge's, and llama-cpp-python's
+    pinned_builds = ["--build-constraint", locks / "build.txt"]
+    return [
+        [*install, "--require-hashes", "-r", locks / "pip.txt"],
+        [*install, "--require-hashes", *pinned_builds, "-r", locks / f"{lock}.txt"],
+        [*install, "--no-deps", *pinned_builds, ROOT],
+    ]
+
+
 def run(command: Sequence[str | Path], variables: dict[str, str]) -> int:
     """Run a command in the checkout; returns its exit status. Ctrl-C reaches it, too, and it has
     time to end in its own way."""
@@ -229,18 +245,18 @@ def _main() -> int:
         print(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
     name, *rest = sys.argv[1:]
-    package, command = JOBS[name]
+    lock, command = JOBS[name]
     binaries = make_environment(ROOT / f".venv-{name}")
     variables = {**os.environ, **settings()}
     # another checkout on the path, or its native library, would be run in place of this one
     for foreign in ("PYTHONPATH", "KVP_EDGE_LIBRARY"):
         variables.pop(foreign, None)
     print("installing; the first time compiles llama.cpp, which takes minutes", file=sys.stderr)
-    install = [binaries / "python", "-m", "pip", "install", "--quiet", package]
-    status = run(install, variables)
-    if status:
-        print("the installation failed; its messages are above", file=sys.stderr)
-        return status
+    for install in installation(binaries / "python", lock):
+        status = run(install, variables)
+        if status:
+            print("the installation failed; its messages are above", file=sys.stderr)
+            return status
     return run([binaries / command[0], *command[1:], *rest], variables)
 
 

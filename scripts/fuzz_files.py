@@ -10,9 +10,9 @@ a crash, more than ``HANG`` seconds or ``MEMORY`` bytes for one input, memory th
 sessions a conversation that is not what it was after a refusal.
 
 Run it in an environment where kvp_edge is installed with the dev extra, on Linux; checkpoints need
-the extra train. Each format runs in a process of its own. What fails is kept in --findings. The
-parser and packer of llama.cpp's states, which are native, have a fuzzer of their own:
-scripts/fuzz.py.
+the extra train. Each format runs in a process of its own. What fails is kept in --findings.
+Ctrl-C ends it with the figures reached so far. The parser and packer of llama.cpp's states, which
+are native, have a fuzzer of their own: scripts/fuzz.py.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ from kvp_edge.evaluation.records import (  # noqa: E402
     append_record,
     read_records,
 )
-from kvp_edge.policies import ArrayView, Learned  # noqa: E402
-from kvp_edge.policies.discovery import own_policy  # noqa: E402
+from kvp_edge.policies import ArrayView, Learned, discovery  # noqa: E402
 from kvp_edge.policy_file import PolicyInfo, write_policy  # noqa: E402
 from kvp_edge.traces.format import TraceSet  # noqa: E402
 from kvp_edge.traces.sources import TextFile  # noqa: E402
@@ -279,9 +278,11 @@ class Beside(_PolicyTarget):
         super().__init__(folder)
         self.path.unlink()
         self.path = folder / "kvp-input.gguf"
+        # those of the package are not damaged, and to read them takes as long again
+        discovery._shipped = lambda: folder
 
     def read(self) -> None:
-        found = own_policy(self.model)
+        found = discovery.own_policy(self.model)
         if found is not None:
             Learned(found)
 
@@ -415,8 +416,16 @@ def _hangs(*_: Any) -> None:
     raise Hang(f"more than {HANG} s for one input")
 
 
+_stop = False
+
+
+def _stops(*_: Any) -> None:
+    global _stop  # noqa: PLW0603 (a signal's handler has nothing else to tell it by)
+    _stop = True
+
+
 def fuzz(target: Target, rng: Random, seconds: float, inputs: int, count: mmap.mmap) -> str:
-    """Read damaged files until the time or the number is up.
+    """Read damaged files until the time or the number is up, or it is told to stop.
 
     Returns:
         What came of it, for a person.
@@ -428,7 +437,7 @@ def fuzz(target: Target, rng: Random, seconds: float, inputs: int, count: mmap.m
     most = _size() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     started, n, accepted, rss = time.monotonic(), 0, 0, 0
-    while n < inputs and time.monotonic() - started < seconds:
+    while n < inputs and not _stop and time.monotonic() - started < seconds:
         target.path.write_bytes(target.damaged(rng))
         signal.setitimer(signal.ITIMER_REAL, HANG)
         try:
@@ -507,9 +516,13 @@ def main() -> int:
     names = [n for n in wanted if all(map(importlib.util.find_spec, _NEEDS.get(n, ())))]
     for name in set(wanted) - set(names):
         print(f"{name:22}left out: it needs {' and '.join(_NEEDS[name])}")
+    signal.signal(signal.SIGINT, _stops)
+    signal.signal(signal.SIGTERM, _stops)
     fast = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=fast) as scratch:
-        well = [run(n, Path(scratch) / n, args, args.seconds / len(names)) for n in names]
+        well = [
+            run(n, Path(scratch) / n, args, args.seconds / len(names)) for n in names if not _stop
+        ]
     return 0 if all(well) else 1
 
 

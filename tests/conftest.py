@@ -34,6 +34,8 @@ from support import properties
 from support.command_line import kvp, terminal  # noqa: F401  # fixtures
 from support.reference import Reference
 
+pytest_plugins = ["support.skipped"]
+
 # In the background of a shell script SIGINT is ignored, under nohup SIGHUP, and children would
 # inherit that: but what these do is tested on them.
 signal.signal(signal.SIGINT, signal.default_int_handler)

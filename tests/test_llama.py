@@ -396,7 +396,7 @@ def test_a_whole_book_through_512_cells(bundled_model: str, load: Loader, book: 
 
 @pytest.mark.slow
 def test_a_whole_novel_takes_no_more_memory_at_its_end(bundled_model: str, load: Loader) -> None:
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource")  # noqa: TID251 (not of Windows)
     novel = beside("data/books/Doyle_Hound_1902.txt").read_text(encoding="utf-8-sig")
     llm = load(bundled_model, n_ctx=10**6, kv_budget=256)
     tokens = llm.tokenize(novel.encode())

@@ -309,7 +309,7 @@ class EvictionManager:
         in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
         self.evictions_as_state += not in_place
         if self.on_evict is not None:
-            dropped = no_longer_held(tokens, self._table.indices(), before.seen)
+            dropped = no_longer_held(tokens, self._table.indices())
             self.on_evict(
                 Eviction(
                     spans(dropped),

@@ -1,10 +1,13 @@
-"""Tokens that are kept or dropped together, and tokens that were dropped."""
+"""Tokens that are kept or dropped together, and tokens that were dropped.
+
+The work depends on how much is held, not on how long the conversation is.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.arrays import IntArray
+from kvp_edge.arrays import BoolArray, IntArray
 
 
 def units(tokens: IntArray, spans: IntArray) -> IntArray:
@@ -16,13 +19,31 @@ def units(tokens: IntArray, spans: IntArray) -> IntArray:
     """
     if len(spans) == 0:
         return tokens
-    n = max(int(tokens.max()) + 1, int(spans[-1, 1]))
-    step = np.zeros(n + 1, np.int32)
-    step[spans[:, 0] + 1] += 1
-    step[spans[:, 1]] -= 1
-    behind_a_first = np.cumsum(step[:n]) > 0
-    first = np.where(behind_a_first, 0, np.arange(n, dtype=np.int32))
-    return np.maximum.accumulate(first)[tokens]
+    i, inside = _span_of(tokens, spans)
+    return np.where(inside, spans[i, 0], tokens).astype(np.int32)
+
+
+def several_held(tokens: IntArray, spans: IntArray) -> BoolArray:
+    """bool [k]: whether more than one of each span's tokens are held, all heads together.
+
+    Args:
+        tokens: int32 [..., n], held.
+        spans: int32 [k, 2 or more], [start, end), ascending, disjoint.
+    """
+    if len(spans) == 0:
+        return np.zeros(0, np.bool_)
+    i, inside = _span_of(tokens, spans)
+    oldest = np.full(len(spans), np.iinfo(np.int32).max, np.int32)
+    newest = np.full(len(spans), -1, np.int32)
+    np.minimum.at(oldest, i[inside], tokens[inside])
+    np.maximum.at(newest, i[inside], tokens[inside])
+    return oldest < newest
+
+
+def _span_of(tokens: IntArray, spans: IntArray) -> tuple[IntArray, BoolArray]:
+    """The number of the span that each token may lie in, and whether it does."""
+    i = np.minimum(np.searchsorted(spans[:, 1], tokens, side="right"), len(spans) - 1)
+    return i.astype(np.int32), (spans[i, 0] <= tokens) & (tokens < spans[i, 1])
 
 
 def clipped(spans: IntArray, first: int, end: int) -> IntArray:
@@ -41,9 +62,6 @@ def spans(indices: IntArray) -> tuple[tuple[int, int], ...]:
     return tuple((int(a), int(b) + 1) for a, b in zip(firsts, lasts, strict=True))
 
 
-def no_longer_held(before: IntArray, after: IntArray, seen: int) -> IntArray:
+def no_longer_held(before: IntArray, after: IntArray) -> IntArray:
     """Tokens that some head kept before and no head keeps now, ascending."""
-    held = np.zeros(seen, np.bool_)
-    held[before] = True
-    held[after] = False
-    return np.flatnonzero(held).astype(np.int32)
+    return np.setdiff1d(before, after).astype(np.int32)

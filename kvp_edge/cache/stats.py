@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KVStats:
         return [f.name for f in fields(self)]
 
     def __getitem__(self, key: str) -> int | float | str | None:
-        value: int | float | str | None = asdict(self)[key]
+        value: int | float | str | None = vars(self)[key]
         return value
 
     def __iter__(self) -> Iterator[str]:

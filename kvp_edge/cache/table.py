@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.cache.selection import several_held
 from kvp_edge.text.spans import MARKER, TEXT, TURN, Span
 
 Granularity = Literal["token", "head"]
@@ -206,11 +207,7 @@ class Table:
         new = np.array(found, np.int32).reshape(-1, 3)
         start = min([self.unsure_from, *new[:1, 0].tolist()])
         spans = np.concatenate((self.spans[self.spans[:, 1] <= start], new))
-        held = np.zeros(self.seen + 1, np.int32)
-        held[self.indices() + 1] = 1
-        before = np.cumsum(held)
-        n_held = before[spans[:, 1]] - before[spans[:, 0]]
-        stays = (n_held > 1) | (spans[:, 1] > self.tail)
+        stays = several_held(self.indices(), spans) | (spans[:, 1] > self.tail)
         stays[np.flatnonzero((spans[:, 2] == TURN) & (spans[:, 1] <= self.tail))[-1:]] = True
         return replace(self, spans=spans[stays], marked=self.seen)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -28,7 +29,7 @@ def is_a(value: object, hint: Any) -> bool:
     An int is a float, too, if it is not too large for one; a bool is no number, and no float is NaN
     or infinite.
     """
-    kind, inner = get_origin(hint), get_args(hint)
+    kind, inner = _parts(hint)
     if kind in (Union, UnionType):
         return any(is_a(value, one) for one in inner)
     if hint is Any or isinstance(value, bool):
@@ -40,6 +41,11 @@ def is_a(value: object, hint: Any) -> bool:
     if kind is list:
         return all(is_a(one, inner[0]) for one in value)
     return kind is not dict or all(is_a(one, inner[1]) for one in value.values())
+
+
+@cache  # asked for every element of a long list
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(hint), get_args(hint)
 
 
 def require(value: object, hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,11 @@ none at its ends.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -86,14 +88,30 @@ def _can_overlap(a: bytes, b: bytes) -> bool:
     return any(a[:n] == b[-n:] or b[:n] == a[-n:] for n in range(1, shorter))
 
 
-@dataclass(frozen=True)
+class PromptTokens(list[int]):
+    """A list that is not changed while it is used, so that nothing needs to be copied to add
+    nothing. llama_cpp puts prompts together from parts, most of which are empty.
+
+    Attributes:
+        ids: the same tokens, int32 [n]; None: not known.
+    """
+
+    ids: IntArray | None = None
+
+    def __add__(self, other: Any) -> Any:
+        return super().__add__(other) if other else self
+
+    def __radd__(self, other: list[int]) -> list[int]:
+        return other + self.copy() if other else self
+
+
+@dataclass
 class _Known:
-    """A text and its tokens."""
+    """A text and its tokens. Whoever has it may change it, and nobody else has it."""
 
     text: bytes
     add_bos: bool
-    tokens: list[int]
-    ids: IntArray  # the same
+    tokens: PromptTokens  # with ids, which are never changed in place
     cuts: list[tuple[int, int]]  # bytes and tokens before each piece but the first
 
 
@@ -116,30 +134,63 @@ class TokenMemory:
         self._piece = piece
         self._mark = re.compile(b"|".join(map(re.escape, marks)))
         self._longest = max(map(len, marks))
-        self._known = _Known(b"", False, [], np.empty(0, np.int32), [])
+        # At most one. To take it out and to put it back are single steps, so a thread or a signal
+        # handler that comes in between finds nothing, and remembers nothing.
+        self._known: deque[_Known] = deque(maxlen=1)
+        self._lent: _Known | None = None
 
     def tokens(self, text: bytes, add_bos: bool) -> list[int]:
         """What ``tokenize`` gives for a text, but tokenizing only what is new."""
-        known = self._known  # read once: another thread may put another one in its place
-        at, n_known, cuts = 0, 0, known.cuts[:0]
-        if known.add_bos == add_bos:
-            same = _equal_beginning(known.text, text) - self._longest
-            cuts = known.cuts[: _count(known.cuts, same)]
-            if cuts:
-                at, n_known = cuts[-1]
-        tokens = known.tokens[:n_known]
-        for start, end in self._pieces(text, at):
-            if start > at:
-                cuts.append((start, len(tokens)))
-            tokens += self._tokenize(text[start:end], add_bos and start == 0)
-        ids = np.concatenate((known.ids[:n_known], np.asarray(tokens[n_known:], np.int32)))
-        self._known = _Known(text, add_bos, tokens, ids, cuts)
-        return tokens.copy()
+        known = self._read(text, add_bos)
+        tokens = known.tokens.copy()
+        self._known.append(known)
+        return tokens
+
+    def lend(self, text: bytes, add_bos: bool) -> PromptTokens:
+        """``tokens`` without a copy. It must not be changed, nor lent again, until
+        ``take_back``, and not be used after that. Others who ask meanwhile find nothing
+        remembered."""
+        self._lent = self._read(text, add_bos)
+        return self._lent.tokens
+
+    def take_back(self) -> None:
+        """What was lent, if anything was."""
+        known, self._lent = self._lent, None
+        if known is not None:
+            self._known.append(known)
 
     def ids(self, tokens: list[int]) -> IntArray | None:
         """The same tokens as int32 [n], if they are those given last."""
-        known = self._known
-        return known.ids if known.tokens == tokens else None
+        known = self._take()
+        if known is None:
+            return None
+        ids = known.tokens.ids if known.tokens == tokens else None
+        self._known.append(known)
+        return ids
+
+    def _read(self, text: bytes, add_bos: bool) -> _Known:
+        known = self._take()
+        if known is None or known.add_bos != add_bos:
+            known = _Known(b"", add_bos, PromptTokens(), [])
+        same = _equal_beginning(known.text, text) - self._longest
+        del known.cuts[_count(known.cuts, same) :]
+        at, n_known = known.cuts[-1] if known.cuts else (0, 0)
+        tokens = known.tokens
+        del tokens[n_known:]
+        for start, end in self._pieces(text, at):
+            if start > at:
+                known.cuts.append((start, len(tokens)))
+            tokens += self._tokenize(text[start:end], add_bos and start == 0)
+        new = np.asarray(tokens[n_known:], np.int32)
+        tokens.ids = new if tokens.ids is None else np.concatenate((tokens.ids[:n_known], new))
+        known.text = text
+        return known
+
+    def _take(self) -> _Known | None:
+        try:
+            return self._known.pop()
+        except IndexError:
+            return None
 
     def _pieces(self, text: bytes, start: int) -> Iterable[tuple[int, int]]:
         """``text`` from ``start`` on, cut before some of its marks."""
@@ -159,8 +210,9 @@ def _count(cuts: list[tuple[int, int]], most: int) -> int:
 
 
 def _equal_beginning(a: bytes, b: bytes) -> int:
+    """How many of the first bytes are equal."""
     n = min(len(a), len(b))
-    if n == 0:
-        return 0
+    if b.startswith(a) or n == 0:  # a chat that went on, most often
+        return n
     differ = np.flatnonzero(np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n))
     return int(differ[0]) if len(differ) else n

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -83,12 +84,17 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], About]:
         raise TrainingError(f"the checkpoint '{path}' is damaged: {error}") from error
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _about(values: dict[str, Any]) -> About:
     """Raises:
     ValueError: something is missing, or of another type or range.
     """
-    hints = get_type_hints(AgentShape)
-    values = require(values, {**get_type_hints(About), "shape": dict[str, Any]})
+    hints, of_about = _hints(AgentShape), _hints(About)
+    values = require(values, {**of_about, "shape": dict[str, Any]})
     shape = AgentShape(**{name: require(values["shape"], hints)[name] for name in hints})
     unknown = [name for name in values["shape"] if name not in hints and values["shape"][name]]
     if unknown:  # what is 0 was not used
@@ -97,7 +103,7 @@ def _about(values: dict[str, Any]) -> About:
         raise ValueError("a number below 0")
     # runs of older versions have fewer of them
     require(values["settings"], {k: v for k, v in _SETTINGS.items() if k in values["settings"]})
-    return About(**{**{name: values[name] for name in get_type_hints(About)}, "shape": shape})
+    return About(**{**{name: values[name] for name in of_about}, "shape": shape})
 
 
 def load_agents(path: str | os.PathLike[str]) -> tuple[Agents, About]:

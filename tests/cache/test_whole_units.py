@@ -4,6 +4,7 @@ compared with one made in plain Python from the whole text."""
 from __future__ import annotations
 
 import tempfile
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from conftest import random_tokens
 from kvp_edge import Llama, SessionError
-from kvp_edge.cache.selection import clipped, units
+from kvp_edge.cache.selection import clipped, no_longer_held, several_held, units
 from kvp_edge.cache.table import Table
 from kvp_edge.cache.turns import settled_share
 from kvp_edge.policies import CacheView, Policy
@@ -289,6 +290,45 @@ def test_what_is_clipped_away_is_no_span_and_borders_may_cross() -> None:
     tokens = np.arange(6, dtype=np.int32)
     assert units(tokens, clipped(spans, 2, 10)).tolist() == [0, 1, 2, 2, 4, 4]
     assert units(tokens, clipped(spans, 9, 4)) is tokens
+
+
+@examples(60)
+@given(data=st.data())
+def test_units_and_what_is_held_of_spans_are_those_of_a_walk_through_them(
+    data: st.DataObject,
+) -> None:
+    borders = data.draw(st.lists(st.integers(0, 40), min_size=0, max_size=12, unique=True))
+    borders.sort()
+    found = np.array([*zip(borders[::2], borders[1::2], strict=False)], np.int32).reshape(-1, 2)
+    n, heads = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 3))
+    drawn = st.lists(st.integers(0, 45), min_size=n, max_size=n, unique=True).map(sorted)
+    tokens = np.array([data.draw(drawn) for _ in range(heads)], np.int32)
+
+    def unit(token: int) -> int:
+        return next((a for a, b in found.tolist() if a <= token < b), token)
+
+    assert units(tokens, found).tolist() == [[unit(t) for t in row] for row in tokens.tolist()]
+    assert units(tokens, found).dtype == np.int32
+    held = {int(t) for t in tokens.ravel()}
+    want = [len(held & set(range(a, b))) > 1 for a, b in found.tolist()]
+    assert several_held(tokens, found).tolist() == want
+
+
+def test_an_eviction_is_no_more_work_in_a_long_conversation() -> None:
+    def peak(first: int) -> int:
+        tokens = np.arange(first, first + 500, dtype=np.int32)
+        found = np.array([(first + 3, first + 9)], np.int32)
+        tracemalloc.start()
+        try:
+            units(tokens, found)
+            several_held(tokens, found)
+            no_longer_held(tokens, tokens[::2])
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(0)
+    assert peak(10**7) < 2 * peak(0)
 
 
 # -- turns ---------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="learning needs torch: pip install kvp_edge[train]")
-pytest.importorskip("safetensors", reason="traces need safetensors: kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
+needs("safetensors", "train")
 
 
 from kvp_edge.cli import main  # noqa: E402

@@ -38,6 +38,7 @@ from kvp_edge.evaluation.tasks import GENERATION, TASKS
 from kvp_edge.llama import Llama
 from kvp_edge.scoring import Subject
 from kvp_edge.text.chat_prompt import Message, next_turn, prompt_tokens
+from support.packages import needs
 
 ENGINE: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 LENGTH = 512
@@ -387,8 +388,5 @@ def test_the_command_goes_on_and_tells_the_increase_along_the_ending(
     assert "5 of them still to do" in again.err
     now = read_records(out / "records.jsonl")
     assert [replace(r, seconds=0) for r in now] == [replace(r, seconds=0) for r in found]
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return
+    needs("matplotlib", "train")
     assert (out / "loss-increase.png").stat().st_size > 5000

@@ -31,6 +31,7 @@ from kvp_edge.evaluation.records import (
 )
 from kvp_edge.evaluation.report import NOTHING, report
 from kvp_edge.evaluation.statistics import Scores
+from support.packages import needs
 
 
 def record(**changes: Any) -> Record:
@@ -527,7 +528,7 @@ def test_the_loss_increase_is_told_by_quarters_of_the_ending(tmp_path: Path) -> 
     assert "Along the ending" not in report(older)
     with pytest.raises(ValueError, match="nothing to plot"):
         loss_increase_plot(older, "never.png")
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: kvp_edge[train]")
+    needs("matplotlib", "train")
     loss_increase_plot(some, tmp_path / "increase.png", resamples=200)
     assert is_png(tmp_path / "increase.png")
 
@@ -553,7 +554,7 @@ def is_png(path: Path) -> bool:
 
 
 def test_plots_are_drawn(tmp_path: Path, small: list[Record]) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: kvp_edge[train]")
+    needs("matplotlib", "train")
     more = [replace(r, budget=256, share=0.25) for r in small if not r.is_full]
     accuracy_plot(small + more, tmp_path / "accuracy.png", resamples=200)
     assert is_png(tmp_path / "accuracy.png")
@@ -665,7 +666,7 @@ def test_four_thousand_tokens_and_64_heads_are_a_small_page(tmp_path: Path) -> N
 
 
 def test_the_picture_is_drawn(tmp_path: Path, shown: KeptTokens) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: kvp_edge[train]")
+    needs("matplotlib", "train")
     # only what its font has, so that no warning hides another
     texts = [text.replace("\ud800", "$") for text in TEXTS]
     write_png(replace(shown, texts=texts), tmp_path / "kept.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from kvp_edge.llama import Llama
 from kvp_edge.policies import POLICIES
 from kvp_edge.scoring import Shifted, Subject
 from kvp_edge.text.chat_prompt import prompt_tokens
+from support.packages import needs
 
 ENGINE: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 LENGTH = 512
@@ -279,10 +279,6 @@ def test_memory_is_that_of_the_most_tokens_held_at_once(the_run: Run, asked: lis
 # -- the command ---------------------------------------------------------------------------------
 
 
-def plots_can_be_drawn() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 COMMAND = ["eval", "--threads", "1", "--lengths", "400", "--budgets", "1/4", "--items", "2"]
 
 
@@ -298,8 +294,7 @@ def test_the_command_writes_records_report_and_pages_and_goes_on(
     assert printed.strip() == (out / "report.md").read_text().strip()
     assert "keydiff" in printed
     assert len(list((out / "kept").glob("*.html"))) == 2
-    if plots_can_be_drawn():
-        assert len(list((out / "kept").glob("*.png"))) == 2
+    n_plots = len(list((out / "kept").glob("*.png")))
 
     # what is there is not read again
     lines = (out / "records.jsonl").read_text().splitlines()
@@ -311,6 +306,8 @@ def test_the_command_writes_records_report_and_pages_and_goes_on(
     assert len(found) == 12
     assert [r.reply for r in found[:7]] == ["from before"] * 7
     assert {r.policy for r in found[8:]} == {"recency"}
+    needs("matplotlib", "train")
+    assert n_plots == 2
 
 
 def test_tasks_are_listed_with_what_they_ask(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="export needs torch: pip install kvp_edge[train]")
-pytest.importorskip("safetensors", reason="checkpoints need safetensors: kvp_edge[train]")
+from support.packages import needs
 
-from kvp_edge.cli import main
-from kvp_edge.errors import PolicyFileError, TrainingError
-from kvp_edge.export import export, policy_of
-from kvp_edge.export.parity import check_parity, common_tokens
-from kvp_edge.policies import ArrayView, Learned, get_policy
-from kvp_edge.policy_file import read_policy, write_policy
-from kvp_edge.training.checkpoint import load_agents
-from kvp_edge.training.train import Settings, train
-from kvp_edge.training.validate import agent_scorer
-from makers.synthetic_traces import SyntheticTraces
+needs("torch", "train")
+needs("safetensors", "train")
+
+from kvp_edge.cli import main  # noqa: E402
+from kvp_edge.errors import PolicyFileError, TrainingError  # noqa: E402
+from kvp_edge.export import export, policy_of  # noqa: E402
+from kvp_edge.export.parity import check_parity, common_tokens  # noqa: E402
+from kvp_edge.policies import ArrayView, Learned, get_policy  # noqa: E402
+from kvp_edge.policy_file import read_policy, write_policy  # noqa: E402
+from kvp_edge.training.checkpoint import load_agents  # noqa: E402
+from kvp_edge.training.train import Settings, train  # noqa: E402
+from kvp_edge.training.validate import agent_scorer  # noqa: E402
+from makers.synthetic_traces import SyntheticTraces  # noqa: E402
 
 TRACES = SyntheticTraces(6, "neighbour", shape=(2, 2, 32, 16))
 
@@ -46,8 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0"])
 def test_pytorch_numpy_and_onnx_agree(run: Path, tmp_path: Path, outtype: Any) -> None:
-    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
-    pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
+    needs("onnxruntime", "onnx")
+    needs("onnx", "onnx")
     done = export(
         run, outfile=tmp_path / "p-{ftype}.gguf", outtype=outtype, onnx=True, traces=TRACES
     )
@@ -158,7 +160,7 @@ def test_the_command_s_last_line_names_the_file(
 
 
 def test_an_onnx_file_that_is_no_policy_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
+    needs("onnxruntime", "onnx")
     (tmp_path / "x.onnx").write_bytes(b"nonsense")
     with pytest.raises(PolicyFileError, match="onnxruntime cannot load"):
         get_policy(str(tmp_path / "x.onnx"))
@@ -167,8 +169,8 @@ def test_an_onnx_file_that_is_no_policy_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_onnx_policy_with_damaged_metadata_is_refused(run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
-    onnx = pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
+    needs("onnxruntime", "onnx")
+    onnx = needs("onnx", "onnx")
     done = export(run, outfile=tmp_path / "p.gguf", onnx=True, traces=TRACES)
     path, info = done.onnx, done.info
     assert path is not None

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvp_edge[kvpress]'")
-kvpress = pytest.importorskip("kvpress", reason="needs kvpress: pip install 'kvp_edge[kvpress]'")
+from support.packages import needs
+
+torch = needs("torch", "kvpress")
+kvpress = needs("kvpress", "kvpress")
 
 from kvp_edge.binding.queries import Queries  # noqa: E402
 from kvp_edge.binding.rope import KeyFrequencies  # noqa: E402

@@ -20,6 +20,7 @@ from kvp_edge.policies.learned import FromFile
 from kvp_edge.policies.retention import BIAS, log_future_use, log_total
 from kvp_edge.policy_file import PolicyInfo, read_policy, write_policy
 from makers.policies import random_weights
+from support.packages import needs
 from support.policy_files import rewrite
 
 GATES = PolicyInfo("llama", 2, 3, 32, 64, 16, 5, objective="global", horizon=200)
@@ -229,9 +230,9 @@ def test_only_gates_need_a_horizon(tmp_path: Path) -> None:
 
 
 def test_onnx_says_the_same_of_tokens(gates_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="export needs torch: pip install kvp_edge[train]")
-    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
-    pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
+    needs("torch", "train")
+    needs("onnxruntime", "onnx")
+    needs("onnx", "onnx")
     from kvp_edge.export.onnx_graph import write_onnx
 
     write_onnx(tmp_path / "gates.onnx", *read_policy(gates_file))

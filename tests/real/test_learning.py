@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="learning needs torch: pip install kvp_edge[train]")
-pytest.importorskip("safetensors", reason="traces need safetensors: kvp_edge[train]")
-pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install kvp_edge[onnx]")
-pytest.importorskip("onnx", reason="needs onnx: pip install kvp_edge[onnx]")
+from support.packages import needs
+
+torch = needs("torch", "train")
+needs("safetensors", "train")
+needs("onnxruntime", "onnx")
+needs("onnx", "onnx")
 
 
 from kvp_edge import Llama  # noqa: E402

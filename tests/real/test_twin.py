@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
 
 from kvp_edge import Llama  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402

@@ -8,8 +8,10 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvp_edge[kvpress]'")
-pytest.importorskip("kvpress", reason="needs kvpress: pip install 'kvp_edge[kvpress]'")
+from support.packages import needs
+
+torch = needs("torch", "kvpress")
+needs("kvpress", "kvpress")
 
 
 from kvp_edge.evaluation.run import prompts  # noqa: E402

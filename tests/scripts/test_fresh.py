@@ -160,6 +160,20 @@ def test_a_shell_that_took_the_settings_has_the_same_ones(
     assert fresh.settings() == first
 
 
+# -- the installation ------------------------------------------------------------------------------
+
+
+def test_nothing_is_installed_or_compiled_but_what_is_locked(fresh: ModuleType) -> None:
+    commands = fresh.installation(Path("python"), "test")
+    files = [arg for command in commands for arg in command if isinstance(arg, Path)]
+    assert all(path.exists() for path in files if path != Path("python"))
+    for command in commands:
+        assert "--require-hashes" in command or "--no-deps" in command
+        assert command[-1] == fresh.ROOT or Path(command[-1]).parent.name == "locks"
+    # the first brings a pip that knows the option
+    assert ["--build-constraint" in command for command in commands] == [False, True, True]
+
+
 # -- interrupted ---------------------------------------------------------------------------------
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs PyTorch: pip install kvp_edge[train]")
-pytest.importorskip("tokenizers", reason="training needs tokenizers: pip install kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
+needs("tokenizers", "train")
 
 from scripts.train_model import config, tasks, tokenizer  # noqa: E402
 from scripts.train_model.__main__ import main  # noqa: E402
@@ -256,7 +258,6 @@ def test_attention_written_out_equals_the_fused_kernel() -> None:
 
 
 def test_wilson_interval_eviction_ranges_and_protected_tokens() -> None:
-    pytest.importorskip("llama_cpp", reason="evaluation runs in llama.cpp")
     from random import Random
 
     from scripts.train_model.evaluate import Score, gaps, kept
@@ -272,7 +273,6 @@ def test_wilson_interval_eviction_ranges_and_protected_tokens() -> None:
 
 
 def test_sink_mass_is_one_for_a_model_that_looks_only_at_the_first_token() -> None:
-    pytest.importorskip("llama_cpp", reason="evaluation runs in llama.cpp")
     from scripts.train_model.evaluate import sink_mass
 
     class FirstOnly:
@@ -290,7 +290,8 @@ def test_sink_mass_is_one_for_a_model_that_looks_only_at_the_first_token() -> No
 def test_smoke_run_resumes_exactly_and_its_file_agrees_with_llama_cpp(
     books: Path, tmp_path: Path
 ) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="the file is checked in llama.cpp")
+    import llama_cpp
+
     common = ["--books", str(books), "--smoke", "--device", "cpu", "--threads", "1"]
     main([*common, "--out", str(tmp_path / "whole")])
     main([*common, "--out", str(tmp_path / "parts"), "--stop-after", "9"])

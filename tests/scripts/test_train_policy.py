@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
 for package in ("matplotlib", "safetensors", "tokenizers"):
-    pytest.importorskip(package, reason=f"the recipe needs {package}: kvp_edge[train]")
+    needs(package, "train")
 
 
 from kvp_edge.policy_file import read_policy  # noqa: E402

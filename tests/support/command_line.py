@@ -111,7 +111,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
-    pytest.importorskip("pty")
+    pytest.importorskip("pty")  # noqa: TID251 (not of Windows)
     opened: list[Terminal] = []
 
     def open_terminal(*argv: str) -> Terminal:

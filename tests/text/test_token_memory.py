@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvp_edge import Llama
-from kvp_edge.text.token_memory import WORTH_BYTES, TokenMemory, isolated, marks
+from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, isolated, marks
 from makers.gguf_models import write_vocabulary
 from support.properties import examples
 
@@ -90,8 +91,10 @@ def test_tokens_are_those_of_the_whole_text_however_it_grew_and_was_edited(
             parts = parts[: data.draw(st.integers(0, len(parts)))]
             parts += data.draw(st.lists(pieces_of(special), max_size=12))
             text = b"".join(parts)
-            got = memory.tokens(text, add_bos)
+            lent = data.draw(st.booleans())
+            got = memory.lend(text, add_bos) if lent else memory.tokens(text, add_bos)
             assert got == tokenize(text, add_bos=add_bos), text
+            memory.take_back()
             ids = memory.ids(got)
             assert ids is not None
             assert ids.tolist() == got
@@ -218,3 +221,85 @@ def test_what_was_given_may_be_changed(bundled_model: str, load: Loader) -> None
     want = first.copy()
     first.clear()
     assert llm.tokenize(text, special=True) == want
+
+
+def test_nothing_is_copied_to_put_a_prompt_together_from_empty_parts() -> None:
+    prompt = PromptTokens([1, 2])
+    empty: list[int] = []
+    assert empty + (prompt + empty) + empty is prompt
+    for parts, want in (((prompt, [3]), [1, 2, 3]), (([0], prompt), [0, 1, 2])):
+        both = operator.add(*parts)
+        assert both == want
+        assert type(both) is list
+    assert prompt == [1, 2]
+
+
+def test_a_prompt_belongs_to_its_caller(bundled_model: str, load: Loader) -> None:
+    llm = load(bundled_model, n_ctx=1000, kv_budget=256)
+    prompt = llm.tokenize(b"My dog is")
+    given = prompt.copy()
+    llm.create_completion(prompt, max_tokens=3, temperature=0.0)
+    assert prompt == given
+
+
+def test_a_thread_that_comes_in_between_gets_the_right_tokens() -> None:
+    def tokenize(text: bytes, _: bool) -> list[int]:
+        if not inside:
+            inside.append(1)
+            nested.append(memory.tokens(b"<a>other<a>text", False))
+        return list(text)
+
+    nested: list[list[int]] = []
+    inside: list[int] = []
+    memory = TokenMemory(tokenize, [b"<a>"], piece=1)
+    for text in (b"x<a>y", b"x<a>y<a>z"):
+        nested.clear()
+        inside.clear()
+        got = memory.tokens(text, False)
+        assert got == list(text)
+        assert nested == [list(b"<a>other<a>text")]
+        ids = memory.ids(got)
+        assert ids is not None
+        assert ids.tolist() == got
+
+
+def test_what_is_lent_is_nobody_elses_until_it_is_taken_back() -> None:
+    memory = TokenMemory(lambda text, _: list(text), [b"<a>"], piece=1)
+    lent = memory.lend(b"x<a>y", False)
+    assert memory.tokens(b"x<a>yz<a>", False) == list(b"x<a>yz<a>")
+    assert lent == list(b"x<a>y")
+    memory.take_back()
+    assert memory.lend(b"x<a>y<a>z", False) is lent
+    assert lent == list(b"x<a>y<a>z")
+    assert lent.ids is not None
+    assert lent.ids.tolist() == lent
+
+
+def test_a_chat_reads_the_tokens_also_beside_other_texts(bundled_model: str, load: Loader) -> None:
+    llm = load(bundled_model, n_ctx=100_000, kv_budget=256, positions="compact")
+    others: list[list[int]] = []
+    other = b"<|user|>Hello.<|end|>" * 300
+
+    def look(_tokens: Any, logits: Any) -> Any:  # in the middle of a call
+        others.append(llm.tokenize(other, special=True))
+        return logits
+
+    processors = llama_cpp.LogitsProcessorList([look])
+    how = {"max_tokens": 2, "temperature": 0.0, "logits_processor": processors}
+    messages = chat(181)
+    for n in (119, 121, 181, 123):
+        prompt = prompt_of(messages[:n])
+        reply = llm.create_completion(prompt, **how)
+        read = llm.input_ids[: llm.n_tokens].tolist()
+        llm.reset()
+        got = llm.create_chat_completion(messages[:n], **how)
+        assert llm.input_ids[: llm.n_tokens].tolist() == read
+        assert got["choices"][0]["message"]["content"] == reply["choices"][0]["text"]
+        assert got["usage"] == reply["usage"]
+    assert others
+    assert all(tokens == llm._model.tokenize(other, True, True) for tokens in others)
+
+
+def prompt_of(messages: list[dict[str, str]]) -> str:
+    text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
+    return text + "<|assistant|>"  # create_completion begins it with <s>

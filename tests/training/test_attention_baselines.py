@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
+from support.packages import needs
 
-from kvp_edge.binding.blocks import Blocks
-from kvp_edge.traces.format import Trace
-from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
+needs("torch", "train")
+
+from kvp_edge.binding.blocks import Blocks  # noqa: E402
+from kvp_edge.traces.format import Trace  # noqa: E402
+from kvp_edge.training.attention_baselines import ATTENTION_BASELINES  # noqa: E402
 
 L, H, T = 2, 3, 100
 

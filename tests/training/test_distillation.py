@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
 
 from conftest import RandomModel, random_tokens  # noqa: E402
 from kvp_edge.training.distillation import distillation_loss  # noqa: E402

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
-pytest.importorskip("safetensors", reason="checkpoints need safetensors: kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
+needs("safetensors", "train")
 
 from kvp_edge.errors import TrainingError  # noqa: E402
 from kvp_edge.training import checkpoint  # noqa: E402

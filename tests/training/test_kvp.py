@@ -6,7 +6,9 @@ from itertools import permutations
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
 
 from kvp_edge.training import kvp  # noqa: E402
 

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
 
 from conftest import RandomModel, random_tokens  # noqa: E402
 from kvp_edge.policies import ArrayView  # noqa: E402

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
-pytest.importorskip("safetensors", reason="checkpoints need safetensors: kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
+needs("safetensors", "train")
 
 from kvp_edge.cli import main  # noqa: E402
 from kvp_edge.errors import TrainingError  # noqa: E402

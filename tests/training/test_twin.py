@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-torch = pytest.importorskip("torch", reason="training needs torch: pip install kvp_edge[train]")
+from support.packages import needs
+
+torch = needs("torch", "train")
 
 from conftest import RandomModel, random_tokens  # noqa: E402
 from kvp_edge import Llama, UnsupportedModelError  # noqa: E402
