@@ -39,19 +39,21 @@ from kvp_edge.binding.watch import Watch
 from kvp_edge.cache import session_file as session
 from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
+from kvp_edge.cache.saved_state import SavedState
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.cache.table import Granularity, Table
 from kvp_edge.errors import (
     BudgetError,
     ContextLengthError,
     KVCacheError,
+    PolicyFileError,
     SessionError,
     UnsupportedModelError,
 )
 from kvp_edge.llamacpp.abort_hook import before_abort
 from kvp_edge.llamacpp.log import LlamaLog, listen
 from kvp_edge.one_call import Calls, Closed
-from kvp_edge.policies import Policy, get_policy
+from kvp_edge.policies import FALLBACK, Policy, get_policy
 from kvp_edge.policy_file import check_model
 from kvp_edge.processor.repack import REPACK, use_extra_buffers
 from kvp_edge.text import transcript
@@ -160,6 +162,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     _kv: EvictionManager | None = None
     _query_log: QueryLog | None = None  # for a policy that looks at queries
+    _unused_log: QueryLog | None = None  # for one that was passed over
     _watch: Watch | None = None  # of where the cache lies
     _plan: Callable[..., CacheLimits] | None = None  # what was asked for; takes the window
     _limits: CacheLimits | None = None  # what came of it
@@ -167,6 +170,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     _rescue: tuple[Callable[[], str], Callable[[], Any] | None] | None = None  # where, what besides
     _stop_rescue: Callable[[], None] | None = None
     _head: Head | None = None  # of the chat that is completed just now
+    _completing = False  # so a state that is loaded comes from a prompt cache
+    _decoding = False  # a batch that the table may not have yet
     _own_handlers: Sequence[Any] = ()  # those of llama_cpp's that render the file's templates
     _lends_to: int | None = None  # the thread that gets the token memory's own list next
     _token_memory: TokenMemory | None = None
@@ -179,6 +184,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     lora_path: str | None
     _lora_adapter: Any
     _logits_all: bool
+    _seed: int
+    scores: FloatArray
 
     def __init__(
         self,
@@ -277,7 +284,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 ),
             )
             # What contradicts itself is refused before the model is loaded, which may take long.
-            cells = self._plan().cells  # more for a window: _size_context
+            try:
+                cells = self._plan().cells  # more for a window: _size_context
+            except BudgetError:
+                if granularity == "head":  # name what a window that the file tells of needs as well
+                    self._plan(window=shape.sliding_window)
+                raise
             if positions == "compact" and cells > n_ctx_train:
                 raise BudgetError(
                     f"positions='compact' keeps positions below the {n_ctx_train} tokens "
@@ -390,7 +402,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._kv_bytes = cache.shape.bytes_per_cell * super().n_ctx()
         try:
             self._architecture = architecture
-            self._check_policy(policy, cache)
+            policy = self._fitting_policy(policy, cache)
             granularity = self._settle_granularity(cache)
             self._check_place(cache.location, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
@@ -412,9 +424,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             query_log=self._query_log,
         )
         self._n_ctx = limits.n_ctx
+        # read by other libraries (LlamaIndex) as what fits into the context, which exists by now
+        self.context_params.n_ctx = limits.n_ctx
         self.input_ids = np.ndarray((limits.n_ctx,), dtype=np.intc)
-        if self._logits_all:
-            self.scores = np.ndarray((limits.n_ctx, self._n_vocab), dtype=np.single)
         self._own_handlers = [h for h in self._chat_handlers.values() if remember_messages(h)]
         self._markers: list[bytes] | None = None
         self._pieces: dict[int, bytes] = {}
@@ -442,6 +454,23 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 head_size_v=c.head_size_v,
                 fingerprint=model_fingerprint(self.model_path),
             )
+
+    def _fitting_policy(self, policy: Policy, cache: NativeCache) -> Policy:
+        """The policy, or the fallback where one that nobody named does not fit: how many layers are
+        in the base cache of a model with sliding windows is known only now.
+
+        Raises:
+            PolicyFileError: one that was named does not fit.
+        """
+        try:
+            self._check_policy(policy, cache)
+        except PolicyFileError as error:
+            if self._bound.policy != "auto":
+                raise
+            warnings.warn(f"passed over as a policy: {error}", stacklevel=2)
+            self._unused_log, self._query_log = self._query_log, None  # the context calls it
+            return get_policy(FALLBACK)
+        return policy
 
     def _settle_granularity(self, cache: NativeCache) -> Granularity:
         if self._granularity == "token":
@@ -617,17 +646,26 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             if log is not None and kv.shift != self._query_shift:
                 log.clear()  # the keys held were turned, each by another angle
                 self._query_shift = kv.shift
+            self._decoding = True
             self._decode(list(tokens[at : at + n]), kv.shift)
             if log is not None:
                 log.append(kv.seen, n)
             kv.append(n)
+            self._decoding = False
             at += n
 
     def _decode(self, tokens: list[int], shift: int) -> None:
         """What the base class's eval does for one batch, at positions of our own."""
         start, n = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=start - shift, logits_all=self._logits_all)
-        self._ctx.decode(self._batch)
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            raise KVCacheError(
+                f"llama.cpp could not read {n} tokens after the {start} that it has read: {error}. "
+                "The conversation goes up to these; more of llama.cpp's reason is shown with "
+                "verbose=True"
+            ) from error
         self.input_ids[start : start + n] = tokens
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
@@ -638,7 +676,25 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     def _keep_logits(self, start: int, logits: FloatArray) -> None:
         """With ``logits_all``: those of the tokens from ``start`` on, f32 [n, n_vocab], which are
         valid until the next batch."""
-        self.scores[start : start + len(logits)] = logits
+        end = start + len(logits)
+        if end > len(self.scores):
+            self._make_rows(end)
+        self.scores[start:end] = logits
+
+    def _make_rows(self, n: int) -> None:
+        """Let ``scores`` have rows for n tokens at least, and more than it had by half: the logical
+        context may be far longer than there is memory for rows."""
+        rows = min(self._n_ctx, max(n, len(self.scores) * 3 // 2))
+        try:
+            scores = np.empty((rows, self._n_vocab), np.single)
+        except MemoryError as error:
+            raise MemoryError(
+                f"the logits of {rows} tokens take {rows * self._n_vocab * 4 / 2**30:.1f} GiB, and "
+                "with logits_all or a draft_model those of all tokens are kept: leave them out, or "
+                "read less (a lower n_ctx says so at once)"
+            ) from error
+        scores[: len(self.scores)] = self.scores
+        self.scores = scores
 
     def _newest_logits(self) -> FloatArray:
         """f32 [n_vocab] after the last token read, valid until the next batch."""
@@ -660,6 +716,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """Bring table and cells to ``n_tokens``, which the base class sets freely."""
         kv = self._kv
         assert kv is not None
+        self._notice_others()
         if self.n_tokens > kv.seen and kv.trusted:
             # An interrupt came between decoding and append(): n_tokens only grows after a decode.
             kv.append(self.n_tokens - kv.seen)
@@ -667,6 +724,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if self._query_log is not None:
             self._query_log.rewind(self.n_tokens)
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens - kv.shift, -1)
+        self._decoding = False
+
+    def _notice_others(self) -> None:
+        """Trust the cache no longer if its newest token is not that of the conversation: then
+        something else has used the context (a library that calls llama.cpp below this class). What
+        it did is noticed only if it left another number of tokens."""
+        kv = self._kv
+        assert kv is not None
+        if self.n_tokens == 0 or not kv.trusted:
+            return
+        there = kv.cache.newest_position() + 1 + kv.shift  # tokens, after llama.cpp
+        if self._decoding:  # an interrupt or an error came: some of a batch may be there as well
+            known = there >= self.n_tokens
+        else:  # who sets n_tokens back may remove the cells, too
+            known = there in (kv.seen, self.n_tokens) and there >= self.n_tokens
+        kv.trusted = known
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -685,7 +758,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama. Equal beginnings are not read again, if the cache can go back to
-        where the texts part; if tokens before that point were dropped meanwhile, all is re-read."""
+        what it was where the texts part; if tokens were dropped since then, all is read again."""
         how = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
         del how["self"]
         return self._calls.steps("generate", self._generate(how))
@@ -713,8 +786,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         kv = self._kv
         assert kv is not None
+        self._notice_others()
         prefix = self._equal_beginning(tokens)
-        if not kv.can_rewind(min(prefix, len(tokens) - 1)):
+        if not kv.can_return(min(prefix, len(tokens) - 1)):
             known = self._input_ids[prefix:].tolist()
             tokens = tokens[:prefix] + begin_as_known(known, tokens[prefix:], self._piece)
             prefix = self._equal_beginning(tokens, prefix)
@@ -724,7 +798,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             return tokens  # the logits are there already
         if all_read:
             prefix -= 1  # one token is read again for its logits
-        if prefix < 1 or not kv.can_rewind(prefix):
+        if prefix < 1 or not kv.can_return(prefix):
             self.reset()
         else:
             self.n_tokens = prefix
@@ -764,6 +838,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             kwargs["prompt"] = PromptTokens(prompt)
         completion = super()._create_completion(*args, **kwargs)
         while True:
+            self._completing = True
             try:
                 result = next(completion)
             except StopIteration:
@@ -777,6 +852,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                         f"n_ctx={self._n_ctx}: load the model with a larger n_ctx"
                     ) from error
                 raise
+            finally:
+                self._completing = False
             if result["choices"][0]["finish_reason"] is not None:
                 result["kv_cache"] = dict(self.kv_stats)
             yield result
@@ -920,30 +997,77 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
     # -- states and copies -------------------------------------------------------------------
 
     def save_state(self) -> Any:
+        """As in llama_cpp.Llama. Of a bounded cache it is what ``save_session`` writes.
+
+        Raises:
+            SessionError: with a policy that looks at queries.
+            KVCacheError: llama.cpp's state is not that of the tokens read.
+        """
         with self._calls.own("save_state", "nothing"):
-            self._require_no_queries("save_state")
-            state = super().save_state()
-            if self._kv is not None:
-                self._follow()
-                state.kvp_table = self._kv.snapshot()
-            return state
+            if self._kv is None:
+                return super().save_state()
+            header, arrays = self._conversation("save_state")
+            rows = self.n_tokens if self._logits_all else 0
+            return SavedState(header, arrays, self.scores[:rows].copy(), self._seed)
 
     def load_state(self, state: Any) -> None:
+        """Go on where ``save_state`` was called, in place of the conversation read so far.
+
+        As for ``load_session``, model, limits, policy and granularity must be those of the time,
+        and ``n_ctx`` may differ. A state that does not fit and comes from a prompt cache
+        (``set_cache``) is passed over with a warning, and the prompt is read.
+
+        Raises:
+            SessionError: a state of other settings; the conversation read so far is untouched.
+                Without ``kv_budget`` only llama.cpp can tell, and nothing is read then.
+            KVCacheError: llama.cpp took neither this state nor the old one back; nothing is read
+                now.
+        """
         with self._calls.own("load_state"):
-            self._load_state(state)
+            try:
+                self._load_state(state)
+            except SessionError as error:
+                if not self._completing:
+                    raise
+                warnings.warn(
+                    f"what the prompt cache holds is of no use here, so all is read: {error}",
+                    stacklevel=2,
+                )
 
     def _load_state(self, state: Any) -> None:
-        self._require_no_queries("load_state")
-        table = getattr(state, "kvp_table", None)
-        if self._kv is not None and not isinstance(table, Table):
-            raise ValueError(
+        if self._kv is None:
+            self._load_unbounded(state)
+            return
+        if not isinstance(state, SavedState):
+            raise SessionError(
                 "this state was saved without a bounded cache: it does not say which tokens it has"
             )
-        super().load_state(state)
-        if self._kv is not None:
-            assert isinstance(table, Table)
-            self._kv.cache.forget_cells()
-            self._kv.restore(table)
+        scores = state.scores if self._logits_all else state.scores[:0]
+        if len(scores) < state.n_tokens and self._logits_all:
+            raise SessionError(
+                "this state was saved without logits_all, and here the logits of all tokens are "
+                "kept: a state can only be resumed with what it was made with"
+            )
+        self._resume("this state", state.header, state.arrays)
+        self._seed = state.seed
+        if len(scores):
+            self._keep_logits(0, scores)
+
+    def _load_unbounded(self, state: Any) -> None:
+        if isinstance(state, SavedState):
+            raise SessionError(
+                "this state was saved with a bounded cache: load the model with the same kv_budget"
+            )
+        try:
+            super().load_state(state)
+        except (RuntimeError, ValueError) as error:
+            # whatever was changed by then; the base class has also taken over arrays of other sizes
+            self.input_ids = np.ndarray((self._n_ctx,), dtype=np.intc)
+            self.reset()
+            raise SessionError(
+                "llama.cpp does not take this state: it was saved with another model or other "
+                f"settings. Nothing is read now (the reason: {error})"
+            ) from error
 
     def save_session(self, path: str | os.PathLike[str], extra: Any = None) -> None:
         """Write the conversation and its cache to one file, from which ``load_session`` goes on.
@@ -961,10 +1085,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._save_session(path, extra)
 
     def _save_session(self, path: str | os.PathLike[str], extra: Any) -> None:
-        kv = self._bounded("save_session")
-        self._follow()
-        if kv.seen == 0:
+        header, arrays = self._conversation("save_session")
+        if len(arrays["tokens"]) == 0:
             raise SessionError("there is nothing to save: no token was read yet")
+        session.write(path, {**header, "extra": extra}, arrays)
+
+    def _conversation(self, name: str) -> tuple[dict[str, Any], dict[str, session.Array]]:
+        """What was read and what is kept of it, for ``_resume``: header and arrays of a session."""
+        kv = self._bounded(name)
+        self._follow()
         table = kv.snapshot()
         header = {
             "made_with": self._session_settings(),
@@ -973,12 +1102,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             "evictions": kv.evictions,
             "evictions_as_state": kv.evictions_as_state,
             "eviction_ms": kv.eviction_ms,
-            "extra": extra,
+            "extra": None,
         }
         arrays = {"tokens": self.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
-        state = kv.cache.state()
-        kv.cache.check_state(state, table.llama_positions())
-        session.write(path, header, {**arrays, "state": state})
+        state = kv.cache.state() if kv.seen else np.empty(0, np.uint8)
+        if kv.seen:
+            kv.cache.check_state(state, table.llama_positions())
+        return header, {**arrays, "state": state}
 
     def load_session(
         self, path: str | os.PathLike[str], *, accept: Callable[[Any], object] | None = None
@@ -1016,27 +1146,43 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         header, arrays = session.read(path, most)
         if accept is not None:
             accept(header.get("extra"))
+        name = f"the session '{path}'"
         if "rescue" in header:
-            return self._read_again(path, header, arrays)
+            return self._read_again(name, header, arrays)
+        self._resume(name, header, arrays)
+        return header["extra"]
+
+    def _resume(self, name: str, header: dict[str, Any], arrays: dict[str, session.Array]) -> None:
+        """Take over what ``_conversation`` gave, here or in another process.
+
+        Args:
+            name: what it is called in a sentence.
+
+        Raises:
+            SessionError, KVCacheError: see load_session.
+        """
         kv = self._bounded("load_session")
-        session.require_conversation(path, header, arrays)
-        session.require_same(path, header["made_with"], self._session_settings())
+        session.require_conversation(name, header, arrays)
+        session.require_same(name, header["made_with"], self._session_settings())
         tokens, state = arrays.pop("tokens"), arrays.pop("state")
-        self._require_tokens(path, tokens)
+        self._require_tokens(name, tokens)
         try:
             table = Table.of(header["table"], arrays)
         except ValueError as error:
-            raise SessionError(f"the session '{path}' does not add up: {error}") from error
+            raise SessionError(f"{name} does not add up: {error}") from error
+        if table.seen == len(tokens) == 0:
+            self.reset()
+            return
         if table.seen != len(tokens) or not table.adds_up(kv.empty_table()):
-            raise SessionError(f"the session '{path}' does not add up: its table of kept tokens")
+            raise SessionError(f"{name} does not add up: its table of kept tokens")
         if table.kept > kv.limits.cells:
-            raise SessionError(f"the session '{path}' does not add up: more rows than cells")
-        protected = self._protectable(path, header["protected_prefix"])
+            raise SessionError(f"{name} does not add up: more rows than cells")
+        protected = self._protectable(name, header["protected_prefix"])
         try:
             kv.restore_with(table, state)
         except (ValueError, KVCacheError) as error:
             if kv.trusted:
-                raise SessionError(f"the session '{path}' does not fit: {error}") from error
+                raise SessionError(f"{name} does not fit: {error}") from error
             self.reset()
             raise
         self._requires_eval = True  # the logits were not saved
@@ -1045,7 +1191,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         kv.evictions, kv.eviction_ms = header["evictions"], header["eviction_ms"]
         kv.evictions_as_state = header["evictions_as_state"]
         kv.protect_prefix(protected)
-        return header["extra"]
 
     def rescue_to(
         self,
@@ -1101,36 +1246,36 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             setattr(self, part, Closed())
 
     def _read_again(
-        self, path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Any]
+        self, name: str, header: dict[str, Any], arrays: dict[str, session.Array]
     ) -> Any:
         """``load_session`` of what ``rescue_to`` wrote."""
         kv = self._require_bounded("load_session")
-        session.require_rescued(path, header, arrays)
-        session.require_same(path, header, {"model": self._model_identity()})
+        session.require_rescued(name, header, arrays)
+        session.require_same(name, header, {"model": self._model_identity()})
         tokens = arrays["tokens"]
-        self._require_tokens(path, tokens)
+        self._require_tokens(name, tokens)
         asked = header["protected_prefix"] if self._bound.protect_system else 0
-        protected = self._protectable(path, asked)
+        protected = self._protectable(name, asked)
         self.reset()
         kv.protect_prefix(protected)
         self.eval(tokens.tolist())
         return header["extra"]
 
-    def _require_tokens(self, path: str | os.PathLike[str], tokens: Any) -> None:
+    def _require_tokens(self, name: str, tokens: Any) -> None:
         if len(tokens) > self._n_ctx:
             raise SessionError(
-                f"the session '{path}' holds {len(tokens)} tokens, too many for the logical "
+                f"{name} holds {len(tokens)} tokens, too many for the logical "
                 f"context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
             )
-        session.require_tokens(path, tokens, self._n_vocab)
+        session.require_tokens(name, tokens, self._n_vocab)
 
-    def _protectable(self, path: str | os.PathLike[str], n_first: int) -> int:
+    def _protectable(self, name: str, n_first: int) -> int:
         """How many first tokens a session's conversation protects here."""
         kv = self._require_bounded("load_session")
         try:
             return kv.protectable(n_first)
         except BudgetError as error:
-            raise SessionError(f"the session '{path}' does not fit: {error}") from error
+            raise SessionError(f"{name} does not fit: {error}") from error
 
     def _require_bounded(self, name: str) -> EvictionManager:
         if self._kv is None:

@@ -32,9 +32,9 @@ enum class order { oldest_first, newest_first, none };
 
 order safe_order(const moves & m) {
     bool down = true, up = true;
-    for (uint32_t g = 0; g < m.plan.n_layer * m.plan.n_head_kv; ++g) {
+    for (size_t g = 0; g < size_t(m.plan.n_layer) * m.plan.n_head_kv; ++g) {
         for (uint32_t i = m.range.first; i < m.range.last; ++i) {
-            const uint32_t row = m.row(g / m.plan.n_head_kv, g % m.plan.n_head_kv, i);
+            const uint32_t row = m.row(uint32_t(g / m.plan.n_head_kv), g % m.plan.n_head_kv, i);
             down               = down && m.survivors[i] <= row;
             up                 = up && m.survivors[i] >= row;
         }

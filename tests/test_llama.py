@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -545,6 +546,42 @@ def test_a_rewind_is_as_if_the_rest_had_never_been_read(random_model: Maker, loa
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("granularity", ["head", "token"])
+@pytest.mark.parametrize("n_prompt", [230, 255, 256, 257])  # of 256 cells
+def test_an_answer_during_which_something_was_dropped_is_regenerated_as_after_a_reset(
+    random_model: Maker, load: Loader, decoded: list[int], granularity: str, n_prompt: int
+) -> None:
+    """What came before the answer could be seen when its first token was chosen."""
+    bound = {"n_ctx": 999, "kv_budget": 100, "recent": 60, "reserve": 156}
+    llm = load(random_model(LLAMA).path, granularity=granularity, **bound)
+    prompt = random_tokens(n_prompt)
+
+    def answer() -> tuple[list[int], Any]:
+        tokens = list(itertools.islice(llm.generate(prompt, temp=0.0), 50))
+        return tokens, llm.kv_indices
+
+    first, kept = answer()
+    assert llm.kv_stats.evictions == 1
+    decoded.clear()
+    again, kept_again = answer()
+    assert again == first
+    np.testing.assert_array_equal(kept_again, kept)
+    # 257: the eviction made room for the end of the prompt, which all of the answer has seen
+    read_again = n_prompt if n_prompt < 257 else 1
+    assert sum(decoded) == read_again + 49
+
+
+def test_a_conversation_goes_on_right_after_an_eviction_without_being_read_again(
+    random_model: Maker, load: Loader, decoded: list[int]
+) -> None:
+    llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, recent=60)
+    llm.eval(random_tokens(300))
+    llm.evict()
+    decoded.clear()
+    next(llm.generate([*random_tokens(300), 7], temp=0.0))
+    assert decoded == [1]
+
+
 def test_an_edited_early_message_is_read_again_from_the_start(
     bundled_model: str, load: Loader, book: str, decoded: list[int]
 ) -> None:
@@ -736,7 +773,8 @@ def test_an_error_of_llama_cpp_leaves_the_conversation_readable(
         raise RuntimeError("llama_decode returned -3")
 
     monkeypatch.setattr(llm._ctx, "decode", fails)
-    with pytest.raises(RuntimeError, match="-3"):
+    says = "could not read 300 tokens after the 300 .* llama_decode returned -3"
+    with pytest.raises(KVCacheError, match=says):
         llm.eval(random_tokens(300))
     monkeypatch.setattr(llm._ctx, "decode", decode)
     llm.eval(random_tokens(300))

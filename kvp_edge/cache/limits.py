@@ -155,7 +155,8 @@ class CacheLimits:
 
         in_sight = max(0, window - 1)  # tokens read that the next one sees through the window
         if isinstance(kv_budget, str):
-            cells = cls._cells_in(kv_budget, bytes_per_cell)
+            least = _round_up(max(1, in_sight + (n_batch or MIN_WINDOW_BATCH) if window else 1))
+            cells = cls._cells_in(kv_budget, bytes_per_cell, least)
             if reserve is None:
                 reserve = max(cells // 5, n_batch or 0)  # a quarter of what is left
             budget = cells - reserve
@@ -209,7 +210,7 @@ class CacheLimits:
         return cls(n_ctx, cells, budget, sinks, recent, batch)
 
     @staticmethod
-    def _cells_in(memory: str, bytes_per_cell: int) -> int:
+    def _cells_in(memory: str, bytes_per_cell: int, least: int) -> int:
         match = _MEMORY.fullmatch(memory)
         if not match:
             raise BudgetError(
@@ -222,9 +223,10 @@ class CacheLimits:
         size = int(amount)
         cells = size // bytes_per_cell // CELL_UNIT * CELL_UNIT if bytes_per_cell else 0
         if cells == 0:
+            beside = " beside the model's sliding window" if least > CELL_UNIT else ""
             raise BudgetError(
                 f"kv_budget={memory} is too little: a token of this model takes {bytes_per_cell} "
-                f"bytes and the smallest cache has {CELL_UNIT} cells, "
-                f"{_mib(CELL_UNIT * bytes_per_cell)} MiB"
+                f"bytes and the smallest cache{beside} has {least} cells, "
+                f"{_mib(least * bytes_per_cell)} MiB"
             )
         return cells

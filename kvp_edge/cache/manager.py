@@ -47,7 +47,7 @@ class EvictionManager:
     - an eviction protects the first ``protected_prefix`` tokens and the newest ``limits.recent``,
       and beyond these at most the rest of a marker at either border, never of a word or sentence;
     - ``trusted`` is False if any of this may have been broken by an error or an interrupt in the
-      middle of a change; then only ``clear`` mends it.
+      middle of a change, or by somebody else; then only ``clear`` mends it.
 
     Args:
         find_spans: tokens that stay or go together.
@@ -130,6 +130,13 @@ class EvictionManager:
             return False
         return length == t.seen or self.cache.can_continue_at(length - t.shift)
 
+    def can_return(self, length: int) -> bool:
+        """Whether the cache can be taken back to what it was when the conversation had ``length``
+        tokens: no eviction came after that, so nothing is lost that was there then."""
+        t = self._table
+        last_eviction = t.tail + self.limits.recent if t.tail else 0  # see _next_tail
+        return self.can_rewind(length) and (length >= last_eviction or length in (0, t.seen))
+
     def snapshot(self) -> Table:
         """The table, to be stored beside a copy of llama.cpp's state."""
         return self._table
@@ -206,8 +213,9 @@ class EvictionManager:
             return
         if not self.trusted:
             raise KVCacheError(
-                "a change of the cache was interrupted, so it is not known what it holds. Call "
-                "reset() and read the conversation again"
+                "a change of the cache was interrupted, or something else has used the model's "
+                "context, so it is not known what it holds. Call reset() and read the conversation "
+                "again"
             )
         if not self.can_rewind(length):
             raise KVCacheError(
@@ -338,7 +346,8 @@ class EvictionManager:
 
     def _next_tail(self) -> int:
         """The newest ``recent`` tokens are all held, so the conversation can be cut anywhere among
-        them; fewer only after a rewind, which may leave less than that of the old tail."""
+        them; fewer only after a rewind, which may leave less than that of the old tail. So an
+        eviction with n tokens read leaves a tail that begins at n - recent or after."""
         return max(self._table.tail, self._table.seen - self.limits.recent)
 
     def _must_compact(self, n_keep: int) -> bool:

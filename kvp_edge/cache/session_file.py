@@ -240,30 +240,29 @@ def _known(dtype: str) -> str:
     return dtype
 
 
-def require_conversation(
-    path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Array]
-) -> None:
+def require_conversation(name: str, header: dict[str, Any], arrays: dict[str, Array]) -> None:
     """Refuse a session whose header or arrays are not those of ``Llama.save_session``.
+
+    Args:
+        name: what it is called in a sentence, here and below.
 
     Raises:
         SessionError: naming what is missing or of another type.
     """
-    _require(path, header, _CONVERSATION, arrays, _ARRAYS)
+    _require(name, header, _CONVERSATION, arrays, _ARRAYS)
 
 
-def require_rescued(
-    path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Array]
-) -> None:
+def require_rescued(name: str, header: dict[str, Any], arrays: dict[str, Array]) -> None:
     """Refuse a file whose header or arrays are not those of ``Llama.rescue_to``.
 
     Raises:
         SessionError: naming what is missing or of another type.
     """
-    _require(path, header, _RESCUED, arrays, {"tokens": _ARRAYS["tokens"]})
+    _require(name, header, _RESCUED, arrays, {"tokens": _ARRAYS["tokens"]})
 
 
 def _require(
-    path: str | os.PathLike[str],
+    name: str,
     header: dict[str, Any],
     fields: dict[str, Any],
     arrays: dict[str, Array],
@@ -271,19 +270,19 @@ def _require(
 ) -> None:
     try:
         require(header, fields)
-        for name in _COUNTS & fields.keys():
-            if not 0 <= header[name] <= _MOST:
-                raise ValueError(f"'{name}' cannot be {shortened(header[name])}")
+        for count in _COUNTS & fields.keys():
+            if not 0 <= header[count] <= _MOST:
+                raise ValueError(f"'{count}' cannot be {shortened(header[count])}")
         if arrays.keys() != kinds.keys():
             raise ValueError(f"it has the arrays {shortened(sorted(arrays))}")
-        for name, kind in kinds.items():
-            if (arrays[name].dtype.name, arrays[name].ndim) != kind:
-                raise ValueError(f"its {name} are no {kind[0]} of {kind[1]} dimensions")
+        for array, kind in kinds.items():
+            if (arrays[array].dtype.name, arrays[array].ndim) != kind:
+                raise ValueError(f"its {array} are no {kind[0]} of {kind[1]} dimensions")
     except ValueError as error:
-        raise SessionError(f"the session '{path}' does not add up: {error}") from error
+        raise SessionError(f"{name} does not add up: {error}") from error
 
 
-def require_tokens(path: str | os.PathLike[str], tokens: Array, n_vocab: int) -> None:
+def require_tokens(name: str, tokens: Array, n_vocab: int) -> None:
     """Refuse tokens that the model does not have: llama.cpp would end the process.
 
     Raises:
@@ -291,28 +290,26 @@ def require_tokens(path: str | os.PathLike[str], tokens: Array, n_vocab: int) ->
     """
     foreign = tokens[(tokens < 0) | (tokens >= n_vocab)]
     if len(foreign):
-        raise SessionError(
-            f"the session '{path}' does not add up: the model has no such token: {foreign[0]}"
-        )
+        raise SessionError(f"{name} does not add up: the model has no such token: {foreign[0]}")
 
 
-def require_same(path: str | os.PathLike[str], saved: dict[str, Any], here: dict[str, Any]) -> None:
+def require_same(name: str, saved: dict[str, Any], here: dict[str, Any]) -> None:
     """Refuse a session that does not match the loaded model and options.
 
     Raises:
         SessionError: naming the first difference and both sides.
     """
-    for name, value in here.items():
-        if saved.get(name) == value:
+    for key, value in here.items():
+        if saved.get(key) == value:
             continue
-        if name == "model":  # two checksums
+        if key == "model":  # two checksums
             raise SessionError(
-                f"the session '{path}' was saved with model = {str(saved.get(name))[:8]}..., and "
+                f"{name} was saved with model = {str(saved.get(key))[:8]}..., and "
                 f"here it is {str(value)[:8]}...: that is another model file, which must be loaded "
                 "to go on"
             )
-        theirs = shortened(saved.get(name)).strip("'")
+        theirs = shortened(saved.get(key)).strip("'")
         raise SessionError(
-            f"the session '{path}' was saved with {name} = {theirs}, and here it is {value}: "
+            f"{name} was saved with {key} = {theirs}, and here it is {value}: "
             "a cache can only be resumed with what it was made with"
         )

@@ -91,9 +91,9 @@ class Eviction:
         policy: name of the policy.
         ms: milliseconds it took.
         pack: "device" if the cache was packed where it lies, "state" if it went through llama.cpp's
-            state. With KVStats.pack "device" that happens when positions are compacted, once after
-            load_state, and where a sliding window would lose tokens that it still sees (the budget
-            without the recent window is smaller than the sliding window).
+            state. With KVStats.pack "device" that happens when positions are compacted and where a
+            sliding window would lose tokens that it still sees (the budget without the recent
+            window is smaller than the sliding window).
         transferred_bytes: bytes it transferred between the cache and the host.
     """
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import kvp_edge
 from kvp_edge.cli.ending import Ended
+from kvp_edge.cli.option_names import with_options
 from kvp_edge.cli.shown import let_go_of_output, note, open_streams, visible
 
 #: The commands, in the order of --help: "chat" is kvp_edge.cli.chat, with add_chat. A module is
@@ -75,10 +76,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    note(f"kvp-edge: warning: {message}")
-
-
 def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; what is expected to go wrong becomes a sentence and an exit status."""
     try:
@@ -103,7 +100,7 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
         message = f"{str(error) or 'out of memory'} (--verbose tells more)"
     finally:
         let_go_of_output()
-    note(f"kvp-edge: {message}")
+    note(f"kvp-edge: {with_options(message, args)}")
     return status
 
 
@@ -138,5 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note("kvp-edge: standard output is closed: there is nowhere to write to")
         return 2
     with warnings.catch_warnings(), _guard():
-        warnings.showwarning = _warn
+        warnings.showwarning = lambda message, *_, **__: note(
+            f"kvp-edge: warning: {with_options(str(message), args)}"
+        )
         return _run(args.command, args)

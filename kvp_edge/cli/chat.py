@@ -12,12 +12,13 @@ from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from kvp_edge.cli import chat_format, options
+from kvp_edge.cli.option_names import with_options
 from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.rescue import rescuing, start_again
 from kvp_edge.cli.shown import note, say
 from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 from kvp_edge.text import transcript
-from kvp_edge.text.chat_prompt import Message
+from kvp_edge.text.chat_prompt import Message, prompt_tokens
 
 _DEFAULT_MAX_TOKENS = 512
 
@@ -36,7 +37,7 @@ in the chat:
 {_COMMANDS}
   Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes on in the next one,
   and so do lines between two lines of \"\"\". A blank before it makes a line that begins with / a
-  message.
+  message, and so does a second /.
 
   What ends a chat unasked (a device that fails, SIGTERM, SIGHUP, a full disk, a fault) leaves the
   conversation in a file in the folder for temporary files, which /load reads again.
@@ -129,6 +130,7 @@ class Chat:
             [{"role": "system", "content": args.system}] if args.system else []
         )
         self._messages = list(self._system)
+        self._taken_back = False  # something that the cache still holds
         self._reply: list[str] = []  # what was said so far of the reply that is being written
 
     def choose_format(self) -> None:
@@ -157,7 +159,7 @@ class Chat:
         """Answer a message or obey a /command. Returns False if that failed."""
         if not line.strip():
             return True
-        if not line.startswith("/") or "\n" in line:
+        if not line.startswith("/") or line.startswith("//") or "\n" in line:
             return self._answer({"role": "user", "content": line})
         command, _, argument = line.strip().partition(" ")
         if command in ("/save", "/load"):
@@ -167,10 +169,13 @@ class Chat:
             raise EOFError
         if command == "/stats":
             note(str(self._llm.kv_stats))
+            if self._taken_back:
+                note("What was taken back is among them until your next message.")
         elif command == "/help":
             note(_COMMANDS)
         elif command == "/clear":
             self._messages = list(self._system)
+            self._taken_back = False
             self._llm.reset()
             note("A new conversation begins.")
         elif command in ("/regen", "/undo"):
@@ -179,10 +184,14 @@ class Chat:
             if question is None:
                 note("Nothing has been said yet.")
             elif command == "/undo":
+                self._taken_back = True
                 note(f"Taken back: {question['content']}")
-            elif not self._answer(question):
-                self._messages = before
-                return False
+            else:
+                if self._sampling["temperature"] <= 0:
+                    note("(The likeliest reply is the same again; --temperature 0.7 draws others.)")
+                if not self._answer(question):
+                    self._messages = before
+                    return False
         else:
             note(
                 f"There is no command '{command}'. There are:\n{_COMMANDS}\n"
@@ -215,6 +224,7 @@ class Chat:
         with self._llm.timed(bar_after=_bar_after()):  # what was rescued is read again
             self._llm.load_session(path, accept=lambda extra: saved.append(_Saved.of(path, extra)))
         self._messages, self._seed = saved[0]
+        self._taken_back = False
         self._system = [m for m in self._messages[:1] if m["role"] == "system"]
 
     def _return_question(self) -> None:
@@ -232,7 +242,6 @@ class Chat:
 
     def _answer(self, question: Message) -> bool:
         """Write a reply to stdout. If that fails, the conversation is as it was before."""
-        alone = len(self._messages) == len(self._system)
         self._messages.append(question)
         try:
             with self._llm.timed(bar_after=_bar_after()):
@@ -259,8 +268,9 @@ class Chat:
             self._tell(error)
             note(_AS_BEFORE)
             if isinstance(error, ContextLengthError):
-                note(_TOO_LONG_ALONE if alone else _MAKE_ROOM)
+                note(_MAKE_ROOM if self._would_fit_alone(question) else _TOO_LONG_ALONE)
             return False
+        self._taken_back = False
         self._messages.append({"role": "assistant", "content": "".join(self._reply)})
         self._reply.clear()
         say("")
@@ -269,11 +279,20 @@ class Chat:
             note(f"The conversation has reached its {self._llm.n_ctx()} tokens. {_MAKE_ROOM}")
         return True
 
+    def _would_fit_alone(self, question: Message) -> bool:
+        """Whether the message could be answered in a new conversation."""
+        try:
+            n = len(prompt_tokens(self._llm, [*self._system, question]))
+        except ValueError:  # a chat format that writes no text: nobody can tell
+            return len(self._messages) > len(self._system)
+        return n < self._llm.n_ctx()
+
     def _tell(self, error: Exception) -> None:
         """Say what went wrong; of what was not foreseen also what kind of thing it is."""
         foreseen = isinstance(error, (ValueError, RuntimeError, MemoryError, OSError))
         kind = "" if foreseen and str(error) else f"{type(error).__name__}: "
-        note(f"{kind}{error}" if not isinstance(error, MemoryError) else "out of memory")
+        what = with_options(f"{kind}{error}", self._args)
+        note(what if not isinstance(error, MemoryError) else "out of memory")
         if self._args.verbose:
             note("".join(traceback.format_exception(error)))
 

@@ -25,7 +25,6 @@ from kvp_edge.evaluation.markdown import plural
 from kvp_edge.llama import Llama
 from kvp_edge.llamacpp.context_shift import ContextShift
 from kvp_edge.policies import HEURISTICS, Learned
-from kvp_edge.policies.discovery import own_policy
 from kvp_edge.text.chat_prompt import ends_reply, prompt_tokens, transcribe_without_template
 
 _REPLY_TOKENS = 32
@@ -157,8 +156,9 @@ class Demo:
         self._budget = parse_budget(args.kv_budget)
         # sentences are not cut, so a conversation may become somewhat longer than asked for
         self._n_ctx = 2 * args.length + 1024
-        with self._bounded(next(iter(HEURISTICS))) as reader:
+        with self._bounded("auto") as reader:
             llm = reader.llm
+            self._has_own = llm.kv_stats.policy == Learned.name
             self.as_transcripts = transcribe_without_template(llm)
             self.cells = llm.kv_stats.cells
             self._items = make_items(
@@ -180,9 +180,8 @@ class Demo:
         """Of reading, in the order of the table."""
         ways: dict[str, Callable[[], AbstractContextManager[Reader]]]
         ways = {FULL: self._full, SHIFT: self._shift}
-        own = own_policy(self.path)
-        if own is not None:
-            ways[Learned.name] = partial(self._bounded, own)
+        if self._has_own:
+            ways[Learned.name] = partial(self._bounded, "auto")
         return ways | {name: partial(self._bounded, name) for name in HEURISTICS}
 
     def work(self) -> estimate.Work:
@@ -300,7 +299,8 @@ def reading(rows: list[Row]) -> list[str]:
     lines = [f"With all tokens in the cache the model answers {full.right} of {n}."]
     if full.right < 0.8 * n:
         lines.append("It misses many even then: the other rows tell of the model, too.")
-    lines.append(f"In {cells} cells llama.cpp's rule leaves it {shift.right}: what is old is gone.")
+    gone = ": what is old is gone" if full.right - shift.right >= chance else ""
+    lines.append(f"In {cells} cells llama.cpp's rule leaves it {shift.right}{gone}.")
     if better:
         share = best.kv_bytes / full.kv_bytes
         lines.append(

@@ -18,6 +18,8 @@ from kvp_edge.policies import FALLBACK, POLICIES
 from kvp_edge.processor.repack import REPACK
 
 DEFAULT_BUDGET = "512"
+#: Batches of a few dozen tokens keep a processor waiting for memory.
+_SMALL_BATCH = 128
 _MOST_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h
 
 # enum ggml_type in ggml.h; llama_cpp has no name for bf16
@@ -313,13 +315,21 @@ def cache_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load(path: str, n_ctx: int | None, args: argparse.Namespace) -> WatchedLlama:
     """The bounded model that the options describe."""
-    return WatchedLlama(
+    llm = WatchedLlama(
         path,
         n_ctx=n_ctx,
         protect_system=bool(args.system) and not args.no_protect_system,
         **cache_options(args),
         **engine_options(args),
     )
+    stats, memory = llm.kv_stats, isinstance(parse_budget(args.kv_budget), str)
+    if memory and args.reserve is None and stats.cells < llm.n_ctx() and llm.n_batch < _SMALL_BATCH:
+        warnings.warn(
+            f"texts are read {llm.n_batch} tokens at a time, since an eviction frees no more of "
+            f"the {stats.cells} cells, and that is slow: a larger --kv-budget or --reserve helps",
+            stacklevel=2,
+        )
+    return llm
 
 
 def trained_context(path: str) -> int:

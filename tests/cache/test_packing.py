@@ -5,6 +5,7 @@ Logits are compared by their largest difference over the standard deviation of a
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvp_edge import KVCacheError, Llama, Policy, UnsupportedModelError
 from kvp_edge.binding.cache import NativeCache, pack_state
+from kvp_edge.binding.library import call
 from kvp_edge.binding.ranking import choose_rows
 from makers import blobs
 from makers.gguf_models import ModelShape, write_model
@@ -195,6 +197,30 @@ def test_a_plan_that_does_not_fit_is_refused_and_nothing_is_written(
     with pytest.raises(ValueError, match=sentence):
         pack_state(state, 0, present, keep, positions)
     assert state.tobytes() == blob
+
+
+def test_a_plan_of_2_to_the_32_heads_is_checked_from_its_first_row() -> None:
+    """The product of layers and heads is 0 in 32 bits."""
+    state = np.frombuffer(some_blob()[0], np.uint8).copy()
+    present, wrong = np.arange(6, dtype=np.int32), np.array([-1], np.int32)
+    last = np.array([5], np.int32)
+    with pytest.raises(ValueError, match="layer 0, KV head 0 keeps row -1"):
+        call(
+            "kvp_state_pack",
+            state.ctypes.data,
+            len(state),
+            0,
+            512,
+            2**23,
+            present.ctypes.data,
+            6,
+            wrong.ctypes.data,
+            last.ctypes.data,
+            1,
+            None,
+            0,
+            ctypes.byref(ctypes.c_size_t()),
+        )
 
 
 def test_heads_that_are_not_whole_blocks_are_refused() -> None:

@@ -236,6 +236,23 @@ def test_a_message_that_is_too_long_by_itself_gets_no_advice_that_does_not_help(
     assert "/undo" not in got.err
 
 
+def test_also_after_others_and_one_that_fits_alone_is_told_what_makes_room(kvp: Type) -> None:
+    long = "many words " * 200
+    got = kvp("chat", *SHORT, "--n-ctx", "300", typed=f"Hello.\n{long}\n")
+    assert "too long by itself" in got.err
+    assert "/undo" not in got.err
+    half = "many words " * 60
+    got = kvp("chat", *SHORT, "--n-ctx", "300", typed=f"{half}\n{half}\n{half}\n")
+    assert "/undo and /clear make room" in got.err
+    assert "too long by itself" not in got.err
+
+
+def test_a_line_that_begins_with_two_slashes_is_a_message_as_it_is(kvp: Type) -> None:
+    got = kvp("chat", *SHORT, typed="// a comment\n/undo\n")
+    assert len(got.stats) == 1
+    assert "Taken back: // a comment" in got.err
+
+
 def test_a_line_that_begins_with_a_slash_can_be_sent(kvp: Type) -> None:
     got = kvp("chat", *SHORT, typed='/etc/passwd\n /etc/passwd\n"""\n/etc\n/usr\n"""\n/undo\n')
     assert "There is no command '/etc/passwd'" in got.err

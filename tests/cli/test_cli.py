@@ -99,6 +99,31 @@ def test_regen_says_something_else_unless_greedy(kvp: Type) -> None:
     assert got.replies[0] != got.replies[1]
 
 
+def test_regen_says_that_the_likeliest_reply_is_the_same_again(kvp: Type) -> None:
+    options = ["--max-tokens", "9", "--threads", "1"]
+    greedy = kvp("chat", *GREEDY, *options, typed="Tell me something.\n/regen\n")
+    assert "the same again; --temperature" in greedy.err
+    assert greedy.replies[0] == greedy.replies[1]
+    drawn = kvp("chat", "--temperature", "1", *options, typed="Tell me something.\n/regen\n")
+    assert "the same again" not in drawn.err
+
+
+def test_stats_after_undo_tell_that_they_count_what_was_taken_back(kvp: Type) -> None:
+    options = ["chat", *GREEDY, "--max-tokens", "9", "--threads", "1"]
+    got = kvp(*options, typed="Hello.\n/stats\n/undo\n/stats\nHello.\n/stats\n")
+    told = "What was taken back is among them"
+    assert got.err.count(told) == 1
+    assert got.err.index("Taken back") < got.err.index(told)
+    assert told not in kvp(*options, typed="Hello.\n/undo\n/clear\n/stats\n").err
+
+
+def test_a_small_budget_in_memory_says_that_reading_is_slow(kvp: Type) -> None:
+    said = "texts are read 51 tokens at a time"
+    assert said in kvp("chat", "--kv-budget", "1MiB", "--threads", "1").err
+    for budget in ("300", "4MiB"):
+        assert "tokens at a time" not in kvp("chat", "--kv-budget", budget).err
+
+
 def test_a_seed_repeats_a_chat(kvp: Type) -> None:
     options = ["chat", "--max-tokens", "30", "--seed", "7"]
     first, second = (kvp(*options, typed="Tell me something.\n").out for _ in range(2))
@@ -127,7 +152,7 @@ def test_at_the_end_of_the_logical_context_the_conversation_is_kept(kvp: Type) -
     typed = "My dog is called Ralph.\n" + "many words " * 200 + "\nWhat is my dog called?\n"
     got = kvp("chat", *FEW_CELLS, *GREEDY, "--n-ctx", "300", typed=typed)
     assert got.status == 1
-    assert "n_ctx=300" in got.err
+    assert "--n-ctx 300" in got.err
     assert "larger --n-ctx" in got.err
     assert "Ralph" in got.replies[-1]
 
@@ -398,7 +423,7 @@ def sentence(got: Output) -> str:
         (["run", "-f", "-"], "ask something"),
         (["run", "--raw"], "there is nothing to read"),
         (["run", "--raw", "-p", "a", "--system", "b"], "--system"),
-        (["run", "-p", "many words " * 300, "--n-ctx", "100"], "n_ctx=100"),
+        (["run", "-p", "many words " * 300, "--n-ctx", "100"], "--n-ctx 100"),
         (["demo", "--length", "50"], "nothing would be dropped"),
         (["demo", "--kv-budget", "5"], "larger than sinks + recent"),
     ],

@@ -148,6 +148,10 @@ def test_the_reading_does_not_praise_what_may_be_chance() -> None:
 def test_the_reading_says_when_the_model_itself_fails() -> None:
     text = "\n".join(reading(made_up(full=6, shift=4, keydiff=5)))
     assert "misses many even then" in text
+    assert "gone" not in text  # so few answers less may be chance
+    assert "leaves it 4: what is old is gone." in "\n".join(
+        reading(made_up(full=20, shift=4, keydiff=5))
+    )
 
 
 def test_the_columns_of_the_table_line_up() -> None:

@@ -310,6 +310,34 @@ def test_the_command_writes_records_report_and_pages_and_goes_on(
     assert n_plots == 2
 
 
+@pytest.mark.parametrize("mode", ["bounded", "one-shot"])
+def test_a_run_interrupted_anywhere_goes_on_to_the_records_of_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    command = [*COMMAND, "--tasks", "fact", "--policies", "keydiff", "--mode", mode, "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    read, n_read, interrupted = Subject.eval, 0, [2, 9, 17]
+
+    def until(self: Subject, tokens: Any) -> None:
+        nonlocal n_read
+        n_read += 1
+        if interrupted and n_read == interrupted[0]:
+            raise KeyboardInterrupt
+        read(self, tokens)
+
+    monkeypatch.setattr(Subject, "eval", until)
+    while interrupted:
+        n_read = 0
+        assert main([*command, str(tmp_path / "out")]) == 130
+        del interrupted[0]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    whole, found = (read_records(tmp_path / name / "records.jsonl") for name in ("whole", "out"))
+    for records in (whole, found):
+        records[:] = sorted((replace(r, seconds=0.0) for r in records), key=str)
+    assert found == whole
+
+
 def test_tasks_are_listed_with_what_they_ask(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list"]) == 0
     printed = capsys.readouterr().out.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.model import read_model_shape
+from kvp_edge.cli.demo import Demo
+from kvp_edge.errors import PolicyFileError
 from kvp_edge.policies import FALLBACK, ArrayView, get_policy
 from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
@@ -146,6 +149,40 @@ def test_whatever_is_wrong_with_a_policy_beside_a_model_it_is_passed_over(
     bad.symlink_to("nothing")
     with pytest.warns(UserWarning, match="passed over"):
         assert load(model, kv_budget=400, n_ctx=512).kv_stats.policy == FALLBACK
+
+
+#: kvp-edge demo's options.
+DEMO: dict[str, Any] = {
+    **{"items": 1, "length": 700, "kv_budget": "64", "seed": 0, "hf_repo": None, "hf_file": None},
+    **{"threads": 1, "gpu_layers": 0, "flash_attn": False, "type_k": "f16", "type_v": "f16"},
+    **{"repack": "off", "verbose": False},
+}
+
+
+@pytest.mark.parametrize("statistics", [0, 32])
+def test_one_of_too_few_layers_beside_a_model_with_windows_is_passed_over_when_it_is_loaded(
+    tmp_path: Path, random_model: Callable[..., Any], load: Callable[..., Any], statistics: int
+) -> None:
+    """The file does not tell which of the model's layers have a window. One that was named is
+    refused."""
+    windows = ModelShape("gemma3", head_dim=64, n_head_kv=2, n_layer=6, sliding_window=24)
+    model = tmp_path / "windows.gguf"
+    shutil.copy(random_model(windows).path, model)
+    shape = read_model_shape(model)
+    info = PolicyInfo(shape.architecture, 2, 2, 64, 64, hidden=4, context=1)
+    info = replace(info, fingerprint=model_fingerprint(model), statistics=statistics)
+    path = write(tmp_path / "kvp-own.gguf", info)
+    bound = {"n_ctx": 2000, "kv_budget": 100, "granularity": "head"}
+    with pytest.warns(UserWarning, match="passed over as a policy: .* 2 layers"):
+        llm = load(model, **bound)
+    assert llm.kv_stats.policy == FALLBACK
+    llm.eval([0, *np.random.default_rng(0).integers(6, 270, 900).tolist()])
+    assert llm.kv_stats.evictions > 0
+    with pytest.raises(PolicyFileError, match="2 layers"):
+        load(model, policy=str(path), **bound)
+    with pytest.warns(UserWarning, match="passed over"):
+        demo = Demo(Namespace(**DEMO, model=str(model)))
+    assert "6 rows" in demo.how_long()  # none for it
 
 
 def test_at_token_granularity_heads_count_by_their_learned_weights(
