@@ -162,7 +162,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     _kv: EvictionManager | None = None
     _query_log: QueryLog | None = None  # for a policy that looks at queries
-    _unused_log: QueryLog | None = None  # for one that was passed over
     _watch: Watch | None = None  # of where the cache lies
     _plan: Callable[..., CacheLimits] | None = None  # what was asked for; takes the window
     _limits: CacheLimits | None = None  # what came of it
@@ -468,7 +467,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             if self._bound.policy != "auto":
                 raise
             warnings.warn(f"passed over as a policy: {error}", stacklevel=2)
-            self._unused_log, self._query_log = self._query_log, None  # the context calls it
             return get_policy(FALLBACK)
         return policy
 
