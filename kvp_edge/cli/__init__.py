@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import kvp_edge
+from kvp_edge.cli import commands
+from kvp_edge.cli.commands import Parsed, UsageError
 from kvp_edge.cli.ending import Ended
-from kvp_edge.cli.option_names import with_options
-from kvp_edge.cli.shown import let_go_of_output, note, open_streams, visible
+from kvp_edge.cli.shown import let_go_of_output, note, open_streams
 
-#: The commands, in the order of --help: "chat" is kvp_edge.cli.chat, with add_chat. A module is
-#: imported when it is needed, so that doctor can be run where llama.cpp cannot be loaded.
-_COMMANDS = (
-    *("chat", "run", "demo", "policies", "learn", "trace", "train", "export", "inspect", "eval"),
-    "doctor",
-)
+#: The commands, in the order of --help: "chat" is the COMMAND of kvp_edge.cli.chat.
+COMMANDS = {
+    "chat": "chat with a model; the cache stays small",
+    "run": "read long texts and answer a question",
+    "demo": "compare policies on hidden facts, in one table",
+    "policies": "list the policies, one line each",
+    "learn": "make a policy for a model: trace, train and export in one command",
+    "trace": "record what a model looks up, to train a policy",
+    "train": "train a policy on traces",
+    "export": "turn a trained policy into a policy file",
+    "inspect": "explain a policy file",
+    "eval": "measure what a small cache costs a model, with every policy",
+    "doctor": "find out what works on this machine, and what to do about what does not",
+}
 
 _DESCRIPTION = """\
 Long conversations in a small KV cache, with stock llama.cpp.
@@ -31,55 +39,46 @@ do without, and the conversation goes on. Never dropped: the first tokens (--sin
 
 _EPILOG = """\
 examples:
-  kvp-edge demo                              what it is good for, in a table (a minute or two)
-  kvp-edge chat                              chat with the small model that comes along
-  kvp-edge chat model.gguf --kv-budget 1024  chat with yours
-  kvp-edge learn model.gguf                  train a policy for your model
+  kvp-edge demo              what it is good for, in a table (a minute or two)
+  kvp-edge chat              chat with the small model that comes along
+  kvp-edge chat model.gguf --kv-budget 1024    chat with yours
+  kvp-edge learn model.gguf  train a policy for your model
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
-  kvp-edge doctor                            does all of it work on this machine?
+  kvp-edge doctor            does all of it work on this machine?
 
 kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted;
 128 + N ended by signal N."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(visible(message))  # it quotes what was typed
+def parse(argv: Sequence[str]) -> Parsed:
+    """The command of a command line, ready to run.
+
+    Raises:
+        UsageError: there is no such command or option.
+        SystemExit: --help or --version is done.
+    """
+    return commands.parse(commands.group(COMMANDS, _DESCRIPTION, _EPILOG, _version), argv)
 
 
-class _Version(argparse.Action):
-    """--version, which llama.cpp must be loaded for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        native = import_module("kvp_edge.binding.library")
-        print(
-            f"kvp-edge {kvp_edge.__version__} "
-            f"(llama-cpp-python {native.BUILT_FOR}, llama.cpp {native.LLAMA_VERSION})"
-        )
-        parser.exit()
-
-
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """Knows the command that ``argv`` begins with; all of them if it begins with none."""
-    parser = _Parser(
-        prog="kvp-edge",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _version() -> str:
+    library = import_module("kvp_edge.binding.library")  # llama.cpp must be loaded for it
+    return (
+        f"kvp-edge {kvp_edge.__version__} "
+        f"(llama-cpp-python {library.BUILT_FOR}, llama.cpp {library.LLAMA_VERSION})"
     )
-    parser.add_argument(
-        "--version", action=_Version, nargs=0, help="show program's version number and exit"
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in argv[:1] if argv and argv[0] in _COMMANDS else _COMMANDS:
-        getattr(import_module(f"kvp_edge.cli.{name}"), f"add_{name}")(commands)
-    return parser
 
 
-def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+def _warnings_of(command: Parsed) -> Callable[..., None]:
+    def warn(message: Warning | str, *_: object, **__: object) -> None:
+        note(f"kvp-edge: warning: {command.worded(message)}")
+
+    return warn
+
+
+def _run(command: Parsed) -> int:
     """Run a command; what is expected to go wrong becomes a sentence and an exit status."""
     try:
-        return command(args)
+        return command()
     except KeyboardInterrupt:
         note("\nkvp-edge: interrupted")
         return 130
@@ -89,18 +88,18 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
     except BrokenPipeError:  # the reader of our output left (`| head`)
         return 1
     except _bad_input() as error:
-        if args.verbose:
+        if getattr(command.options, "verbose", False):
             raise
         status = 2
-        message = str(error)
+        message = command.worded(error)
     except (RuntimeError, MemoryError, ImportError) as error:
-        if args.verbose:
+        if getattr(command.options, "verbose", False):
             raise
         status = 1
-        message = f"{str(error) or 'out of memory'} (--verbose tells more)"
+        message = f"{command.worded(error) or 'out of memory'} (--verbose tells more)"
     finally:
         let_go_of_output()
-    note(f"kvp-edge: {with_options(message, args)}")
+    note(f"kvp-edge: {message}")
     return status
 
 
@@ -127,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     had_output = open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = _parser(argv).parse_args(argv)
+        command = parse(argv)
+    except UsageError as error:
+        raise SystemExit(_told_usage(error)) from error
     except (ImportError, OSError, RuntimeError) as error:  # of llama.cpp or the native part
         note(f"kvp-edge: {error}\nkvp-edge doctor finds out more")
         return 1
@@ -135,7 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         note("kvp-edge: standard output is closed: there is nowhere to write to")
         return 2
     with warnings.catch_warnings(), _guard():
-        warnings.showwarning = lambda message, *_, **__: note(
-            f"kvp-edge: warning: {with_options(str(message), args)}"
-        )
-        return _run(args.command, args)
+        warnings.showwarning = _warnings_of(command)
+        return _run(command)
+
+
+def _told_usage(error: Any) -> int:
+    """Tell what is wrong with a command line; returns the exit status."""
+    usage = error.ctx.get_usage()
+    note(f"u{usage[1:]}\n{error.ctx.command_path}: error: {error.format_message()}")
+    return 2

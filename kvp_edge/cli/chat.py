@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kvp_edge.cli import chat_format, options
-from kvp_edge.cli.option_names import with_options
+from kvp_edge.cli.chat_format import ChatFormatOptions
+from kvp_edge.cli.chat_line import Read, line_reader, next_line
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.option_names import as_options
 from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.rescue import rescuing, start_again
 from kvp_edge.cli.shown import note, say
@@ -20,9 +23,7 @@ from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_prompt import Message, prompt_tokens
 
-_DEFAULT_MAX_TOKENS = 512
-
-_COMMANDS = """\
+_COMMAND_LIST = """\
   /stats   what the cache holds
   /regen   another reply to your last message
   /undo    take back your last message and its reply
@@ -32,15 +33,21 @@ _COMMANDS = """\
   /help    this list
   /exit    leave (also Ctrl-D)"""
 
+_COMMAND_NAMES = tuple(re.findall(r"^  (/\w+)", _COMMAND_LIST, re.MULTILINE))
+
 _EPILOG = f"""\
 in the chat:
-{_COMMANDS}
-  Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes on in the next one,
-  and so do lines between two lines of \"\"\". A blank before it makes a line that begins with / a
-  message, and so does a second /.
+{_COMMAND_LIST}
+  Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes
+  on in the next one, and so do lines between two lines of \"\"\". A blank
+  before it makes a line that begins with / a message, and so does a second /.
+  Several lines that are pasted are one message. Tab completes commands and the
+  names of files; the arrow keys and Ctrl-R find what was typed before in this
+  chat.
 
-  What ends a chat unasked (a device that fails, SIGTERM, SIGHUP, a full disk, a fault) leaves the
-  conversation in a file in the folder for temporary files, which /load reads again.
+  What ends a chat unasked (a device that fails, SIGTERM, SIGHUP, a full disk, a
+  fault) leaves the conversation in a file in the folder for temporary files,
+  which /load reads again.
 
 When standard input is not a terminal, each line is a message (or what lies between two lines of
 \"\"\"); replies go to standard output and everything else to standard error.
@@ -55,9 +62,12 @@ never dropped: the first --sinks tokens, the newest --recent tokens, and the tex
 
 examples:
   kvp-edge chat
-  kvp-edge chat model.gguf --kv-budget 1024 --n-ctx 32768 --system "You answer briefly."
-  kvp-edge chat --hf-repo Qwen/Qwen2.5-0.5B-Instruct-GGUF --hf-file qwen2.5-0.5b-instruct-q8_0.gguf
-  printf 'My dog is called Rex.\\nWhat is my dog called?\\n' | kvp-edge chat --temperature 0"""
+  kvp-edge chat model.gguf --kv-budget 1024 --n-ctx 32768 \\
+      --system "You answer briefly."
+  kvp-edge chat --hf-repo Qwen/Qwen2.5-0.5B-Instruct-GGUF \\
+      --hf-file qwen2.5-0.5b-instruct-q8_0.gguf
+  printf 'My dog is called Rex.\\nWhat is my dog called?\\n' | kvp-edge chat \\
+      --temperature 0"""
 
 _AS_BEFORE = "The conversation is as it was before your message."
 _MAKE_ROOM = """\
@@ -72,23 +82,13 @@ This is the small model that comes along. It recalls what you tell it ("My dog i
 later "What is my dog called?") and babbles otherwise. For a real conversation name a GGUF file."""
 
 
-def add_chat(commands: Any) -> None:
-    parser = commands.add_parser(
-        "chat",
-        help="chat with a model; the cache stays small",
-        description="Chat with a model whose KV cache stays small however long the chat becomes.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    options.add_model_options(parser)
-    options.add_cache_options(parser, n_ctx_default="what the model was trained for")
-    options.add_system_options(parser)
-    chat_format.add_chat_format_options(parser, "without one, transcript")
-    options.add_sampling_options(parser, temperature=0.7, max_tokens=_DEFAULT_MAX_TOKENS)
-    parser.set_defaults(command=_main)
+@dataclass(frozen=True, kw_only=True)
+class Options(options.SamplingOptions, ChatFormatOptions, options.BoundedOptions):
+    n_ctx: int | None = options.n_ctx_option("what the model was trained for")
+    chat_format: str | None = chat_format.chat_format_option("without one, transcript")
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     path = options.model_path(args)
     llm = options.load(path, args.n_ctx, args)
     options.warn_beyond_training(llm.n_ctx(), path, args)
@@ -103,7 +103,7 @@ def _main(args: argparse.Namespace) -> int:
         return _at_terminal(chat)
 
 
-def _greet(llm: WatchedLlama, path: str, args: argparse.Namespace) -> None:
+def _greet(llm: WatchedLlama, path: str, args: Options) -> None:
     stats = llm.kv_stats
     note(
         f"{os.path.basename(path)}: up to {llm.n_ctx()} tokens of conversation, in {stats.cells} "
@@ -114,14 +114,14 @@ def _greet(llm: WatchedLlama, path: str, args: argparse.Namespace) -> None:
         note(_ABOUT_BUNDLED_MODEL)
 
 
-def _names_model(args: argparse.Namespace) -> bool:
+def _names_model(args: Options) -> bool:
     return args.model is not None or bool(args.hf_repo)
 
 
 class Chat:
     """One conversation. Replies go to stdout, everything else to stderr."""
 
-    def __init__(self, llm: WatchedLlama, args: argparse.Namespace) -> None:
+    def __init__(self, llm: WatchedLlama, args: Options) -> None:
         self._llm = llm
         self._args = args
         self._sampling = options.sampling(args)
@@ -172,7 +172,7 @@ class Chat:
             if self._taken_back:
                 note("What was taken back is among them until your next message.")
         elif command == "/help":
-            note(_COMMANDS)
+            note(_COMMAND_LIST)
         elif command == "/clear":
             self._messages = list(self._system)
             self._taken_back = False
@@ -194,7 +194,7 @@ class Chat:
                     return False
         else:
             note(
-                f"There is no command '{command}'. There are:\n{_COMMANDS}\n"
+                f"There is no command '{command}'. There are:\n{_COMMAND_LIST}\n"
                 "To send it as a message, put a blank before it."
             )
             return False
@@ -291,8 +291,8 @@ class Chat:
         """Say what went wrong; of what was not foreseen also what kind of thing it is."""
         foreseen = isinstance(error, (ValueError, RuntimeError, MemoryError, OSError))
         kind = "" if foreseen and str(error) else f"{type(error).__name__}: "
-        what = with_options(f"{kind}{error}", self._args)
-        note(what if not isinstance(error, MemoryError) else "out of memory")
+        message = as_options(str(error), type(self._args))
+        note(f"{kind}{message}" if not isinstance(error, MemoryError) else "out of memory")
         if self._args.verbose:
             note("".join(traceback.format_exception(error)))
 
@@ -361,46 +361,32 @@ def _piped(chat: Chat) -> int:
     failed = False
     try:
         while True:
-            failed |= not chat.hear(_read_message(lambda _: _next_line()))
+            failed |= not chat.hear(_read_message(next_line))
     except EOFError:
         return int(failed)
 
 
-def _next_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\r\n")
-
-
 def _at_terminal(chat: Chat) -> int:
-    with suppress(ImportError):  # arrow keys and history, where Python has them
-        importlib.import_module("readline")
+    read = line_reader(_COMMAND_NAMES)
     interrupted = False
     while True:
         try:
-            message = _read_message(_read_line)
+            message = _read_message(read)
             while message.endswith("\\"):
-                message = message[:-1] + "\n" + _read_line("... ")
+                message = message[:-1] + "\n" + read("... ")
             interrupted = False
             chat.hear(message)
         except EOFError:
-            note("")
             return 0
         except KeyboardInterrupt:
-            note("")
             if interrupted:
                 return 130
             interrupted = True
             note("(Ctrl-C again leaves, and so do Ctrl-D and /exit)")
 
 
-def _read_message(read: Callable[[str], str]) -> str:
-    """A line, or those between two lines of \"\"\" or up to the end of the input.
-
-    Args:
-        read: returns a line, given what to show before it.
-    """
+def _read_message(read: Read) -> str:
+    """A line, or those between two lines of \"\"\" or up to the end of the input."""
     line = read("> ")
     if line.strip() != '"""':
         return line
@@ -414,9 +400,9 @@ def _read_message(read: Callable[[str], str]) -> str:
     return "\n".join(lines)
 
 
-def _read_line(prompt: str) -> str:
-    if sys.stdout.isatty():
-        return input(prompt)
-    # input() would write the prompt among the replies
-    note(prompt, end="")
-    return _next_line()
+COMMAND = Command(
+    _main,
+    Options,
+    "Chat with a model whose KV cache stays small however long the chat becomes.",
+    _EPILOG,
+)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from llama_cpp.llama_chat_format import (
     LlamaChatCompletionHandlerNotFoundException,
 )
 
+from kvp_edge.cli.parameters import option
 from kvp_edge.llama import Llama
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_prompt import Message, prompt_tokens
@@ -23,30 +24,38 @@ AS_TRANSCRIPTS = (
 )
 
 
-def add_chat_format_options(parser: argparse.ArgumentParser, without: str) -> None:
+_PANEL = "chat template"
+
+
+def chat_format_option(without: str) -> Any:
     """
     Args:
         without: what is done with a model file that has no chat template.
     """
-    group = parser.add_argument_group("chat template")
-    group.add_argument(
-        "--chat-format",
+    return option(
+        None,
+        panel=_PANEL,
         metavar="NAME",
+        shown=f"the model file's own template; {without}",
         help="one that llama-cpp-python knows (chatml, llama-3, gemma, ...), or "
-        f"{transcript.NAME}: lines that begin with User: and Assistant: "
-        f"(default: the model file's own template; {without})",
-    )
-    group.add_argument(
-        "--chat-template", metavar="FILE", help="a Jinja template, as Hugging Face has them"
+        f"{transcript.NAME}: lines that begin with User: and Assistant:",
     )
 
 
-def asked_for(args: argparse.Namespace) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class ChatFormatOptions:
+    chat_format: str | None = chat_format_option("without one, transcript")
+    chat_template: str | None = option(
+        None, panel=_PANEL, metavar="FILE", help="a Jinja template, as Hugging Face has them"
+    )
+
+
+def asked_for(args: ChatFormatOptions) -> bool:
     """Whether the options name a chat template."""
     return args.chat_format is not None or args.chat_template is not None
 
 
-def choose(llm: Llama, args: argparse.Namespace) -> None:
+def choose(llm: Llama, args: ChatFormatOptions) -> None:
     """Have chats written as the options say.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -16,9 +15,11 @@ from typing import Any
 from tqdm import tqdm
 
 from kvp_edge.cache.limits import CELL_UNIT, parse_budget
-from kvp_edge.cli import options
+from kvp_edge.cli import options, tables
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
+from kvp_edge.cli.commands import Command
 from kvp_edge.cli.demo_tasks import make_items
+from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
 from kvp_edge.evaluation import estimate
 from kvp_edge.evaluation.markdown import plural
@@ -28,9 +29,6 @@ from kvp_edge.policies import HEURISTICS, Learned
 from kvp_edge.text.chat_prompt import ends_reply, prompt_tokens, transcribe_without_template
 
 _REPLY_TOKENS = 32
-_DEFAULT_ITEMS = 20
-_DEFAULT_LENGTH = 1500
-_DEFAULT_BUDGET = 256
 _MEASURE_SECONDS = 2.0  # how long to read, to tell how long it will take
 
 FULL, SHIFT = "full context", "drop oldest half"
@@ -44,11 +42,14 @@ by llama.cpp's own rule (the oldest half), or by a policy that chooses."""
 _EPILOG = """\
 The rows of the table:
   full context      every token stays in the cache
-  drop oldest half  llama.cpp's context shift, in as many cells as the policies have
+  drop oldest half  llama.cpp's context shift, in as many cells as the policies
+                    have
   learned           the policy that was trained for this model, if there is one
-  the others        policies that need no training (kvp-edge policies tells what they are)
-Replies are greedy, and right if they name the value asked for. "dropped" counts the tokens of an
-average conversation that were not in the cache any more at its end.
+  the others        policies that need no training (kvp-edge policies tells what
+                    they are)
+Replies are greedy, and right if they name the value asked for. "dropped" counts
+the tokens of an average conversation that were not in the cache any more at its
+end.
 
 examples:
   kvp-edge demo
@@ -56,44 +57,23 @@ examples:
   kvp-edge demo model.gguf --items 5    (tells first how long it will take)"""
 
 
-def add_demo(commands: Any) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="compare policies on hidden facts, in one table",
-        description="Hide facts in long conversations and see which cache still knows them.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+_TASK = "task"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(options.ModelOptions):
+    items: int = option(20, panel=_TASK, metavar="N", least=1, help="conversations")
+    length: int = option(
+        1500, panel=_TASK, metavar="N", least=1, help="tokens of a conversation, about"
     )
-    options.add_model_options(parser)
-    group = parser.add_argument_group("task")
-    group.add_argument(
-        "--items",
-        type=options.count,
-        default=_DEFAULT_ITEMS,
+    kv_budget: str = option(
+        "256",
+        panel=_TASK,
         metavar="N",
-        help=f"conversations (default: {_DEFAULT_ITEMS})",
+        help="tokens that stay after an eviction, or the memory of the cache like 1MiB",
     )
-    group.add_argument(
-        "--length",
-        type=options.count,
-        default=_DEFAULT_LENGTH,
-        metavar="N",
-        help=f"tokens of a conversation, about (default: {_DEFAULT_LENGTH})",
-    )
-    group.add_argument(
-        "--kv-budget",
-        default=str(_DEFAULT_BUDGET),
-        metavar="N",
-        help="tokens that stay after an eviction, or the memory of the cache like 1MiB "
-        f"(default: {_DEFAULT_BUDGET})",
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="draws the conversations (default: 0)"
-    )
-    group.add_argument(
-        "--json", action="store_true", help="print the rows as JSON instead of the table"
-    )
-    parser.set_defaults(command=_main)
+    seed: int = option(0, panel=_TASK, metavar="N", help="draws the conversations")
+    json: bool = option(False, panel=_TASK, help="print the rows as JSON instead of the table")
 
 
 @dataclass
@@ -121,7 +101,7 @@ class Reader:
     dropped: Callable[[], int]
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     demo = Demo(args)
     note(
         _INTRO.format(
@@ -150,7 +130,7 @@ def _main(args: argparse.Namespace) -> int:
 class Demo:
     """The conversations, and every way to read them."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: Options) -> None:
         self.path = options.model_path(args)
         self._engine = options.engine_options(args)
         self._budget = parse_budget(args.kv_budget)
@@ -273,17 +253,25 @@ def greedy(reader: Reader, prompt: Sequence[int]) -> tuple[str, int]:
     return text, len(prompt) + len(reply)
 
 
+_HEAD = (("cache", 18), ("right", 8), ("cells", 8), ("KV MiB", 9), ("tokens/s", 10), ("dropped", 9))
+
+
 def table(rows: list[Row]) -> list[str]:
     """The table as lines of text."""
-    lines = [f"{'cache':18}{'right':>8}{'cells':>8}{'KV MiB':>9}{'tokens/s':>10}{'dropped':>9}"]
-    lines.append("-" * len(lines[0]))
-    for row in rows:
-        lines.append(
-            f"{row.cache:18}{f'{row.right}/{row.items}':>8}{row.cells:>8}"
-            f"{row.kv_bytes / 2**20:>9.2f}{row.tokens / row.seconds:>10.0f}"
-            f"{row.dropped / row.items:>9.0f}"
-        )
-    return lines
+    return tables.table(
+        _HEAD,
+        [
+            (
+                row.cache,
+                f"{row.right}/{row.items}",
+                f"{row.cells}",
+                f"{row.kv_bytes / 2**20:.2f}",
+                f"{row.tokens / row.seconds:.0f}",
+                f"{row.dropped / row.items:.0f}",
+            )
+            for row in rows
+        ],
+    )
 
 
 def reading(rows: list[Row]) -> list[str]:
@@ -316,3 +304,11 @@ def reading(rows: list[Row]) -> list[str]:
         "chance (--items asks more)."
     )
     return lines
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Hide facts in long conversations and see which cache still knows them.",
+    _EPILOG,
+)

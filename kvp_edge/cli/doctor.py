@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+from dataclasses import dataclass
 from typing import Any
 
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.tables import named
 from kvp_edge.doctor.examination import Finding, examine
 
 _EPILOG = """\
@@ -15,26 +18,18 @@ Exit status: 0 everything needed works; 1 a fault was found; 2 there is no such 
 
 examples:
   kvp-edge doctor
-  kvp-edge doctor model.gguf        what the model is, too, and whether its cache can be bounded
+  kvp-edge doctor model.gguf  what the model is, too, and whether its cache can
+                              be bounded
   kvp-edge doctor --json"""
 
 
-def add_doctor(commands: Any) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="find out what works on this machine, and what to do about what does not",
-        description="Look at the installation and the machine. Whatever might end a process is "
-        "tried in one of its own; a second or ten, and nothing is changed but the answers kept "
-        "about this processor.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="look at this file, too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(command=_main, verbose=False)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    model: str | None = argument(None, metavar="MODEL.gguf", help="look at this file, too")
+    json: bool = option(False, help="print one JSON object")
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     if args.model is not None and not os.path.isfile(args.model):
         raise FileNotFoundError(f"there is no model file '{args.model}'")
     findings = []
@@ -46,7 +41,7 @@ def _main(args: argparse.Namespace) -> int:
         if finding.section != section:
             section = finding.section
             say(section)
-        say(f"  {finding.name:17}{finding.text}")
+        say(named(finding.name, finding.text, 17, indent=2))
     faults = [finding for finding in findings if finding.fault]
     say(_json(findings) if args.json else _told(faults))
     return 1 if faults else 0
@@ -71,3 +66,12 @@ def _json(findings: list[Finding]) -> str:
     ]
     result = {"ok": not faults, "found": found, "faults": faults}
     return json.dumps(result, ensure_ascii=False, indent=2)
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Look at the installation and the machine. Whatever might end a process is tried in one of its "
+    "own; a second or ten, and nothing is changed but the answers kept about this processor.",
+    _EPILOG,
+)

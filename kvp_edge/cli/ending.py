@@ -38,6 +38,23 @@ def signals_raise() -> Iterator[None]:
 
 
 @contextmanager
+def signals_call(tell: Callable[[Ended], object]) -> Iterator[None]:
+    """Inside, they call this instead: in an event loop an exception out of nowhere may be lost.
+
+    The event loop may set a wake-up of its own, which is taken back at the end.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which has no handlers
+        yield
+        return
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        with _handling(lambda number, _frame: tell(Ended(number)), *_SIGNALS):
+            yield
+    finally:
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Inside, Ctrl-C and the signals that ask to end have no effect: for a short last work."""
     with _handling(signal.SIG_IGN, "SIGINT", *_SIGNALS):

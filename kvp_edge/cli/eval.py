@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,20 @@ from tqdm import tqdm
 
 from kvp_edge.cli import options
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.tables import named
 from kvp_edge.evaluation import estimate, plots, records, report, run
 from kvp_edge.evaluation.item import Task
 from kvp_edge.evaluation.kept_tokens import write_html
 from kvp_edge.evaluation.kept_tokens_image import write_png
 from kvp_edge.evaluation.setting import Setting, budget_of
 from kvp_edge.evaluation.tasks import GENERATION, RULER, TASKS, data_tasks
+from kvp_edge.files import write_whole
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import transcribe_without_template
 from kvp_edge.text.spans import KEEP_WHOLE
-
-_ITEMS = 20
-_LENGTHS = "1024"
-_BUDGETS = "1/4,1/8"
-_DEFAULT_TASKS = "fact,facts,recall,pairs,niah_single_1,niah_single_2,niah_multikey_1,vt,books"
 
 # how long to read for an estimate, in each way of reading, and at the start of every run
 _ESTIMATE_SECONDS, _QUICK_SECONDS = 4.0, 1.0
@@ -46,17 +45,21 @@ Every policy reads the same conversations; replies are greedy. Each task is firs
 full cache: a task that the model cannot do even then is shown and left out of the averages. In the
 report every comparison is of the same items, with a 95 % interval from paired bootstrap samples.
 
-  --mode bounded   never more than the budget is held, while reading and while writing: what a chat
-                   in a small cache is like. An eviction leaves three quarters of the budget.
-  --mode one-shot  the conversation is read into a full cache, and tokens are dropped once: the
-                   papers' setting. With --question seen they are dropped after the question.
+  --mode bounded   never more than the budget is held, while reading and while
+                   writing: what a chat in a small cache is like. An eviction
+                   leaves three quarters of the budget.
+  --mode one-shot  the conversation is read into a full cache, and tokens are
+                   dropped once: the papers' setting. With --question seen they
+                   are dropped after the question.
 
 policies besides those of kvp-edge policies:
   none             the full cache (always there)
   learned          the policy trained for this model, or give a policy file
-  oracle           by the attention that the rest of the conversation really pays: no policy can
-                   know it, so what it loses is not the policy's fault
-  golden           the same by the largest block of that attention (ForesightKV's golden eviction)
+  oracle           by the attention that the rest of the conversation really
+                   pays: no policy can know it, so what it loses is not the
+                   policy's fault
+  golden           the same by the largest block of that attention
+                   (ForesightKV's golden eviction)
   context-shift    llama.cpp's own rule: drop the oldest half
 
 In --out: records.jsonl (every item with its reply), report.md, accuracy.png, loss-increase.png. The
@@ -64,117 +67,105 @@ same command goes on where it stopped.
 
 examples:
   kvp-edge eval
-  kvp-edge eval model.gguf --mode one-shot --estimate       (how long that would take)
-  kvp-edge eval model.gguf --lengths 4096 --budgets 1/4,1/8 --items 50 --workers 2
-  kvp-edge eval model.gguf --tasks ruler --mode one-shot --policies learned,snapkv,keydiff,oracle
+  kvp-edge eval model.gguf --mode one-shot --estimate  (how long it would take)
+  kvp-edge eval model.gguf --lengths 4096 --budgets 1/4,1/8 --items 50 \\
+      --workers 2
+  kvp-edge eval model.gguf --tasks ruler --mode one-shot \\
+      --policies learned,snapkv,keydiff,oracle
   kvp-edge eval --tasks generation --policies learned,keydiff,oracle,golden
   kvp-edge eval --tasks books,dialogues --data DIR
   kvp-edge eval --list"""
 
 
-def add_eval(commands: Any) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="measure what a small cache costs a model, with every policy",
-        description="Ask a model the same questions with full and with bounded caches.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    options.add_model_options(parser)
-    group = parser.add_argument_group("what is asked")
-    group.add_argument(
-        "--tasks",
-        default=_DEFAULT_TASKS,
+_ASKED, _COMPARED, _RUN = "what is asked", "what is compared", "the run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(options.ModelOptions):
+    tasks: str = option(
+        "fact,facts,recall,pairs,niah_single_1,niah_single_2,niah_multikey_1,vt,books",
+        panel=_ASKED,
         metavar="LIST",
         help="names with commas between them, ruler (all thirteen that there is data for), "
-        "generation (those with a long text of the model's own) or all "
-        f"(default: {_DEFAULT_TASKS})",
+        "generation (those with a long text of the model's own) or all",
     )
-    group.add_argument("--list", action="store_true", help="tell what tasks there are, and stop")
-    group.add_argument("--data", metavar="DIR", help="folder with data for more tasks (--list)")
-    group.add_argument(
-        "--items",
-        type=options.count,
-        default=_ITEMS,
-        metavar="N",
-        help=f"conversations per task and length (default: {_ITEMS})",
+    list: bool = option(False, panel=_ASKED, help="tell what tasks there are, and stop")
+    data: str | None = option(
+        None, panel=_ASKED, metavar="DIR", help="folder with data for more tasks (--list)"
     )
-    group.add_argument(
-        "--lengths",
-        default=_LENGTHS,
+    items: int = option(
+        20, panel=_ASKED, metavar="N", least=1, help="conversations per task and length"
+    )
+    lengths: str = option("1024", panel=_ASKED, metavar="LIST", help="tokens of a conversation")
+    seed: int = option(0, panel=_ASKED, metavar="N", help="draws the conversations")
+    policies: str | None = option(
+        None,
+        panel=_COMPARED,
         metavar="LIST",
-        help=f"tokens of a conversation (default: {_LENGTHS})",
+        shown="all but oracle and golden",
+        help="names or policy files",
     )
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="draws the conversations (default: 0)"
+    budgets: str = option(
+        "1/4,1/8", panel=_COMPARED, metavar="LIST", help="tokens held, or shares of the length"
     )
-    group = parser.add_argument_group("what is compared")
-    group.add_argument(
-        "--policies",
-        metavar="LIST",
-        help="names or policy files (default: all but oracle and golden)",
+    mode: str = option(
+        "bounded", panel=_COMPARED, choices=("bounded", "one-shot"), help="see below"
     )
-    group.add_argument(
-        "--budgets",
-        default=_BUDGETS,
-        metavar="LIST",
-        help=f"tokens held, or shares of the length (default: {_BUDGETS})",
+    question: str = option(
+        "unseen",
+        panel=_COMPARED,
+        choices=("unseen", "seen"),
+        help="whether it is read before tokens are dropped",
     )
-    group.add_argument(
-        "--mode", choices=("bounded", "one-shot"), default="bounded", help="default: bounded"
+    granularity: str = option(
+        "head",
+        panel=_COMPARED,
+        choices=("head", "token"),
+        help="what is dropped at once: a token of one head, or of all",
     )
-    group.add_argument(
-        "--question", choices=("unseen", "seen"), default="unseen", help="default: unseen"
+    keep_whole: str = option(
+        "tokens", panel=_COMPARED, choices=KEEP_WHOLE, help="what stays or goes as a whole"
     )
-    group.add_argument(
-        "--granularity", choices=("head", "token"), default="head", help="default: head"
-    )
-    group.add_argument(
-        "--keep-whole",
-        choices=KEEP_WHOLE,
-        default="tokens",
-        help="what stays or goes as a whole (default: tokens)",
-    )
-    group.add_argument(
-        "--isolate-turns",
-        action="store_true",
+    isolate_turns: bool = option(
+        False,
+        panel=_COMPARED,
         help="do not thin out what was kept of finished messages again for new ones",
     )
-    group.add_argument(
-        "--unprotected",
-        action="store_true",
+    unprotected: bool = option(
+        False,
+        panel=_COMPARED,
         help="protect neither the first nor the newest tokens (but for the last one)",
     )
-    group = parser.add_argument_group("the run")
-    group.add_argument("--out", metavar="DIR", help="default: kvp-eval-<MODEL>")
-    group.add_argument(
-        "--workers",
-        type=options.count,
-        default=1,
-        metavar="N",
-        help="processes, each with the model loaded and its share of the threads (default: 1)",
+    out: str | None = option(
+        None, panel=_RUN, metavar="DIR", shown="kvp-eval-<MODEL>", help="folder for what is found"
     )
-    group.add_argument(
-        "--draw",
-        type=int,
-        default=0,
+    workers: int = option(
+        1,
+        panel=_RUN,
+        metavar="N",
+        least=1,
+        help="processes, each with the model loaded and its share of the threads",
+    )
+    draw: int = option(
+        0,
+        panel=_RUN,
         metavar="N",
         help="draw which tokens each head kept of the first N conversations of every task, for "
-        "every policy and budget, as pages for a browser and pictures in --out/kept (default: 0)",
+        "every policy and budget, as pages for a browser and pictures in --out/kept",
     )
-    group.add_argument(
-        "--estimate",
-        action="store_true",
+    estimate: bool = option(
+        False,
+        panel=_RUN,
         help="measure how fast the model reads and writes here, tell how long what is still "
         "missing in --out will take, and stop",
     )
-    parser.set_defaults(command=_main)
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     tasks = {**TASKS, **(data_tasks(Path(args.data)) if args.data else {})}
     if args.list:
-        print("\n".join(f"{name:18}{task.about}" for name, task in tasks.items()))
+        for name, task in tasks.items():
+            say(named(name, task.about, 18))
         return 0
     path = options.model_path(args)
     out = Path(args.out or f"kvp-eval-{Path(path).stem}")
@@ -215,7 +206,7 @@ def _main(args: argparse.Namespace) -> int:
     found = [known[key] for key in wanted]
     _draw(the_run, drawn, out / "kept")
     text = report.report(found, title=f"{Path(path).stem}: what a bounded cache costs")
-    (out / "report.md").write_text(text, encoding="utf-8")
+    write_whole(out / "report.md", text.encode())
     _plot(found, out)
     say(text)
     note(f"written: {out / 'report.md'}")
@@ -283,7 +274,7 @@ def _draw(the_run: run.Run, drawn: Sequence[run.Job], folder: Path) -> None:
         note(f"drawn: {folder / name}.html")
 
 
-def _jobs(args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]) -> list[run.Job]:
+def _jobs(args: Options, the_run: run.Run, tasks: dict[str, Task]) -> list[run.Job]:
     """Every setting with the conversations it reads, the full cache first."""
     names = _task_names(args.tasks, tasks)
     policies = _names(args.policies) if args.policies else run.known_policies(the_run.model)
@@ -292,7 +283,11 @@ def _jobs(args: argparse.Namespace, the_run: run.Run, tasks: dict[str, Task]) ->
     for policy in policies:
         run.check_policy(policy, the_run.model)
     lengths = [_length(text) for text in _names(args.lengths)]
-    how = {"mode": args.mode, "question": args.question, "granularity": args.granularity}
+    how: dict[str, Any] = {
+        "mode": args.mode,
+        "question": args.question,
+        "granularity": args.granularity,
+    }
     jobs: list[run.Job] = []
     with closing(Llama(the_run.model, n_ctx=256, repack=args.repack, verbose=False)) as llm:
         if transcribe_without_template(llm):
@@ -348,3 +343,8 @@ def _length(text: str) -> int:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+COMMAND = Command(
+    _main, Options, "Ask a model the same questions with full and with bounded caches.", _EPILOG
+)

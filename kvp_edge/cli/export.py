@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
 from kvp_edge.binding.model import read_model_shape
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
 from kvp_edge.cli.train import open_traces, require_torch
 from kvp_edge.llamacpp.log import listen
@@ -17,43 +19,32 @@ The files are then scored against PyTorch; what does not agree is an error. The 
 output is the name of the policy file.
 
 examples:
-  kvp-edge export run                                 kvp-<model>-w<context>-F16.gguf in run
+  kvp-edge export run        (makes kvp-<model>-w<context>-F16.gguf in run)
   kvp-edge export run --outtype q8_0 --onnx --traces traces
   kvp-edge export run --outfile kvp-{ftype}.gguf --base model.gguf"""
 
 
-def add_export(commands: Any) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="turn a trained policy into a policy file",
-        description="Turn the policy of a training run into GGUF, and ONNX if wanted.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", metavar="RUN", help="training folder or .safetensors file")
-    parser.add_argument(
-        "--outfile",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    checkpoint: str = argument(..., metavar="RUN", help="training folder or .safetensors file")
+    outfile: str | None = option(
+        None,
         metavar="FILE",
-        help="default: a derived name beside the checkpoint; {ftype} becomes the type",
+        shown="a derived name beside the checkpoint",
+        help="{ftype} in it becomes the type",
     )
-    parser.add_argument(
-        "--outtype",
-        choices=("f32", "f16", "q8_0"),
-        default="f16",
-        help="of the large weights (default: f16)",
+    outtype: str = option("f16", choices=("f32", "f16", "q8_0"), help="of the large weights")
+    onnx: bool = option(False, help="write ONNX as well, beside the GGUF")
+    traces: str | None = option(
+        None, metavar="DIR", shown="random tokens", help="traces for the check"
     )
-    parser.add_argument("--onnx", action="store_true", help="write ONNX as well, beside the GGUF")
-    parser.add_argument(
-        "--traces", metavar="DIR", help="traces for the check (default: random tokens)"
-    )
-    parser.add_argument("--base", metavar="MODEL.gguf", help="the model: the policy must fit it")
-    parser.add_argument("--license", default="", metavar="NAME", help="licence of the policy")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be written")
-    parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
-    parser.set_defaults(command=_main)
+    base: str | None = option(None, metavar="MODEL.gguf", help="the model: the policy must fit it")
+    license: str = option("", metavar="NAME", help="licence of the policy")
+    dry_run: bool = option(False, help="only say what would be written")
+    verbose: bool = option(False, help="show tracebacks of errors")
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     require_torch("export")
     package = importlib.import_module("kvp_edge.export")
     shape = None
@@ -108,3 +99,8 @@ def _told(done: Any, outtype: str) -> str:
         f"  rounding to {outtype:22}{p.rounding:.1e}   {p.rounding_kept:.2%} mean over budgets"
     )
     return "\n".join(lines)
+
+
+COMMAND = Command(
+    _main, Options, "Turn the policy of a training run into GGUF, and ONNX if wanted.", _EPILOG
+)

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from kvp_edge.cli.shown import on_one_line, say
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import argument
+from kvp_edge.cli.shown import say
+from kvp_edge.cli.tables import named
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 
 
-def add_inspect(commands: Any) -> None:
-    parser = commands.add_parser(
-        "inspect",
-        help="explain a policy file",
-        description="Explain a policy file (.gguf): what it was trained for, and how it scores.",
-    )
-    parser.add_argument("file", metavar="FILE", help="policy file")
-    parser.set_defaults(command=_main, verbose=False)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    file: str = argument(..., metavar="FILE", help="policy file")
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     info, weights = read_policy(args.file)
     for name, value in _facts(args.file, info, weights):
-        say(f"{name:16}{on_one_line(value)}")
+        say(named(name, value, 16))
     return 0
 
 
@@ -64,3 +61,10 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
         ("licence", info.license or "not said"),
         ("size", f"{numbers} weights, {os.path.getsize(path) / 1024:.0f} KiB"),
     ]
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Explain a policy file (.gguf): what it was trained for, and how it scores.",
+)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import cast, get_args
 
 from kvp_edge.cli import options
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
-from kvp_edge.cli.trace import add_sources, sources_of, trace
+from kvp_edge.cli.trace import SourceOptions, sources_of, trace
 from kvp_edge.cli.train import comparison, require_torch
 from kvp_edge.files import write_whole
 from kvp_edge.traces.sources import Source, Tasks
 from kvp_edge.training.settings import Objective, Settings
 
 _TASKS = 300
-_LENGTH = 1024
 
 _EPILOG = """\
 Three steps, each a command of its own with more options: kvp-edge trace, train, export. What is
@@ -31,43 +32,38 @@ on the traces kept for validation, this command says so.
 
 examples:
   kvp-edge learn model.gguf
-  kvp-edge learn model.gguf --chats chats.jsonl --text books/*.txt --traces 500 --steps 4000"""
+  kvp-edge learn model.gguf --chats chats.jsonl --text books/*.txt \\
+      --traces 500 --steps 4000"""
 
 
-def add_learn(commands: Any) -> None:
-    parser = commands.add_parser(
-        "learn",
-        help="make a policy for a model: trace, train and export in one command",
-        description="Watch a model read, learn what it needs, and write that down as its policy.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+_LEARNING = "learning"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SourceOptions, options.ModelOptions):
+    out: str | None = option(
+        None,
+        panel=_LEARNING,
+        metavar="DIR",
+        shown="kvp-<MODEL>",
+        help="folder for traces and training",
     )
-    options.add_model_options(parser)
-    group = parser.add_argument_group("what it learns from")
-    add_sources(group, _LENGTH)
-    group = parser.add_argument_group("learning")
-    group.add_argument(
-        "--out", metavar="DIR", help="folder for traces and training (default: kvp-<MODEL>)"
+    steps: int = option(
+        Settings.steps, panel=_LEARNING, metavar="N", least=1, help="training steps"
     )
-    group.add_argument(
-        "--steps",
-        type=options.count,
-        default=Settings.steps,
-        metavar="N",
-        help=f"training steps (default: {Settings.steps})",
-    )
-    group.add_argument(
-        "--objective",
+    objective: str = option(
+        Settings.objective,
+        panel=_LEARNING,
         choices=get_args(Objective),
-        default=Settings.objective,
-        help=f"what is learned, see kvp-edge train (default: {Settings.objective})",
+        help="what is learned, see kvp-edge train",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random")
-    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
-    parser.set_defaults(command=_main)
+    seed: int = option(0, panel=_LEARNING, metavar="N", help="of everything random")
+    device: str | None = option(
+        None, panel=_LEARNING, metavar="NAME", shown="CUDA if there", help="cpu or cuda"
+    )
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     require_torch("learning")
     from kvp_edge.training.train import train  # noqa: PLC0415
 
@@ -88,7 +84,9 @@ def _main(args: argparse.Namespace) -> int:
     note("step 2 of 3: learning what it will look up")
     run = out / args.objective
     if not (run / "report.json").exists():
-        settings = Settings(objective=args.objective, steps=args.steps, seed=args.seed)
+        settings = Settings(
+            objective=cast(Objective, args.objective), steps=args.steps, seed=args.seed
+        )
         engine = {
             "n_threads": args.threads,
             "n_threads_batch": args.threads,
@@ -140,3 +138,11 @@ def _beside(model: Path, policy: Path) -> Path:
         return policy
     note("chats with this model will use it from now on")
     return target
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Watch a model read, learn what it needs, and write that down as its policy.",
+    _EPILOG,
+)

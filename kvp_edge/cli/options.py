@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import secrets
 import warnings
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import typer
+from gguf import GGMLQuantizationType
+
+from kvp_edge.arguments import MAX_THREADS
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cache.limits import DEFAULT_SINKS, parse_budget
+from kvp_edge.cli.parameters import argument, option, reader
 from kvp_edge.cli.progress import WatchedLlama
 from kvp_edge.llamacpp.log import listen
 from kvp_edge.policies import FALLBACK, POLICIES
@@ -20,209 +25,214 @@ from kvp_edge.processor.repack import REPACK
 DEFAULT_BUDGET = "512"
 #: Batches of a few dozen tokens keep a processor waiting for memory.
 _SMALL_BATCH = 128
-_MOST_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h
-
-# enum ggml_type in ggml.h; llama_cpp has no name for bf16
-_CACHE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 30,
-    "q8_0": 8,
-    "q5_1": 7,
-    "q5_0": 6,
-    "q4_1": 3,
-    "q4_0": 2,
-}
-
-
-def count(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {n}")
-    return n
+#: Names of --type-k and --type-v, most exact first.
+_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def threads(text: str) -> int:
-    """An argparse type: a number of threads that ggml can start."""
-    n = count(text)
-    if n > _MOST_THREADS:
-        raise argparse.ArgumentTypeError(
-            f"must be at most {_MOST_THREADS}, not {n}: ggml starts no more, and more than the "
+    """A number of threads that ggml can start."""
+    n = int(reader(int, least=1)(text))
+    if n > MAX_THREADS:
+        raise typer.BadParameter(
+            f"must be at most {MAX_THREADS}, not {n}: ggml starts no more, and more than the "
             f"{os.cpu_count()} processors of this machine only wait for each other"
         )
     return n
 
 
 def text(argument: str) -> str:
-    """An argparse type: bytes that are no UTF-8 become replacement marks, as in a file."""
+    """What was typed: bytes that are no UTF-8 become replacement marks, as in a file."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "model", nargs="?", metavar="MODEL.gguf", help="default: the small model that comes along"
-    )
-    group.add_argument("--hf-repo", metavar="REPO", help="download the model from this repository")
-    group.add_argument("--hf-file", metavar="FILE", help="the GGUF file in --hf-repo")
-    group.add_argument(
-        "--threads",
-        type=threads,
-        metavar="N",
-        help="default: all processors to read, half of them to write",
-    )
-    group.add_argument(
-        "--gpu-layers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="layers on the GPU; -1: all (default: 0)",
-    )
-    group.add_argument("--flash-attn", action="store_true", help="use flash attention")
-    group.add_argument(
-        "--type-k", choices=_CACHE_TYPES, default="f16", help="keys in the cache (default: f16)"
-    )
-    group.add_argument(
-        "--type-v",
-        choices=_CACHE_TYPES,
-        default="f16",
-        help="values in the cache (default: f16); quantised types need --flash-attn "
-        "(kvp-edge trace and learn turn it on by themselves)",
-    )
-    add_repack_option(group)
-    group.add_argument(
-        "--verbose", action="store_true", help="show llama.cpp's log, and tracebacks of errors"
-    )
+_MODEL, _CACHE, _REPLY = "model", "bounded cache", "reply"
 
 
-def add_repack_option(group: Any) -> None:
-    group.add_argument(
-        "--repack",
+@dataclass(frozen=True, kw_only=True)
+class VerboseOption:
+    verbose: bool = option(False, help="show tracebacks of errors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepackOption:
+    repack: str = option(
+        "auto",
+        panel=_MODEL,
         choices=REPACK,
-        default="auto",
-        help="lay out weights on the CPU anew for this processor, mostly for more speed; "
-        "auto: if that works here, which is tried once in a process of its own (default: auto; see "
-        "kvp-edge doctor)",
+        help="lay out weights on the CPU anew for this processor, mostly for more speed; auto: if "
+        "that works here, which is tried once in a process of its own (see kvp-edge doctor)",
     )
 
 
-def add_cache_options(parser: argparse.ArgumentParser, n_ctx_default: str) -> None:
-    group = parser.add_argument_group("bounded cache")
-    group.add_argument(
-        "--kv-budget",
-        default=DEFAULT_BUDGET,
-        metavar="N",
-        help="tokens that stay after an eviction, or the memory of the whole cache like 256MiB "
-        f"(default: {DEFAULT_BUDGET})",
+@dataclass(frozen=True, kw_only=True)
+class _ModelOptions:
+    model: str | None = argument(
+        None,
+        panel=_MODEL,
+        metavar="MODEL.gguf",
+        help="default: the small model that comes along",
     )
-    group.add_argument(
-        "--n-ctx",
-        type=count,
-        metavar="N",
-        help="logical context: the longest conversation, in tokens; it costs next to no memory "
-        f"(default: {n_ctx_default})",
+    hf_repo: str | None = option(
+        None, panel=_MODEL, metavar="REPO", help="download the model from this repository"
     )
-    group.add_argument(
-        "--policy",
-        default="auto",
+    hf_file: str | None = option(
+        None, panel=_MODEL, metavar="FILE", help="the GGUF file in --hf-repo"
+    )
+    threads: int | None = option(
+        None,
+        panel=_MODEL,
+        metavar="N",
+        parse=threads,
+        shown="all processors to read, half of them to write",
+        help="how many work at once",
+    )
+    gpu_layers: int = option(0, panel=_MODEL, metavar="N", help="layers on the GPU; -1: all")
+    flash_attn: bool = option(False, panel=_MODEL, help="use flash attention")
+    type_k: str = option(
+        "f16",
+        panel=_MODEL,
+        metavar="TYPE",
+        choices=_CACHE_TYPES,
+        help=f"keys in the cache: {', '.join(_CACHE_TYPES)}",
+    )
+    type_v: str = option(
+        "f16",
+        panel=_MODEL,
+        metavar="TYPE",
+        choices=_CACHE_TYPES,
+        help="values in the cache; quantised types need --flash-attn (kvp-edge trace and learn "
+        "turn it on by themselves)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(RepackOption, _ModelOptions):
+    """Which model, and how it is computed."""
+
+    verbose: bool = option(
+        False, panel=_MODEL, help="show llama.cpp's log, and tracebacks of errors"
+    )
+
+
+def n_ctx_option(default: str) -> Any:
+    """
+    Args:
+        default: what it is, in words.
+    """
+    return option(
+        None,
+        panel=_CACHE,
+        metavar="N",
+        least=1,
+        shown=default,
+        help="logical context: the longest conversation, in tokens; it costs next to no memory",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What bounds the cache: arguments of ``kvp_edge.Llama``, by the same names."""
+
+    kv_budget: str = option(
+        DEFAULT_BUDGET,
+        panel=_CACHE,
+        metavar="N",
+        help="tokens that stay after an eviction, or the memory of the whole cache like 256MiB",
+    )
+    policy: str = option(
+        "auto",
+        panel=_CACHE,
         metavar="NAME",
         help=f"who chooses: {', '.join(POLICIES)}, a policy file, or auto: the policy trained for "
-        f"the model, if there is one, else {FALLBACK} (default: auto; see kvp-edge policies)",
+        f"the model, if there is one, else {FALLBACK} (see kvp-edge policies)",
     )
-    group.add_argument(
-        "--granularity",
-        default="head",
+    granularity: str = option(
+        "head",
+        panel=_CACHE,
         metavar="WHO",
         help="head: every attention head keeps its own tokens; token: a token is dropped from all "
-        "layers and heads at once; auto: head where model and cache allow it (default: head)",
+        "layers and heads at once; auto: head where model and cache allow it",
     )
-    group.add_argument(
-        "--positions",
-        default="keep",
+    positions: str = option(
+        "keep",
+        panel=_CACHE,
         metavar="HOW",
         help="keep: for life; compact: moved to the front when they would pass what the model was "
-        "trained for, so that a conversation never has to end (default: keep)",
+        "trained for, so that a conversation never has to end",
     )
-    group.add_argument(
-        "--keep-whole",
-        default="tokens",
+    keep_whole: str = option(
+        "tokens",
+        panel=_CACHE,
         metavar="WHAT",
         help="what stays or goes as a whole, besides the marks of the chat template: tokens "
-        "(nothing), words or sentences (default: tokens)",
+        "(nothing), words or sentences",
     )
-    group.add_argument(
-        "--isolate-turns",
-        action="store_true",
+    isolate_turns: bool = option(
+        False,
+        panel=_CACHE,
         help="do not thin out what was kept of finished messages again, as long as new ones find a "
         "quarter of the room",
     )
-    group.add_argument(
-        "--sinks",
-        type=int,
-        default=DEFAULT_SINKS,
-        metavar="N",
-        help=f"first tokens that are never dropped (default: {DEFAULT_SINKS})",
+    sinks: int = option(
+        DEFAULT_SINKS, panel=_CACHE, metavar="N", help="first tokens that are never dropped"
     )
-    group.add_argument(
-        "--recent",
-        type=int,
+    recent: int | None = option(
+        None,
+        panel=_CACHE,
         metavar="N",
-        help="newest tokens that are never dropped (default: a quarter of the budget, at most 256)",
+        shown="a quarter of the budget, at most 256",
+        help="newest tokens that are never dropped",
     )
-    group.add_argument(
-        "--reserve",
-        type=int,
+    reserve: int | None = option(
+        None,
+        panel=_CACHE,
         metavar="N",
-        help="free cells after an eviction (default: a quarter of the budget, at least 256; a "
-        "fifth of the cells where the budget is memory)",
+        shown="a quarter of the budget, at least 256; a fifth of the cells where the budget is "
+        "memory",
+        help="free cells after an eviction",
     )
-    group.add_argument(
-        "--pack",
-        choices=["auto", "device", "state"],
-        default="auto",
+    pack: str = option(
+        "auto",
+        panel=_CACHE,
+        choices=("auto", "device", "state"),
         help="device: score and pack the cache where it lies, so that on a GPU only cell numbers "
         "and scores cross the bus; state: through llama.cpp's state, out and back in; auto: device "
-        "where possible (default: auto)",
+        "where possible",
     )
 
 
-def add_system_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--system", type=text, metavar="TEXT", help="system prompt; it is never dropped"
+@dataclass(frozen=True, kw_only=True)
+class SystemOptions:
+    system: str | None = option(
+        None, metavar="TEXT", parse=text, help="system prompt; it is never dropped"
     )
-    parser.add_argument(
-        "--no-protect-system", action="store_true", help="the system prompt may be dropped, too"
+    no_protect_system: bool = option(False, help="the system prompt may be dropped, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a reply is written."""
+
+    max_tokens: int = option(512, panel=_REPLY, metavar="N", least=1, help="longest reply")
+    temperature: float = option(
+        0.7, panel=_REPLY, metavar="X", help="0: always the likeliest token"
+    )
+    top_p: float = option(0.95, panel=_REPLY, metavar="X", help="share of the likeliest tokens")
+    top_k: int = option(40, panel=_REPLY, metavar="N", help="as many of the likeliest tokens")
+    min_p: float = option(
+        0.05, panel=_REPLY, metavar="X", help="those at least so likely, the likeliest being 1"
+    )
+    seed: int | None = option(
+        None, panel=_REPLY, metavar="N", shown="random", help="for a reply that can be repeated"
     )
 
 
-def add_sampling_options(
-    parser: argparse.ArgumentParser, temperature: float, max_tokens: int
-) -> None:
-    group = parser.add_argument_group("reply")
-    group.add_argument(
-        "--max-tokens",
-        type=count,
-        default=max_tokens,
-        metavar="N",
-        help=f"longest reply (default: {max_tokens})",
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=temperature,
-        metavar="X",
-        help=f"0: always the likeliest token (default: {temperature:g})",
-    )
-    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help="default: 0.95")
-    group.add_argument("--top-k", type=int, default=40, metavar="N", help="default: 40")
-    group.add_argument("--min-p", type=float, default=0.05, metavar="X", help="default: 0.05")
-    group.add_argument(
-        "--seed", type=int, metavar="N", help="for a reply that can be repeated (default: random)"
-    )
+@dataclass(frozen=True, kw_only=True)
+class BoundedOptions(SystemOptions, CacheOptions, ModelOptions):
+    """A model with a bounded cache."""
 
 
-def sampling(args: argparse.Namespace) -> dict[str, Any]:
+def sampling(args: SamplingOptions) -> dict[str, Any]:
     """Keyword arguments for create_chat_completion and create_completion, but for the seed."""
     return {
         "max_tokens": args.max_tokens,
@@ -233,7 +243,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def first_seed(args: argparse.Namespace) -> int:
+def first_seed(args: SamplingOptions) -> int:
     """--seed, or a random one. llama_cpp would use the same seed in every process otherwise."""
     return secrets.randbits(31) if args.seed is None else int(args.seed)
 
@@ -254,7 +264,7 @@ def bundled_model() -> str:
     return found[0]
 
 
-def model_path(args: argparse.Namespace) -> str:
+def model_path(args: ModelOptions) -> str:
     """The model file the user means, downloaded first if it is in a repository."""
     if args.hf_repo or args.hf_file:
         if args.model:
@@ -283,21 +293,25 @@ def _download(repo: str, file: str) -> str:
     return str(hub.hf_hub_download(repo, file))
 
 
-def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+def engine_options(args: ModelOptions) -> dict[str, Any]:
     """Keyword arguments of llama_cpp.Llama that say how, not what, to compute."""
     return {
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
         "n_gpu_layers": args.gpu_layers,
         "flash_attn": args.flash_attn,
-        "type_k": _CACHE_TYPES[args.type_k],
-        "type_v": _CACHE_TYPES[args.type_v],
+        "type_k": _ggml_type(args.type_k),
+        "type_v": _ggml_type(args.type_v),
         "repack": args.repack,
         "verbose": args.verbose,
     }
 
 
-def cache_options(args: argparse.Namespace) -> dict[str, Any]:
+def _ggml_type(name: str) -> int:
+    return int(GGMLQuantizationType[name.upper()])
+
+
+def cache_options(args: CacheOptions) -> dict[str, Any]:
     """Keyword arguments of kvp_edge.Llama that bound the cache, but for ``n_ctx``."""
     return {
         "kv_budget": parse_budget(args.kv_budget),
@@ -313,7 +327,7 @@ def cache_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load(path: str, n_ctx: int | None, args: argparse.Namespace) -> WatchedLlama:
+def load(path: str, n_ctx: int | None, args: BoundedOptions) -> WatchedLlama:
     """The bounded model that the options describe."""
     llm = WatchedLlama(
         path,
@@ -338,7 +352,7 @@ def trained_context(path: str) -> int:
         return read_model_shape(path).n_ctx_train
 
 
-def warn_beyond_training(n_tokens: int, path: str, args: argparse.Namespace) -> None:
+def warn_beyond_training(n_tokens: int, path: str, args: CacheOptions) -> None:
     """Say so if a text is longer than any that the model has been trained on."""
     if args.positions == "compact":
         return

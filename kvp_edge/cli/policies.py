@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
-from typing import Any
+from dataclasses import dataclass
 
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.shown import say
+from kvp_edge.cli.tables import named
 from kvp_edge.policies import FALLBACK, POLICIES
 
 
-def add_policies(commands: Any) -> None:
-    parser = commands.add_parser("policies", help="list the policies, one line each")
-    parser.set_defaults(command=_main, verbose=False)
+@dataclass(frozen=True)
+class Options:
+    """It has none."""
 
 
-def _main(args: argparse.Namespace) -> int:
-    print(f"{'auto':19} The policy trained for the model (kvp-*.gguf beside it), else {FALLBACK}.")
+def _main(_: Options) -> int:
+    about = {"auto": f"The policy trained for the model (kvp-*.gguf beside it), else {FALLBACK}."}
     for name, policy in POLICIES.items():
-        module = inspect.getmodule(policy)
-        about = (inspect.getdoc(module) or "").partition("\n")[0]
-        print(f"{name:19} {about}")
-    print(f"{'FILE':19} A policy file: what kvp-edge train and export made (.gguf, .onnx).")
+        about[name] = (inspect.getdoc(inspect.getmodule(policy)) or "").partition("\n")[0]
+    about["FILE"] = "A policy file: what kvp-edge train and export made (.gguf, .onnx)."
+    for name, text in about.items():
+        say(named(name, text, 20))
     return 0
+
+
+COMMAND = Command(_main, Options, "List the policies, one line each.")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from kvp_edge.cli import chat_format, options
+from kvp_edge.cli.chat_format import ChatFormatOptions
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import option
 from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.shown import note, say
 from kvp_edge.text.chat_prompt import Message
 
-_DEFAULT_MAX_TOKENS = 256
 _TEMPLATE_ROOM = 1024  # tokens that a chat template may add to the text
 
 _EPILOG = f"""\
@@ -28,53 +30,43 @@ never dropped: the first --sinks tokens, the newest --recent tokens, and the tex
 
 examples:
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
-  kvp-edge run model.gguf --kv-budget 2048 -f part1.txt -f part2.txt -p "What changed?"
+  kvp-edge run model.gguf --kv-budget 2048 -f part1.txt -f part2.txt \\
+      -p "What changed?"
   git log | kvp-edge run model.gguf -f - -p "What was done last week?" --json
   kvp-edge run model.gguf --raw -f story.txt          (no template: write on)"""
 
 
-def add_run(commands: Any) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="read long texts and answer a question",
-        description="Read texts of any length through a small KV cache, then answer a question.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    file: list[str] = option(
+        (),
         "-f",
         "--file",
-        action="append",
-        default=[],
         metavar="FILE",
         help="a text file to read; may be given several times; - is standard input",
     )
-    parser.add_argument(
+    prompt: str = option(
+        "",
         "-p",
         "--prompt",
-        type=options.text,
-        default="",
+        parse=options.text,
         metavar="TEXT",
         help="the question, read after the texts",
     )
-    parser.add_argument(
-        "--raw", action="store_true", help="no chat template: the model continues the text"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object: answer, usage, kv_cache"
-    )
-    parser.add_argument(
-        "--progress", action="store_true", help="show the progress bar even if not at a terminal"
-    )
-    options.add_model_options(parser)
-    options.add_cache_options(parser, n_ctx_default="enough for the texts")
-    options.add_system_options(parser)
-    chat_format.add_chat_format_options(parser, "without one, as with --raw")
-    options.add_sampling_options(parser, temperature=0.0, max_tokens=_DEFAULT_MAX_TOKENS)
-    parser.set_defaults(command=_main)
+    raw: bool = option(False, help="no chat template: the model continues the text")
+    json: bool = option(False, help="print one JSON object: answer, usage, kv_cache")
+    progress: bool = option(False, help="show the progress bar even if not at a terminal")
 
 
-def _main(args: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(options.SamplingOptions, ChatFormatOptions, options.BoundedOptions, _Read):
+    n_ctx: int | None = options.n_ctx_option("enough for the texts")
+    chat_format: str | None = chat_format.chat_format_option("without one, as with --raw")
+    max_tokens: int = 256
+    temperature: float = 0.0
+
+
+def _main(args: Options) -> int:
     if args.raw and args.system:
         raise ValueError("--raw uses no chat template, so there is no place for --system")
     if args.raw and chat_format.asked_for(args):
@@ -126,14 +118,14 @@ def read_text(name: str) -> str:
     return data.decode("utf-8-sig", errors="replace")
 
 
-def _enough_context(text: str, path: str, args: argparse.Namespace) -> int:
+def _enough_context(text: str, path: str, args: Options) -> int:
     """A logical context for the text, known before there is a tokenizer: no token is shorter than
     a byte."""
     most: int = len(text.encode()) + len((args.system or "").encode()) + args.max_tokens
     return max(options.trained_context(path), most + _TEMPLATE_ROOM)
 
 
-def _tell_that_it_continues(llm: WatchedLlama, args: argparse.Namespace) -> None:
+def _tell_that_it_continues(llm: WatchedLlama, args: Options) -> None:
     name = os.path.basename(llm.model_path)
     if args.system:
         raise ValueError(
@@ -146,11 +138,11 @@ def _tell_that_it_continues(llm: WatchedLlama, args: argparse.Namespace) -> None
     )
 
 
-def _system(args: argparse.Namespace) -> list[Message]:
+def _system(args: Options) -> list[Message]:
     return [{"role": "system", "content": args.system}] if args.system else []
 
 
-def _answer(llm: WatchedLlama, text: str, args: argparse.Namespace, raw: bool) -> dict[str, Any]:
+def _answer(llm: WatchedLlama, text: str, args: Options, raw: bool) -> dict[str, Any]:
     """Answer on stdout as it is written, unless it goes into the JSON object returned."""
     how = {"seed": options.first_seed(args), "stream": not args.json, **options.sampling(args)}
     if raw:
@@ -171,3 +163,11 @@ def _answer(llm: WatchedLlama, text: str, args: argparse.Namespace, raw: bool) -
         "usage": result["usage"],
         "kv_cache": result["kv_cache"],
     }
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Read texts of any length through a small KV cache, then answer a question.",
+    _EPILOG,
+)

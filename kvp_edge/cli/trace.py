@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from kvp_edge.cli import options
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.traces.sources import ChatFile, Source, Tasks, TextFile
 from kvp_edge.traces.writer import capture_traces
-
-_DEFAULT_LENGTH = 1024
 
 _EPILOG = """\
 A policy learns which tokens a model can do without by looking at what it really looked up. For each
@@ -24,17 +24,20 @@ and KV head, the keys and values in its cache and the attention that later token
 ones. Any point of a trace can later be taken as the moment of an eviction.
 
 what to read (several may be given together):
-  --text   plain text, cut into traces of --length tokens; the end of each is its future
-  --chats  JSON lines, each a list of {"role": ..., "content": ...}; the last reply that fits into
-           --length tokens is the future
-  --tasks  generated questions about facts hidden in prose (that of --task-prose, or of the novel
-           that comes along); the question and its answer are the future
-Give texts like those that your chats will be about, and in the language they will be in.
+  --text   plain text, cut into traces of --length tokens; the end of each is
+           its future
+  --chats  JSON lines, each a list of {"role": ..., "content": ...}; the last
+           reply that fits into --length tokens is the future
+  --tasks  generated questions about facts hidden in prose (that of
+           --task-prose, or of the novel that comes along); the question and its
+           answer are the future
+Give texts like those that your chats will be about, and in the language they
+will be in.
 
 what the future is:
   --future text    what follows in the source
-  --future greedy  what the model itself goes on with: closer to a chat, and slower, because tokens
-                   are written one by one
+  --future greedy  what the model itself goes on with: closer to a chat, and
+                   slower, because tokens are written one by one
 
 The cache may have any type. Values of a quantised type (--type-v q8_0) turn flash attention on.
 With it attention is computed from queries and keys, which takes longer, and a model with soft caps,
@@ -46,81 +49,69 @@ model has per token, and the longer a trace, the larger the blocks of queries th
 An interrupted run goes on when the same command is given again, and gives the same files.
 
 examples:
-  kvp-edge trace --out traces --tasks 100                    with the small model that comes along
+  kvp-edge trace --out traces --tasks 100   (with the small model)
   kvp-edge trace model.gguf --out traces --text books/*.txt --traces 500
-  kvp-edge trace model.gguf --out traces --chats chats.jsonl --tasks 200 --length 4096
-  kvp-edge trace model.gguf --out traces --chats chats.jsonl --future greedy --future-tokens 300"""
+  kvp-edge trace model.gguf --out traces --chats chats.jsonl --tasks 200 \\
+      --length 4096
+  kvp-edge trace model.gguf --out traces --chats chats.jsonl --future greedy \\
+      --future-tokens 300"""
 
 
-def add_trace(commands: Any) -> None:
-    parser = commands.add_parser(
-        "trace",
-        help="record what a model looks up, to train a policy",
-        description="Read texts with a model and keep keys, values and the attention they got.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+_SOURCES, _TRACES = "what is read", "traces"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Texts, chats, generated questions; how long and how many."""
+
+    text: list[str] = option((), panel=_SOURCES, metavar="FILE ...", help="text files to read")
+    chats: list[str] = option((), panel=_SOURCES, metavar="FILE ...", help="chats, as JSON lines")
+    tasks: int | None = option(
+        None, panel=_SOURCES, metavar="N", least=1, help="generate N questions"
     )
-    options.add_model_options(parser)
-    group = parser.add_argument_group("traces")
-    group.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for the traces; made if need be"
+    task_prose: list[str] = option(
+        (), panel=_SOURCES, metavar="FILE ...", help="texts to hide the facts of --tasks in"
     )
-    add_sources(group, _DEFAULT_LENGTH)
-    group.add_argument(
-        "--future",
-        choices=("text", "greedy"),
-        default="text",
-        help="what the future is made of (default: text)",
-    )
-    group.add_argument(
-        "--future-tokens",
-        type=options.count,
+    length: int = option(1024, panel=_SOURCES, metavar="N", least=1, help="most tokens of a trace")
+    traces: int | None = option(
+        None,
+        panel=_SOURCES,
         metavar="N",
-        help="tokens of a text, or of the model's own, that are the future (default: a quarter of "
-        "--length)",
+        least=1,
+        shown="all",
+        help="how many, drawn from all that can be made",
     )
-    group.add_argument(
-        "--block",
-        type=options.count,
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SourceOptions, options.ModelOptions):
+    out: str = option(
+        ..., panel=_TRACES, metavar="DIR", help="folder for the traces; made if need be"
+    )
+    future: str = option(
+        "text", panel=_TRACES, choices=("text", "greedy"), help="what the future is made of"
+    )
+    future_tokens: int | None = option(
+        None,
+        panel=_TRACES,
         metavar="N",
-        help="queries summed up together (default: as few as the size on disk allows)",
+        least=1,
+        shown="a quarter of --length",
+        help="tokens of a text, or of the model's own, that are the future",
     )
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="draws tasks and traces (default: 0)"
-    )
-    parser.set_defaults(command=_main)
-
-
-def add_sources(group: Any, length: int) -> None:
-    """What is read: texts, chats, generated questions; how long and how many."""
-    for name, what in (("--text", "text files to read"), ("--chats", "chats, as JSON lines")):
-        group.add_argument(name, nargs="+", action="extend", default=[], metavar="FILE", help=what)
-    group.add_argument("--tasks", type=options.count, metavar="N", help="generate N questions")
-    group.add_argument(
-        "--task-prose",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="texts to hide the facts of --tasks in",
-    )
-    group.add_argument(
-        "--length",
-        type=options.count,
-        default=length,
+    block: int | None = option(
+        None,
+        panel=_TRACES,
         metavar="N",
-        help=f"most tokens of a trace (default: {length})",
+        least=1,
+        shown="as few as the size on disk allows",
+        help="queries summed up together",
     )
-    group.add_argument(
-        "--traces",
-        type=options.count,
-        metavar="N",
-        help="how many, drawn from all that can be made (default: all)",
-    )
+    seed: int = option(0, panel=_TRACES, metavar="N", help="draws tasks and traces")
 
 
-def sources_of(args: argparse.Namespace) -> list[Source]:
-    """The sources that ``add_sources`` asked for; none if none was named."""
+def sources_of(args: SourceOptions) -> list[Source]:
+    """The sources that the options ask for; none if none was named."""
     sources: list[Source] = [TextFile(path) for path in args.text]
     sources += [ChatFile(path) for path in args.chats]
     if args.tasks:
@@ -164,7 +155,7 @@ def trace(path: str, sources: list[Source], out: str, **how: Any) -> TraceSet:
     return traces
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Options) -> int:
     sources = sources_of(args)
     if not sources:
         raise ValueError("give something to read: --text FILE, --chats FILE or --tasks N")
@@ -182,3 +173,11 @@ def _main(args: argparse.Namespace) -> int:
     )
     say(str(traces.path))
     return 0
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Read texts with a model and keep keys, values and the attention they got.",
+    _EPILOG,
+)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-from dataclasses import fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from kvp_edge.cli import options
+from kvp_edge.cli.commands import Command
+from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.tables import table
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.training.settings import Settings
 
@@ -20,13 +22,13 @@ policy as if it had not been interrupted. DIR then holds
   best.safetensors   the policy, for kvp-edge export
   last.safetensors   what a run needs to go on
   log.jsonl          every validation, head by head
-  report.json        the finished policy's cost and the heuristics', head by head
+  report.json        the policy's cost and the heuristics', head by head
 
 Several GPUs or machines:  torchrun --nproc-per-node 8 -m kvp_edge train TRACES --out DIR
 
 examples:
   kvp-edge train traces --out run
-  kvp-edge train traces --out run --objective kvp --context 1     (the agent of the KVP paper)
+  kvp-edge train traces --out run --objective kvp --context 1  (the KVP paper's)
   kvp-edge train traces --out run --objective foresight --model model.gguf"""
 
 #: setting -> what it does
@@ -82,34 +84,28 @@ _HELP: dict[str, str] = {
 }
 
 
-def add_train(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a policy on traces",
-        description="Train an eviction policy on the traces of a model (see kvp-edge trace).",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class _Run(options.RepackOption):
+    traces: str = argument(..., metavar="TRACES", help="folder that kvp-edge trace wrote")
+    out: str = option(..., metavar="DIR", help="folder for the run")
+    model: str | None = option(
+        None, metavar="GGUF", help="the traced model, for rollouts and distillation"
     )
-    parser.add_argument("traces", metavar="TRACES", help="folder that kvp-edge trace wrote")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the run")
-    for name, text in _HELP.items():
-        default = getattr(Settings, name)
-        kind = type(default)
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            type=kind,
-            default=default,
-            metavar="X" if kind is float else "N" if kind is int else "NAME",
-            help=f"{text} (default: {default})",
-        )
-    parser.add_argument(
-        "--model", metavar="GGUF", help="the traced model, for rollouts and distillation"
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: CUDA if there)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    options.add_repack_option(parser)
-    parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
-    parser.set_defaults(command=_main)
+    device: str | None = option(None, metavar="NAME", shown="CUDA if there", help="cpu or cuda")
+    threads: int | None = option(None, metavar="N", shown="torch's", help="CPU threads")
+    verbose: bool = option(False, help="show tracebacks of errors")
+
+
+def _setting(name: str) -> tuple[str, type, Any]:
+    default = getattr(Settings, name)
+    metavar = {float: "X", int: "N"}.get(type(default), "NAME")
+    return name, type(default), option(default, panel="settings", metavar=metavar, help=_HELP[name])
+
+
+Options: Any = make_dataclass(
+    "Options", [_setting(one.name) for one in fields(Settings)], bases=(_Run,), frozen=True,
+    kw_only=True,
+)  # fmt: skip
 
 
 def open_traces(path: str) -> TraceSet:
@@ -126,7 +122,7 @@ def require_torch(what: str) -> None:
             raise ImportError(f"{what} needs {package}: pip install 'kvp_edge[train]'")
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: Any) -> int:
     require_torch("training")
     import torch  # noqa: PLC0415
 
@@ -156,12 +152,20 @@ def comparison(result: Any) -> str:
     from kvp_edge.training.train import BASELINES  # noqa: PLC0415
 
     rows = {"policy": result.quality, **result.baselines}
-    lines = [f"{'':10}{'cost':>8}{'lost':>8}{'tokens: cost':>14}{'lost':>8}"]
-    for name, q in rows.items():
-        lines.append(
-            f"{name:10}{q.cost.mean():8.2f}{q.lost.mean():8.3f}"
-            f"{q.token_cost:14.2f}{q.token_lost:8.3f}"
-        )
+    head, _, *body = table(
+        (("", 10), ("cost", 8), ("lost", 8), ("tokens: cost", 14), ("lost", 8)),
+        [
+            (
+                name,
+                f"{q.cost.mean():.2f}",
+                f"{q.lost.mean():.3f}",
+                f"{q.token_cost:.2f}",
+                f"{q.token_lost:.3f}",
+            )
+            for name, q in rows.items()
+        ],
+    )
+    lines = [head, *body]
     heuristics = [result.baselines[name] for name in BASELINES]
     best = [min(costs) for costs in zip(*(q.cost for q in heuristics), strict=True)]
     won = sum(mine < theirs for mine, theirs in zip(result.quality.cost, best, strict=True))
@@ -177,3 +181,11 @@ def comparison(result: Any) -> str:
             f"{before:+.4f} before"
         )
     return "\n".join(lines)
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Train an eviction policy on the traces of a model (see kvp-edge trace).",
+    _EPILOG,
+)

@@ -27,7 +27,6 @@ _TEXT = "The old house stood on a hill above the sea, and nobody had lived in it
 _N_TOKENS, _MOST_OFF = 96, 0.1
 #: On one thread: these are short, and threads wait for each other on a machine that is busy.
 _QUIET: Found = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
-_Q8_0 = 8  # enum ggml_type in ggml.h
 
 _DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "several devices")
 
@@ -123,7 +122,8 @@ def _flash_attention(_: str | None) -> Found:
 
 
 def _quantised_cache(_: str | None) -> Found:
-    return _compare(flash_attn=True, type_k=_Q8_0, type_v=_Q8_0)
+    q8_0 = importlib.import_module("llama_cpp").GGML_TYPE_Q8_0
+    return _compare(flash_attn=True, type_k=q8_0, type_v=q8_0)
 
 
 def _bounded_cache(_: str | None) -> Found:

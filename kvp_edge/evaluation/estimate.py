@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from gguf import GGMLQuantizationType
+
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cache.limits import CELL_UNIT
 from kvp_edge.evaluation.readers import shares_reading, shares_trace, subject_of
@@ -24,8 +26,6 @@ from kvp_edge.scoring import Subject
 # first batch; read one by one, as a reply is written.
 _WARM, _FIRST, _SINGLE = 16, 64, 16
 _MOST_AT_ONCE = 512
-
-_F16 = 1  # enum ggml_type in ggml.h
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,8 @@ def about_speeds(speeds: Mapping[int | None, Speed]) -> list[str]:
 
 def cache_bytes(run: Run, part: Part) -> int:
     """Bytes of keys and values in llama.cpp's cells; with sliding windows, at most."""
-    types = [_F16 if (kind := run.engine.get(t)) is None else kind for t in ("type_k", "type_v")]
+    f16 = int(GGMLQuantizationType.F16)
+    types = [f16 if (kind := run.engine.get(t)) is None else kind for t in ("type_k", "type_v")]
     per_cell = read_model_shape(run.model).bytes_per_cell(*types)
     return -(-part.cells // CELL_UNIT) * CELL_UNIT * per_cell
 

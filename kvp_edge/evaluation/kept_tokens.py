@@ -7,20 +7,21 @@ text once; a selector colours it by the share of heads that kept a token, or by 
 from __future__ import annotations
 
 import base64
-import html
-import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 
 from kvp_edge.arrays import BoolArray
+from kvp_edge.files import write_whole
 
-_TEMPLATE = Path(__file__).with_name("kept_tokens.html")
 _LEVELS = 10  # shades, besides white for what no head kept
 
 
@@ -89,16 +90,6 @@ def html_page(shown: KeptTokens) -> str:
     """The page. It takes about 60 bytes per token, and one bit per token and head (nine with
     scores)."""
     n_layer, n_head_kv, n = shown.kept.shape
-    levels = shown.levels()
-    tokens = "".join(
-        f'<span class="h{level}{" p" if protected else ""}">{_visible(text)}</span>'
-        for text, level, protected in zip(shown.texts, levels, shown.protected, strict=True)
-    )
-    options = "\n".join(
-        f'<option value="{layer * n_head_kv + head}">layer {layer}, head {head}</option>'
-        for layer in range(n_layer)
-        for head in range(n_head_kv)
-    )
     packed = np.packbits(shown.kept.astype(bool).reshape(-1, n), axis=1)
     data = {
         "n": n,
@@ -108,38 +99,26 @@ def html_page(shown: KeptTokens) -> str:
         "kept": _base64(packed),
         "ranks": None if shown.scores is None else _base64(_ranks(shown.scores)),
     }
-    return _fill(
-        {
-            "title": html.escape(_storable(shown.title)),
-            "about": html.escape(shown.about()),
-            "options": options,
-            "tokens": tokens,
-            "data": json.dumps(data),  # numbers and base64: nothing in it ends a script
-        }
+    return _template().render(
+        title=_storable(shown.title),
+        about=shown.about(),
+        n_layer=n_layer,
+        n_head_kv=n_head_kv,
+        tokens=zip(map(_storable, shown.texts), shown.levels(), shown.protected, strict=True),
+        data=data,
     )
 
 
 def write_html(shown: KeptTokens, path: str | os.PathLike[str]) -> None:
     """Write the page to a file."""
-    Path(path).write_text(html_page(shown), encoding="utf-8", newline="\n")
+    write_whole(path, html_page(shown).encode())
 
 
-def _fill(parts: dict[str, str]) -> str:
-    """The template with its ``{{names}}`` replaced. It is split first, so that braces in the values
-    stay text."""
-    first, *others = _TEMPLATE.read_text(encoding="utf-8").split("{{")
-    page = [first]
-    for other in others:
-        name, rest = other.split("}}", 1)
-        page += [parts[name], rest]
-    return "".join(page)
-
-
-def _visible(text: str) -> str:
+def _marked(text: str) -> Markup:
     """A token as HTML. The style sheet adds the marks for white space, so that copied text is the
     original."""
-    escaped = html.escape(_storable(text))
-    return escaped.replace("\n", "<i></i>\n").replace("\t", '<i class="tab"></i>\t')
+    marks = {"\n": Markup("<i></i>\n"), "\t": Markup('<i class="tab"></i>\t')}
+    return Markup("").join(marks.get(part, part) for part in re.split(r"([\n\t])", text))
 
 
 def _storable(text: str) -> str:
@@ -158,6 +137,13 @@ def _ranks(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     below = np.stack([np.searchsorted(np.sort(row), row) for row in rows])
     ranks: npt.NDArray[np.uint8] = np.rint(100 * below / max(1, n - 1)).astype(np.uint8)
     return ranks.reshape(scores.shape)
+
+
+def _template() -> jinja2.Template:
+    source = Path(__file__).with_name("kept_tokens.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
+    environment.filters["marked"] = _marked
+    return environment.from_string(source)
 
 
 def _base64(array: npt.NDArray[np.uint8]) -> str:

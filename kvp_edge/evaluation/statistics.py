@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -32,7 +33,7 @@ Scores: TypeAlias = Mapping[str, Mapping[ItemId, float]]
 
 RESAMPLES = 10_000
 GATE = 0.8
-_Z = 1.959963984540054  # 97.5 % of a normal distribution lies below
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)

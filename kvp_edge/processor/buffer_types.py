@@ -27,8 +27,9 @@ from typing import Any
 
 PLAIN = "CPU"
 
-#: Types that weights are stored in, enum ggml_type in ggml.h. The i-quants that cannot be made
-#: without an importance matrix are never repacked.
+#: Types that weights are stored in: ggml_type of ggml.h. The gguf package has them, too, but what
+#: is run in processes of its own imports nothing. The i-quants that cannot be made without an
+#: importance matrix are never repacked.
 _WEIGHT_TYPES = {
     "f16": 1,
     "bf16": 30,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
 
 from kvp_edge.arrays import HalfArray, TokenIds, TokenIndices
 from kvp_edge.binding.blocks import Blocks
@@ -30,8 +31,8 @@ from kvp_edge.traces.attention import AttentionFromQueries
 #: Bytes of a trace file beside its arrays of numbers per head: header, and 8 for every token.
 _FILE_OVERHEAD = 1024
 _BYTES_PER_TOKEN = 8
-#: None is llama.cpp's own choice, f16; then f32, f16, bf16 (enum ggml_type).
-_PLAIN_TYPES = (None, 0, 1, 30)
+#: None is llama.cpp's own choice, f16.
+_PLAIN_TYPES = (None, GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 #: llama.cpp pads caches to this many cells.
 _CELL_UNIT = 256
 

@@ -1,43 +1,57 @@
-"""What goes wrong is told in the words of the command line, and not in Python's."""
+"""Messages name what was typed: options, not Python's arguments."""
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 
-from kvp_edge.cli.option_names import with_options
+from kvp_edge.cli import chat, inspect, train
+from kvp_edge.cli.option_names import as_options
 from support.command_line import FEW_CELLS, Type
-
-CHAT = argparse.Namespace(
-    kv_budget="512", n_ctx=None, reserve=None, recent=None, granularity="head", type_k="f16"
-)
 
 
 @pytest.mark.parametrize(
-    ("sentence", "told"),
+    ("message", "told"),
     [
+        (
+            "kv_budget=5 must be larger than sinks + recent = 4 + 1 = 5. Raise kv_budget to 6 or "
+            "more, or lower recent",
+            "--kv-budget 5 must be larger than sinks + recent = 4 + 1 = 5. Raise --kv-budget to 6 "
+            "or more, or lower --recent",
+        ),
+        ("positions='compact' needs n_ctx.", "--positions compact needs --n-ctx."),
+        ("not with isolate_turns=True (n_ctx=7)", "not with --isolate-turns (--n-ctx 7)"),
+        ("n_threads must be from 1 to 512", "--threads must be from 1 to 512"),
+        ("sinks, recent and pack must be", "--sinks, --recent and --pack must be"),
         ("kv_budget=100 is too little", "--kv-budget 100 is too little"),
         ("kv_budget=4.5MiB gives 256", "--kv-budget 4.5MiB gives 256"),
         ("context n_ctx=300: a larger n_ctx", "context --n-ctx 300: a larger --n-ctx"),
         ("use granularity='token', which", "use --granularity token, which"),
-        ("Raise kv_budget to 9, or lower recent", "Raise --kv-budget to 9, or lower --recent"),
         ("raise reserve to 30", "raise --reserve to 30"),
         ("lower kv_budget or reserve", "lower --kv-budget or --reserve"),
-        # ordinary words, what is an option already, and what the command has no option for
+        # words of English, and of others
         ("the recent window, the reserve of 4", "the recent window, the reserve of 4"),
         ("(--kv-budget and --n-ctx)", "(--kv-budget and --n-ctx)"),
-        ("lower n_batch, positions='keep'", "lower n_batch, positions='keep'"),
+        ("lower n_batch, length=3", "lower n_batch, length=3"),
         ("my_n_ctx=3 and n_ctx_train", "my_n_ctx=3 and n_ctx_train"),
         ("", ""),
+        ("the policy is of another model", "the policy is of another model"),
+        ("there is no model file 'my n_ctx=3'", "there is no model file 'my n_ctx=3'"),
+        ("cannot read 'n_ctx.txt' or ./n_ctx", "cannot read 'n_ctx.txt' or ./n_ctx"),
+        ("recent messages are kept", "recent messages are kept"),
+        ("with policy = keydiff", "with policy = keydiff"),
+        ("eval_every, n_ctx_train and my_n_ctx", "eval_every, n_ctx_train and my_n_ctx"),
     ],
-)
-def test_arguments_become_options_and_ordinary_words_stay(sentence: str, told: str) -> None:
-    assert with_options(sentence, CHAT) == told
+)  # fmt: skip
+def test_a_message_names_the_options_of_chat(message: str, told: str) -> None:
+    assert as_options(message, chat.Options) == told
 
 
-def test_a_command_without_the_option_says_what_the_package_says() -> None:
-    assert with_options("n_ctx=3", argparse.Namespace(length=4)) == "n_ctx=3"
+def test_every_command_has_names_of_its_own() -> None:
+    assert (
+        as_options("steps, states, tokens and eval_every must be at least 1", train.Options)
+        == "--steps, --states, --tokens and --eval-every must be at least 1"
+    )
+    assert as_options("file must be one; n_ctx=3", inspect.Options) == "file must be one; n_ctx=3"
 
 
 @pytest.mark.parametrize(

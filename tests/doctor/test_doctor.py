@@ -191,7 +191,8 @@ def test_without_the_native_part_doctor_says_so_and_other_commands_point_to_it()
     assert "native library is missing (/no/such/library.so)" in one["fault"]
     assert one["advice"] == "Unset KVP_EDGE_LIBRARY, which is '/no/such/library.so'"
     assert found["found"]["buffer types"]["CPU"]["fault"] == ""  # that needs no native part
-    for argv in (["chat"], ["--help"], ["--version"]):
+    assert "doctor" in command("--help", KVP_EDGE_LIBRARY="/no/such/library.so").stdout
+    for argv in (["chat"], ["chat", "--help"], ["--version"]):
         got = command(*argv, KVP_EDGE_LIBRARY="/no/such/library.so")
         assert got.returncode == 1
         assert got.stderr.splitlines()[-1] == "kvp-edge doctor finds out more"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,8 +12,8 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from kvp_edge.cli import main
-from kvp_edge.cli.demo import Demo, add_demo
+from kvp_edge.cli import main, parse
+from kvp_edge.cli.demo import Demo
 from kvp_edge.evaluation import estimate, run
 from kvp_edge.evaluation.estimate import Speed, Work, duration, measure, parts
 from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT
@@ -226,10 +225,8 @@ def test_a_long_run_says_so_at_its_start(
 def test_the_demo_counts_what_it_reads_and_writes(
     counted: Count,
 ) -> None:
-    parser = argparse.ArgumentParser()
-    add_demo(parser.add_subparsers())
-    args = parser.parse_args(["demo", "--items", "1", "--length", "600", "--threads", "1"])
-    demo = Demo(args)
+    command = parse(["demo", "--items", "1", "--length", "600", "--threads", "1"])
+    demo = Demo(command.options)
     work, counted.read, counted.written = demo.work(), 0, 0
     assert f"{work.read:,} tokens to read" in demo.how_long()
     demo.rows()

@@ -6,19 +6,20 @@ are programs that do so on purpose. The products themselves are computed on this
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 
 import kvp_edge
-from kvp_edge.cli import main, options
+from kvp_edge.cli import main, options, parse
 from kvp_edge.processor import buffer_types, machine, repack, trial
 from kvp_edge.processor.repack import NotTried, Tried, fault_of, llama_library, try_buffer_types
 from kvp_edge.scoring import Subject
@@ -375,12 +376,8 @@ def test_every_kind_of_model_takes_the_option(bundled_model: str) -> None:
 
 @pytest.mark.parametrize("how", ["on", "off"])
 def test_the_command_line_passes_it_on(how: str, bundled_model: str) -> None:
-    parser = argparse.ArgumentParser()
-    options.add_model_options(parser)
-    options.add_cache_options(parser, n_ctx_default="")
-    options.add_system_options(parser)
-    args = parser.parse_args([bundled_model, "--repack", how, "--threads", "1"])
-    llm = options.load(bundled_model, None, args)
+    command = parse(["chat", bundled_model, "--repack", how, "--threads", "1"])
+    llm = options.load(bundled_model, None, command.options)
     assert uses_extra(llm) == (how == "on")
     llm.close()
 
@@ -391,4 +388,13 @@ def test_every_command_that_loads_a_model_has_the_option(
 ) -> None:
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    assert "--repack {auto,on,off}" in capsys.readouterr().out
+    assert re.search(r"--repack +\{auto,on,off\} ", capsys.readouterr().out)
+
+
+def test_types_have_the_numbers_that_gguf_gives_them() -> None:
+    known = {one.name.lower(): one.value for one in GGMLQuantizationType}
+    ours = {name.lower(): number for name, number in buffer_types._WEIGHT_TYPES.items()}
+    assert ours.keys() - known.keys() <= {"mxfp4", "q1_0"}  # newer than some releases of gguf
+    assert {name: known[name] for name in ours.keys() & known.keys()} == {
+        name: ours[name] for name in ours.keys() & known.keys()
+    }

@@ -67,13 +67,24 @@ def kvp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 class Terminal:
     """A command at a pseudo-terminal."""
 
-    def __init__(self, *argv: str) -> None:
+    def __init__(self, *argv: str, term: str = "dumb") -> None:
+        self._start([*COMMAND, *argv], term)
+
+    @classmethod
+    def of(cls, *command: str, term: str = "dumb") -> Terminal:
+        """Any other command."""
+        made = cls.__new__(cls)
+        made._start(list(command), term)
+        return made
+
+    def _start(self, command: list[str], term: str) -> None:
         import pty  # not on every system
 
         self._ahead = b""
+        self._prompt = "> " if term == "dumb" else "\x1b[2C"  # the editor moves past ">" and blank
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.execve(sys.executable, [*COMMAND, *argv], {**os.environ, "TERM": "dumb"})
+            os.execve(command[0], command, {**os.environ, "TERM": term})
 
     def read_until(self, text: str, seconds: float = 120) -> str:
         """What was printed since the last call, up to and with ``text``."""
@@ -85,8 +96,17 @@ class Terminal:
         seen, found, self._ahead = self._ahead.partition(text.encode())
         return (seen + found).decode(errors="replace")
 
+    def prompt(self) -> str:
+        """What was printed since the last call, up to and with the chat's prompt."""
+        return self.read_until(self._prompt)
+
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
+
+    def hang_up(self) -> None:
+        """Close the terminal."""
+        os.close(self._fd)
+        self._fd = -1
 
     def interrupt(self) -> None:
         """Ctrl-C at the prompt. Python's line editor misses one that comes while it handles a key
@@ -103,7 +123,8 @@ class Terminal:
         return os.waitstatus_to_exitcode(found[1])
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
         if self.pid:  # a test failed: a hang-up would do, unless the tests run under nohup
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
@@ -114,8 +135,8 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
     pytest.importorskip("pty")  # noqa: TID251 (not of Windows)
     opened: list[Terminal] = []
 
-    def open_terminal(*argv: str) -> Terminal:
-        opened.append(Terminal(*argv))
+    def open_terminal(*argv: str, term: str = "dumb") -> Terminal:
+        opened.append(Terminal(*argv, term=term))
         return opened[-1]
 
     yield open_terminal
