@@ -28,14 +28,15 @@ from kvp_edge.arguments import (
     check_counts,
     check_threads,
 )
-from kvp_edge.arrays import FloatArray
-from kvp_edge.binding.cache import CacheLocation, NativeCache
+from kvp_edge.arrays import FloatArray, TokenIndices
+from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.library import BUILT_FOR
 from kvp_edge.binding.model import read_model_shape, require_model_file
+from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
-from kvp_edge.binding.watch import Watch
+from kvp_edge.binding.structs import CacheLocation
 from kvp_edge.cache import session_file as session
 from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
@@ -162,7 +163,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
     _kv: EvictionManager | None = None
     _query_log: QueryLog | None = None  # for a policy that looks at queries
-    _watch: Watch | None = None  # of where the cache lies
+    _observed = False  # whether somebody looks at what the context computes
+    _observer: Observer | None = None
     _plan: Callable[..., CacheLimits] | None = None  # what was asked for; takes the window
     _limits: CacheLimits | None = None  # what came of it
     _query_shift = 0  # the table's when the logged queries were computed
@@ -254,10 +256,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
 
         with listen(pass_on=verbose):
             chosen = get_policy(policy, model_path if kv_budget is not None else None)
-        if kv_budget is not None and chosen.n_queries:
-            self._query_log = QueryLog()
-        if kv_budget is not None and pack != "state":
-            self._watch = Watch()
+        self._observed = kv_budget is not None and (pack != "state" or chosen.n_queries > 0)
         self._n_ubatch = kwargs.get("n_ubatch", 512)
         cells, batch = 512 if n_ctx is None else n_ctx, 512 if n_batch is None else n_batch
         if kv_budget is not None:
@@ -384,15 +383,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         if self._bound.kv_budget is not None:
             params.n_seq_max = 2
             params.kv_unified = True
-        if self._query_log is not None:
-            self._query_log.set_callback(params)
-        if self._watch is not None:
-            self._watch.set_callback(params)
+        if self._observed:
+            self._observer = Observer(params)
         self._context_params = params
 
     def _bind(self, limits: CacheLimits, policy: Policy, architecture: str) -> None:
         try:
-            cache = NativeCache(self._ctx.ctx, self._watch)
+            observer = self._observer if self._bound.pack != "state" else None
+            cache = NativeCache(self._ctx.ctx, observer)
         except BaseException:
             self.close()
             raise
@@ -405,7 +403,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             granularity = self._settle_granularity(cache)
             self._check_place(cache.location, granularity)
             compact_at, frequencies = self._plan_compaction(cache, granularity)
-            if self._query_log is not None:
+            if policy.n_queries and self._observer is not None:
+                self._query_log = QueryLog(self._observer)
                 self._start_query_log(self._query_log, policy, cache, limits, frequencies)
         except BaseException:
             self.close()
@@ -576,7 +575,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         )
 
     @property
-    def kv_indices(self) -> Any:
+    def kv_indices(self) -> TokenIndices:
         """Tokens that the cache holds, as their indices in the conversation, ascending: int32
         [kept]; at head granularity [n_layer, n_head_kv, kept], as every head holds its own."""
         with self._calls.look():

@@ -10,7 +10,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import FloatArray
+from kvp_edge.arrays import FloatArray, TokenIds
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.table import Table
 from kvp_edge.llama import Llama
@@ -32,7 +32,7 @@ class Bookmark:
         state: uint8, llama.cpp's.
     """
 
-    tokens: npt.NDArray[np.int32]
+    tokens: TokenIds
     logits: FloatArray
     table: Table
     state: npt.NDArray[np.uint8]

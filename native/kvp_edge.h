@@ -53,6 +53,13 @@ enum kvp_status {
     KVP_NOT_IN_PLACE    = 7, /* no failure: rows must be read where this was asked (kvp_cache_score) */
 };
 
+/* A token's numbers, as docs/glossary.md tells them apart. */
+typedef int32_t  kvp_token_index;    /* in the conversation, from 0                                      */
+typedef int32_t  kvp_llama_position; /* llama_pos: the number in llama.cpp's cell table                   */
+typedef int32_t  kvp_rope_position;  /* that a cached key is rotated to                                   */
+typedef int32_t  kvp_row;            /* row r has the r-th smallest llama.cpp position of the sequence    */
+typedef uint32_t kvp_cell_index;     /* in llama.cpp's cache: internal, no function takes or gives it     */
+
 typedef struct kvp_error {
     int32_t code;         /* enum kvp_status */
     char    message[512]; /* a sentence in UTF-8, zero-terminated */
@@ -90,18 +97,21 @@ KVP_API int32_t kvp_model_bytes_per_cell(const kvp_model_shape * shape, int32_t 
  * included; with fewer (0, say) nothing is written. */
 KVP_API int32_t kvp_model_tensors(const char * path, char * text, uint64_t size, uint64_t * needed, kvp_error * err);
 
-/* Sees where llama.cpp keeps a context's keys and values, and to which cell each new token goes: every node
- * of a running graph is shown to a callback, which never asks for one. Set it before the context is made:
- *     params.cb_eval = kvp_watch_callback();  params.cb_eval_user_data = watch;
- * The watch must outlive the context and its kvp_cache. */
+/* Observes a context while it computes: shows the nodes of its graphs to all who subscribe to it, which are caches
+ * (kvp_cache_open), logs of queries (kvp_queries_create) and captures of attention (kvp_capture_create), in any
+ * order, and any number of them. Attach it before the context is made:
+ *     params.cb_eval = kvp_observer_callback();  params.cb_eval_user_data = observer;
+ * The observer must outlive the context. A subscriber is created and freed while the context does not compute, and
+ * may be freed before the observer or after it. */
 struct ggml_tensor;
-typedef struct kvp_watch kvp_watch;
+typedef struct kvp_observer kvp_observer;
 typedef bool (*kvp_eval_callback)(struct ggml_tensor * node, bool ask, void * user_data);
 
-/* next: another callback that shall see the nodes, too, with next_data; or NULL. */
-KVP_API int32_t           kvp_watch_create(kvp_eval_callback next, void * next_data, kvp_watch ** watch, kvp_error * err);
-KVP_API void              kvp_watch_free(kvp_watch * watch); /* NULL is allowed */
-KVP_API kvp_eval_callback kvp_watch_callback(void);
+/* next: a callback of somebody else that is shown the nodes, too, with next_data; or NULL. */
+KVP_API int32_t           kvp_observer_create(kvp_eval_callback next, void * next_data, kvp_observer ** observer,
+                                              kvp_error * err);
+KVP_API void              kvp_observer_free(kvp_observer * observer); /* NULL is allowed */
+KVP_API kvp_eval_callback kvp_observer_callback(void);
 
 typedef struct kvp_cache kvp_cache;
 
@@ -115,9 +125,9 @@ typedef struct kvp_cache_shape {
     int32_t  type_v;         /* enum ggml_type */
     uint32_t v_transposed;   /* 1 when flash attention is off */
     uint32_t has_window;     /* 1 when a sliding-window cache follows the base cache */
-    uint32_t k_hadamard_block;     /* block of the Hadamard rotation that K is stored under, 0 = none */
+    uint32_t k_hadamard_block; /* block of the Hadamard rotation that K is stored under, 0 = none */
     uint32_t v_hadamard_block;
-    uint64_t bytes_per_cell; /* of the base cache, K and V, all layers */
+    uint64_t bytes_per_cell;   /* of the base cache, K and V, all layers */
 } kvp_cache_shape;
 
 /* Opens the cache of an EMPTY context: refuses what cannot be handled (recurrent, hybrid, encoder or
@@ -125,11 +135,12 @@ typedef struct kvp_cache_shape {
  * tokens, reads them back, removes the middle one, checks every count, and clears the cache again.
  * So a model that opens is a model whose blob was understood and whose cache can lose its middle.
  *
- * With a watch on the context (or NULL) the cache is found where it lies, and scored and packed there: through
- * pointers in host memory, by ggml graphs on a device, so that only cell numbers and scores cross. Where that
- * is not possible, or a token's cell is not known, it goes through llama.cpp's state as it does without a
- * watch: the result is the same, and the cells are known again after a state has been packed. */
-KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_watch * watch, kvp_cache ** cache, kvp_error * err);
+ * With the context's observer the cache is found where it lies, and the cell of every new token is known: it is
+ * scored and packed there, through pointers in host memory, by ggml graphs on a device, so that only cell numbers
+ * and scores cross. Where that is not possible, or a token's cell is not known, or `observer` is NULL, it goes
+ * through llama.cpp's state: the result is the same, and the cells are known again after a state has been packed. */
+KVP_API int32_t kvp_cache_open(struct llama_context * ctx, kvp_observer * observer, kvp_cache ** cache,
+                               kvp_error * err);
 KVP_API void    kvp_cache_close(kvp_cache * cache); /* NULL is allowed */
 KVP_API void    kvp_cache_get_shape(const kvp_cache * cache, kvp_cache_shape * shape);
 
@@ -137,26 +148,26 @@ typedef struct kvp_cache_location {
     uint32_t known;      /* 1: worked on where it lies; 0: through llama.cpp's state                      */
     uint32_t on_device;  /* 1: some of it lies in memory that the host does not see                       */
     uint32_t can_pack;   /* 1: heads can be packed there; 0 on devices where they are no whole 32-bit words */
-    uint32_t packed_in_place; /* how often heads were packed there                                             */
-    uint32_t packed_as_state; /* and how often as a state                                                 */
-    uint64_t bytes_transferred;    /* bytes carried so far between the cache and the host: scores and cell numbers,
-                            and the states taken and given where it went through these                    */
-    char     where[256]; /* the devices, with commas; or why it is not known                              */
+    uint32_t packed_in_place;   /* how often heads were packed there                                      */
+    uint32_t packed_as_state;   /* and how often as a state                                               */
+    uint64_t bytes_transferred; /* bytes carried so far between the cache and the host: scores and cell numbers,
+                                   and the states taken and given where it went through these             */
+    char     where[256];        /* the devices, with commas; or why it is not known                       */
 } kvp_cache_location;
 
-KVP_API void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location * place);
+KVP_API void kvp_cache_get_location(const kvp_cache * cache, kvp_cache_location * location);
 
-/* The owner of a watched context tells what it does itself: after a llama_decode that went well, that it
+/* The owner of an observed context tells what it does itself: after a llama_decode that went well, that it
  * read n tokens at positions first, first + 1, ...; and to forget all cells after it has put tokens into the
  * cache in any other way (llama_state_set_data). Removed and cleared tokens need not be told. */
-KVP_API int32_t kvp_cache_appended(kvp_cache * cache, int32_t first, uint32_t n, kvp_error * err);
+KVP_API int32_t kvp_cache_appended(kvp_cache * cache, kvp_llama_position first, uint32_t n, kvp_error * err);
 KVP_API void    kvp_cache_forget(kvp_cache * cache);
 
 /* Compares the cells of the tokens at `present` (int32 [n], ascending: every position of sequence 0) with
  * llama.cpp's state, byte for byte: KVP_ERR_RUNTIME if they differ; *known is 0 if not all cells are known.
  * Without NDEBUG this is done before every packing. */
-KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const int32_t * present, uint32_t n, uint32_t * known,
-                                      kvp_error * err);
+KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const kvp_llama_position * present, uint32_t n,
+                                      uint32_t * known, kvp_error * err);
 
 /* Reads the tokens of sequence 0 at positions [p0, p1), de-quantised and with llama.cpp's Hadamard
  * rotation undone (RoPE stays in the keys).
@@ -164,8 +175,8 @@ KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const int32_t * present
  *   positions  int32 [n], ascending
  *   keys       f32 [n_layer, n_head_kv, n, head_size_k] or NULL
  *   values     f32 [n_layer, n_head_kv, n, head_size_v] or NULL                                   */
-KVP_API int32_t kvp_cache_read(kvp_cache * cache, int32_t p0, int32_t p1, uint32_t n, int32_t * positions,
-                               float * keys, float * values, kvp_error * err);
+KVP_API int32_t kvp_cache_read(kvp_cache * cache, kvp_llama_position p0, kvp_llama_position p1, uint32_t n,
+                               kvp_llama_position * positions, float * keys, float * values, kvp_error * err);
 
 /* A learned policy: a small network for every (layer, KV head), whose score docs/policy-format.md defines.
  * It runs as ggml graphs: on the CPU for rows in host memory, else on the device that holds them. */
@@ -199,11 +210,12 @@ KVP_API void    kvp_policy_free(kvp_policy * policy); /* NULL is allowed */
 /* Scores n tokens that lie in memory.
  *   keys    f32 [n_layer, n_head_kv, n, head_size_k], RoPE included
  *   values  f32 [n_layer, n_head_kv, n, head_size_v]
- *   tokens  int32 [n], ascending: the tokens' indices in the conversation. Where one is left out between
- *           two, it counts as missing.
+ *   indices int32 [n], ascending: the tokens' in the conversation. Where one is left out between two, it
+ *           counts as missing.
  *   scores  f32 [n_layer, n_head_kv, n]; larger = keep                                              */
-KVP_API int32_t kvp_policy_score(kvp_policy * policy, const float * keys, const float * values, const int32_t * tokens,
-                                 uint32_t n, int32_t n_threads, float * scores, kvp_error * err);
+KVP_API int32_t kvp_policy_score(kvp_policy * policy, const float * keys, const float * values,
+                                 const kvp_token_index * indices, uint32_t n, int32_t n_threads, float * scores,
+                                 kvp_error * err);
 
 /* Rules that score the tokens of sequence 0 where their rows lie, so that no key or value is copied out. A larger
  * score means: keep. n is the number of tokens scored; what a rule gives is f32 [n_layer, n_head_kv, n], but for
@@ -230,12 +242,12 @@ typedef struct kvp_rule_lag {
 /* The attention softmax(scale q.k) that queries (kvp_queries_read) pay to the tokens held, of which each sees its
  * own and those before: summed over queries, averaged over a KV head's query heads. */
 typedef struct kvp_rule_attention {
-    const float *   queries; /* [n_layer, n_head, n_queries, head_size_k] */
-    const int32_t * indices; /* [n_queries], in the conversation, below 2^24 */
-    const float *   scale;   /* [n_layer], what q.k is multiplied by */
-    const int32_t * held;    /* [n_layer, n_head_kv, n], the scored tokens' indices in the conversation */
-    uint32_t        n_head;
-    uint32_t        n_queries;
+    const float *           queries;       /* [n_layer, n_head, n_queries, head_size_k]                  */
+    const kvp_token_index * query_indices; /* [n_queries], below 2^24                                    */
+    const float *           scale;         /* [n_layer], what q.k is multiplied by                       */
+    const kvp_token_index * key_indices;   /* [n_layer, n_head_kv, n], of the scored tokens              */
+    uint32_t                n_head;
+    uint32_t                n_queries;
 } kvp_rule_attention;
 
 /* What queries are expected to pay that are normal: softmax of scale k.mean + scale^2 k.(covariance)k / 2, averaged
@@ -250,8 +262,8 @@ typedef struct kvp_rule_expected {
 
 /* The score of a learned policy, with as many threads as the context has. */
 typedef struct kvp_rule_policy {
-    kvp_policy *    policy;
-    const int32_t * indices; /* [n], ascending: the tokens' indices in the conversation */
+    kvp_policy *            policy;
+    const kvp_token_index * indices; /* [n], ascending: of the scored tokens */
 } kvp_rule_policy;
 
 typedef struct kvp_rule {
@@ -267,8 +279,8 @@ typedef struct kvp_rule {
 /* Scores the n tokens of sequence 0 at positions [p0, p1). KVP_NOT_IN_PLACE: it is not known in which cells they
  * lie, or a device lacks an operation or memory; then kvp_cache_read gives the rows. KVP_RULE_KNORM, _KEYDIFF and
  * _POLICY are never refused so: they read rows here. */
-KVP_API int32_t kvp_cache_score(kvp_cache * cache, const kvp_rule * rule, int32_t p0, int32_t p1, uint32_t n, float * scores,
-                                kvp_error * err);
+KVP_API int32_t kvp_cache_score(kvp_cache * cache, const kvp_rule * rule, kvp_llama_position p0, kvp_llama_position p1,
+                                uint32_t n, float * scores, kvp_error * err);
 
 /* Chooses the tokens that stay: all protected ones, then the best by score, until `budget` are kept.
  * A token's score is the mean over all heads of its z-scores, each head standardised over the tokens
@@ -287,13 +299,13 @@ KVP_API int32_t kvp_choose_tokens(const float * scores, uint32_t n_head, const i
  *   keep     uint8 [n]: 0 = remove. The newest token must be kept (llama.cpp continues from it).
  *   n_ranges number of calls made (may be NULL)
  * On KVP_ERR_RUNTIME some ranges may be gone: the caller must re-read the conversation.           */
-KVP_API int32_t kvp_cache_remove(kvp_cache * cache, const int32_t * present, const uint8_t * keep, uint32_t n,
-                                 uint32_t * n_ranges, kvp_error * err);
+KVP_API int32_t kvp_cache_remove(kvp_cache * cache, const kvp_llama_position * present, const uint8_t * keep,
+                                 uint32_t n, uint32_t * n_ranges, kvp_error * err);
 
 /* Gives the cells at positions `present` new, not larger ones; both int32 [n], ascending. llama.cpp turns the
  * keys accordingly when it decodes the next batch (its "K-shift"); until then the cache must not be read. */
-KVP_API int32_t kvp_cache_move(kvp_cache * cache, const int32_t * present, const int32_t * positions, uint32_t n,
-                               kvp_error * err);
+KVP_API int32_t kvp_cache_move(kvp_cache * cache, const kvp_llama_position * present,
+                               const kvp_llama_position * positions, uint32_t n, kvp_error * err);
 
 /* Chooses the rows that each head keeps, on its own, the same number in all heads.
  *   scores        f32 [n_head, n]; larger = keep, not finite = drop
@@ -302,20 +314,20 @@ KVP_API int32_t kvp_cache_move(kvp_cache * cache, const int32_t * present, const
  *   keep          int32 [n_head, n_keep], ascending rows
  * Protected units come first, then whole units by mean score while they fit; equal scores favour the
  * newer row. Only where nothing but units too large for the last rows is left is one of them cut. */
-KVP_API int32_t kvp_choose_rows(const float * scores, const int32_t * unit, const uint8_t * is_protected, uint32_t n_head,
-                                uint32_t n, uint32_t n_keep, int32_t * keep, kvp_error * err);
+KVP_API int32_t kvp_choose_rows(const float * scores, const int32_t * unit, const uint8_t * is_protected,
+                                uint32_t n_head, uint32_t n, uint32_t n_keep, kvp_row * keep, kvp_error * err);
 
 /* Tests on an EMPTY context whether heads can keep different rows, and clears it again: heads must be
  * whole blocks of the cache's types, and next-token logits must not change when the rows of every head
  * are put into another order and far away (they do with ALiBi). KVP_ERR_UNSUPPORTED says why not. */
 KVP_API int32_t kvp_cache_check_packing(kvp_cache * cache, kvp_error * err);
 
-/* How kept keys are turned to new positions (RoPE): pair p of a key by turn * frequency[p] radians. */
+/* How kept keys are turned to new RoPE positions: pair p of a key by distance * frequency[p] radians. */
 typedef struct kvp_rope_shift {
-    const double *  frequency; /* [n_layer, n_pairs], radians per position                        */
-    const int32_t * distance;  /* [n_layer, n_head_kv, n_keep], new position minus old            */
-    uint32_t        n_pairs;
-    uint32_t        neox;      /* 1: pairs (p, p + n_pairs) of a key; 0: pairs (2p, 2p + 1)       */
+    const double *            frequency; /* [n_layer, n_pairs], radians per position                  */
+    const kvp_rope_position * distance;  /* [n_layer, n_head_kv, n_keep], new position minus old      */
+    uint32_t                  n_pairs;
+    uint32_t                  neox;      /* 1: pairs (p, p + n_pairs) of a key; 0: pairs (2p, 2p + 1) */
 } kvp_rope_shift;
 
 /* Packs sequence 0 into n_keep cells: row i of layer l and KV head h becomes row keep[l, h, i] of now.
@@ -334,37 +346,36 @@ typedef struct kvp_rope_shift {
  * of sight. Its model's keys cannot be turned.
  * On KVP_ERR_ARGUMENT, _UNSUPPORTED, _LAYOUT and _MEMORY the cache is what it was. On KVP_ERR_RUNTIME a device
  * or llama.cpp failed in the middle and the cache is EMPTY: the conversation must be read again. */
-KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const int32_t * present, uint32_t n, const int32_t * keep,
-                               const int32_t * positions, uint32_t n_keep, const kvp_rope_shift * shift, kvp_error * err);
+KVP_API int32_t kvp_cache_pack(kvp_cache * cache, const kvp_llama_position * present, uint32_t n, const kvp_row * keep,
+                               const kvp_llama_position * positions, uint32_t n_keep, const kvp_rope_shift * shift,
+                               kvp_error * err);
 
 /* Puts a state blob of sequence 0 back that was taken from a cache of the same layout, after checking it
  * against this one: layers, types, sizes, and that it holds the positions `present` (int32 [n],
  * ascending). Errors as in kvp_cache_pack: only KVP_ERR_RUNTIME leaves the cache changed, and EMPTY. */
-KVP_API int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present, uint32_t n,
-                                  kvp_error * err);
+KVP_API int32_t kvp_cache_restore(kvp_cache * cache, const uint8_t * blob, size_t size,
+                                  const kvp_llama_position * present, uint32_t n, kvp_error * err);
 
 /* The checks of kvp_cache_restore alone: whether it would find what it is told to find. The cache is not read. */
-KVP_API int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, size_t size, const int32_t * present,
-                                      uint32_t n, kvp_error * err);
+KVP_API int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, size_t size,
+                                      const kvp_llama_position * present, uint32_t n, kvp_error * err);
 
 /* The same as kvp_cache_pack on a state blob of sequence seq_id in memory (llama_state_seq_get_data), without any context:
- * the blob is rewritten in place and its new size stored in *packed_size. rotation: block of the Hadamard
- * rotation that its keys are stored under (kvp_cache_shape.k_hadamard_block), used only to turn keys.
+ * the blob is rewritten in place and its new size stored in *packed_size. k_hadamard_block: as in
+ * kvp_cache_shape, used only to turn keys.
  * On any error the blob may be spoilt; it is never read or written outside [blob, blob + size). */
 KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
-                               const int32_t * present, uint32_t n, const int32_t * keep, const int32_t * positions,
-                               uint32_t n_keep, const kvp_rope_shift * shift, uint32_t rotation, size_t * packed_size,
-                               kvp_error * err);
+                               const kvp_llama_position * present, uint32_t n, const kvp_row * keep,
+                               const kvp_llama_position * positions, uint32_t n_keep, const kvp_rope_shift * shift,
+                               uint32_t k_hadamard_block, size_t * packed_size, kvp_error * err);
 
 /* Captures the attention that a running context pays, reduced at once: for every token, KV head and
  * block of queries the sum over the block's queries of the LARGEST attention that any query head of the
  * KV head's group pays to the token (arXiv:2602.10238, section 3: the maximum comes before the sum).
  *
- * Flash attention must be off: llama.cpp then computes nodes "kq_soft_max-<layer>", and lets a callback
- * see them. Set the callback before the context is made:
- *     params.cb_eval = kvp_capture_callback();  params.cb_eval_user_data = capture;
- * The capture must outlive the context. Between begin and end decode ONE sequence from an empty cache,
- * token by token or in batches; outside them the callback asks for nothing. */
+ * Flash attention must be off: llama.cpp then computes nodes "kq_soft_max-<layer>", which the context's observer
+ * shows. Between begin and end decode ONE sequence from an empty cache, token by token or in batches; outside
+ * them the capture asks for nothing. */
 typedef struct kvp_capture kvp_capture;
 
 typedef struct kvp_capture_plan {
@@ -378,10 +389,9 @@ typedef struct kvp_capture_plan {
     float    scale;      /* sums are multiplied by it before they become f16; block * scale <= 65504       */
 } kvp_capture_plan;
 
-KVP_API int32_t           kvp_capture_create(kvp_capture ** capture, kvp_error * err);
-KVP_API void              kvp_capture_free(kvp_capture * capture); /* NULL is allowed */
-KVP_API kvp_eval_callback kvp_capture_callback(void);
-KVP_API int32_t           kvp_capture_begin(kvp_capture * capture, const kvp_capture_plan * plan, kvp_error * err);
+KVP_API int32_t kvp_capture_create(kvp_observer * observer, kvp_capture ** capture, kvp_error * err);
+KVP_API void    kvp_capture_free(kvp_capture * capture); /* NULL is allowed */
+KVP_API int32_t kvp_capture_begin(kvp_capture * capture, const kvp_capture_plan * plan, kvp_error * err);
 
 /* Ends a capture of n_tokens tokens and writes its sums: f16 bits [n_layer, n_head_kv, P]. P holds the
  * blocks one after the other; the block of queries [s, e) has e values, for tokens 0 to e - 1 (no query
@@ -392,9 +402,8 @@ KVP_API int32_t kvp_capture_end(kvp_capture * capture, uint32_t n_tokens, uint16
 
 /* Logs the queries of the newest tokens that a running context reads, as its attention sees them: after
  * norm and RoPE, with flash attention or without. They are found at the operation that multiplies them with
- * the cached keys, whatever the model calls them. Set the callback before the context is made:
- *     params.cb_eval = kvp_queries_callback();  params.cb_eval_user_data = log;
- * The log must outlive the context and asks for nothing until it is started:
+ * the cached keys, whatever the model calls them. The log asks the context's observer for nothing until it is
+ * started:
  *     1. kvp_queries_try(log, n, err); decode n tokens into the EMPTY context, at positions 0 to n - 1
  *     2. kvp_queries_start with the keys of these n tokens, as kvp_cache_read gives them; clear the context
  * Layers are those of the base cache, found by their keys. KVP_ERR_UNSUPPORTED: a model whose queries are not
@@ -405,37 +414,37 @@ typedef struct kvp_queries_shape {
     uint32_t n_layer;
     uint32_t n_head;    /* query heads of a layer; head h uses KV head h / (n_head / n_head_kv)      */
     uint32_t head_size;
-    uint32_t rotation;  /* block of the Hadamard rotation that attention multiplies under (0 = none);
-                           it is undone when queries are read                                         */
+    uint32_t k_hadamard_block; /* of the rotation that attention multiplies under (0 = none); it is undone
+                                  when queries are read                                               */
 } kvp_queries_shape;
 
-KVP_API int32_t           kvp_queries_create(kvp_queries ** log, kvp_error * err);
-KVP_API void              kvp_queries_free(kvp_queries * log); /* NULL is allowed */
-KVP_API kvp_eval_callback kvp_queries_callback(void);
-KVP_API int32_t           kvp_queries_try(kvp_queries * log, uint32_t n_tokens, kvp_error * err);
+KVP_API int32_t kvp_queries_create(kvp_observer * observer, kvp_queries ** log, kvp_error * err);
+KVP_API void    kvp_queries_free(kvp_queries * log); /* NULL is allowed */
+KVP_API int32_t kvp_queries_try(kvp_queries * log, uint32_t n_tokens, kvp_error * err);
 
 /*   cache     what kvp_cache_get_shape says of the context's cache
  *   keys      f32 [n_layer, n_head_kv, n, head_size_k] of the n tokens tried
  *   capacity  tokens whose queries are kept
  *   shape     result
  *   scales    f32 [n_layer], result: what q.k is multiplied by before the softmax                   */
-KVP_API int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, const float * keys, uint32_t capacity,
-                                  kvp_queries_shape * shape, float * scales, kvp_error * err);
+KVP_API int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cache, const float * keys,
+                                  uint32_t capacity, kvp_queries_shape * shape, float * scales, kvp_error * err);
 
 /* The n tokens decoded since the last call are number first, first + 1, ... of the conversation. On an error
  * none of them is logged. */
-KVP_API int32_t kvp_queries_append(kvp_queries * log, int32_t first, uint32_t n, kvp_error * err);
+KVP_API int32_t kvp_queries_append(kvp_queries * log, kvp_token_index first, uint32_t n, kvp_error * err);
 
 /* Forgets the tokens from number `length` on, and whatever was decoded but not appended. */
-KVP_API int32_t kvp_queries_rewind(kvp_queries * log, int32_t length, kvp_error * err);
+KVP_API int32_t kvp_queries_rewind(kvp_queries * log, kvp_token_index length, kvp_error * err);
 
 /* Tokens whose queries there are: at most `capacity`. */
 KVP_API uint32_t kvp_queries_size(const kvp_queries * log);
 
 /* The newest n of them.
  *   queries    f32 [n_layer, n_head, n, head_size]
- *   positions  int32 [n], ascending: numbers in the conversation */
-KVP_API int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, int32_t * positions, kvp_error * err);
+ *   indices    int32 [n], ascending: in the conversation */
+KVP_API int32_t kvp_queries_read(const kvp_queries * log, uint32_t n, float * queries, kvp_token_index * indices,
+                                 kvp_error * err);
 
 #ifdef __cplusplus
 }

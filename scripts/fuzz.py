@@ -20,7 +20,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["fuzz/fuzz_state.cpp", "pack.cpp", "rows.cpp", "state_blob.cpp"]
+SOURCES = [
+    "fuzz/fuzz_state.cpp",
+    *(f"format/{name}.cpp" for name in ("pack_plan", "pack_state", "rows", "state_blob")),
+]
 SANITIZE = "address,undefined"
 
 

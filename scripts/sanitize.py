@@ -49,8 +49,7 @@ scores, unit = np.ones((1, n), np.float32), np.arange(n, dtype=np.int32)
 protected, keep = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
 def choose():
     for _ in range(20):
-        call("kvp_choose_tokens", scores.ctypes.data, 1, unit.ctypes.data, protected.ctypes.data, n,
-             n // 2, keep.ctypes.data)
+        call("kvp_choose_tokens", scores, 1, unit, protected, n, n // 2, keep)
 threads = [threading.Thread(target=choose) for _ in range(2)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()

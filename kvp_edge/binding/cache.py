@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,83 +9,13 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
-from kvp_edge.binding.library import call, in_place, lib
-from kvp_edge.binding.rules import Rule, RuleStruct
-from kvp_edge.binding.watch import Watch
+from kvp_edge.arrays import BoolArray, FloatArray, LlamaPositions, RopePositions, Rows
+from kvp_edge.binding import structs
+from kvp_edge.binding.library import call, create, in_place, lib
+from kvp_edge.binding.observer import Observer
+from kvp_edge.binding.rules import Rule
+from kvp_edge.binding.structs import CacheLocation, CacheShape
 from kvp_edge.errors import KVCacheError
-
-
-class CacheShape(ctypes.Structure):
-    """A base cache's layout, learned from a real state blob (struct kvp_cache_shape)."""
-
-    _fields_ = [
-        ("n_layer", ctypes.c_uint32),
-        ("n_head_kv", ctypes.c_uint32),
-        ("head_size_k", ctypes.c_uint32),
-        ("head_size_v", ctypes.c_uint32),
-        ("type_k", ctypes.c_int32),
-        ("type_v", ctypes.c_int32),
-        ("v_transposed", ctypes.c_uint32),
-        ("has_window", ctypes.c_uint32),
-        ("k_hadamard_block", ctypes.c_uint32),
-        ("v_hadamard_block", ctypes.c_uint32),
-        ("bytes_per_cell", ctypes.c_uint64),
-    ]
-
-    n_layer: int
-    n_head_kv: int
-    head_size_k: int
-    head_size_v: int
-    type_k: int
-    type_v: int
-    v_transposed: int
-    has_window: int
-    k_hadamard_block: int
-    v_hadamard_block: int
-    bytes_per_cell: int
-
-
-class CacheLocation(ctypes.Structure):
-    """Where a base cache lies (struct kvp_cache_location)."""
-
-    _fields_ = [
-        ("_known", ctypes.c_uint32),
-        ("_on_device", ctypes.c_uint32),
-        ("_can_pack", ctypes.c_uint32),
-        ("packed_in_place", ctypes.c_uint32),
-        ("packed_as_state", ctypes.c_uint32),
-        ("bytes_transferred", ctypes.c_uint64),
-        ("_where", ctypes.c_char * 256),
-    ]
-
-    packed_in_place: int
-    packed_as_state: int
-    bytes_transferred: int
-
-    @property
-    def known(self) -> bool:
-        """Whether it is scored and packed where it lies, and not through llama.cpp's state."""
-        return bool(self._known)
-
-    @property
-    def on_device(self) -> bool:
-        """Whether some of it lies in memory that the host does not see."""
-        return bool(self._on_device)
-
-    @property
-    def can_pack(self) -> bool:
-        """Whether heads can be packed there, too: on a device they must be whole 32-bit words."""
-        return bool(self._can_pack)
-
-    def packs(self, granularity: str) -> bool:
-        """Whether evictions of this granularity stay where it lies, as long as cells are known."""
-        return self.known and (granularity == "token" or self.can_pack)
-
-    @property
-    def where(self) -> str:
-        """The devices, with commas; or why it is not known."""
-        return bytes(self._where).decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -108,54 +37,37 @@ class RopeShift:
     """
 
     frequency: npt.NDArray[np.float64]
-    distance: IntArray
+    distance: RopePositions
     neox: bool
 
-    def as_struct(self) -> _RopeShift:
-        """Borrows this object's arrays."""
-        return _RopeShift(
-            self.frequency.ctypes.data,
-            self.distance.ctypes.data,
-            self.frequency.shape[1],
-            int(self.neox),
-        )
 
-
-class _RopeShift(ctypes.Structure):
-    _fields_ = [
-        ("frequency", ctypes.c_void_p),
-        ("distance", ctypes.c_void_p),
-        ("n_pairs", ctypes.c_uint32),
-        ("neox", ctypes.c_uint32),
-    ]
-
-
-def _checked_shift(rope_shift: RopeShift | None, keep: IntArray) -> RopeShift | None:
+def _shift_struct(rope_shift: RopeShift | None, keep: Rows) -> structs.RopeShift | None:
     if rope_shift is None:
         return None
-    checked = RopeShift(
-        np.ascontiguousarray(rope_shift.frequency, np.float64),
-        np.ascontiguousarray(rope_shift.distance, np.int32),
-        rope_shift.neox,
-    )
-    if checked.distance.shape != keep.shape or checked.frequency.shape[:1] != keep.shape[:1]:
+    frequency = np.ascontiguousarray(rope_shift.frequency, np.float64)
+    distance = np.ascontiguousarray(rope_shift.distance, np.int32)
+    if distance.shape != keep.shape or frequency.shape[:1] != keep.shape[:1]:
         raise ValueError(
-            f"frequency {rope_shift.frequency.shape} and distance {rope_shift.distance.shape} "
-            "do not fit rows "
+            f"frequency {frequency.shape} and distance {distance.shape} do not fit rows "
             f"{keep.shape}"
         )
-    return checked
+    return structs.RopeShift(
+        frequency=frequency,
+        distance=distance,
+        n_pairs=frequency.shape[1],
+        neox=int(rope_shift.neox),
+    )
 
 
 def pack_state(
     state: npt.NDArray[np.uint8],
     seq_id: int,
-    present: IntArray,
-    keep: IntArray,
-    positions: IntArray,
+    present: LlamaPositions,
+    keep: Rows,
+    positions: LlamaPositions,
     *,
     rope_shift: RopeShift | None = None,
-    rotation: int = 0,
+    k_hadamard_block: int = 0,
 ) -> npt.NDArray[np.uint8]:
     """Pack a state blob of llama.cpp that lies in memory, without a context (see kvp_state_pack).
 
@@ -164,7 +76,7 @@ def pack_state(
         present: int32 [n], ascending: every position in it.
         keep: int32 [n_layer, n_head_kv, n_keep]: rows, all different within a head.
         positions: int32 [n_keep], ascending: positions of the new rows.
-        rotation: block of the Hadamard rotation of the keys, needed only with ``rope_shift``.
+        k_hadamard_block: of the keys' Hadamard rotation, needed only with ``rope_shift``.
 
     Returns:
         uint8 [new size], the beginning of ``state``.
@@ -181,25 +93,25 @@ def pack_state(
     positions = np.ascontiguousarray(positions, np.int32)
     if keep.ndim != 3 or keep.shape[2] != len(positions):
         raise ValueError(f"rows {keep.shape} and {len(positions)} positions do not fit together")
-    rope_shift = _checked_shift(rope_shift, keep)
-    size = ctypes.c_size_t()
+    shift = _shift_struct(rope_shift, keep)
+    size = np.zeros(1, np.uintp)
     call(
         "kvp_state_pack",
-        state.ctypes.data,
+        state,
         len(state),
         seq_id,
         keep.shape[0],
         keep.shape[1],
-        present.ctypes.data,
+        present,
         len(present),
-        keep.ctypes.data,
-        positions.ctypes.data,
+        keep,
+        positions,
         len(positions),
-        ctypes.byref(rope_shift.as_struct()) if rope_shift is not None else None,
-        rotation,
-        ctypes.byref(size),
+        shift,
+        k_hadamard_block,
+        size,
     )
-    return state[: size.value]
+    return state[: int(size[0])]
 
 
 class NativeCache:
@@ -210,7 +122,7 @@ class NativeCache:
 
     Args:
         ctx: llama_context pointer.
-        watch: the context's, so that the cache is scored and packed where it lies; None: through
+        observer: the context's, so that the cache is scored and packed where it lies; None: through
             llama.cpp's state.
 
     Raises:
@@ -220,41 +132,35 @@ class NativeCache:
         ValueError: the context is not empty, or was made without n_seq_max >= 2.
     """
 
-    def __init__(self, ctx: Any, watch: Watch | None = None) -> None:
+    def __init__(self, ctx: Any, observer: Observer | None = None) -> None:
         self._ctx = ctx
-        self._watch = watch
-        self._handle = ctypes.c_void_p()
-        call(
-            "kvp_cache_open",
-            ctypes.cast(ctx, ctypes.c_void_p),
-            watch.handle if watch is not None else None,
-            ctypes.byref(self._handle),
-        )
+        self._observer = observer
+        handle = observer.handle if observer is not None else None
+        self._handle = create("kvp_cache", "kvp_cache_open", ctx, handle)
         self.shape = CacheShape()
-        lib.kvp_cache_get_shape(self._handle, ctypes.byref(self.shape))
+        lib.kvp_cache_get_shape(self._handle, self.shape)
 
     def close(self) -> None:
-        if self._handle:
-            lib.kvp_cache_close(self._handle)
-            self._handle = ctypes.c_void_p()
+        """Twice is harmless."""
+        self._handle.close()
 
     @property
     def location(self) -> CacheLocation:
         """Where it lies, and how many bytes were transferred between there and the host so far."""
         location = CacheLocation()
-        lib.kvp_cache_get_location(self._handle, ctypes.byref(location))
+        lib.kvp_cache_get_location(self._handle, location)
         return location
 
     def appended(self, first: int, n: int) -> None:
         """The ``n`` tokens decoded last are at llama.cpp's positions first, first + 1, ..."""
-        if self._watch is not None:  # else nobody asks for cells; called for every token
+        if self._observer is not None:  # else nobody asks for cells; called for every token
             call("kvp_cache_appended", self._handle, first, n)
 
     def forget_cells(self) -> None:
         """Tokens were put into the cache in another way than by decoding them."""
         lib.kvp_cache_forget(self._handle)
 
-    def check_cells(self, present: IntArray) -> bool:
+    def check_cells(self, present: LlamaPositions) -> bool:
         """Compare the cells followed, where ``present`` lies, with llama.cpp's state, byte by byte.
 
         Args:
@@ -267,14 +173,13 @@ class NativeCache:
             KVCacheError: they are others.
         """
         present = np.ascontiguousarray(present, np.int32)
-        known = ctypes.c_uint32()
-        where = present.ctypes.data
-        call("kvp_cache_check_cells", self._handle, where, len(present), ctypes.byref(known))
-        return bool(known.value)
+        known = np.zeros(1, np.uint32)
+        call("kvp_cache_check_cells", self._handle, present, len(present), known)
+        return bool(known[0])
 
     def read(
         self, p0: int, p1: int, n: int, *, values: bool = True
-    ) -> tuple[IntArray, FloatArray, FloatArray | None]:
+    ) -> tuple[LlamaPositions, FloatArray, FloatArray | None]:
         """Keys and values of the ``n`` tokens at positions [p0, p1), de-quantised, not rotated.
 
         Returns:
@@ -287,16 +192,7 @@ class NativeCache:
             np.empty((s.n_layer, s.n_head_kv, n, s.head_size_v), np.float32) if values else None
         )
         positions = np.empty(n, np.int32)
-        call(
-            "kvp_cache_read",
-            self._handle,
-            p0,
-            p1,
-            n,
-            positions.ctypes.data,
-            keys.ctypes.data,
-            out_values.ctypes.data if out_values is not None else None,
-        )
+        call("kvp_cache_read", self._handle, p0, p1, n, positions, keys, out_values)
         return positions, keys, out_values
 
     def score(self, rule: Rule, p0: int, p1: int, n: int) -> FloatArray | NotInPlace:
@@ -311,14 +207,11 @@ class NativeCache:
         """
         s = self.shape
         scores = np.empty((s.n_layer, s.n_head_kv, *rule.per_head(n)), np.float32)
-        struct = RuleStruct(rule.kind)
-        borrowed = rule.fill(struct.of, (s.n_layer, s.n_head_kv, n, s.head_size_k))
-        arguments = ctypes.byref(struct), p0, p1, n, scores.ctypes.data
-        reason = in_place("kvp_cache_score", self._handle, *arguments)
-        del borrowed  # not before
+        struct = rule.struct((s.n_layer, s.n_head_kv, n, s.head_size_k))
+        reason = in_place("kvp_cache_score", self._handle, struct, p0, p1, n, scores)
         return scores if reason is None else NotInPlace(reason)
 
-    def remove(self, present: IntArray, keep: BoolArray) -> int:
+    def remove(self, present: LlamaPositions, keep: BoolArray) -> int:
         """Remove the tokens at ``present[~keep]`` from every layer and head.
 
         Args:
@@ -332,18 +225,11 @@ class NativeCache:
             raise ValueError(f"{len(present)} positions but {len(keep)} keep flags")
         present = np.ascontiguousarray(present, np.int32)
         flags = np.ascontiguousarray(keep, np.uint8)
-        ranges = ctypes.c_uint32()
-        call(
-            "kvp_cache_remove",
-            self._handle,
-            present.ctypes.data,
-            flags.ctypes.data,
-            len(present),
-            ctypes.byref(ranges),
-        )
-        return ranges.value
+        ranges = np.zeros(1, np.uint32)
+        call("kvp_cache_remove", self._handle, present, flags, len(present), ranges)
+        return int(ranges[0])
 
-    def move(self, present: IntArray, positions: IntArray) -> None:
+    def move(self, present: LlamaPositions, positions: LlamaPositions) -> None:
         """Give the cells at ``present`` new, not larger, positions; both int32 [n], ascending.
 
         llama.cpp turns the keys accordingly when it decodes the next batch (its "K-shift"); until
@@ -353,8 +239,7 @@ class NativeCache:
         positions = np.ascontiguousarray(positions, np.int32)
         if len(present) != len(positions):
             raise ValueError(f"{len(present)} cells cannot move to {len(positions)} positions")
-        where, to = present.ctypes.data, positions.ctypes.data
-        call("kvp_cache_move", self._handle, where, to, len(present))
+        call("kvp_cache_move", self._handle, present, positions, len(present))
 
     def check_packing(self) -> None:
         """Test, on an empty context, that heads can keep different rows (kvp_cache_check_packing).
@@ -366,9 +251,9 @@ class NativeCache:
 
     def pack(
         self,
-        present: IntArray,
-        keep: IntArray,
-        positions: IntArray,
+        present: LlamaPositions,
+        keep: Rows,
+        positions: LlamaPositions,
         rope_shift: RopeShift | None = None,
     ) -> None:
         """Let every head keep its own rows, in the same cells (see kvp_cache_pack).
@@ -395,17 +280,9 @@ class NativeCache:
                 f"rows {keep.shape} for {len(positions)} positions in {s.n_layer} layers of "
                 f"{s.n_head_kv} KV heads"
             )
-        rope_shift = _checked_shift(rope_shift, keep)
-        call(
-            "kvp_cache_pack",
-            self._handle,
-            present.ctypes.data,
-            len(present),
-            keep.ctypes.data,
-            positions.ctypes.data,
-            len(positions),
-            ctypes.byref(rope_shift.as_struct()) if rope_shift is not None else None,
-        )
+        shift = _shift_struct(rope_shift, keep)
+        rows = keep, positions, len(positions)
+        call("kvp_cache_pack", self._handle, present, len(present), *rows, shift)
 
     def state(self) -> npt.NDArray[np.uint8]:
         """llama.cpp's state of sequence 0: uint8 [size].
@@ -414,12 +291,12 @@ class NativeCache:
             KVCacheError: llama.cpp could not write it.
         """
         state = np.empty(llama_cpp.llama_state_seq_get_size(self._ctx, 0), np.uint8)
-        buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        buffer = np.ctypeslib.as_ctypes(state)
         if llama_cpp.llama_state_seq_get_data(self._ctx, buffer, len(state), 0) != len(state):
             raise KVCacheError("llama.cpp could not write its state")
         return state
 
-    def restore(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+    def restore(self, state: npt.NDArray[np.uint8], present: LlamaPositions) -> None:
         """Put back what ``state`` gave, now or in another process.
 
         Args:
@@ -432,16 +309,9 @@ class NativeCache:
         """
         state = np.ascontiguousarray(state, np.uint8)
         present = np.ascontiguousarray(present, np.int32)
-        call(
-            "kvp_cache_restore",
-            self._handle,
-            state.ctypes.data,
-            len(state),
-            present.ctypes.data,
-            len(present),
-        )
+        call("kvp_cache_restore", self._handle, state, len(state), present, len(present))
 
-    def check_state(self, state: npt.NDArray[np.uint8], present: IntArray) -> None:
+    def check_state(self, state: npt.NDArray[np.uint8], present: LlamaPositions) -> None:
         """Check that ``restore`` would take ``state`` and ``present``; the arguments are the same.
 
         Raises:
@@ -449,9 +319,8 @@ class NativeCache:
         """
         state = np.ascontiguousarray(state, np.uint8)
         present = np.ascontiguousarray(present, np.int32)
-        blob, where = (state.ctypes.data, len(state)), (present.ctypes.data, len(present))
         try:
-            call("kvp_cache_check_state", self._handle, *blob, *where)
+            call("kvp_cache_check_state", self._handle, state, len(state), present, len(present))
         except ValueError as error:
             raise KVCacheError(f"the cache is not what its table says: {error}") from error
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 
-from kvp_edge.binding.library import call, lib
-from kvp_edge.binding.model import read_model_shape
+import numpy as np
 
-lib.kvp_model_tensors.argtypes = [
-    ctypes.c_char_p,
-    ctypes.c_void_p,
-    ctypes.c_uint64,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-]
+from kvp_edge.binding.library import call
+from kvp_edge.binding.model import read_model_shape
 
 #: Bytes of every tensor that are looked at, from its start and from its middle.
 _SAMPLE = 256
@@ -57,8 +50,8 @@ def tensor_types(path: str | os.PathLike[str]) -> set[str]:
 
 
 def _tensors(path: str | os.PathLike[str]) -> str:
-    needed = ctypes.c_uint64()
-    call("kvp_model_tensors", os.fsencode(path), None, 0, ctypes.byref(needed))
-    text = ctypes.create_string_buffer(needed.value)
-    call("kvp_model_tensors", os.fsencode(path), text, needed, ctypes.byref(needed))
-    return text.value.decode()
+    needed = np.zeros(1, np.uint64)
+    call("kvp_model_tensors", os.fsencode(path), None, 0, needed)
+    text = np.zeros(int(needed[0]), np.uint8)
+    call("kvp_model_tensors", os.fsencode(path), text, len(text), needed)
+    return text.tobytes().split(b"\0", 1)[0].decode()

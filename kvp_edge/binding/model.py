@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from kvp_edge.binding import structs
+from kvp_edge.binding.library import call
 from kvp_edge.errors import UnsupportedModelError
 from kvp_edge.files import open_regular
 
-if TYPE_CHECKING:
-    pass
 
-from kvp_edge.binding.library import call
-
-_MAX_LAYERS = 512
-
-
-class ModelShape(ctypes.Structure):
-    """What a GGUF file says of its model (struct kvp_model_shape)."""
-
-    _fields_ = [
-        ("_architecture", ctypes.c_char * 64),
-        ("n_ctx_train", ctypes.c_uint32),
-        ("n_layer", ctypes.c_uint32),
-        ("head_size_k", ctypes.c_uint32),
-        ("head_size_v", ctypes.c_uint32),
-        ("sliding_window", ctypes.c_uint32),
-        ("_n_head_kv", ctypes.c_uint32 * _MAX_LAYERS),
-    ]
-
-    n_ctx_train: int
-    n_layer: int
-    head_size_k: int
-    head_size_v: int
-    sliding_window: int
-
-    @property
-    def architecture(self) -> str:
-        return bytes(self._architecture).decode()
-
-    @property
-    def n_head_kv(self) -> list[int]:
-        return list(self._n_head_kv[: self.n_layer])
+class ModelShape(structs.ModelShape):
+    """What a GGUF file says of its model."""
 
     def bytes_per_cell(self, type_k: int, type_v: int) -> int:
         """Bytes of one cell, K and V of all layers, for ggml types ``type_k``, ``type_v``."""
-        size = ctypes.c_uint64()
-        call("kvp_model_bytes_per_cell", ctypes.byref(self), type_k, type_v, ctypes.byref(size))
-        return size.value
+        size = np.zeros(1, np.uint64)
+        call("kvp_model_bytes_per_cell", self, type_k, type_v, size)
+        return int(size[0])
 
 
 def require_model_file(path: str | os.PathLike[str]) -> None:
@@ -82,5 +53,5 @@ def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
     except OSError as error:
         raise UnsupportedModelError(f"cannot read '{path}': {error.strerror}") from error
     shape = ModelShape()
-    call("kvp_model_shape_read", os.fsencode(path), ctypes.byref(shape))
+    call("kvp_model_shape_read", os.fsencode(path), shape)
     return shape

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, TokenIndices
+from kvp_edge.binding import structs
+from kvp_edge.binding.library import call, create
 
 if TYPE_CHECKING:
     from kvp_edge.policy_file import PolicyWeights
-
-from kvp_edge.binding.library import PTR, call, lib
-
-
-class _PolicyWeights(ctypes.Structure):
-    _fields_ = [
-        *((n, ctypes.c_uint32) for n in ("n_layer", "n_head_kv", "head_size_k", "head_size_v")),
-        *((n, ctypes.c_uint32) for n in ("hidden", "context")),
-        *((n, PTR) for n in ("key", "value", "position", "fc1_bias")),
-        *((n, PTR) for n in ("conv", "fc2", "fc2_bias", "out")),
-    ]
 
 
 class NativePolicy:
@@ -38,45 +27,33 @@ class NativePolicy:
         n_layer, n_head_kv, hidden, self._head_size_k = arrays["key"].shape
         self._heads = (n_layer, n_head_kv)
         self._head_size_v = arrays["value"].shape[3]
-        pointers = {name: a.ctypes.data for name, a in arrays.items() if name != "aggregate"}
-        struct = _PolicyWeights(
+        shape = structs.PolicyShape(
             n_layer=n_layer,
             n_head_kv=n_head_kv,
             head_size_k=self._head_size_k,
             head_size_v=self._head_size_v,
             hidden=hidden,
             context=arrays["conv"].shape[2],
-            **pointers,
         )
-        self.handle = ctypes.c_void_p()
-        call("kvp_policy_create", ctypes.byref(struct), ctypes.byref(self.handle))
-        # The finalizer holds the handle alone, so it cannot keep this object alive.
-        weakref.finalize(self, lib.kvp_policy_free, self.handle)
+        named = {name: a for name, a in arrays.items() if name != "aggregate"}
+        copied = structs.PolicyWeights(shape=shape, **named)
+        self.handle = create("kvp_policy", "kvp_policy_create", copied)
 
     def score(
-        self, keys: FloatArray, values: FloatArray, tokens: IntArray, *, threads: int = 1
+        self, keys: FloatArray, values: FloatArray, indices: TokenIndices, *, threads: int = 1
     ) -> FloatArray:
         """Scores f32 [n_layer, n_head_kv, n] of tokens in memory; the arguments of Policy.score.
 
         Raises:
-            ValueError: arrays of another shape than the policy's, or tokens that do not ascend.
+            ValueError: arrays of another shape than the policy's, or indices that do not ascend.
         """
-        n = len(tokens)
+        n = len(indices)
         for array, size in ((keys, self._head_size_k), (values, self._head_size_v)):
             if array.shape != (*self._heads, n, size):
                 raise ValueError(f"an array {array.shape} where {(*self._heads, n, size)} belongs")
         keys = np.ascontiguousarray(keys, np.float32)
         values = np.ascontiguousarray(values, np.float32)
-        tokens = np.ascontiguousarray(tokens, np.int32)
+        indices = np.ascontiguousarray(indices, np.int32)
         scores = np.empty((*self._heads, n), np.float32)
-        call(
-            "kvp_policy_score",
-            self.handle,
-            keys.ctypes.data,
-            values.ctypes.data,
-            tokens.ctypes.data,
-            n,
-            threads,
-            scores.ctypes.data,
-        )
+        call("kvp_policy_score", self.handle, keys, values, indices, n, threads, scores)
         return scores

@@ -1,56 +1,26 @@
-"""The newest tokens' queries, logged while llama.cpp computes them (native/queries.cpp).
+"""The newest tokens' queries, logged while llama.cpp computes them (native/observe/queries.cpp).
 
 Policies that look at queries ask for them (``Policy.n_queries``) and find them in their view.
 """
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, TokenIndices
 from kvp_edge.binding.cache import NativeCache
-from kvp_edge.binding.library import call, lib
+from kvp_edge.binding.library import call, create, lib
+from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.rope import KeyFrequencies
+from kvp_edge.binding.structs import QueriesShape
 from kvp_edge.errors import UnsupportedModelError
 
 #: Tokens that are read to find a model's queries; no micro-batch has fewer.
 _TRIED = 2
-
-
-class _Shape(ctypes.Structure):
-    """struct kvp_queries_shape"""
-
-    _fields_ = [
-        ("n_layer", ctypes.c_uint32),
-        ("n_head", ctypes.c_uint32),
-        ("head_size", ctypes.c_uint32),
-        ("rotation", ctypes.c_uint32),
-    ]
-
-    n_layer: int
-    n_head: int
-    head_size: int
-
-
-_PTR = ctypes.c_void_p
-lib.kvp_queries_create.argtypes = [_PTR, _PTR]
-lib.kvp_queries_free.argtypes = [_PTR]
-lib.kvp_queries_free.restype = None
-lib.kvp_queries_callback.argtypes = []
-lib.kvp_queries_callback.restype = _PTR
-lib.kvp_queries_try.argtypes = [_PTR, ctypes.c_uint32, _PTR]
-lib.kvp_queries_start.argtypes = [_PTR, _PTR, _PTR, ctypes.c_uint32, _PTR, _PTR, _PTR]
-lib.kvp_queries_append.argtypes = [_PTR, ctypes.c_int32, ctypes.c_uint32, _PTR]
-lib.kvp_queries_rewind.argtypes = [_PTR, ctypes.c_int32, _PTR]
-lib.kvp_queries_size.argtypes = [_PTR]
-lib.kvp_queries_size.restype = ctypes.c_uint32
-lib.kvp_queries_read.argtypes = [_PTR, ctypes.c_uint32, _PTR, _PTR, _PTR]
 
 
 @dataclass(frozen=True)
@@ -65,7 +35,7 @@ class Queries:
     """
 
     queries: FloatArray
-    indices: IntArray
+    indices: TokenIndices
     scale: FloatArray
 
     def __len__(self) -> int:
@@ -78,27 +48,22 @@ class Queries:
 class QueryLog:
     """A ring of the newest tokens' queries of one context.
 
-    Its owner gives ``set_callback`` the context's parameters before the context is made, calls
-    ``start`` while the cache is empty, and then tells what it does with the conversation:
-    ``append`` after every batch, ``rewind`` when it goes back.
+    Its owner calls ``start`` while the cache is empty, and then tells what it does with the
+    conversation: ``append`` after every batch, ``rewind`` when it goes back.
+
+    Args:
+        observer: of the context.
 
     Attributes:
         frequencies: of RoPE, for policies that need them (Policy.needs_frequencies).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
         self.frequencies: KeyFrequencies | None = None
-        self._shape = _Shape()
+        self._shape = QueriesShape()
         self._scale = np.empty(0, np.float32)
-        self._handle = ctypes.c_void_p()
-        call("kvp_queries_create", ctypes.byref(self._handle))
-        # The finalizer holds the handle alone, so it cannot keep this object alive.
-        weakref.finalize(self, lib.kvp_queries_free, self._handle)
-
-    def set_callback(self, params: Any) -> None:
-        """Let a context made with these llama_context_params show its nodes to the log."""
-        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lib.kvp_queries_callback())
-        params.cb_eval_user_data = self._handle
+        self._handle = create("kvp_queries", "kvp_queries_create", observer.handle)
 
     def start(
         self,
@@ -134,15 +99,7 @@ class QueryLog:
         finally:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         try:
-            call(
-                "kvp_queries_start",
-                self._handle,
-                ctypes.byref(s),
-                keys.ctypes.data,
-                capacity,
-                ctypes.byref(self._shape),
-                self._scale.ctypes.data,
-            )
+            call("kvp_queries_start", self._handle, s, keys, capacity, self._shape, self._scale)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{error}. {instead}") from error
 
@@ -170,5 +127,5 @@ class QueryLog:
         n, s = min(newest, len(self)), self._shape
         queries = np.empty((s.n_layer, s.n_head, n, s.head_size), np.float32)
         indices = np.empty(n, np.int32)
-        call("kvp_queries_read", self._handle, n, queries.ctypes.data, indices.ctypes.data)
+        call("kvp_queries_read", self._handle, n, queries, indices)
         return Queries(queries, indices, self._scale.copy())

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
-
-if TYPE_CHECKING:
-    pass
-
+from kvp_edge.arrays import BoolArray, FloatArray, IntArray, Rows
 from kvp_edge.binding.library import call
 
 
@@ -40,18 +34,18 @@ def choose_tokens(
     keep = np.empty(n, np.bool_)
     call(
         "kvp_choose_tokens",
-        scores.ctypes.data,
+        scores,
         scores.shape[0] * scores.shape[1],
-        unit.ctypes.data,
-        protected.ctypes.data,
+        unit,
+        protected,
         n,
         budget,
-        keep.ctypes.data,
+        keep,
     )
     return keep
 
 
-def choose_rows(scores: FloatArray, unit: IntArray, protected: BoolArray, n_keep: int) -> IntArray:
+def choose_rows(scores: FloatArray, unit: IntArray, protected: BoolArray, n_keep: int) -> Rows:
     """Which rows each head keeps, the same number in all (see kvp_choose_rows).
 
     Args:
@@ -77,12 +71,12 @@ def choose_rows(scores: FloatArray, unit: IntArray, protected: BoolArray, n_keep
     keep = np.empty((*heads, n_keep), np.int32)
     call(
         "kvp_choose_rows",
-        scores.ctypes.data,
-        unit.ctypes.data,
-        flags.ctypes.data,
+        scores,
+        unit,
+        flags,
         int(np.prod(heads)),
         n,
         n_keep,
-        keep.ctypes.data,
+        keep,
     )
     return keep

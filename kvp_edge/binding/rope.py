@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import FloatArray
+from kvp_edge.arrays import FloatArray, RopePositions
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.errors import UnsupportedModelError
 
@@ -41,7 +41,7 @@ class KeyFrequencies:
     radians: npt.NDArray[np.float64]
     neox: bool
 
-    def shifted(self, keys: FloatArray, positions: int | npt.NDArray[np.int32]) -> FloatArray:
+    def shifted(self, keys: FloatArray, positions: int | RopePositions) -> FloatArray:
         """Keys (or queries) as they would be so many positions later.
 
         Args:
@@ -118,6 +118,9 @@ def _probe(model: Any, context_params: Any) -> Iterator[_Probe]:
     params.n_batch = params.n_ubatch = 32
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    # whoever observes the context that will be used has no business with this one
+    params.cb_eval = type(params.cb_eval)()
+    params.cb_eval_user_data = None
     context = llama_cpp.llama_init_from_model(model, params)
     if context is None:
         raise UnsupportedModelError(

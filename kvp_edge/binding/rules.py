@@ -3,14 +3,14 @@ what parameters. What they compute is defined by the policies that apply them.""
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
+from kvp_edge.arrays import BoolArray, FloatArray, TokenIndices
+from kvp_edge.binding import structs
 from kvp_edge.binding.policy import NativePolicy
 
 
@@ -20,54 +20,13 @@ class QueryBatch(Protocol):
     @property
     def queries(self) -> FloatArray: ...
     @property
-    def indices(self) -> IntArray: ...
+    def indices(self) -> TokenIndices: ...
     @property
     def scale(self) -> FloatArray: ...
 
 
-class _Lag(ctypes.Structure):
-    """struct kvp_rule_lag"""
-
-    _fields_ = [(name, ctypes.c_uint32) for name in ("first", "lag", "n_parts")]
-
-
-class _Attention(ctypes.Structure):
-    """struct kvp_rule_attention"""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("queries", "indices", "scale", "held")),
-        *((name, ctypes.c_uint32) for name in ("n_head", "n_queries")),
-    ]
-
-
-class _Expected(ctypes.Structure):
-    """struct kvp_rule_expected"""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("means", "covariances", "scale", "left_out")),
-        ("n_head", ctypes.c_uint32),
-    ]
-
-
-class _Policy(ctypes.Structure):
-    """struct kvp_rule_policy"""
-
-    _fields_ = [("policy", ctypes.c_void_p), ("indices", ctypes.c_void_p)]
-
-
-class _Parameters(ctypes.Union):
-    _fields_ = [
-        ("lag", _Lag),
-        ("attention", _Attention),
-        ("expected", _Expected),
-        ("policy", _Policy),
-    ]
-
-
-class RuleStruct(ctypes.Structure):
-    """struct kvp_rule"""
-
-    _fields_ = [("kind", ctypes.c_int32), ("of", _Parameters)]
+#: (n_layer, n_head_kv, n, head_size_k)
+KeyShape = tuple[int, int, int, int]
 
 
 class Rule:
@@ -79,19 +38,16 @@ class Rule:
         """The shape of what it gives each head for n tokens."""
         return (n,)
 
-    def fill(self, of: _Parameters, keys: tuple[int, int, int, int]) -> tuple[Any, ...]:
-        """Set the parameters.
+    def struct(self, keys: KeyShape) -> structs.Rule:
+        """What the library takes.
 
         Args:
-            keys: the shape of the keys that are scored: (n_layer, n_head_kv, n, head_size_k).
-
-        Returns:
-            The arrays that they point to, to be kept as long as they are used.
+            keys: the shape of the keys that are scored.
 
         Raises:
             ValueError: an array of another shape.
         """
-        return ()
+        return structs.Rule(self.kind)
 
 
 class KNorm(Rule):
@@ -128,9 +84,9 @@ class Lag(Rule):
     def per_head(self, n: int) -> tuple[int, ...]:
         return (max(0, self.n_parts - 1), self.lag)
 
-    def fill(self, of: _Parameters, keys: tuple[int, int, int, int]) -> tuple[Any, ...]:
-        of.lag = _Lag(self.first, self.lag, self.n_parts)
-        return ()
+    def struct(self, keys: KeyShape) -> structs.Rule:
+        lag = structs.RuleLag(first=self.first, lag=self.lag, n_parts=self.n_parts)
+        return structs.Rule(self.kind, lag=lag)
 
 
 @dataclass(frozen=True)
@@ -139,24 +95,25 @@ class Attention(Rule):
 
     Attributes:
         queries: at most 2^24 tokens into the conversation.
-        held: int32 [n_layer, n_head_kv, n], the scored tokens' indices in the conversation.
+        indices: int32 [n_layer, n_head_kv, n], of the scored tokens.
     """
 
     kind = 4
     queries: QueryBatch
-    held: IntArray
+    indices: TokenIndices
 
-    def fill(self, of: _Parameters, keys: tuple[int, int, int, int]) -> tuple[Any, ...]:
+    def struct(self, keys: KeyShape) -> structs.Rule:
         n_layer, n_head_kv, n, size = keys
         _, n_head, n_queries, _ = self.queries.queries.shape
-        arrays = (
-            _array(self.queries.queries, np.float32, (n_layer, n_head, n_queries, size)),
-            _array(self.queries.indices, np.int32, (n_queries,)),
-            _array(self.queries.scale, np.float32, (n_layer,)),
-            _array(self.held, np.int32, (n_layer, n_head_kv, n)),
+        attention = structs.RuleAttention(
+            queries=_array(self.queries.queries, np.float32, (n_layer, n_head, n_queries, size)),
+            query_indices=_array(self.queries.indices, np.int32, (n_queries,)),
+            scale=_array(self.queries.scale, np.float32, (n_layer,)),
+            key_indices=_array(self.indices, np.int32, (n_layer, n_head_kv, n)),
+            n_head=n_head,
+            n_queries=n_queries,
         )
-        of.attention = _Attention(*(array.ctypes.data for array in arrays), n_head, n_queries)
-        return arrays
+        return structs.Rule(self.kind, attention=attention)
 
 
 @dataclass(frozen=True)
@@ -177,17 +134,17 @@ class Expected(Rule):
     scale: FloatArray
     left_out: BoolArray
 
-    def fill(self, of: _Parameters, keys: tuple[int, int, int, int]) -> tuple[Any, ...]:
+    def struct(self, keys: KeyShape) -> structs.Rule:
         n_layer, n_head_kv, n, size = keys
         n_head = self.means.shape[1]
-        arrays = (
-            _array(self.means, np.float32, (n_layer, n_head, size)),
-            _array(self.covariances, np.float32, (n_layer, n_head, size, size)),
-            _array(self.scale, np.float32, (n_layer,)),
-            _array(self.left_out, np.bool_, (n_layer, n_head_kv, n)),
+        expected = structs.RuleExpected(
+            means=_array(self.means, np.float32, (n_layer, n_head, size)),
+            covariances=_array(self.covariances, np.float32, (n_layer, n_head, size, size)),
+            scale=_array(self.scale, np.float32, (n_layer,)),
+            left_out=_array(self.left_out, np.bool_, (n_layer, n_head_kv, n)),
+            n_head=n_head,
         )
-        of.expected = _Expected(*(array.ctypes.data for array in arrays), n_head)
-        return arrays
+        return structs.Rule(self.kind, expected=expected)
 
 
 @dataclass(frozen=True)
@@ -195,17 +152,18 @@ class Network(Rule):
     """The score of a learned policy.
 
     Attributes:
-        indices: int32 [n], ascending: the tokens' indices in the conversation.
+        indices: int32 [n], ascending: of the scored tokens.
     """
 
     kind = 6
     network: NativePolicy
-    indices: IntArray
+    indices: TokenIndices
 
-    def fill(self, of: _Parameters, keys: tuple[int, int, int, int]) -> tuple[Any, ...]:
+    def struct(self, keys: KeyShape) -> structs.Rule:
         indices = _array(self.indices, np.int32, keys[2:3])
-        of.policy = _Policy(self.network.handle, indices.ctypes.data)
-        return (indices,)
+        pointer = structs.PolicyPointer(self.network.handle.pointer.value)
+        policy = structs.RulePolicy(policy=pointer, indices=indices)
+        return structs.Rule(self.kind, policy=policy)
 
 
 def _array(array: npt.NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
+from kvp_edge.arrays import BoolArray, FloatArray, IntArray, TokenIndices
 from kvp_edge.binding.cache import NativeCache, RopeShift
 from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies
@@ -103,7 +103,7 @@ class EvictionManager:
         return self._table.kept
 
     @property
-    def indices(self) -> IntArray:
+    def indices(self) -> TokenIndices:
         """Tokens held, as their indices in the conversation, ascending: int32 [kept], at head
         granularity [n_layer, n_head_kv, kept]."""
         tokens = self._table.indices()
@@ -299,14 +299,14 @@ class EvictionManager:
         started, place = time.perf_counter(), self.cache.location
         self.score()
         before = self._table
-        tokens = before.indices()
+        indices = before.indices()
         first, newest = self._protected_borders()
-        protected = (tokens < first) | (tokens >= newest)
-        unit = units(tokens, clipped(before.spans, first, newest))
+        protected = (indices < first) | (indices >= newest)
+        unit = units(indices, clipped(before.spans, first, newest))
         if self.granularity == "head":
-            self._pack(tokens, protected, unit)
+            self._pack(indices, protected, unit)
         else:
-            self._remove(tokens[0, 0], protected[0, 0], unit[0, 0])
+            self._remove(indices[0, 0], protected[0, 0], unit[0, 0])
         if self._isolate_turns:
             settled = max(before.settled, min(before.newest_turn, newest))
             self._table = replace(self._table, settled=settled)
@@ -317,7 +317,7 @@ class EvictionManager:
         in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
         self.evictions_as_state += not in_place
         if self.on_evict is not None:
-            dropped = no_longer_held(tokens, self._table.indices())
+            dropped = no_longer_held(indices, self._table.indices())
             self.on_evict(
                 Eviction(
                     spans(dropped),
@@ -356,17 +356,17 @@ class EvictionManager:
         ahead = t.seen - t.shift + self.limits.cells - n_keep
         return self._compact_at is not None and ahead > self._compact_at
 
-    def _remove(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
+    def _remove(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
         """Token granularity: choose by one score per token, and remove the others' cells."""
         t = self._table
-        worth = self.policy.worth(t.scores, t.seen - tokens)
+        worth = self.policy.worth(t.scores, t.seen - indices)
         whole = self.policy.whole_tokens(worth)
         if whole is not None:
             worth = whole[None, None]
-        settled = tokens < t.settled
+        settled = indices < t.settled
         keep = choose_tokens(worth, unit, protected, self.limits.budget, settled)
         present = t.llama_positions()
-        kept, llama_positions = tokens[keep], present[keep]
+        kept, llama_positions = indices[keep], present[keep]
         tail = self._next_tail()
         n_packed, shift = len(kept) - (t.seen - tail), t.shift
         with self._changing():
@@ -388,14 +388,14 @@ class EvictionManager:
         # llama.cpp turns the keys of moved cells when it decodes the next batch, not before
         self.trusted = not self._shift_pending
 
-    def _pack(self, tokens: IntArray, protected: BoolArray, unit: IntArray) -> None:
+    def _pack(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
         """Head granularity: every head ranks its own rows, and all keep the same number."""
         t = self._table
         n_keep = max(self.limits.budget, int(protected.sum(axis=-1).max()))
         if n_keep >= t.kept:
             return  # all protected: make_room finds no free cell and says so
-        worth = self.policy.worth(t.scores, t.seen - tokens)
-        keep = choose_rows(worth, unit, protected, n_keep, tokens < t.settled)
+        worth = self.policy.worth(t.scores, t.seen - indices)
+        keep = choose_rows(worth, unit, protected, n_keep, indices < t.settled)
         tail = self._next_tail()
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift
@@ -419,7 +419,7 @@ class EvictionManager:
                 t,
                 tail=tail,
                 shift=shift,
-                packed_indices=np.take_along_axis(tokens, keep[..., :n_packed], axis=-1),
+                packed_indices=np.take_along_axis(indices, keep[..., :n_packed], axis=-1),
                 packed_rope_positions=rope_positions[..., :n_packed],
                 packed_llama_positions=llama_positions[:n_packed],
                 scores=self._final(np.take_along_axis(t.scores, keep, axis=-1), n_packed, n_keep),

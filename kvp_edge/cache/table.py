@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, IntArray, LlamaPositions, RopePositions, TokenIndices
 from kvp_edge.cache.selection import several_held
 from kvp_edge.text.spans import MARKER, TEXT, TURN, Span
 
@@ -50,9 +50,9 @@ class Table:
     seen: int
     tail: int
     shift: int
-    packed_indices: IntArray
-    packed_rope_positions: IntArray
-    packed_llama_positions: IntArray
+    packed_indices: TokenIndices
+    packed_rope_positions: RopePositions
+    packed_llama_positions: LlamaPositions
     scores: FloatArray
     spans: IntArray
     marked: int
@@ -149,15 +149,15 @@ class Table:
         llama.cpp continues from the newest position."""
         return self.tail + 1 if self.tail else 0
 
-    def indices(self) -> IntArray:
+    def indices(self) -> TokenIndices:
         """int32 [*groups, kept]: the token in every row, by its index in the conversation."""
         return self._with_tail(self.packed_indices, 0)
 
-    def rope_positions(self) -> IntArray:
+    def rope_positions(self) -> RopePositions:
         """int32 [*groups, kept]: the RoPE position that the key in every row carries."""
         return self._with_tail(self.packed_rope_positions, self.shift)
 
-    def llama_positions(self) -> IntArray:
+    def llama_positions(self) -> LlamaPositions:
         """int32 [kept]: llama.cpp's position of every row."""
         return self._with_tail(self.packed_llama_positions, self.shift)
 
@@ -212,7 +212,7 @@ class Table:
         return replace(self, spans=spans[stays], marked=self.seen)
 
 
-def _ascend(rows: IntArray) -> bool:
+def _ascend(numbers: IntArray) -> bool:
     """Whether every number of the last axis is larger than the one before; a difference of two
     could overflow."""
-    return bool((rows[..., 1:] > rows[..., :-1]).all())
+    return bool((numbers[..., 1:] > numbers[..., :-1]).all())

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvp_edge.arrays import BoolArray, FloatArray, IntArray
+from kvp_edge.arrays import BoolArray, FloatArray, IntArray, Rows
 from kvp_edge.binding import ranking
 
 
@@ -47,7 +47,7 @@ def choose_tokens(
 
 def choose_rows(
     scores: FloatArray, unit: IntArray, protected: BoolArray, n_keep: int, settled: BoolArray
-) -> IntArray:
+) -> Rows:
     """ranking.choose_rows for settled and newer rows apart.
 
     Args:

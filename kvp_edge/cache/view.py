@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, LlamaPositions, TokenIndices
 from kvp_edge.binding.cache import NativeCache, NotInPlace
 from kvp_edge.binding.queries import Queries, QueryLog
 from kvp_edge.binding.rope import KeyFrequencies
@@ -25,8 +25,8 @@ class LiveView(CacheView):
     def __init__(
         self,
         cache: NativeCache,
-        llama_positions: IntArray,
-        indices: IntArray,
+        llama_positions: LlamaPositions,
+        indices: TokenIndices,
         previous: FloatArray,
         log: QueryLog | None,
     ) -> None:

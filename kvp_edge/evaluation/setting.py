@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import IntArray
+from kvp_edge.arrays import TokenIds
 from kvp_edge.evaluation.item import Item
 
 #: The smallest budget: sinks, newest tokens, and a few to choose.
@@ -34,7 +34,7 @@ class Prompt:
 
     task: str
     number: int
-    tokens: IntArray
+    tokens: TokenIds
     border: int
     item: Item | None
     reply_tokens: int

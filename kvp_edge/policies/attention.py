@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, TokenIndices
 from kvp_edge.binding.queries import Queries
 
 _CHUNK = 128  # queries whose attention is held at once
 
 
-def attention(queries: Queries, keys: FloatArray, indices: IntArray) -> Iterator[FloatArray]:
+def attention(queries: Queries, keys: FloatArray, indices: TokenIndices) -> Iterator[FloatArray]:
     """Layer by layer softmax(scale q.k) over the held tokens that a query can see, as llama.cpp's.
 
     A query sees the tokens of its own position and before. Where all it saw is still held these are
@@ -39,7 +39,7 @@ def attention(queries: Queries, keys: FloatArray, indices: IntArray) -> Iterator
         yield softmax(logits, seen)
 
 
-def total_attention(queries: Queries, keys: FloatArray, indices: IntArray) -> FloatArray:
+def total_attention(queries: Queries, keys: FloatArray, indices: TokenIndices) -> FloatArray:
     """f32 [n_layer, n_head_kv, n]: attention summed over queries, averaged over a KV head's query
     heads."""
     total = np.zeros(keys.shape[:3], np.float32)

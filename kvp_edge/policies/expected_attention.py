@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, RopePositions
 from kvp_edge.binding import rules
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.policies.attention import softmax
@@ -81,7 +81,9 @@ def _score(view: CacheView, expected: rules.Expected) -> FloatArray:
     return score
 
 
-def mean_rotated(frequencies: KeyFrequencies, x: FloatArray, positions: IntArray) -> FloatArray:
+def mean_rotated(
+    frequencies: KeyFrequencies, x: FloatArray, positions: RopePositions
+) -> FloatArray:
     """[n_layer, ..., head_size] times the mean of RoPE's rotations to ``positions``: the mean of a
     pair's rotations is a rotation and a shrinking."""
     factor = np.exp(1j * frequencies.radians[..., None] * positions).mean(axis=-1)

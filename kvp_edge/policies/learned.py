@@ -8,7 +8,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, IntArray, TokenIndices
 from kvp_edge.binding import rules
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.errors import PolicyFileError
@@ -110,7 +110,7 @@ def check_arrays(info: PolicyInfo, keys: FloatArray, values: FloatArray) -> None
         )
 
 
-def with_gaps(indices: IntArray, half: int) -> npt.NDArray[np.intp]:
+def with_gaps(indices: TokenIndices, half: int) -> npt.NDArray[np.intp]:
     """Where each token stands in conversation order, with -1 where tokens are missing between them.
 
     Between two tokens that are not neighbours come as many -1 as are missing, but no more than
@@ -126,7 +126,7 @@ def with_gaps(indices: IntArray, half: int) -> npt.NDArray[np.intp]:
     return at
 
 
-def position_features(indices: IntArray) -> FloatArray:
+def position_features(indices: TokenIndices) -> FloatArray:
     """f32 [..., 4] from tokens' indices in the conversation."""
     p = np.maximum(indices, 0).astype(np.float32)
     log = np.log2(1 + p)
@@ -143,7 +143,7 @@ def forward(
     w: PolicyWeights,
     keys: FloatArray,
     values: FloatArray,
-    indices: IntArray,
+    indices: TokenIndices,
     at: npt.NDArray[np.intp],
 ) -> FloatArray:
     """The network of docs/policy-format.md: f32 [n_layer, n_head_kv, n] of all n tokens."""

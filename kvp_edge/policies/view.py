@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, IntArray
+from kvp_edge.arrays import FloatArray, TokenIndices
 from kvp_edge.binding.queries import Queries
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.binding.rules import Attention, Rule
@@ -26,7 +26,7 @@ class CacheView(ABC):
             other policies.
     """
 
-    indices: IntArray
+    indices: TokenIndices
     previous: FloatArray
 
     @property
@@ -84,7 +84,7 @@ class ArrayView(CacheView):
         self,
         keys: FloatArray,
         values: FloatArray,
-        indices: IntArray,
+        indices: TokenIndices,
         *,
         queries: Queries | None = None,
         frequencies: KeyFrequencies | None = None,

@@ -24,7 +24,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from kvp_edge.arrays import IntArray
+from kvp_edge.arrays import TokenIds
 
 #: Shorter texts are not worth remembering.
 WORTH_BYTES = 4096
@@ -96,7 +96,7 @@ class PromptTokens(list[int]):
         ids: the same tokens, int32 [n]; None: not known.
     """
 
-    ids: IntArray | None = None
+    ids: TokenIds | None = None
 
     def __add__(self, other: Any) -> Any:
         return super().__add__(other) if other else self
@@ -159,7 +159,7 @@ class TokenMemory:
         if known is not None:
             self._known.append(known)
 
-    def ids(self, tokens: list[int]) -> IntArray | None:
+    def ids(self, tokens: list[int]) -> TokenIds | None:
         """The same tokens as int32 [n], if they are those given last."""
         known = self._take()
         if known is None:

@@ -17,6 +17,7 @@ from kvp_edge.errors import KVCacheError
 if TYPE_CHECKING:
     from kvp_edge.binding.blocks import Blocks
     from kvp_edge.binding.cache import NativeCache
+    from kvp_edge.binding.observer import Observer
 
 
 #: Queries whose attention is in memory at once, in one layer: few enough for a processor's cache.
@@ -31,11 +32,13 @@ class AttentionFromQueries:
 
     Queries and keys are llama.cpp's own, de-quantised, with the Hadamard rotation undone. The sums
     do not include its rounding inside the operation (queries to the keys' precision).
+
+    Args:
+        observer: of the context that computes them.
     """
 
-    def __init__(self) -> None:
-        self._log = QueryLog()
-        self.set_callback = self._log.set_callback
+    def __init__(self, observer: Observer) -> None:
+        self._log = QueryLog(observer)
 
     def start(self, context: Any, cache: NativeCache, batch: int) -> None:
         """Find the model's queries; ``batch``: the most tokens that are decoded at once.

@@ -41,7 +41,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, HalfArray, IntArray
+from kvp_edge.arrays import FloatArray, HalfArray, IntArray, TokenIds, TokenIndices
 from kvp_edge.binding.blocks import Blocks
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.errors import TraceError
@@ -115,8 +115,8 @@ class Trace:
 
     keys: HalfArray
     values: HalfArray
-    indices: IntArray
-    tokens: IntArray
+    indices: TokenIndices
+    tokens: TokenIds
     attention: HalfArray
     n_prompt: int
     blocks: Blocks

@@ -1,6 +1,6 @@
 """Read a text with a GGUF model and record the attention of later tokens to earlier ones.
 
-Attention is captured from llama.cpp as it is computed (native/capture.cpp) or, with flash
+Attention is captured from llama.cpp as it is computed (native/observe/capture.cpp) or, with flash
 attention, computed from its queries and keys. Keys and values come from the cache at the end. So a
 trace includes the model's quantisation and peculiarities, and needs no other implementation of the
 model.
@@ -17,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from kvp_edge.arrays import HalfArray, IntArray
+from kvp_edge.arrays import HalfArray, TokenIds, TokenIndices
 from kvp_edge.binding.blocks import Blocks
-from kvp_edge.binding.cache import CacheShape, NativeCache
+from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.capture import AttentionAsComputed
+from kvp_edge.binding.observer import Observer
+from kvp_edge.binding.structs import CacheShape
 from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
@@ -43,9 +45,9 @@ def _round_up(n_tokens: int) -> int:
 class Captured:
     """The capture of one text: L layers, H KV heads, T tokens, P = blocks.n_sums(T)."""
 
-    tokens: IntArray
+    tokens: TokenIds
     """int32 [T]"""
-    indices: IntArray
+    indices: TokenIndices
     """int32 [T], ascending"""
     keys: HalfArray
     """float16 [L, H, T, head_size_k], RoPE included"""
@@ -85,7 +87,6 @@ class Tracer(Llama):
         self.flash_attn = bool(engine.pop("flash_attn", False)) or (
             engine.get("type_v") not in _PLAIN_TYPES
         )
-        self._attention = AttentionFromQueries() if self.flash_attn else AttentionAsComputed()
         try:
             # llama.cpp aborts when its micro-batch is smaller than the number of sequences
             engine["n_ubatch"] = n_ubatch = max(2, engine.get("n_ubatch") or 512)
@@ -97,6 +98,9 @@ class Tracer(Llama):
                 flash_attn=self.flash_attn,
                 **engine,
             )
+            attention = AttentionFromQueries if self.flash_attn else AttentionAsComputed
+            assert self._observer is not None  # of the context that the base class made
+            self._attention = attention(self._observer)
             self._native = NativeCache(self._ctx.ctx)
             self._attention.start(self._ctx.ctx, self._native, self.n_batch)
         except BaseException:
@@ -114,7 +118,7 @@ class Tracer(Llama):
     @context_params.setter
     def context_params(self, params: Any) -> None:
         params.n_seq_max, params.kv_unified = 2, True  # see native/kvp_edge.h
-        self._attention.set_callback(params)
+        self._observer = Observer(params)
         self._context_params = params
 
     def _size_context(self, window: int) -> None:

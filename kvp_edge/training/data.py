@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvp_edge.arrays import BoolArray, IntArray
+from kvp_edge.arrays import BoolArray, IntArray, TokenIndices
 from kvp_edge.errors import TrainingError
 from kvp_edge.training.agent import position_features
 
@@ -35,7 +35,7 @@ class TraceLike(Protocol):
         """f16 [L, H, T, head_size_v]."""
 
     @property
-    def indices(self) -> IntArray:
+    def indices(self) -> TokenIndices:
         """int32 [T]: each token's index in the conversation."""
 
     @property

@@ -4,8 +4,8 @@
 // this with AddressSanitizer and UndefinedBehaviorSanitizer, and runs it: with clang under libFuzzer,
 // else with the small mutating main() below (-DKVP_FUZZ_MAIN).
 #include "error.h"
-#include "pack.h"
-#include "state_blob.h"
+#include "format/pack_state.h"
+#include "format/state_blob.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -75,18 +75,18 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         plan.positions = positions.data();
 
         std::vector<double>  frequency;
-        std::vector<int32_t> turn;
+        std::vector<int32_t> distance;
         if (data[6] & 1) {
             plan.shift.n_pairs = 1 + next(random) % 64;
             frequency.assign(size_t(plan.n_layer) * plan.shift.n_pairs, 0.01);
-            turn.resize(keep.size());
-            for (int32_t & t : turn) {
-                t = int32_t(next(random)) >> (next(random) % 32);
+            distance.resize(keep.size());
+            for (int32_t & d : distance) {
+                d = int32_t(next(random)) >> (next(random) % 32);
             }
             plan.shift.frequency = frequency.data();
-            plan.shift.distance      = turn.data();
+            plan.shift.distance      = distance.data();
             plan.shift.neox      = data[6] & 2;
-            plan.shift.rotation  = data[6] & 4 ? 64 : 0;
+            plan.shift.hadamard_block = data[6] & 4 ? 64 : 0;
         }
 
         const size_t packed = kvp::pack_state(blob.data(), blob.size(), 0, plan);

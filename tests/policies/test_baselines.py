@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import kvp_edge
 from conftest import RandomModel, random_tokens
 from kvp_edge import Eviction
+from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import Queries, QueryLog
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.errors import SessionError, UnsupportedModelError
@@ -432,7 +433,7 @@ def test_queries_that_were_not_shown_are_an_error(random_model: Maker, load: Loa
 
 
 def test_a_log_that_was_not_started_says_so() -> None:
-    log = QueryLog()
+    log = QueryLog(Observer(llama_cpp.llama_context_default_params()))
     assert len(log) == 0
     for use in (lambda: log.append(0, 1), lambda: log.rewind(0), lambda: log.read(1)):
         with pytest.raises(ValueError, match="was not started"):

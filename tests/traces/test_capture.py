@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 
 from conftest import RandomModel, random_tokens
 from kvp_edge.binding.blocks import Blocks
-from kvp_edge.binding.cache import CacheShape
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.library import call
+from kvp_edge.binding.structs import CacheShape
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
 from kvp_edge.traces.tracer import Captured, Tracer, smallest_block
 from makers import gguf_models
@@ -373,15 +372,15 @@ def test_a_text_longer_than_announced_is_refused(random_model: Maker, tracer: Tr
 
 
 def begin(llm: Tracer, **changed: Any) -> None:
-    from kvp_edge.binding.capture import _Plan
+    from kvp_edge.binding.structs import CapturePlan
 
     plan = {"n_layer": 2, "n_head_kv": 2, "n_tokens": 64, "block": 8, "first": 8, "scale": 1.0}
-    call("kvp_capture_begin", llm._attention._handle, ctypes.byref(_Plan(**{**plan, **changed})))
+    call("kvp_capture_begin", llm._attention._handle, CapturePlan(**{**plan, **changed}))
 
 
 def end(llm: Tracer, n_tokens: int, n_sums: int) -> None:
     sums = np.empty(n_sums, np.uint16)
-    call("kvp_capture_end", llm._attention._handle, n_tokens, sums.ctypes.data, n_sums)
+    call("kvp_capture_end", llm._attention._handle, n_tokens, sums, n_sums)
 
 
 def test_the_library_refuses_what_cannot_be(random_model: Maker, tracer: Trace) -> None:
