@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvp_edge.cli.ending import signals_call
+from kvp_edge.cli.options import text as as_text
 from kvp_edge.cli.shown import note
 
 #: Shows a prompt and returns what was typed, without its line end.
@@ -46,8 +47,9 @@ def _read_plain(prompt: str) -> str:
 
 def _can_edit() -> bool:
     """Whether both ends are terminals that can move a cursor."""
-    known = os.environ.get("TERM", "dumb" if os.name == "posix" else "").lower()
-    return sys.stdin.isatty() and sys.stderr.isatty() and known not in ("dumb", "unknown")
+    known = os.environ.get("TERM") or ("dumb" if os.name == "posix" else "")
+    moves = known.lower() not in ("dumb", "unknown")
+    return moves and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 class _Editor:
@@ -110,9 +112,7 @@ class _Editor:
         finally:
             if ended:  # what came of it, such as the end of the input, says less
                 raise ended[0]
-        # bytes that are no UTF-8 were decoded so that they could be encoded again
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return text.rstrip("\n")  # of a paste
+        return as_text(text).rstrip("\n")  # of a paste
 
 
 def _completer(commands: Sequence[str]) -> Any:

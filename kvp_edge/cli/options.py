@@ -40,7 +40,7 @@ def threads(text: str) -> int:
 
 
 def text(argument: str) -> str:
-    """Bytes that are no UTF-8 become replacement marks, as in a file."""
+    """What was typed: bytes that are no UTF-8 become replacement marks, as in a file."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -21,6 +21,7 @@ from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.capture import AttentionAsComputed
 from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
+from kvp_edge.binding.rope import measure_frequencies
 from kvp_edge.errors import KVCacheError
 from makers.gguf_models import ModelShape
 
@@ -36,6 +37,7 @@ class Observed:
 
     ctx: Any
     model: Any
+    params: Any
     observer: Observer
     caches: list[NativeCache] = field(default_factory=list)
 
@@ -67,7 +69,7 @@ def observed() -> Iterator[Callable[..., Observed]]:
             params.cb_eval = callback
         observer = Observer(params)
         context = llama_cpp.llama_init_from_model(model, params)
-        made.append(Observed(context, model, observer))
+        made.append(Observed(context, model, params, observer))
         return made[-1]
 
     yield make
@@ -226,3 +228,22 @@ def test_one_who_fails_leaves_the_others_alone(
     _, keys, _ = cache.read(0, N_TOKENS, N_TOKENS)
     with pytest.raises((ValueError, KVCacheError), match="more than the 39 tokens"):
         attention.end(keys)
+
+
+def test_the_context_in_which_rope_is_measured_is_not_observed(
+    random_model: Maker, observed: Callable[..., Observed]
+) -> None:
+    """It is made from the same parameters, and its cells are not those of the cache."""
+    shown = [0]
+
+    @llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
+    def counting(node: Any, ask: bool, data: Any) -> bool:
+        shown[0] += 1
+        return False
+
+    on = observed(random_model(SHAPE).path, counting)
+    assert on.decode(random_tokens(4)) == 0
+    before = shown[0]
+    assert before > 0
+    measure_frequencies(on.model, on.params, own_shift=False)
+    assert shown[0] == before

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from kvp_edge.cli.ending import Ended, signals_raise
+from kvp_edge.cli.ending import Ended, signals_call, signals_raise
 
 needs_signals = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="POSIX signals")
 
@@ -38,6 +38,43 @@ def test_without_a_signal_nothing_is_left_behind() -> None:
         pass
     assert (handlers(), threading.active_count()) == (before, n_threads)
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@needs_signals
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_calls_where_an_exception_would_be_lost(number: signal.Signals) -> None:
+    told: list[Ended] = []
+    heard, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    before = signal.set_wakeup_fd(wakeup)
+    try:
+        with signals_raise():
+            outside = handlers()
+            with signals_call(told.append):
+                signal.set_wakeup_fd(-1)  # as an event loop does at its end
+                os.kill(os.getpid(), number)
+            assert [one.status for one in told] == [128 + number]
+            assert handlers() == outside
+            with pytest.raises(Ended):
+                os.kill(os.getpid(), number)
+        assert signal.set_wakeup_fd(before) == wakeup
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(heard)
+        os.close(wakeup)
+
+
+def test_in_another_thread_there_are_no_signals_to_call_for() -> None:
+    before, found = handlers(), []
+
+    def enter() -> None:
+        with signals_call(found.append):
+            found.append(handlers() == before)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [True]
 
 
 #: Another thread gets the signal, so the C function that the main thread waits in goes on waiting,
