@@ -14,7 +14,7 @@ import numpy as np
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from kvp_edge import sessions
-from kvp_edge.arguments import check_engine
+from kvp_edge.argument_checks import check_engine
 from kvp_edge.arrays import TokenIndices
 from kvp_edge.binding.model import require_model_file
 from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits

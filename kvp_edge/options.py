@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from kvp_edge.arguments import check_callable, check_counts
+from kvp_edge.argument_checks import check_callable, check_counts
 from kvp_edge.cache.limits import DEFAULT_SINKS
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.errors import OptionError

@@ -266,7 +266,7 @@ HOSTILE: list[tuple[str, Change]] = [
             ("shift", True),
             ("shift", 2**31),
             ("marked", -1),
-            ("settled", 10**30),
+            ("marked", 10**30),
             ("class", 1),
         ]
     ),

@@ -21,7 +21,7 @@ import pytest
 import kvp_edge
 from conftest import RandomModel, random_tokens
 from kvp_edge import InUseError, KVCacheError, Llama, UnsupportedModelError
-from kvp_edge.arguments import MAX_THREADS
+from kvp_edge.argument_checks import MAX_THREADS
 from kvp_edge.llamacpp.log import listen
 from kvp_edge.policies import get_policy
 from makers.gguf_models import ModelShape

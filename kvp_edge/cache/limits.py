@@ -23,7 +23,8 @@ _MEMORY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(KiB|MiB|GiB|KB|MB|GB)\s*", re
 _UNIT = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-def _round_up(n: int) -> int:
+def round_up(n: int) -> int:
+    """``n`` cells as llama.cpp makes them: a multiple of ``CELL_UNIT``."""
     return -(-n // CELL_UNIT) * CELL_UNIT
 
 
@@ -155,7 +156,7 @@ class CacheLimits:
 
         in_sight = max(0, window - 1)  # tokens read that the next one sees through the window
         if isinstance(kv_budget, str):
-            least = _round_up(max(1, in_sight + (n_batch or MIN_WINDOW_BATCH) if window else 1))
+            least = round_up(max(1, in_sight + (n_batch or MIN_WINDOW_BATCH) if window else 1))
             cells = cls._cells_in(kv_budget, bytes_per_cell, least)
             if reserve is None:
                 reserve = max(cells // 5, n_batch or 0)  # a quarter of what is left
@@ -173,9 +174,9 @@ class CacheLimits:
                 reserve = max(MIN_DEFAULT_RESERVE, budget // 4, n_batch or 0)
             # a batch as large as without a window, but no more than the default reserve asks for
             beside = n_batch or min(MIN_DEFAULT_RESERVE, max(reserve, MIN_WINDOW_BATCH))
-            cells = _round_up(max(budget + reserve, in_sight + beside))
+            cells = round_up(max(budget + reserve, in_sight + beside))
         # cells beyond the logical context could never be used
-        cells = min(cells, _round_up(n_ctx))
+        cells = min(cells, round_up(n_ctx))
         never_full = cells >= n_ctx
 
         if recent is None:
@@ -198,7 +199,7 @@ class CacheLimits:
                 )
             beside = cells - in_sight
             if beside < (n_batch or MIN_WINDOW_BATCH):
-                needed = _round_up(in_sight + (n_batch or MIN_WINDOW_BATCH))
+                needed = round_up(in_sight + (n_batch or MIN_WINDOW_BATCH))
                 lower = f"lower n_batch to {beside}, " if beside >= MIN_WINDOW_BATCH else ""
                 raise BudgetError(
                     f"kv_budget={kv_budget} gives {cells} cells, but the model's sliding window of "

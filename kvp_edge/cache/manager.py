@@ -23,7 +23,7 @@ from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.cache.table import Granularity, Table
-from kvp_edge.cache.turns import choose_rows, choose_tokens
+from kvp_edge.cache.turns import choose_rows, choose_tokens, settled_before
 from kvp_edge.cache.view import LiveView
 from kvp_edge.errors import BudgetError, KVCacheError, PolicyError
 from kvp_edge.policies import Policy
@@ -411,9 +411,6 @@ class EvictionManager:
             self._pack(indices, protected, unit)
         else:
             self._remove(indices[0, 0], protected[0, 0], unit[0, 0])
-        if self._isolate_turns:
-            settled = max(before.settled, min(before.newest_turn, newest))
-            self._table = replace(self._table, settled=settled)
         ms = 1e3 * (time.perf_counter() - started)
         self.evictions += 1
         self.eviction_ms += ms
@@ -434,6 +431,10 @@ class EvictionManager:
                     after.bytes_transferred - place.bytes_transferred,
                 )
             )
+
+    def _settled(self, indices: TokenIndices) -> BoolArray:
+        """Which tokens are ranked apart from newer ones, so that turns stay isolated."""
+        return indices < (settled_before(self._table) if self._isolate_turns else 0)
 
     def _protected_borders(self) -> tuple[int, int]:
         """Tokens before the first of these and from the second on are protected, with the markers
@@ -467,8 +468,7 @@ class EvictionManager:
         whole = self.policy.whole_tokens(worth)
         if whole is not None:
             worth = whole[None, None]
-        settled = indices < t.settled
-        keep = choose_tokens(worth, unit, protected, self.limits.budget, settled)
+        keep = choose_tokens(worth, unit, protected, self.limits.budget, self._settled(indices))
         present = t.llama_positions()
         kept, llama_positions = indices[keep], present[keep]
         tail = self._next_tail()
@@ -499,7 +499,7 @@ class EvictionManager:
         if n_keep >= t.kept:
             return  # all protected: make_room finds no free cell and says so
         worth = self.policy.worth(t.scores, t.seen - indices)
-        keep = choose_rows(worth, unit, protected, n_keep, indices < t.settled)
+        keep = choose_rows(worth, unit, protected, n_keep, self._settled(indices))
         tail = self._next_tail()
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift

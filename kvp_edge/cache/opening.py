@@ -20,14 +20,13 @@ from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.manager import EvictionManager, SpanFinder
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.cache.table import Granularity
+from kvp_edge.cache.types import PLAIN_TYPES
 from kvp_edge.errors import BudgetError, PolicyFileError, UnsupportedModelError
 from kvp_edge.options import CacheOptions
 from kvp_edge.policies import FALLBACK, Policy, get_policy
 from kvp_edge.policy_file import check_model
 
 _F16 = llama_cpp.GGML_TYPE_F16
-_BF16 = 30  # enum ggml_type in ggml.h; llama_cpp has no name for it
-_PLAIN_TYPES = (llama_cpp.GGML_TYPE_F32, _F16, _BF16)
 
 #: Given a policy and the limits: of how many of the newest tokens queries are logged for it.
 QueryCount = Callable[[Policy, CacheLimits], int]
@@ -242,7 +241,7 @@ class Opening:
             )
         # llama.cpp's shift reads a null pointer when keys are quantised but not Hadamard-rotated
         # (build_rope_shift in src/llama-kv-cache.cpp), and shifts whole quantised heads only.
-        if granularity == "token" and cache.shape.type_k not in _PLAIN_TYPES:
+        if granularity == "token" and cache.shape.type_k not in PLAIN_TYPES:
             raise UnsupportedModelError(
                 "positions='compact' at token granularity needs keys that are not quantised. Use "
                 "granularity='head', an f16 type_k, or positions='keep'"

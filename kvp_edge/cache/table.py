@@ -16,7 +16,7 @@ Granularity = Literal["token", "head"]
 
 
 #: What a session keeps of a table.
-_NUMBERS = ("seen", "tail", "shift", "marked", "settled")
+_NUMBERS = ("seen", "tail", "shift", "marked")
 _ARRAYS = ("packed_indices", "packed_rope_positions", "packed_llama_positions", "scores", "spans")
 
 
@@ -44,7 +44,6 @@ class Table:
             ascending, disjoint. Before the tail, only of what is held, and the newest that begins a
             turn.
         marked: how far into the conversation spans have been looked for.
-        settled: held tokens before this one are settled (turns); 0 unless turns are isolated.
     """
 
     seen: int
@@ -56,7 +55,6 @@ class Table:
     scores: FloatArray
     spans: IntArray
     marked: int
-    settled: int
 
     @classmethod
     def empty(cls, n_layer: int, n_head_kv: int, granularity: Granularity) -> Table:
@@ -64,7 +62,7 @@ class Table:
         none = np.empty((*groups, 0), np.int32)
         scores = np.empty((n_layer, n_head_kv, 0), np.float32)
         no_spans = np.empty((0, 3), np.int32)
-        return cls(0, 0, 0, none, none, np.empty(0, np.int32), scores, no_spans, 0, 0)
+        return cls(0, 0, 0, none, none, np.empty(0, np.int32), scores, no_spans, 0)
 
     @classmethod
     def of(cls, numbers: dict[str, int], arrays: dict[str, npt.NDArray[Any]]) -> Table:
@@ -98,7 +96,6 @@ class Table:
             0 <= self.tail < self.seen < 2**31
             and 0 <= self.shift <= self.tail
             and 0 <= self.marked <= self.seen
-            and 0 <= self.settled <= self.tail
         )
 
     def _arrays_fit(self, empty: Table) -> bool:
@@ -171,15 +168,13 @@ class Table:
         spans = self.spans[self.spans[:, 0] < length]
         divided = spans[:, 1] > length
         spans = np.where(divided[:, None], np.minimum(spans, (length, length, MARKER)), spans)
-        cut = replace(
+        return replace(
             self,
             seen=length,
             scores=self.scores[:, :, : self.n_packed + length - self.tail],
             spans=spans.astype(np.int32),
             marked=min(self.marked, length),
         )
-        # a turn that goes on is not finished any more
-        return replace(cut, settled=min(cut.settled, cut.newest_turn))
 
     @property
     def newest_turn(self) -> int:

@@ -19,6 +19,13 @@ import numpy as np
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray, Rows
 from kvp_edge.binding import ranking
+from kvp_edge.cache.table import Table
+
+
+def settled_before(table: Table) -> int:
+    """Tokens before this index are settled: their turn is finished, and they are older than the
+    tail, so they were kept in an eviction."""
+    return min(table.newest_turn, table.tail)
 
 
 def settled_share(n_settled: int, n_newer: int, room: int) -> int:

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import Any
 
 import kvp_edge
-from kvp_edge.cli import commands
-from kvp_edge.cli.commands import Parsed, UsageError
+from kvp_edge.cli import subcommands
 from kvp_edge.cli.ending import Ended
 from kvp_edge.cli.shown import let_go_of_output, note, open_streams
+from kvp_edge.cli.subcommands import Parsed, UsageError
 
 #: The commands, in the order of --help: "chat" is the COMMAND of kvp_edge.cli.chat.
 COMMANDS = {
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> Parsed:
         UsageError: there is no such command or option.
         SystemExit: --help or --version is done.
     """
-    return commands.parse(commands.group(COMMANDS, _DESCRIPTION, _EPILOG, _version), argv)
+    return subcommands.parse(subcommands.group(COMMANDS, _DESCRIPTION, _EPILOG, _version), argv)
 
 
 def _version() -> str:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from kvp_edge.cli import chat_format, options
 from kvp_edge.cli.chat_format import ChatFormatOptions
 from kvp_edge.cli.chat_line import Read, line_reader, next_line
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.option_names import as_options
 from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.rescue import rescuing, start_again
 from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_prompt import Message, prompt_tokens

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from kvp_edge.cache.limits import CELL_UNIT, parse_budget
 from kvp_edge.cli import options, tables
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.demo_tasks import make_items
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.evaluation import estimate
 from kvp_edge.evaluation.markdown import plural
 from kvp_edge.llama import Llama

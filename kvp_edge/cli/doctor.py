@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.tables import named
 from kvp_edge.doctor.examination import Finding, examine
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from kvp_edge.cli import options
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.tables import named
 from kvp_edge.evaluation import estimate, plots, records, report, run
 from kvp_edge.evaluation.item import Task

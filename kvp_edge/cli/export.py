@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvp_edge.binding.model import read_model_shape
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.train import open_traces, require_torch
 from kvp_edge.llamacpp.log import listen
 from kvp_edge.policy_file import check_model

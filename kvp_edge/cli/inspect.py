@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import argument
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.tables import named
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
 

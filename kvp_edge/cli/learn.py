@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import cast, get_args
 
 from kvp_edge.cli import options
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.trace import SourceOptions, sources_of, trace
 from kvp_edge.cli.train import comparison, require_torch
 from kvp_edge.files import write_whole

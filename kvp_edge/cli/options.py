@@ -11,11 +11,11 @@ from importlib import resources
 from typing import Any
 
 import typer
-from gguf import GGMLQuantizationType
 
-from kvp_edge.arguments import MAX_THREADS
+from kvp_edge.argument_checks import MAX_THREADS
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cache.limits import parse_budget
+from kvp_edge.cache.types import CACHE_TYPES, ggml_type
 from kvp_edge.cli.parameters import argument, option, reader
 from kvp_edge.cli.progress import WatchedLlama
 from kvp_edge.llamacpp.log import listen
@@ -24,8 +24,6 @@ from kvp_edge.options import OPTIONS
 DEFAULT_BUDGET = "512"
 #: Batches of a few dozen tokens keep a processor waiting for memory.
 _SMALL_BATCH = 128
-#: Names of --type-k and --type-v, most exact first.
-_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def threads(text: str) -> int:
@@ -99,14 +97,14 @@ class _ModelOptions:
         "f16",
         panel=_MODEL,
         metavar="TYPE",
-        choices=_CACHE_TYPES,
-        help=f"keys in the cache: {', '.join(_CACHE_TYPES)}",
+        choices=CACHE_TYPES,
+        help=f"keys in the cache: {', '.join(CACHE_TYPES)}",
     )
     type_v: str = option(
         "f16",
         panel=_MODEL,
         metavar="TYPE",
-        choices=_CACHE_TYPES,
+        choices=CACHE_TYPES,
         help="values in the cache; quantised types need --flash-attn (kvp-edge trace and learn "
         "turn it on by themselves)",
     )
@@ -244,15 +242,11 @@ def engine_options(args: ModelOptions) -> dict[str, Any]:
         "n_threads_batch": args.threads,
         "n_gpu_layers": args.gpu_layers,
         "flash_attn": args.flash_attn,
-        "type_k": _ggml_type(args.type_k),
-        "type_v": _ggml_type(args.type_v),
+        "type_k": ggml_type(args.type_k),
+        "type_v": ggml_type(args.type_v),
         "repack": args.repack,
         "verbose": args.verbose,
     }
-
-
-def _ggml_type(name: str) -> int:
-    return int(GGMLQuantizationType[name.upper()])
 
 
 def cache_options(args: CacheOptions) -> dict[str, Any]:

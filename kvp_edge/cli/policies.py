@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.tables import named
 from kvp_edge.policies import FALLBACK, POLICIES
 

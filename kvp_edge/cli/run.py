@@ -11,10 +11,10 @@ from typing import Any
 
 from kvp_edge.cli import chat_format, options
 from kvp_edge.cli.chat_format import ChatFormatOptions
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.progress import STATUS_LINE_HELP, WatchedLlama
 from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.text.chat_prompt import Message
 
 _TEMPLATE_ROOM = 1024  # tokens that a chat template may add to the text

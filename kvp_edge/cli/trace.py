@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from kvp_edge.cli import options
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.traces.sources import ChatFile, Source, Tasks, TextFile
 from kvp_edge.traces.writer import capture_traces

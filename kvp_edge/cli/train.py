@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kvp_edge.cli import options
-from kvp_edge.cli.commands import Command
 from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
+from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.tables import table
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.training.settings import Settings

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.evaluation.item import Continuation
-from kvp_edge.scoring import ScoringLlama
+from kvp_edge.measuring import MeasuringLlama
 
 #: The tokens of the context, those between the replies, and what is to be written.
 Start = tuple[list[int], list[list[int]], Continuation]
@@ -46,12 +46,12 @@ def write_all(model_path: str, starts: Sequence[Start], engine: Mapping[str, Any
         len(context) + sum(map(len, turns)) + (len(turns) + 1) * made.tokens
         for context, turns, made in starts
     )
-    with closing(ScoringLlama.whole(model_path, longest + 1, **engine)) as subject:
+    with closing(MeasuringLlama.whole(model_path, longest + 1, **engine)) as subject:
         return [_write(subject, *start) for start in starts]
 
 
 def _write(
-    subject: ScoringLlama, context: list[int], turns: list[list[int]], made: Continuation
+    subject: MeasuringLlama, context: list[int], turns: list[list[int]], made: Continuation
 ) -> Written:
     subject.forget()
     subject.read(context)

@@ -20,7 +20,7 @@ from kvp_edge.evaluation.readers import shares_reading, shares_trace, subject_of
 from kvp_edge.evaluation.records import SHIFT
 from kvp_edge.evaluation.run import Job, Run, groups
 from kvp_edge.evaluation.setting import Prompt, Setting
-from kvp_edge.scoring import ScoringLlama
+from kvp_edge.measuring import MeasuringLlama
 
 # Numbers of tokens: read before the clock starts, so that all of the model is in memory; in the
 # first batch; read one by one, as a reply is written.
@@ -209,9 +209,9 @@ def measure_parts(run: Run, todo: Sequence[Part], seconds: float) -> dict[int | 
     return found
 
 
-def _subject(run: Run, part: Part) -> ScoringLlama:
+def _subject(run: Run, part: Part) -> MeasuringLlama:
     if _way(part) is None:
-        return ScoringLlama.whole(run.model, part.setting.longest, **run.engine)
+        return MeasuringLlama.whole(run.model, part.setting.longest, **run.engine)
     return subject_of(run.model, part.setting, run.engine)
 
 

@@ -17,9 +17,9 @@ from kvp_edge.evaluation.kept_tokens import KeptTokens
 from kvp_edge.evaluation.oracle import Oracle
 from kvp_edge.evaluation.records import GOLDEN, ORACLE, PARTS, SHIFT
 from kvp_edge.evaluation.setting import Prompt, Setting
+from kvp_edge.measuring import Bookmark, MeasuringLlama, Shifted
 from kvp_edge.policies import Learned, Policy, get_policy
-from kvp_edge.policies.discovery import own_policy
-from kvp_edge.scoring import Bookmark, ScoringLlama, Shifted
+from kvp_edge.policies.find_policy import own_policy
 from kvp_edge.traces.format import Trace
 from kvp_edge.traces.tracer import Tracer
 
@@ -46,17 +46,17 @@ def reader_of(model: str, settings: Sequence[Setting], engine: Mapping[str, Any]
     return BoundedReader(model, settings, engine)
 
 
-def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> ScoringLlama:
+def subject_of(model: str, setting: Setting, engine: Mapping[str, Any]) -> MeasuringLlama:
     """The subject of a setting in bounded mode, or of one that drops nothing. The oracles must
     trace a conversation first, so their subject starts with another policy."""
     n_ctx = setting.longest
     if setting.budget is None or shares_reading(setting):
-        return ScoringLlama.whole(model, n_ctx, **engine)
+        return MeasuringLlama.whole(model, n_ctx, **engine)
     budget = min(setting.budget, n_ctx)
     if setting.policy == SHIFT:
         return Shifted(model, n_ctx, budget, **engine)
     policy = "recency" if shares_trace(setting) else setting.policy
-    return ScoringLlama(
+    return MeasuringLlama(
         model,
         n_ctx,
         budget,
@@ -86,7 +86,7 @@ class Reader(ABC):
         ``read_context`` is that of its own setting."""
 
     @abstractmethod
-    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[ScoringLlama, int]:
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[MeasuringLlama, int]:
         """Read everything before the question (and the question, if it is seen), and drop tokens.
         Returns the subject, and how many tokens it has read."""
 
@@ -150,13 +150,13 @@ class BoundedReader(Reader):
     def prepare(self, setting: Setting, prompt: Prompt) -> None:
         self._decide(setting, prompt)
 
-    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[ScoringLlama, int]:
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[MeasuringLlama, int]:
         subject, cut = self._decide(setting, prompt), setting.cut(prompt)
         subject.forget()
         subject.read(prompt.tokens[:cut].tolist())
         return subject, cut
 
-    def _decide(self, setting: Setting, prompt: Prompt) -> ScoringLlama:
+    def _decide(self, setting: Setting, prompt: Prompt) -> MeasuringLlama:
         """The subject with the setting's policy."""
         subject = self._subjects[setting.budget]
         if shares_trace(setting):
@@ -190,7 +190,7 @@ class SharedReader(Reader):
         self._read: tuple[Prompt, Bookmark] | None = None  # the newest conversation
         self._scored: tuple[str, Bookmark] | None = None  # the same by the newest policy
         if not chosen:
-            self._subject = ScoringLlama.whole(model, n_ctx, **engine)
+            self._subject = MeasuringLlama.whole(model, n_ctx, **engine)
             return
         # the policy that needs the most preparation at load
         most = max(
@@ -198,7 +198,7 @@ class SharedReader(Reader):
             key=lambda policy: (policy.needs_frequencies, policy.n_queries),
             default=get_policy("recency"),
         )
-        self._subject = ScoringLlama(
+        self._subject = MeasuringLlama(
             model, n_ctx, n_ctx, n_ctx, policy=most, **_how(settings[0]), **engine
         )
         for policy in self._policies.values():
@@ -211,7 +211,7 @@ class SharedReader(Reader):
     def prepare(self, setting: Setting, prompt: Prompt) -> None:
         self._start_of(setting, prompt)
 
-    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[ScoringLlama, int]:
+    def read_context(self, setting: Setting, prompt: Prompt) -> tuple[MeasuringLlama, int]:
         subject = self._subject
         subject.go_back(self._start_of(setting, prompt))
         if setting.budget is not None:
@@ -248,7 +248,7 @@ class _Oracles:
     def __init__(self, model: str, n_ctx: int, engine: Mapping[str, Any]) -> None:
         self._model, self._n_ctx, self._engine = model, n_ctx, engine
         self._tracer: Tracer | None = None
-        self._full: ScoringLlama | None = None  # reads the replies before the last question
+        self._full: MeasuringLlama | None = None  # reads the replies before the last question
         self._traced: tuple[Prompt, Trace] | None = None
 
     def close(self) -> None:
@@ -289,7 +289,7 @@ class _Oracles:
         if not prompt.turns:
             return tokens
         if self._full is None:
-            self._full = ScoringLlama.whole(self._model, self._n_ctx, **self._engine)
+            self._full = MeasuringLlama.whole(self._model, self._n_ctx, **self._engine)
         self._full.forget()
         self._full.read(tokens)
         replies = self._full.converse(prompt.turns, prompt.reply_tokens)
@@ -311,7 +311,7 @@ def _how(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _kv_bytes(subject: ScoringLlama, setting: Setting) -> int:
+def _kv_bytes(subject: MeasuringLlama, setting: Setting) -> int:
     """Bytes of the most tokens kept at once. Cells that were never used do not count."""
     stats, held = subject.kv_stats, subject.n_tokens
     if setting.mode == "bounded" and setting.budget is not None and subject.evictions:

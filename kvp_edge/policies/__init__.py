@@ -1,4 +1,9 @@
-"""Policies: one scorer per file, named after it."""
+"""Policies: one scoring rule per file, named after it.
+
+To add one: a file here, its class in ``POLICIES``, a row in docs/how-eviction-works.md. The first
+line of its docstring is what ``kvp-edge policies`` shows. ``score`` in numpy is its definition; to
+run it in place as well, see native/cache/rules.cpp.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,8 @@ import os
 
 from kvp_edge.errors import PolicyError
 from kvp_edge.policies.base import Policy
-from kvp_edge.policies.discovery import own_policy
 from kvp_edge.policies.expected_attention import ExpectedAttention
+from kvp_edge.policies.find_policy import own_policy
 from kvp_edge.policies.h2o import H2O
 from kvp_edge.policies.keydiff import KeyDiff
 from kvp_edge.policies.knorm import KNorm

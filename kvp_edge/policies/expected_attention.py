@@ -10,8 +10,8 @@ from kvp_edge.arrays import FloatArray, RopePositions
 from kvp_edge.binding import rules
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.errors import PolicyError
-from kvp_edge.policies.attention import softmax
 from kvp_edge.policies.base import EVERY_QUERY, Policy
+from kvp_edge.policies.query_attention import softmax
 from kvp_edge.policies.view import CacheView
 
 

@@ -12,7 +12,7 @@ from kvp_edge.binding.queries import Queries
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.binding.rules import Attention, Rule
 from kvp_edge.errors import PolicyError
-from kvp_edge.policies.attention import total_attention
+from kvp_edge.policies.query_attention import total_attention
 
 
 class CacheView(ABC):

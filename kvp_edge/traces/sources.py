@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from kvp_edge.errors import TraceError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import Message, last_begin, prompt_tokens
-from kvp_edge.traces.tasks import TaskMaker, shipped_prose
+from kvp_edge.traces.questions import TaskMaker, shipped_prose
 
 #: A trace has at least this many tokens before its future.
 MIN_PROMPT = 8

@@ -16,7 +16,6 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType
 
 from kvp_edge.arrays import HalfArray, TokenIds, TokenIndices
 from kvp_edge.binding.blocks import Blocks
@@ -24,22 +23,16 @@ from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.capture import AttentionAsComputed
 from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.structs import CacheShape
+from kvp_edge.cache.limits import CELL_UNIT, round_up
+from kvp_edge.cache.types import PLAIN_TYPES
 from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
-from kvp_edge.traces.attention import AttentionFromQueries
+from kvp_edge.traces.attention_from_queries import AttentionFromQueries
 
 #: Bytes of a trace file beside its arrays of numbers per head: header, and 8 for every token.
 _FILE_OVERHEAD = 1024
 _BYTES_PER_TOKEN = 8
-#: None is llama.cpp's own choice, f16.
-_PLAIN_TYPES = (None, GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-#: llama.cpp pads caches to this many cells.
-_CELL_UNIT = 256
-
-
-def _round_up(n_tokens: int) -> int:
-    return -(-n_tokens // _CELL_UNIT) * _CELL_UNIT
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class Tracer(Llama):
         # attention. Then it is computed from queries and keys. Otherwise llama.cpp's own is
         # captured, which is exact even for models whose attention is more than a softmax.
         self.flash_attn = bool(engine.pop("flash_attn", False)) or (
-            engine.get("type_v") not in _PLAIN_TYPES
+            engine.get("type_v") not in (None, *PLAIN_TYPES)  # None is llama.cpp's own choice, f16
         )
         try:
             # llama.cpp aborts when its micro-batch is smaller than the number of sequences
@@ -95,7 +88,7 @@ class Tracer(Llama):
             engine["n_batch"] = max(n_ubatch, engine.get("n_batch") or 0)
             super().__init__(
                 model_path,
-                n_ctx=_round_up(max(1, length)),
+                n_ctx=round_up(max(1, length)),
                 swa_full=False,
                 flash_attn=self.flash_attn,
                 **engine,
@@ -121,8 +114,8 @@ class Tracer(Llama):
         # (2 sequences' windows and a micro-batch: llama_kv_cache_iswa).
         if window:
             params = self.context_params
-            windows = 2 * window + params.n_ubatch + 2 * _CELL_UNIT
-            params.n_ctx = max(params.n_ctx, _round_up(windows))
+            windows = 2 * window + params.n_ubatch + 2 * CELL_UNIT
+            params.n_ctx = max(params.n_ctx, round_up(windows))
 
     def close(self) -> None:
         if self.native is not None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kvp_edge.arrays import FloatArray
+from kvp_edge.measuring import MeasuringLlama
 from kvp_edge.policies import CacheView, Policy
-from kvp_edge.scoring import ScoringLlama
 from kvp_edge.text.spans import Span
 from kvp_edge.training.agent import Agents, position_features
 from kvp_edge.training.data import Protected
@@ -85,7 +85,7 @@ class Reading:
     entropies: FloatArray
 
 
-class _Reader(ScoringLlama):
+class _Reader(MeasuringLlama):
     """A subject that returns the loss of every token of a text. It treats template markers like
     other tokens, so that an action is exactly what was drawn."""
 

@@ -5,9 +5,9 @@
 #include "cache/context_memory.h"
 #include "cache/location.h"
 #include "error.h"
-#include "format/pack_plan.h"
-#include "format/rows.h"
-#include "format/state_blob.h"
+#include "state/pack_plan.h"
+#include "state/rows.h"
+#include "state/state_blob.h"
 #include "kvp_edge.h"
 #include "observe/observer.h"
 

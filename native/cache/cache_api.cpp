@@ -1,7 +1,7 @@
 // kvp_cache: the C interface to one context's KV cache.
 #include "cache/cache.h"
 #include "error.h"
-#include "format/pack_state.h"
+#include "state/pack_state.h"
 
 #include <algorithm>
 #include <memory>

@@ -1,7 +1,7 @@
 // Changing what the cache holds: tokens are removed, and rows packed, where they lie or as a state.
 #include "cache/cache.h"
 #include "error.h"
-#include "format/pack_state.h"
+#include "state/pack_state.h"
 
 #include <algorithm>
 #include <numeric>

@@ -2,7 +2,7 @@
 // goes through here knows nothing of where the cache lies.
 #pragma once
 
-#include "format/state_blob.h"
+#include "state/state_blob.h"
 #include "kvp_edge.h"
 
 #include "llama.h"

@@ -1,10 +1,10 @@
 #include "cache/location.h"
 
 #include "error.h"
-#include "format/rows.h"
+#include "state/rows.h"
 #include "graph/graph_rows.h"
 #include "graph/graph_scorers.h"
-#include "scorers.h"
+#include "graph/host_rules.h"
 
 #include <algorithm>
 #include <cstring>

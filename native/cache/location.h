@@ -4,8 +4,8 @@
 #pragma once
 
 #include "cache/cell_map.h"
-#include "format/pack_plan.h"
-#include "format/state_blob.h"
+#include "state/pack_plan.h"
+#include "state/state_blob.h"
 #include "graph/device_part.h"
 #include "graph/policy.h"
 #include "kvp_edge.h"

@@ -2,7 +2,7 @@
 #include "cache/location.h"
 
 #include "error.h"
-#include "format/slices.h"
+#include "state/slices.h"
 
 #include <algorithm>
 #include <cstring>

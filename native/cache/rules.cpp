@@ -1,11 +1,12 @@
-// The rules by which tokens are scored: a table with one row for each kind in kvp_edge.h. To add one: its kind and
-// parameters there, a row here, and graphs (graph/rule_graphs.h) or a loop over rows, or both.
+// The rules by which tokens are scored in place: a table with one row for each kind in kvp_edge.h. To add one:
+// its kind and parameters in kvp_edge.h; a row here; ggml graphs (graph/rule_graphs.h, made of graph/graph_scorers.h)
+// or a loop over rows in host memory (graph/host_rules.h), or both; and its parameters in kvp_edge/binding/rules.py.
 #include "cache/cache.h"
 #include "error.h"
 #include "graph/policy.h"
 #include "graph/rule_graphs.h"
 #include "kvp_edge.h"
-#include "scorers.h"
+#include "graph/host_rules.h"
 
 #include <algorithm>
 #include <new>

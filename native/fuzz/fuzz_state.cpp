@@ -4,8 +4,8 @@
 // this with AddressSanitizer and UndefinedBehaviorSanitizer, and runs it: with clang under libFuzzer,
 // else with the small mutating main() below (-DKVP_FUZZ_MAIN).
 #include "error.h"
-#include "format/pack_state.h"
-#include "format/state_blob.h"
+#include "state/pack_state.h"
+#include "state/state_blob.h"
 
 #include <algorithm>
 #include <cstdio>

@@ -1,6 +1,6 @@
 #include "graph/graph_rows.h"
 
-#include "format/rows.h"
+#include "state/rows.h"
 
 #include <algorithm>
 

@@ -8,7 +8,7 @@ namespace kvp {
 
 namespace {
 
-constexpr float TINY   = 1e-12f; // as in scorers.cpp and kvp_edge/policies/lagkv.py
+constexpr float TINY   = 1e-12f; // as in host_rules.cpp and kvp_edge/policies/lagkv.py
 constexpr float UNSEEN = -1e30f; // added to a logit; an infinity would make a row that sees nothing NaN
 
 // Over windows of k0 x k1 numbers that do not overlap.

@@ -7,7 +7,7 @@ namespace kvp {
 
 // Rows, as the cache gives them: f32 [head_size, n, n_head_kv], n_head_kv slowest, as ggml writes shapes.
 
-// [n, n_head_kv]: scorers.h has the same two for rows in memory. Neither changes under a rotation of the rows.
+// [n, n_head_kv]: host_rules.h has the same two for rows in memory. Neither changes under a rotation of the rows.
 ggml_tensor * graph_knorm(ggml_context * ctx, ggml_tensor * keys);
 ggml_tensor * graph_keydiff(ggml_context * ctx, ggml_tensor * keys);
 

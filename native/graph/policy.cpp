@@ -1,7 +1,7 @@
 #include "graph/policy.h"
 
 #include "error.h"
-#include "format/rows.h"
+#include "state/rows.h"
 #include "graph/device.h"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 #include "observe/queries.h"
 
 #include "error.h"
-#include "format/rows.h"
+#include "state/rows.h"
 #include "observe/cache_nodes.h"
 #include "observe/observer.h"
 

@@ -25,8 +25,8 @@ from kvp_edge.binding.cache import NativeCache, NotInPlace
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.binding.queries import Queries
 from kvp_edge.policies import POLICIES, ArrayView, KeyDiff, KNorm, Policy, ValueRange
-from kvp_edge.policies.attention import total_attention
 from kvp_edge.policies.lagkv import standing_out
+from kvp_edge.policies.query_attention import total_attention
 from kvp_edge.policy_file import PolicyInfo
 from makers import blobs
 from makers.devices import CountingProxy, placed

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import BudgetError, Llama
-from kvp_edge.scoring import ScoringLlama
+from kvp_edge.measuring import MeasuringLlama
 from makers.gguf_models import ModelShape, write_model
 from support.cache_types import CACHE_TYPES
 from support.closeness import EXACT, difference
@@ -167,7 +167,7 @@ def test_an_evaluation_in_fewer_cells_than_the_window_sees_the_window_whole(
 ) -> None:
     model = random_model(windowed(LARGE))
     options: dict[str, Any] = {"verbose": False, "n_threads": 1, "logits_all": True, **F32}
-    subject = ScoringLlama(
+    subject = MeasuringLlama(
         model.path, 3000, 64, 40, recent=10, policy=Noise(), swa_full=swa_full, **options
     )
     watch = Watch(subject, model.shape)

@@ -20,7 +20,7 @@ from conftest import random_tokens
 from kvp_edge import Llama, SessionError
 from kvp_edge.cache.selection import clipped, no_longer_held, several_held, units
 from kvp_edge.cache.table import Table
-from kvp_edge.cache.turns import settled_share
+from kvp_edge.cache.turns import settled_before, settled_share
 from kvp_edge.policies import CacheView, Policy
 from kvp_edge.text.chat_markers import template_markers
 from kvp_edge.text.chat_prompt import prompt_tokens
@@ -116,17 +116,16 @@ class Watch:
         shape = self.kv.cache.shape
         score = numbers(shape.n_layer, shape.n_head_kv, seen)
         kept = after.indices()
+        turns = [a for a, _, kind in spans if kind == TURN]
+        settled = min(max(turns, default=0), before.tail) if self.isolate else 0
         if self.kv.granularity == "token":
             held = before.indices()[0, 0].tolist()
-            self.compare(held, kept[0, 0].tolist(), first, newest, unit, score, before.settled)
+            self.compare(held, kept[0, 0].tolist(), first, newest, unit, score, settled)
         else:
             for head in np.ndindex(kept.shape[:2]):
                 held = before.indices()[head].tolist()
                 mine = score[head][None, None]
-                self.compare(held, kept[head].tolist(), first, newest, unit, mine, before.settled)
-        turns = [a for a, _, kind in spans if kind == TURN]
-        want = max(before.settled, min(max(turns, default=0), newest)) if self.isolate else 0
-        assert after.settled == want
+                self.compare(held, kept[head].tolist(), first, newest, unit, mine, settled)
         self.evictions += 1
 
     def compare(
@@ -384,15 +383,15 @@ def test_new_turns_leave_settled_tokens_three_quarters_of_the_room(
     tokens = conversation(llm, [0, 1, 2, 1] * 10)
     llm.eval(tokens[:257])
     assert llm.kv_stats.evictions == 1
-    settled = kv.snapshot().settled
-    assert (settled > 200) == isolate_turns
+    settled = kv.snapshot().tail  # all turns before it will be finished
+    assert settled == 256 - 24
     old = 232  # before the recent window
     assert (np.unique(llm.kv_indices) < old).sum() == 120 - 24
     llm.eval(tokens[257:400])
     assert llm.kv_stats.evictions == 2
     held = np.unique(llm.kv_indices)
     room = 120 - 4 - 24
-    assert (held < max(settled, 4)).sum() == 4 + (room - room // 4 if isolate_turns else 0)
+    assert (held < settled).sum() == 4 + (room - room // 4 if isolate_turns else 0)
 
 
 def test_a_turn_that_goes_on_after_going_back_is_not_settled(
@@ -406,9 +405,9 @@ def test_a_turn_that_goes_on_after_going_back_is_not_settled(
     (one, _), (newest, end) = [s[:2] for s in table.spans.tolist() if s[2] == TURN][-2:]
     # the border of what is protected lies in the turn before the newest
     assert one < table.rewind_from == 277 < newest
-    assert table.settled == 276
+    assert settled_before(table) == 276
     for length, settled in ((300, 276), (end, 276), (end - 1, one), (newest, one), (277, one)):
-        assert table.cut(length).settled == settled
+        assert settled_before(table.cut(length)) == settled
 
 
 def test_a_template_without_markers_is_told_once(bundled_model: str, load: Loader) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvp_edge import cli
 from kvp_edge.cli import COMMANDS, parse
-from kvp_edge.cli.commands import UsageError
+from kvp_edge.cli.subcommands import UsageError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

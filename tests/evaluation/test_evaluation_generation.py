@@ -36,7 +36,7 @@ from kvp_edge.evaluation.run import Run
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.evaluation.tasks import GENERATION, TASKS
 from kvp_edge.llama import Llama
-from kvp_edge.scoring import ScoringLlama
+from kvp_edge.measuring import MeasuringLlama
 from kvp_edge.text.chat_prompt import Message, next_turn, prompt_tokens
 from support.packages import needs
 
@@ -65,8 +65,8 @@ def llm(bundled_model: str) -> Iterator[Llama]:
 
 
 @pytest.fixture(scope="module")
-def full(bundled_model: str) -> Iterator[ScoringLlama]:
-    with closing(ScoringLlama.whole(bundled_model, 1600, **ENGINE)) as made:
+def full(bundled_model: str) -> Iterator[MeasuringLlama]:
+    with closing(MeasuringLlama.whole(bundled_model, 1600, **ENGINE)) as made:
         yield made
 
 
@@ -197,7 +197,7 @@ def test_every_question_needs_its_own_reply() -> None:
 
 
 def test_what_is_read_is_the_templates_tokenization_of_the_whole_conversation(
-    llm: Llama, full: ScoringLlama, asked: list[Prompt]
+    llm: Llama, full: MeasuringLlama, asked: list[Prompt]
 ) -> None:
     prompt = asked[0]
     assert prompt.item is not None
@@ -281,7 +281,7 @@ def test_a_story_is_drawn_from_the_full_caches_own_distribution(
     assert abs((loss - entropy).sum()) < 4 * np.sqrt(variance.sum())
 
 
-def test_draws_are_the_same_for_a_seed_and_other_ones_for_another(full: ScoringLlama) -> None:
+def test_draws_are_the_same_for_a_seed_and_other_ones_for_another(full: MeasuringLlama) -> None:
     drawn = []
     for seed in (1, 1, 2):
         full.forget()

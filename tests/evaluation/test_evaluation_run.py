@@ -21,8 +21,8 @@ from kvp_edge.evaluation.run import Run
 from kvp_edge.evaluation.setting import Prompt, Setting, budget_of
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
+from kvp_edge.measuring import MeasuringLlama, Shifted
 from kvp_edge.policies import POLICIES
-from kvp_edge.scoring import ScoringLlama, Shifted
 from kvp_edge.text.chat_prompt import prompt_tokens
 from support.packages import needs
 
@@ -32,11 +32,11 @@ LENGTH = 512
 
 @pytest.fixture
 def subject(bundled_model: str) -> Iterator[Any]:
-    """subject(...) -> ScoringLlama, closed after the test."""
-    made: list[ScoringLlama] = []
+    """subject(...) -> MeasuringLlama, closed after the test."""
+    made: list[MeasuringLlama] = []
 
-    def make(n_ctx: int, cells: int, budget: int, **kwargs: Any) -> ScoringLlama:
-        made.append(ScoringLlama(bundled_model, n_ctx, cells, budget, **{**ENGINE, **kwargs}))
+    def make(n_ctx: int, cells: int, budget: int, **kwargs: Any) -> MeasuringLlama:
+        made.append(MeasuringLlama(bundled_model, n_ctx, cells, budget, **{**ENGINE, **kwargs}))
         return made[-1]
 
     yield make
@@ -316,16 +316,16 @@ def test_a_run_interrupted_anywhere_goes_on_to_the_records_of_one_that_was_not(
 ) -> None:
     command = [*COMMAND, "--tasks", "fact", "--policies", "keydiff", "--mode", mode, "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
-    read, n_read, interrupted = ScoringLlama.eval, 0, [2, 9, 17]
+    read, n_read, interrupted = MeasuringLlama.eval, 0, [2, 9, 17]
 
-    def until(self: ScoringLlama, tokens: Any) -> None:
+    def until(self: MeasuringLlama, tokens: Any) -> None:
         nonlocal n_read
         n_read += 1
         if interrupted and n_read == interrupted[0]:
             raise KeyboardInterrupt
         read(self, tokens)
 
-    monkeypatch.setattr(ScoringLlama, "eval", until)
+    monkeypatch.setattr(MeasuringLlama, "eval", until)
     while interrupted:
         n_read = 0
         assert main([*command, str(tmp_path / "out")]) == 130

@@ -15,7 +15,7 @@ from kvp_edge.evaluation.records import read_records
 from kvp_edge.evaluation.setting import Prompt
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
-from kvp_edge.scoring import ScoringLlama
+from kvp_edge.measuring import MeasuringLlama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
 from kvp_edge.text.pieces import token_text
 from kvp_edge.traces.tracer import Tracer
@@ -85,7 +85,7 @@ def test_in_transcripts_a_reply_ends_with_its_line_and_elsewhere_it_does_not(
 def test_replies_and_traces_of_a_transcript_are_one_line(bare: str) -> None:
     for llm, prompt in prompts(bare):
         tokens = prompt.tokens.tolist()
-        with closing(ScoringLlama.whole(bare, prompt.longest, **ENGINE)) as subject:
+        with closing(MeasuringLlama.whole(bare, prompt.longest, **ENGINE)) as subject:
             subject.read(tokens)
             reply = subject.reply(prompt.reply_tokens)
         with closing(Tracer(bare, prompt.longest, **ENGINE)) as tracer:

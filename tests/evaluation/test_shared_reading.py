@@ -23,10 +23,10 @@ from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.evaluation.tasks import TASKS
 from kvp_edge.llama import Llama
 from kvp_edge.llamacpp.context_shift import ContextShift
+from kvp_edge.measuring import MeasuringLlama
 from kvp_edge.policies import H2O, CacheView, SnapKV
-from kvp_edge.policies.discovery import own_policy
+from kvp_edge.policies.find_policy import own_policy
 from kvp_edge.policy_file import read_policy, write_policy
-from kvp_edge.scoring import ScoringLlama
 from kvp_edge.traces.tracer import Tracer
 from makers.gguf_models import ModelShape
 
@@ -68,9 +68,9 @@ def read_anew(model: str, setting: Setting, prompt: Prompt) -> dict[str, Any]:
     }
     whole = budget is None or setting.policy == SHIFT
     with closing(
-        ScoringLlama.whole(model, n, **ENGINE)
+        MeasuringLlama.whole(model, n, **ENGINE)
         if whole
-        else ScoringLlama(model, n, n, budget or n, policy=policy, **how, **ENGINE)
+        else MeasuringLlama(model, n, n, budget or n, policy=policy, **how, **ENGINE)
     ) as subject:
         shift = ContextShift(subject, cells=budget) if setting.policy == SHIFT else None
         if shift is not None:
@@ -175,13 +175,13 @@ def test_a_conversation_is_read_once_and_only_if_a_record_of_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read: list[int] = []
-    evaluate = ScoringLlama.eval
+    evaluate = MeasuringLlama.eval
 
-    def counted(self: ScoringLlama, tokens: Sequence[int]) -> None:
+    def counted(self: MeasuringLlama, tokens: Sequence[int]) -> None:
         read.append(len(tokens))
         evaluate(self, tokens)
 
-    monkeypatch.setattr(ScoringLlama, "eval", counted)
+    monkeypatch.setattr(MeasuringLlama, "eval", counted)
     command = ["eval", "--threads", "1", "--mode", "one-shot", "--tasks", "fact", "--items", "2"]
     command += ["--lengths", "400", "--budgets", "1/4,1/8", "--out", str(tmp_path)]
 
@@ -235,15 +235,15 @@ def test_a_context_is_scored_once_for_all_budgets_of_a_policy(
 
 
 @pytest.fixture
-def subject(bundled_model: str) -> Iterator[ScoringLlama]:
+def subject(bundled_model: str) -> Iterator[MeasuringLlama]:
     with closing(
-        ScoringLlama(bundled_model, 700, 700, 700, policy="expected-attention", **ENGINE)
+        MeasuringLlama(bundled_model, 700, 700, 700, policy="expected-attention", **ENGINE)
     ) as made:
         yield made
 
 
 def test_after_going_back_logits_queries_and_cells_are_those_of_reading(
-    subject: ScoringLlama,
+    subject: MeasuringLlama,
 ) -> None:
     tokens = random_tokens(600)
     subject.read(tokens)
@@ -302,13 +302,13 @@ def test_so_are_they_in_other_caches(
     n, path, how = 300, random_model(shape).path, {"granularity": granularity, **cache, **ENGINE}
     for seed in (0, 1):
         tokens, more = random_tokens(n, seed), random_tokens(20, seed + 9)
-        with closing(ScoringLlama(path, 400, 400, 80, policy="snapkv", **how)) as anew:
+        with closing(MeasuringLlama(path, 400, 400, 80, policy="snapkv", **how)) as anew:
             anew.read(tokens)
             anew.evict()
             kept = anew.kv_indices
             anew.read(more)
             wanted = anew.newest_logits().copy()
-        with closing(ScoringLlama(path, 400, 400, 400, policy="h2o", **how)) as shared:
+        with closing(MeasuringLlama(path, 400, 400, 400, policy="h2o", **how)) as shared:
             shared.read(random_tokens(n, seed=5))
             shared.forget()
             shared.read(tokens)

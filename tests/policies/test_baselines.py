@@ -32,7 +32,7 @@ from kvp_edge.policies import (
     SnapKV,
     ValueRange,
 )
-from kvp_edge.policies.attention import attention
+from kvp_edge.policies.query_attention import attention
 from kvp_edge.traces.format import Trace
 from kvp_edge.traces.tracer import Tracer
 from makers.gguf_models import ModelShape, write_model, write_mpt

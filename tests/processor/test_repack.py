@@ -20,9 +20,9 @@ from gguf import GGMLQuantizationType
 
 import kvp_edge
 from kvp_edge.cli import main, options, parse
+from kvp_edge.measuring import MeasuringLlama
 from kvp_edge.processor import buffer_types, machine, repack, trial
 from kvp_edge.processor.repack import NotTried, Tried, fault_of, llama_library, try_buffer_types
-from kvp_edge.scoring import ScoringLlama
 from kvp_edge.traces.tracer import Tracer
 from makers.gguf_models import ModelShape
 from support.buffer_type_child import SIGILL, Child
@@ -368,7 +368,7 @@ def test_a_llama_cpp_without_extra_buffer_types_starts_no_child(
 
 def test_every_kind_of_model_takes_the_option(bundled_model: str) -> None:
     how = {"repack": "off", "verbose": False, "n_threads": 1, "n_threads_batch": 1}
-    made = [Tracer(bundled_model, 64, **how), ScoringLlama.whole(bundled_model, 256, **how)]
+    made = [Tracer(bundled_model, 64, **how), MeasuringLlama.whole(bundled_model, 256, **how)]
     assert [uses_extra(llm) for llm in made] == [False, False]
     for llm in made:
         llm.close()

@@ -207,7 +207,6 @@ def test_spans_of_which_nothing_is_held_are_forgotten_but_not_the_newest_turns()
         scores=np.empty((1, 1, 0), np.float32),
         spans=np.array(spans[:4], np.int32),
         marked=9,
-        settled=0,
     )
     got = table.with_spans(spans[4:]).spans.tolist()
     assert [tuple(span) for span in got] == [spans[2], spans[3], spans[4]]

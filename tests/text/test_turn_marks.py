@@ -11,6 +11,7 @@ import pytest
 
 from kvp_edge import Llama
 from kvp_edge.cache.table import Table
+from kvp_edge.cache.turns import settled_before
 from kvp_edge.text.spans import TURN
 
 Loader = Callable[..., Llama]
@@ -42,7 +43,7 @@ def talk(llm: Llama, rng: np.random.Generator, turns: int) -> list[Any]:
             llm.reset()
         llm.eval(tokens[llm.n_tokens :])
         table = llm.kv.snapshot()
-        found.append((llm.kv_indices.tolist(), table.settled, table.newest_turn))
+        found.append((llm.kv_indices.tolist(), settled_before(table), table.newest_turn))
     return found
 
 

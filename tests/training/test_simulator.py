@@ -18,8 +18,8 @@ from support.packages import needs
 torch = needs("torch", "train")
 
 from conftest import RandomModel, random_tokens  # noqa: E402
+from kvp_edge.measuring import MeasuringLlama  # noqa: E402
 from kvp_edge.policies import ArrayView  # noqa: E402
-from kvp_edge.scoring import ScoringLlama  # noqa: E402
 from kvp_edge.training.simulator import equal_counts, ragged_counts, simulated_loss  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402
 from makers.gguf_models import ModelShape  # noqa: E402
@@ -43,7 +43,7 @@ def test_with_equal_counts_the_loss_is_that_of_a_real_eviction(
     border, f32 = 300, llama_cpp.GGML_TYPE_F32
     exact = str(write_exact(bundled_model, tmp_path / "exact.gguf"))
     engine: dict[str, Any] = {"type_k": f32, "type_v": f32, "n_threads": 1, "n_threads_batch": 1}
-    subject = ScoringLlama(
+    subject = MeasuringLlama(
         exact, 512, 512, budget, policy=Noise(), recent=16, verbose=False, **engine
     )
     try:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from kvp_edge.traces.tasks import shipped_prose
+from kvp_edge.traces.questions import shipped_prose
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvp_edge.evaluation.item import CountTokens, Reading
 from kvp_edge.evaluation.tasks.filling import Draft, fill, length, rng_of
-from kvp_edge.traces.tasks import shipped_prose
+from kvp_edge.traces.questions import shipped_prose
 
 #: The last quarter of an excerpt is its ending.
 _CONTEXT_SHARE = 0.75

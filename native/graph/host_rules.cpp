@@ -1,4 +1,4 @@
-#include "scorers.h"
+#include "graph/host_rules.h"
 
 #include <algorithm>
 #include <cmath>

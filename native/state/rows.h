@@ -2,7 +2,7 @@
 // applies to quantised caches.
 #pragma once
 
-#include "format/state_blob.h"
+#include "state/state_blob.h"
 
 namespace kvp {
 

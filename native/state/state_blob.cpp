@@ -1,4 +1,4 @@
-#include "format/state_blob.h"
+#include "state/state_blob.h"
 
 #include "error.h"
 

@@ -40,7 +40,7 @@ class Bookmark:
     state: npt.NDArray[np.uint8]
 
 
-class ScoringLlama(Llama):
+class MeasuringLlama(Llama):
     """A bounded Llama that holds at most ``cells`` tokens, whatever their number.
 
     llama.cpp allocates cells in multiples of 256, so an evaluation in 1/8 of 1,024 tokens does not
@@ -75,9 +75,9 @@ class ScoringLlama(Llama):
         return self.kv
 
     @classmethod
-    def whole(cls, model_path: str, n_ctx: int, **engine: Any) -> ScoringLlama:
+    def whole(cls, model_path: str, n_ctx: int, **engine: Any) -> MeasuringLlama:
         """One that drops nothing."""
-        return ScoringLlama(
+        return MeasuringLlama(
             model_path, n_ctx, n_ctx, n_ctx, policy="recency", granularity="token", **engine
         )
 
@@ -240,7 +240,7 @@ class ScoringLlama(Llama):
         return losses
 
 
-class Shifted(ScoringLlama):
+class Shifted(MeasuringLlama):
     """The same model with llama.cpp's own rule for a full cache: drop the oldest half."""
 
     def __init__(self, model_path: str, n_ctx: int, cells: int, **engine: Any) -> None:

@@ -1,7 +1,7 @@
 // Packing a state blob of llama.cpp's in memory.
 #pragma once
 
-#include "format/pack_plan.h"
+#include "state/pack_plan.h"
 
 #include <cstddef>
 #include <cstdint>

@@ -1,4 +1,4 @@
-#include "format/rows.h"
+#include "state/rows.h"
 
 #include "error.h"
 

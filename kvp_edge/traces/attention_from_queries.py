@@ -107,8 +107,8 @@ class AttentionFromQueries:
 def _largest_attention(queries: FloatArray, keys: FloatArray) -> FloatArray:
     """softmax(q.k) of the newest tokens' queries, the largest of the query heads of each group.
 
-    kvp_edge.policies.attention does this for a cache with holes. Here each query sees all tokens
-    before it, so only the newest need a mask, which takes half the time.
+    kvp_edge.policies.query_attention does this for a cache with holes. Here each query sees all
+    tokens before it, so only the newest need a mask, which takes half the time.
 
     Args:
         queries: f32 [n_head, m, head_size], scaled, of the last m <= 64 of the n tokens.

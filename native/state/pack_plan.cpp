@@ -1,4 +1,4 @@
-#include "format/pack_plan.h"
+#include "state/pack_plan.h"
 
 #include "error.h"
 

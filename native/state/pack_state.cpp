@@ -1,9 +1,9 @@
-#include "format/pack_state.h"
+#include "state/pack_state.h"
 
 #include "error.h"
-#include "format/rows.h"
-#include "format/slices.h"
-#include "format/state_blob.h"
+#include "state/rows.h"
+#include "state/slices.h"
+#include "state/state_blob.h"
 
 #include <algorithm>
 #include <cmath>
@@ -83,7 +83,7 @@ void gather_columns(const uint8_t * src, size_t n, const uint32_t * cells, size_
 }
 
 // Types that llama.cpp offers for a KV cache and that can be written without further data.
-bool can_be_written(ggml_type type) {
+bool keys_can_be_shifted(ggml_type type) {
     switch (type) {
         case GGML_TYPE_F32:
         case GGML_TYPE_F16:
@@ -128,7 +128,7 @@ void check_plan(const state_blob & state, const pack_plan & plan, std::vector<ui
     }
     if (plan.shift.frequency) {
         for (const layer_rows & layer : base.layers) {
-            if (!can_be_written(layer.type_k)) {
+            if (!keys_can_be_shifted(layer.type_k)) {
                 fail(KVP_ERR_UNSUPPORTED, "keys of type %s cannot be turned to new positions", ggml_type_name(layer.type_k));
             }
             const int64_t head_size = int64_t(layer.k_row / plan.n_head_kv / ggml_type_size(layer.type_k)) * ggml_blck_size(layer.type_k);
