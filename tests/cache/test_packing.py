@@ -5,7 +5,6 @@ Logits are compared by their largest difference over the standard deviation of a
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -219,7 +218,7 @@ def test_a_plan_of_2_to_the_32_heads_is_checked_from_its_first_row() -> None:
             1,
             None,
             0,
-            ctypes.byref(ctypes.c_size_t()),
+            np.zeros(1, np.uintp),
         )
 
 
