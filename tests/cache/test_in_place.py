@@ -835,15 +835,15 @@ stand_in = ctypes.CDLL(os.environ.pop("LD_PRELOAD"))
 fail_from, denied = (kind.in_dll(stand_in, name) for kind, name in
                      ((ctypes.c_size_t, "fail_from"), (ctypes.c_int, "denied")))
 tokens = [0, *(6 + i * 7 % 200 for i in range(600))]
-real, short = module.call, False
-def call(name, *args):
+real, short = module.in_place, False
+def in_place(name, *args):
     # the descriptions of a graph, and nothing smaller before them
-    fail_from.value = 40_000 if short and name.startswith("kvp_cache_score") else 0
+    fail_from.value = 40_000 if short and name == "kvp_cache_score" else 0
     try:
-        real(name, *args)
+        return real(name, *args)
     finally:
         fail_from.value = 0
-module.call = call
+module.in_place = in_place
 kept = []
 for short in (False, True):
     bound = dict(n_ctx=3000, kv_budget=300, recent=20, reserve=212, n_threads=1, verbose=False)

@@ -5,7 +5,6 @@ Logits are compared by their largest difference over the standard deviation of a
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -207,19 +206,19 @@ def test_a_plan_of_2_to_the_32_heads_is_checked_from_its_first_row() -> None:
     with pytest.raises(ValueError, match="layer 0, KV head 0 keeps row -1"):
         call(
             "kvp_state_pack",
-            state.ctypes.data,
+            state,
             len(state),
             0,
             512,
             2**23,
-            present.ctypes.data,
+            present,
             6,
-            wrong.ctypes.data,
-            last.ctypes.data,
+            wrong,
+            last,
             1,
             None,
             0,
-            ctypes.byref(ctypes.c_size_t()),
+            np.zeros(1, np.uintp),
         )
 
 
