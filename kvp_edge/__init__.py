@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvp_edge.cache.options import CacheOptions
     from kvp_edge.cache.stats import Eviction, KVStats
     from kvp_edge.errors import (
         BudgetError,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from kvp_edge.llama import Llama
-    from kvp_edge.options import CacheOptions
     from kvp_edge.policies import POLICIES, Policy
 
 __version__ = "0.1.0"

@@ -20,6 +20,7 @@ from kvp_edge.binding.model import require_model_file
 from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.opening import Opening, queries_needed
+from kvp_edge.cache.options import CacheOptions
 from kvp_edge.cache.saved_state import SavedState
 from kvp_edge.cache.session_file import file_identity
 from kvp_edge.cache.stats import Eviction, KVStats
@@ -31,7 +32,6 @@ from kvp_edge.errors import (
 from kvp_edge.llamacpp.base import BaseLlama, generate_arguments, tokens_beyond_context
 from kvp_edge.llamacpp.log import listen
 from kvp_edge.one_call import Calls
-from kvp_edge.options import CacheOptions
 from kvp_edge.policies import Policy, get_policy
 from kvp_edge.processor.repack import use_extra_buffers
 from kvp_edge.text import transcript

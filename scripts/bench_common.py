@@ -16,8 +16,8 @@ import llama_cpp
 import numpy as np
 
 import kvp_edge
+from kvp_edge.bundled import bundled_model
 from kvp_edge.cache.table import Table
-from kvp_edge.cli.options import bundled_model
 
 ROOT = Path(__file__).resolve().parent.parent
 from makers import blobs  # noqa: E402

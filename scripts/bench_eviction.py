@@ -26,7 +26,7 @@ import llama_cpp
 from tqdm import tqdm
 
 import kvp_edge
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.policies import HEURISTICS
 from makers.plain_llama import PlainLlama
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.binding.policy import NativePolicy
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.policies.learned import forward, with_gaps
 from kvp_edge.policy_file import PolicyInfo
 from makers.gguf_models import HALF_B, write_model

@@ -24,7 +24,7 @@ from pathlib import Path
 import llama_cpp
 
 import kvp_edge
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.traces.tracer import Captured, Tracer
 from kvp_edge.traces.writer import _file_bytes, _write_whole
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from kvp_edge import Llama
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.evaluation.plots import COLOURS, load_matplotlib
 
 PIECE = 1000

@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.evaluation.markdown import table
 from kvp_edge.evaluation.records import FULL
 from kvp_edge.evaluation.run import Run, prompts

@@ -1,4 +1,4 @@
-"""Write README's table of options anew, from kvp_edge.options.
+"""Write README's table of options anew, from kvp_edge.cache.options.
 
 python scripts/options_table.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kvp_edge.options import OPTIONS, Option  # noqa: E402
+from kvp_edge.cache.options import OPTIONS, Option  # noqa: E402
 
 BEGIN, END = "<!-- scripts/options_table.py writes this table -->", "<!-- end of the table -->"
 

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from kvp_edge import ClosedError, InUseError, Llama
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.one_call import CLOSED
 from kvp_edge.policies import get_policy
 

@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ from support.reference import Reference
 
 pytest_plugins = ["support.skipped"]
 
+# For scripts as packages (scripts.train_model). Last, so that the package that is installed is
+# tested and not the one in the checkout, which has no native part.
+sys.path.append(str(Path(__file__).parents[1]))
+
 # In the background of a shell script SIGINT is ignored, under nohup SIGHUP, and children would
 # inherit that: but what these do is tested on them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,7 +67,7 @@ def beside(path: str) -> Path:
 @pytest.fixture(scope="session")
 def bundled_model() -> str:
     """The model that ships with the package: it can look things up in its context."""
-    from kvp_edge.cli.options import bundled_model as path
+    from kvp_edge.bundled import bundled_model as path
 
     return path()
 

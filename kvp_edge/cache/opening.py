@@ -18,11 +18,11 @@ from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.binding.structs import CacheLocation, CacheShape
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.manager import EvictionManager, SpanFinder
+from kvp_edge.cache.options import CacheOptions
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.cache.table import Granularity
 from kvp_edge.cache.types import PLAIN_TYPES
 from kvp_edge.errors import BudgetError, PolicyFileError, UnsupportedModelError
-from kvp_edge.options import CacheOptions
 from kvp_edge.policies import FALLBACK, Policy, get_policy
 from kvp_edge.policy_file import check_model
 

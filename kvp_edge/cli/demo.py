@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kvp_edge.bundled import bundled_model
 from kvp_edge.cache.limits import CELL_UNIT, parse_budget
 from kvp_edge.cli import options, tables
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
@@ -119,7 +120,7 @@ def _main(args: Options) -> int:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return 0
     print("\n".join(["", *table(rows), "", *reading(rows), ""]))
-    if demo.path == options.bundled_model():
+    if demo.path == bundled_model():
         print("The small model was trained for such questions; see how yours does: ", end="")
         print("kvp-edge demo MODEL.gguf")
     model = f" {args.model}" if args.model else ""

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kvp_edge.cache.options import EVALUATED
 from kvp_edge.cli import options
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.parameters import option
@@ -26,7 +27,6 @@ from kvp_edge.evaluation.setting import CHOICES, Setting, budget_of
 from kvp_edge.evaluation.tasks import GENERATION, RULER, TASKS, data_tasks
 from kvp_edge.files import write_whole
 from kvp_edge.llama import Llama
-from kvp_edge.options import EVALUATED
 from kvp_edge.text.chat_prompt import transcribe_without_template
 
 # how long to read for an estimate, in each way of reading, and at the start of every run

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
+from kvp_edge.bundled import bundled_model
 from kvp_edge.cli import options
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
@@ -127,7 +128,7 @@ def _better_rule(report: Path) -> str | None:
 
 def _beside(model: Path, policy: Path) -> Path:
     """A copy of the policy beside the model; the policy itself where that cannot or must not be."""
-    if model == Path(options.bundled_model()):
+    if model == Path(bundled_model()):
         note(f"the small model keeps the policy it came with: use --policy '{policy}'")
         return policy
     target = model.parent / policy.name

@@ -7,21 +7,20 @@ import os
 import secrets
 import warnings
 from dataclasses import dataclass, fields
-from importlib import resources
 from typing import Any
 
 import typer
 
 from kvp_edge.argument_checks import MAX_THREADS
 from kvp_edge.binding.model import read_model_shape
+from kvp_edge.bundled import bundled_model
 from kvp_edge.cache.limits import parse_budget
+from kvp_edge.cache.options import DEFAULT_BUDGET, OPTIONS
 from kvp_edge.cache.types import CACHE_TYPES, ggml_type
 from kvp_edge.cli.parameters import argument, option, reader
 from kvp_edge.cli.progress import WatchedLlama
 from kvp_edge.llamacpp.log import listen
-from kvp_edge.options import OPTIONS
 
-DEFAULT_BUDGET = "512"
 #: Batches of a few dozen tokens keep a processor waiting for memory.
 _SMALL_BATCH = 128
 
@@ -129,7 +128,7 @@ def n_ctx_option(default: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """What bounds the cache: the options of kvp_edge.options.CacheOptions, by the same names."""
+    """What bounds the cache, by the names of kvp_edge.cache.options.CacheOptions."""
 
     kv_budget: str = llama_option("kv_budget", _CACHE, default=DEFAULT_BUDGET)
     policy: str = llama_option("policy", _CACHE)
@@ -188,22 +187,6 @@ def sampling(args: SamplingOptions) -> dict[str, Any]:
 def first_seed(args: SamplingOptions) -> int:
     """--seed, or a random one. llama_cpp would use the same seed in every process otherwise."""
     return secrets.randbits(31) if args.seed is None else int(args.seed)
-
-
-def bundled_model() -> str:
-    """Path of the model that comes with the package."""
-    # GGUF files are mapped into memory by name, so the package must be installed as plain files
-    folder = resources.files("kvp_edge") / "models"
-    files = folder.iterdir() if folder.is_dir() else iter(())
-    # kvp-*.gguf are policies (see own_policy)
-    names = (file for file in files if not file.name.startswith("kvp-"))
-    found = [str(file) for file in names if file.name.endswith(".gguf")]
-    if len(found) != 1:
-        raise FileNotFoundError(
-            f"the package holds {len(found)} models instead of one: reinstall kvp_edge, or name a "
-            "model file: kvp-edge chat MODEL.gguf"
-        )
-    return found[0]
 
 
 def model_path(args: ModelOptions) -> str:

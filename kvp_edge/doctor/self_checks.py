@@ -94,7 +94,7 @@ def _logits(**options: Any) -> Any:
     import llama_cpp  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
-    from kvp_edge.cli.options import bundled_model  # noqa: PLC0415
+    from kvp_edge.bundled import bundled_model  # noqa: PLC0415
     from kvp_edge.llama import Llama  # noqa: PLC0415
 
     with closing(Llama(bundled_model(), n_ctx=256, **_QUIET, **options)) as llm:
@@ -128,7 +128,7 @@ def _quantised_cache(_: str | None) -> Found:
 
 def _bounded_cache(_: str | None) -> Found:
     """A long text in a small cache, by the policy of the model that comes along."""
-    from kvp_edge.cli.options import bundled_model  # noqa: PLC0415
+    from kvp_edge.bundled import bundled_model  # noqa: PLC0415
     from kvp_edge.llama import Llama  # noqa: PLC0415
 
     with closing(Llama(bundled_model(), n_ctx=2048, kv_budget=64, recent=16, **_QUIET)) as llm:
@@ -142,7 +142,7 @@ def _bounded_cache(_: str | None) -> Found:
 def _model(path: str | None) -> Found:
     """What a model is, and whether its cache can be bounded."""
     from kvp_edge.binding.model import read_model_shape  # noqa: PLC0415
-    from kvp_edge.cli.options import DEFAULT_BUDGET  # noqa: PLC0415
+    from kvp_edge.cache.options import DEFAULT_BUDGET  # noqa: PLC0415
     from kvp_edge.errors import BudgetError, UnsupportedModelError  # noqa: PLC0415
     from kvp_edge.llama import Llama  # noqa: PLC0415
     from kvp_edge.llamacpp.log import listen  # noqa: PLC0415

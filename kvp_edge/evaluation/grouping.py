@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
+from kvp_edge.cache.options import OPTIONS
 from kvp_edge.errors import RecordError
 from kvp_edge.evaluation.records import GOLDEN, ORACLE, SHIFT, Record, latest
 from kvp_edge.evaluation.statistics import GATE, ItemId, Scores, gate
-from kvp_edge.options import OPTIONS
 
 Measure = Literal["accuracy", "loss"]
 

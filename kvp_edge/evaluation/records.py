@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeAlias, get_type_hints
 
+from kvp_edge.cache.options import EVALUATED, OPTIONS
 from kvp_edge.errors import RecordError
 from kvp_edge.evaluation.setting import CHOICES
 from kvp_edge.files import open_regular
 from kvp_edge.files.json_values import is_a, parse, shortened
-from kvp_edge.options import EVALUATED, OPTIONS
 
 #: The policy of the full cache, which drops nothing; llama.cpp's own rule; true future attention,
 #: by its sum and by its largest block.
@@ -63,7 +63,7 @@ class Record:
             and scoring the context, and tracing it for the oracles (in both modes), do not count,
             except in older files.
         kv_bytes: keys and values of the most tokens held at once.
-        granularity, keep_whole, isolate_turns: see kvp_edge.options.CacheOptions.
+        granularity, keep_whole, isolate_turns: see kvp_edge.cache.options.CacheOptions.
         losses: of a reading, the mean losses of PARTS consecutive parts of nearly equal length,
             which together are the tokens of ``score``; [] for items and for endings of fewer
             tokens.

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import TokenIds
+from kvp_edge.cache.options import EVALUATED, OPTIONS
 from kvp_edge.errors import OptionError
 from kvp_edge.evaluation.item import Item
-from kvp_edge.options import EVALUATED, OPTIONS
 
 #: What the cache's options may be in an evaluation, (): anything of their type. What is decided
 #: anew for each model cannot be compared.
@@ -71,7 +71,7 @@ class Setting:
         longest: tokens of the longest one, with its reply.
         budget: most tokens kept at any time (bounded), or after the eviction (one-shot). None: all.
         protected: whether the first and the newest tokens stay, whatever their score.
-        granularity, keep_whole, isolate_turns: see kvp_edge.options.CacheOptions.
+        granularity, keep_whole, isolate_turns: see kvp_edge.cache.options.CacheOptions.
     """
 
     mode: Literal["bounded", "one-shot"]

@@ -5,15 +5,31 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import llama_cpp
 
-from kvp_edge.llama import Llama
 from kvp_edge.text import transcript
 from kvp_edge.text.pieces import token_text
 
 Message = dict[str, str]
+
+
+class ChatModel(Protocol):
+    """What is asked of a model here: kvp_edge.Llama."""
+
+    chat_format: Any
+
+    @property
+    def vocab(self) -> Any:
+        """llama_vocab pointer."""
+
+    @property
+    def lacks_chat_template(self) -> bool: ...
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]: ...
+
+    def chat_completion_handler(self) -> Any: ...
 
 
 class _Prompt(Exception):
@@ -29,7 +45,7 @@ class _PromptTaker:
 
     verbose = False
 
-    def __init__(self, llm: Llama) -> None:
+    def __init__(self, llm: ChatModel) -> None:
         self._llm = llm
 
     def tokenize(self, text: bytes, **how: bool) -> list[int]:
@@ -40,7 +56,7 @@ class _PromptTaker:
         self.tokenize(prompt.encode(), add_bos=add_bos, special=True)
 
 
-def transcribe_without_template(llm: Llama) -> bool:
+def transcribe_without_template(llm: ChatModel) -> bool:
     """Make a model without a chat template (usually a base model) read conversations as transcripts
     (kvp_edge.text.transcript). Returns whether it is one."""
     if llm.lacks_chat_template:
@@ -48,7 +64,7 @@ def transcribe_without_template(llm: Llama) -> bool:
     return bool(llm.chat_format == transcript.NAME)
 
 
-def ends_reply(llm: Llama, token: int) -> bool:
+def ends_reply(llm: ChatModel, token: int) -> bool:
     """Whether this token ends the model's reply without being part of it: a token that ends
     generation or, in a transcript, the end of the line."""
     if llama_cpp.llama_vocab_is_eog(llm.vocab, token):
@@ -56,7 +72,7 @@ def ends_reply(llm: Llama, token: int) -> bool:
     return llm.chat_format == transcript.NAME and b"\n" in token_text(llm.vocab, token)
 
 
-def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
+def prompt_tokens(llm: ChatModel, messages: list[Message]) -> list[int]:
     """The tokens that create_chat_completion would read for these messages."""
     try:
         llm.chat_completion_handler()(llama=_PromptTaker(llm), messages=messages)
@@ -65,7 +81,7 @@ def prompt_tokens(llm: Llama, messages: list[Message]) -> list[int]:
     raise ValueError(f"chat format '{llm.chat_format}' writes no text prompt")
 
 
-def next_turn(llm: Llama, text: str) -> list[int]:
+def next_turn(llm: ChatModel, text: str) -> list[int]:
     """The tokens between two replies of the model: the end of its turn, the user's message
     ``text``, and the chat template's opening of a reply."""
     reply = "KVPREPLY"
@@ -79,7 +95,7 @@ def next_turn(llm: Llama, text: str) -> list[int]:
     return tokens[bisect_left(ends, pieces.find(reply.encode()) + len(reply)) + 1 :]
 
 
-def last_begin(llm: Llama, tokens: Sequence[int], text: str) -> int:
+def last_begin(llm: ChatModel, tokens: Sequence[int], text: str) -> int:
     """The token in which the last occurrence of ``text`` begins; 0 if there is none."""
     pieces = [token_text(llm.vocab, t) for t in tokens]
     at = b"".join(pieces).rfind(text.encode())

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.export import export
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.traces.writer import capture_traces

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.markdown import estimate
 from kvp_edge.evaluation.oracle import Oracle

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.markdown import signed_nats
 from kvp_edge.evaluation.statistics import Scores

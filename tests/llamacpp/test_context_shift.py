@@ -8,7 +8,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from kvp_edge.cli.options import bundled_model
+from kvp_edge.bundled import bundled_model
 from kvp_edge.llamacpp.context_shift import ContextShift
 
 CELLS = 256

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from kvp_edge import BudgetError, CacheOptions, Llama, OptionError, sessions
+from kvp_edge.cache.options import EVALUATED, OPTIONS
 from kvp_edge.evaluation import grouping
 from kvp_edge.evaluation.records import Record
 from kvp_edge.evaluation.setting import Setting
-from kvp_edge.options import EVALUATED, OPTIONS
 from options_table import renewed
 from support.cli_options import options_of
 

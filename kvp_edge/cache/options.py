@@ -21,6 +21,9 @@ from kvp_edge.policies import FALLBACK, POLICIES, Policy
 from kvp_edge.processor.repack import REPACK
 from kvp_edge.text.spans import KEEP_WHOLE
 
+#: ``kv_budget`` of the command line, and of what doctor tries.
+DEFAULT_BUDGET = "512"
+
 #: What a saved session is checked against: what was "asked" for, what became of it when the model
 #: was loaded ("settled": the limits, the policy's identity...), or nothing, as sessions go on with
 #: any value.
