@@ -73,7 +73,7 @@ _FROM = {
     "TrainingError": "errors",
     "UnsupportedModelError": "errors",
     "Llama": "llama",
-    "CacheOptions": "options",
+    "CacheOptions": "cache.options",
     "POLICIES": "policies",
     "Policy": "policies",
     "Eviction": "cache.stats",

@@ -16,7 +16,7 @@ from kvp_edge.evaluation.item import Continuation, CountTokens, Item, Reading, T
 from kvp_edge.evaluation.tasks import RULER, TASKS, data_tasks, novel, paragraphs, words
 from kvp_edge.evaluation.tasks.dialogues import exchanges
 from kvp_edge.evaluation.tasks.filling import Draft, conversation, fill
-from kvp_edge.traces import tasks as trace_tasks
+from kvp_edge.traces import questions as trace_tasks
 
 
 def words_and_signs(text: str) -> int:

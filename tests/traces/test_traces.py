@@ -175,7 +175,7 @@ def test_the_future_of_a_task_is_its_question_and_answer(llm: Llama) -> None:
 
 def test_tasks_use_other_words_than_the_demo() -> None:
     from kvp_edge.cli import demo_tasks
-    from kvp_edge.traces import tasks as trace_tasks
+    from kvp_edge.traces import questions as trace_tasks
 
     for ours, theirs in (
         (trace_tasks._WORDS, demo_tasks.WORDS),
