@@ -53,7 +53,7 @@ from kvp_edge.evaluation.records import (  # noqa: E402
     append_record,
     read_records,
 )
-from kvp_edge.policies import ArrayView, Learned, discovery  # noqa: E402
+from kvp_edge.policies import ArrayView, Learned, find_policy  # noqa: E402
 from kvp_edge.policy_file import PolicyInfo, write_policy  # noqa: E402
 from kvp_edge.traces.format import TraceSet  # noqa: E402
 from kvp_edge.traces.sources import TextFile  # noqa: E402
@@ -277,10 +277,10 @@ class Beside(_PolicyTarget):
         self.path.unlink()
         self.path = folder / "kvp-input.gguf"
         # those of the package are not damaged, and to read them takes as long again
-        discovery._shipped = lambda: folder
+        find_policy._shipped = lambda: folder
 
     def read(self) -> None:
-        found = discovery.own_policy(self.model)
+        found = find_policy.own_policy(self.model)
         if found is not None:
             Learned(found)
 
