@@ -6,13 +6,12 @@ python scripts/options_table.py
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from kvp_edge.cache.options import OPTIONS, Option
 
-from kvp_edge.cache.options import OPTIONS, Option  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 BEGIN, END = "<!-- scripts/options_table.py writes this table -->", "<!-- end of the table -->"
 

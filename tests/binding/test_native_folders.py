@@ -11,12 +11,12 @@ NATIVE = Path(__file__).parents[2] / "native"
 
 #: Folder -> folders whose headers it may include, besides its own and what lies beside kvp_edge.h.
 BELOW = {
-    "format": set[str](),
+    "state": set[str](),
     "model": set[str](),
-    "graph": {"format"},
-    "observe": {"format"},
-    "cache": {"format", "graph", "observe"},
-    "fuzz": {"format"},
+    "graph": {"state"},
+    "observe": {"state"},
+    "cache": {"state", "graph", "observe"},
+    "fuzz": {"state"},
 }
 
 

@@ -18,7 +18,7 @@ from kvp_edge.evaluation.setting import Setting
 from options_table import renewed
 from support.cli_options import options_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Loader = Callable[..., Llama]
 OWN = ("self", "model_path", "verbose", "kwargs")
 

@@ -237,6 +237,9 @@ def test_there_is_no_editor_where_one_of_both_ends_is_no_terminal(
 
 
 def test_the_editor_is_imported_where_it_is_used() -> None:
-    code = "import sys, kvp_edge.cli.chat; print('prompt_toolkit' in sys.modules)"
+    code = (
+        "import sys; sys.path.remove('')\n"
+        "import kvp_edge.cli.chat; print('prompt_toolkit' in sys.modules)"
+    )
     done = subprocess.run([*COMMAND[:2], code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
