@@ -21,32 +21,32 @@ COMMANDS = {
     "run": "read long texts and answer a question",
     "demo": "compare policies on hidden facts, in one table",
     "policies": "list the policies, one line each",
-    "learn": "make a policy for a model: trace, train and export in one command",
-    "trace": "record what a model looks up, to train a policy",
+    "learn": "train a policy for a model: trace, train and export in one command",
+    "trace": "record what a model attends to, to train a policy",
     "train": "train a policy on traces",
-    "export": "turn a trained policy into a policy file",
+    "export": "write a policy file from a training run",
     "inspect": "explain a policy file",
     "eval": "measure what a small cache costs a model, with every policy",
-    "doctor": "find out what works on this machine, and what to do about what does not",
+    "doctor": "check what works on this machine, and how to fix what does not",
 }
 
 _DESCRIPTION = """\
 Long conversations in a small KV cache, with stock llama.cpp.
 
-The cache has a fixed number of cells. When it is full, a policy decides which tokens the model can
-do without, and the conversation goes on. Never dropped: the first tokens (--sinks), the newest
-(--recent), and a system prompt that you give."""
+The cache has a fixed number of cells. When it is full, a policy decides which tokens to drop,
+and the conversation continues. The first tokens (--sinks), the newest tokens (--recent) and your
+system prompt are never dropped."""
 
 _EPILOG = """\
 examples:
-  kvp-edge demo              what it is good for, in a table (a minute or two)
-  kvp-edge chat              chat with the small model that comes along
-  kvp-edge chat model.gguf --kv-budget 1024    chat with yours
+  kvp-edge demo              compare policies, in a table (a minute or two)
+  kvp-edge chat              chat with the bundled model
+  kvp-edge chat model.gguf --kv-budget 1024    chat with your model
   kvp-edge learn model.gguf  train a policy for your model
   kvp-edge run model.gguf -f book.txt -p "Who found the map?"
-  kvp-edge doctor            does all of it work on this machine?
+  kvp-edge doctor            check this machine
 
-kvp-edge COMMAND --help tells more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted;
+Run kvp-edge COMMAND --help for more. Exit status: 0 done; 1 failed; 2 bad input; 130 interrupted;
 128 + N ended by signal N."""
 
 
@@ -96,7 +96,7 @@ def _run(command: Parsed) -> int:
         if getattr(command.options, "verbose", False):
             raise
         status = 1
-        message = f"{command.worded(error) or 'out of memory'} (--verbose tells more)"
+        message = f"{command.worded(error) or 'out of memory'} (run with --verbose for details)"
     finally:
         let_go_of_output()
     note(f"kvp-edge: {message}")
@@ -130,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         raise SystemExit(_told_usage(error)) from error
     except (ImportError, OSError, RuntimeError) as error:  # of llama.cpp or the native part
-        note(f"kvp-edge: {error}\nkvp-edge doctor finds out more")
+        note(f"kvp-edge: {error}\nRun kvp-edge doctor to find the cause.")
         return 1
     if not had_output:
-        note("kvp-edge: standard output is closed: there is nowhere to write to")
+        note("kvp-edge: standard output is closed")
         return 2
     with warnings.catch_warnings(), _guard():
         warnings.showwarning = _warnings_of(command)

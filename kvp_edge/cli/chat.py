@@ -24,13 +24,13 @@ from kvp_edge.text import transcript
 from kvp_edge.text.chat_prompt import Message, prompt_tokens
 
 _COMMAND_LIST = """\
-  /stats   what the cache holds
-  /regen   another reply to your last message
-  /undo    take back your last message and its reply
-  /clear   begin a new conversation
-  /save F  write the conversation and the cache to the file F
-  /load F  go on with what was saved there
-  /help    this list
+  /stats   show the state of the cache
+  /regen   write another reply to your last message
+  /undo    remove your last message and its reply
+  /clear   start a new conversation
+  /save F  save the conversation and its cache to the file F
+  /load F  load a saved conversation and continue it
+  /help    show this list
   /exit    leave (also Ctrl-D)"""
 
 _COMMAND_NAMES = tuple(re.findall(r"^  (/\w+)", _COMMAND_LIST, re.MULTILINE))
@@ -38,25 +38,25 @@ _COMMAND_NAMES = tuple(re.findall(r"^  (/\w+)", _COMMAND_LIST, re.MULTILINE))
 _EPILOG = f"""\
 in the chat:
 {_COMMAND_LIST}
-  Ctrl-C stops a reply; what was said so far stays. A line that ends in \\ goes
-  on in the next one, and so do lines between two lines of \"\"\". A blank
-  before it makes a line that begins with / a message, and so does a second /.
-  Several lines that are pasted are one message. Tab completes commands and the
-  names of files; the arrow keys and Ctrl-R find what was typed before in this
-  chat.
+  Ctrl-C stops a reply and keeps what was written of it. End a line with \\ to
+  continue the message on the next line, or put several lines between two lines
+  of \"\"\". To send a message that begins with /, start the line with a space
+  or a second /. Several lines that you paste are one message. Tab completes
+  commands and file names; the arrow keys and Ctrl-R find what you typed earlier
+  in this chat.
 
-  What ends a chat unasked (a device that fails, SIGTERM, SIGHUP, a full disk, a
-  fault) leaves the conversation in a file in the folder for temporary files,
-  which /load reads again.
+  If the chat ends unexpectedly (a device fails, SIGTERM, SIGHUP, a full disk, a
+  bug), it leaves the conversation in a file in the temporary folder. /load
+  reads that file.
 
-When standard input is not a terminal, each line is a message (or what lies between two lines of
-\"\"\"); replies go to standard output and everything else to standard error.
+If standard input is not a terminal, each line (or each block between two lines of \"\"\") is a
+message. Replies go to standard output and everything else to standard error.
 
-A model file without a chat template is most often a base model, which continues texts. It is shown
-the conversation as a transcript, in lines that begin with "User:" and "Assistant:", and stopped
-where it begins to write the user's.
+A model file without a chat template is usually a base model, which continues texts. It reads the
+conversation as a transcript, in lines that begin with "User:" and "Assistant:", and is stopped when
+it begins a line of the user's.
 
-never dropped: the first --sinks tokens, the newest --recent tokens, and the text of --system.
+The first --sinks tokens, the newest --recent tokens and the text of --system are never dropped.
 
 {STATUS_LINE_HELP}
 
@@ -69,23 +69,24 @@ examples:
   printf 'My dog is called Rex.\\nWhat is my dog called?\\n' | kvp-edge chat \\
       --temperature 0"""
 
-_AS_BEFORE = "The conversation is as it was before your message."
+_AS_BEFORE = "The conversation is unchanged."
 _MAKE_ROOM = """\
-/undo and /clear make room;
-a larger --n-ctx at the start makes longer conversations possible."""
+Use /undo or /clear to make room,
+or start with a larger --n-ctx."""
 _TOO_LONG_ALONE = """\
-The message is too long by itself:
+The message alone is too long:
 start with a larger --n-ctx, or read it with kvp-edge run."""
 
 _ABOUT_BUNDLED_MODEL = """\
-This is the small model that comes along. It recalls what you tell it ("My dog is called Ralph.",
-later "What is my dog called?") and babbles otherwise. For a real conversation name a GGUF file."""
+This is the bundled model, which is small. It recalls what you tell it ("My dog is called Ralph.",
+later "What is my dog called?") and writes nonsense otherwise. For a real conversation, name a GGUF
+file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(options.SamplingOptions, ChatFormatOptions, options.BoundedOptions):
-    n_ctx: int | None = options.n_ctx_option("what the model was trained for")
-    chat_format: str | None = chat_format.chat_format_option("without one, transcript")
+    n_ctx: int | None = options.n_ctx_option("the length that the model was trained for")
+    chat_format: str | None = chat_format.chat_format_option("transcript if it has none")
 
 
 def _main(args: Options) -> int:
@@ -106,9 +107,9 @@ def _main(args: Options) -> int:
 def _greet(llm: WatchedLlama, path: str, args: Options) -> None:
     stats = llm.kv_stats
     note(
-        f"{os.path.basename(path)}: up to {llm.n_ctx()} tokens of conversation, in {stats.cells} "
-        f"cells ({stats.kv_bytes / 2**20:.1f} MiB); when they are full, {stats.policy} keeps "
-        f"{stats.budget}.\n/help lists the commands; Ctrl-D leaves."
+        f"{os.path.basename(path)}: conversations of up to {llm.n_ctx()} tokens, in {stats.cells} "
+        f"cells ({stats.kv_bytes / 2**20:.1f} MiB). When these are full, {stats.policy} keeps "
+        f"{stats.budget} tokens.\nType /help for the commands, Ctrl-D to leave."
     )
     if not _names_model(args):
         note(_ABOUT_BUNDLED_MODEL)
@@ -144,8 +145,8 @@ class Chat:
             self._llm.chat_format = transcript.NAME
             name = os.path.basename(self._llm.model_path)
             note(
-                f"{name} has no chat template, so it is shown the conversation as a transcript "
-                "(--chat-format NAME chooses another way)."
+                f"{name} has no chat template, so it reads the conversation as a transcript "
+                "(--chat-format NAME chooses another format)."
             )
         chat_format.check(self._llm, self._system)
 
@@ -170,7 +171,7 @@ class Chat:
         if command == "/stats":
             note(str(self._llm.kv_stats))
             if self._taken_back:
-                note("What was taken back is among them until your next message.")
+                note("They include what was removed, until your next message.")
         elif command == "/help":
             note(_COMMAND_LIST)
         elif command == "/clear":
@@ -185,17 +186,17 @@ class Chat:
                 note("Nothing has been said yet.")
             elif command == "/undo":
                 self._taken_back = True
-                note(f"Taken back: {question['content']}")
+                note(f"Removed: {question['content']}")
             else:
                 if self._sampling["temperature"] <= 0:
-                    note("(The likeliest reply is the same again; --temperature 0.7 draws others.)")
+                    note("(The likeliest reply is the same again; --temperature 0.7 gives others.)")
                 if not self._answer(question):
                     self._messages = before
                     return False
         else:
             note(
-                f"There is no command '{command}'. There are:\n{_COMMAND_LIST}\n"
-                "To send it as a message, put a blank before it."
+                f"There is no command '{command}'. The commands are:\n{_COMMAND_LIST}\n"
+                "To send it as a message, start the line with a space."
             )
             return False
         return True
@@ -231,7 +232,10 @@ class Chat:
         """The chat may have ended before the last message was answered."""
         if self._messages and self._messages[-1]["role"] == "user":
             question = self._messages.pop()
-            note(f"Your last message was not answered. Send it again:\n{question['content']}")
+            note(
+                "Your last message was not answered. To get a reply, send it again:\n"
+                f"{question['content']}"
+            )
 
     def _take_back(self) -> Message | None:
         """Remove the last message of the user with its reply."""
@@ -276,7 +280,7 @@ class Chat:
         say("")
         note(self._llm.status_line())
         if self._llm.n_tokens + 1 >= self._llm.n_ctx():
-            note(f"The conversation has reached its {self._llm.n_ctx()} tokens. {_MAKE_ROOM}")
+            note(f"The conversation is full ({self._llm.n_ctx()} tokens). {_MAKE_ROOM}")
         return True
 
     def _would_fit_alone(self, question: Message) -> bool:
@@ -325,8 +329,8 @@ class _Saved(NamedTuple):
             case {"messages": [*messages], "seed": int(seed)} if _alternate(messages):
                 return cls([{"role": m["role"], "content": m["content"]} for m in messages], seed)
         raise SessionError(
-            f"the session '{path}' was not saved by a chat: it holds no messages. The conversation "
-            "is as it was before"
+            f"the session '{path}' was not saved by a chat: it contains no messages. Your "
+            "conversation is unchanged"
         )
 
 
@@ -382,7 +386,7 @@ def _at_terminal(chat: Chat) -> int:
             if interrupted:
                 return 130
             interrupted = True
-            note("(Ctrl-C again leaves, and so do Ctrl-D and /exit)")
+            note("(To leave, press Ctrl-C again or Ctrl-D, or type /exit)")
 
 
 def _read_message(read: Read) -> str:
@@ -403,6 +407,6 @@ def _read_message(read: Read) -> str:
 COMMAND = Command(
     _main,
     Options,
-    "Chat with a model whose KV cache stays small however long the chat becomes.",
+    "Chat with a model in a KV cache of fixed size, however long the chat becomes.",
     _EPILOG,
 )

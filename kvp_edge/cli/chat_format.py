@@ -19,7 +19,7 @@ from kvp_edge.text.chat_prompt import Message, prompt_tokens
 
 #: Said where a model has conversations to read that are no chat of the user's.
 AS_TRANSCRIPTS = (
-    "the model has no chat template, so conversations are shown to it in lines that begin with "
+    "the model has no chat template, so it reads conversations in lines that begin with "
     '"User:" and "Assistant:", and a reply ends with its line'
 )
 
@@ -37,16 +37,16 @@ def chat_format_option(without: str) -> Any:
         panel=_PANEL,
         metavar="NAME",
         shown=f"the model file's own template; {without}",
-        help="one that llama-cpp-python knows (chatml, llama-3, gemma, ...), or "
+        help="a format that llama-cpp-python knows (chatml, llama-3, gemma, ...), or "
         f"{transcript.NAME}: lines that begin with User: and Assistant:",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormatOptions:
-    chat_format: str | None = chat_format_option("without one, transcript")
+    chat_format: str | None = chat_format_option("transcript if it has none")
     chat_template: str | None = option(
-        None, panel=_PANEL, metavar="FILE", help="a Jinja template, as Hugging Face has them"
+        None, panel=_PANEL, metavar="FILE", help="a file with a Jinja template, as on Hugging Face"
     )
 
 
@@ -82,9 +82,9 @@ def check(llm: Llama, system: list[Message]) -> None:
     try:
         prompt_tokens(llm, [*system, {"role": "user", "content": "Hello."}])
     except Exception as error:  # a template is a program, and may fail in any way
-        how = " and --system" if system else ""
+        how = " with --system" if system else ""
         raise ValueError(
-            f"the chat template of '{os.path.basename(llm.model_path)}' does not work with a first "
+            f"the chat template of '{os.path.basename(llm.model_path)}' fails on a first "
             f"message{how}: {str(error) or type(error).__name__}. Choose another with "
             "--chat-format or --chat-template"
         ) from error
@@ -102,7 +102,7 @@ def _handler(llm: Llama, name: str) -> Any:
     except OSError as error:
         raise ValueError(f"cannot read '{name}': {error.strerror}") from error
     except Exception as error:  # UnicodeDecodeError, TemplateSyntaxError
-        raise ValueError(f"'{name}' is no chat template: {error}") from error
+        raise ValueError(f"'{name}' is not a chat template: {error}") from error
     return formatter.to_chat_handler()
 
 

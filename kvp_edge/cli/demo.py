@@ -35,10 +35,10 @@ _MEASURE_SECONDS = 2.0  # how long to read, to tell how long it will take
 FULL, SHIFT = "full context", "drop oldest half"
 
 _INTRO = """\
-{conversations} of about {length} tokens with {model}: facts are hidden in a novel's prose or
-told in earlier chat turns, and the question comes last. First the cache holds everything. Then it
-has {cells} cells, and what is dropped when they are full is dropped before the question is known:
-by llama.cpp's own rule (the oldest half), or by a policy that chooses."""
+{conversations} of about {length} tokens with {model}. Facts are hidden in a novel's prose or
+told in earlier chat turns, and the question comes last. The first row keeps every token. The others
+have {cells} cells; when these are full, they drop tokens before the question is known: by
+llama.cpp's own rule (the oldest half), or by a policy."""
 
 _EPILOG = """\
 The rows of the table:
@@ -46,16 +46,14 @@ The rows of the table:
   drop oldest half  llama.cpp's context shift, in as many cells as the policies
                     have
   learned           the policy that was trained for this model, if there is one
-  the others        policies that need no training (kvp-edge policies tells what
-                    they are)
-Replies are greedy, and right if they name the value asked for. "dropped" counts
-the tokens of an average conversation that were not in the cache any more at its
-end.
+  the others        policies that need no training (see kvp-edge policies)
+Replies are greedy, and right if they name the value asked for. "dropped" is the
+mean number of tokens dropped per conversation.
 
 examples:
   kvp-edge demo
   kvp-edge demo --kv-budget 512 --items 60 --seed 1
-  kvp-edge demo model.gguf --items 5    (tells first how long it will take)"""
+  kvp-edge demo model.gguf --items 5    (says first how long it will take)"""
 
 
 _TASK = "task"
@@ -65,15 +63,15 @@ _TASK = "task"
 class Options(options.ModelOptions):
     items: int = option(20, panel=_TASK, metavar="N", least=1, help="conversations")
     length: int = option(
-        1500, panel=_TASK, metavar="N", least=1, help="tokens of a conversation, about"
+        1500, panel=_TASK, metavar="N", least=1, help="approximate tokens per conversation"
     )
     kv_budget: str = option(
         "256",
         panel=_TASK,
         metavar="N",
-        help="tokens that stay after an eviction, or the memory of the cache like 1MiB",
+        help="tokens kept after an eviction, or the memory of the cache, like 1MiB",
     )
-    seed: int = option(0, panel=_TASK, metavar="N", help="draws the conversations")
+    seed: int = option(0, panel=_TASK, metavar="N", help="random seed of the conversations")
     json: bool = option(False, panel=_TASK, help="print the rows as JSON instead of the table")
 
 
@@ -121,7 +119,7 @@ def _main(args: Options) -> int:
         return 0
     print("\n".join(["", *table(rows), "", *reading(rows), ""]))
     if demo.path == bundled_model():
-        print("The small model was trained for such questions; see how yours does: ", end="")
+        print("The bundled model was trained for such questions. Try yours: ", end="")
         print("kvp-edge demo MODEL.gguf")
     model = f" {args.model}" if args.model else ""
     say(f"Try it: kvp-edge chat{model} --kv-budget {args.kv_budget}")
@@ -153,8 +151,8 @@ class Demo:
         self._longest = max(map(len, self._prompts)) + _REPLY_TOKENS
         if self._longest < self.cells:
             raise ValueError(
-                f"the longest conversation has {self._longest} tokens and the cache {self.cells} "
-                "cells, so nothing would be dropped: raise --length or lower --kv-budget"
+                f"nothing would be dropped: the longest conversation has {self._longest} tokens, "
+                f"and the cache {self.cells} cells. Raise --length or lower --kv-budget"
             )
 
     def _ways(self) -> dict[str, Callable[[], AbstractContextManager[Reader]]]:
@@ -174,10 +172,10 @@ class Demo:
         """What the user should know before it begins."""
         work, speed = self.work(), self._speed
         return (
-            f"\nThis takes up to {estimate.duration(work.at(speed))} here, about: "
+            f"\nThis takes up to about {estimate.duration(work.at(speed))} here: "
             f"{len(self._ways())} rows, {work.read:,} tokens to read at {speed.reading:,.0f} a "
-            f"second and up to {work.written:,} to write at {speed.writing:,.0f}. Fewer --items or "
-            "a smaller --length take less."
+            f"second and up to {work.written:,} to write at {speed.writing:,.0f}. Lower --items or "
+            "--length to make it shorter."
         )
 
     def rows(self) -> list[Row]:
@@ -285,16 +283,16 @@ def reading(rows: list[Row]) -> list[str]:
     better = [row.cache for row in policies if row.right - shift.right >= chance]
     others = [row.cache for row in policies if row.cache not in better]
 
-    lines = [f"With all tokens in the cache the model answers {full.right} of {n}."]
+    lines = [f"With the full cache the model answers {full.right} of {n}."]
     if full.right < 0.8 * n:
-        lines.append("It misses many even then: the other rows tell of the model, too.")
-    gone = ": what is old is gone" if full.right - shift.right >= chance else ""
-    lines.append(f"In {cells} cells llama.cpp's rule leaves it {shift.right}{gone}.")
+        lines.append("It misses many even then, so the other rows also reflect the model.")
+    gone = ": the old tokens are gone" if full.right - shift.right >= chance else ""
+    lines.append(f"In {cells} cells, with llama.cpp's rule, it answers {shift.right}{gone}.")
     if better:
         share = best.kv_bytes / full.kv_bytes
         lines.append(
-            f"In the same cells {best.cache} answers {best.right}, with {share:.0%} of the memory "
-            "of the full context."
+            f"In the same cells, with {best.cache}, it answers {best.right}, in {share:.0%} of the "
+            "memory of the full context."
         )
         if others:
             lines.append(f"Not clearly better than dropping the oldest half: {', '.join(others)}.")
@@ -302,7 +300,7 @@ def reading(rows: list[Row]) -> list[str]:
         lines.append("No policy is clearly better than that here.")
     lines.append(
         f"With {n} {plural('question', n)}, rows less than {chance} answers apart may differ by "
-        "chance (--items asks more)."
+        "chance (raise --items for more)."
     )
     return lines
 
@@ -310,6 +308,6 @@ def reading(rows: list[Row]) -> list[str]:
 COMMAND = Command(
     _main,
     Options,
-    "Hide facts in long conversations and see which cache still knows them.",
+    "Hide facts in long conversations and compare which policies keep them.",
     _EPILOG,
 )

@@ -31,7 +31,9 @@ def ends_with_a_sentence(advice: Callable[[], str] = str) -> Iterator[None]:
         try:
             with suppress(OSError, ValueError):  # the reader left, or it is closed
                 sys.stdout.flush()
-            told = visible(f"\nkvp-edge: {message}\nllama.cpp cannot go on after this. {advice()}")
+            told = visible(
+                f"\nkvp-edge: {message}\nllama.cpp cannot continue after this. {advice()}"
+            )
             if stderr is not None:
                 os.write(stderr, f"{told.rstrip()}\n".encode(errors="replace"))
         finally:

@@ -14,18 +14,18 @@ from kvp_edge.cli.tables import named
 from kvp_edge.doctor.examination import Finding, examine
 
 _EPILOG = """\
-Exit status: 0 everything needed works; 1 a fault was found; 2 there is no such file.
+Exit status: 0 everything needed works; 1 a fault was found; 2 the file does not exist.
 
 examples:
   kvp-edge doctor
-  kvp-edge doctor model.gguf  what the model is, too, and whether its cache can
+  kvp-edge doctor model.gguf  also what the model is, and whether its cache can
                               be bounded
   kvp-edge doctor --json"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    model: str | None = argument(None, metavar="MODEL.gguf", help="look at this file, too")
+    model: str | None = argument(None, metavar="MODEL.gguf", help="also check this file")
     json: bool = option(False, help="print one JSON object")
 
 
@@ -71,7 +71,7 @@ def _json(findings: list[Finding]) -> str:
 COMMAND = Command(
     _main,
     Options,
-    "Look at the installation and the machine. Whatever might end a process is tried in one of its "
-    "own; a second or ten, and nothing is changed but the answers kept about this processor.",
+    "Check the installation and this machine, in one to ten seconds. Whatever could crash runs in "
+    "a process of its own. Nothing is changed but the stored results about this processor.",
     _EPILOG,
 )

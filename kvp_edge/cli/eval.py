@@ -36,18 +36,18 @@ _ESTIMATE_SECONDS, _QUICK_SECONDS = 4.0, 1.0
 _LONG = 300
 
 _ESTIMATED = """\
-A reply may end before it is as long as it may become: then writing takes less. Loading the model
-and scoring a context are not counted, and a full cache becomes slower as it fills. MiB: of the
-cache; one-shot mode keeps a copy of it as well. Nothing was run."""
+A reply may end early; then writing takes less. Loading the model and scoring a context are not
+counted, and a full cache becomes slower as it fills. MiB is the memory of the cache; one-shot mode
+also keeps a copy of it. Nothing was run."""
 
 _EPILOG = """\
-Every policy reads the same conversations; replies are greedy. Each task is first asked with the
-full cache: a task that the model cannot do even then is shown and left out of the averages. In the
-report every comparison is of the same items, with a 95 % interval from paired bootstrap samples.
+Every policy reads the same conversations; replies are greedy. Each task is first run with the
+full cache; a task that the model cannot do even then is shown, but left out of the averages. In the
+report all comparisons are paired (of the same items), with 95 % bootstrap intervals.
 
-  --mode bounded   never more than the budget is held, while reading and while
-                   writing: what a chat in a small cache is like. An eviction
-                   leaves three quarters of the budget.
+  --mode bounded   the cache never holds more than the budget, while reading and
+                   while writing, as in a chat. An eviction leaves three
+                   quarters of the budget.
   --mode one-shot  the conversation is read into a full cache, and tokens are
                    dropped once: the papers' setting. With --question seen they
                    are dropped after the question.
@@ -55,19 +55,18 @@ report every comparison is of the same items, with a 95 % interval from paired b
 policies besides those of kvp-edge policies:
   none             the full cache (always there)
   learned          the policy trained for this model, or give a policy file
-  oracle           by the attention that the rest of the conversation really
-                   pays: no policy can know it, so what it loses is not the
-                   policy's fault
+  oracle           ranks by the attention that the rest of the conversation
+                   really gives, which no policy can know
   golden           the same by the largest block of that attention
                    (ForesightKV's golden eviction)
   context-shift    llama.cpp's own rule: drop the oldest half
 
 In --out: records.jsonl (every item with its reply), report.md, accuracy.png, loss-increase.png. The
-same command goes on where it stopped.
+same command resumes an interrupted run.
 
 examples:
   kvp-edge eval
-  kvp-edge eval model.gguf --mode one-shot --estimate  (how long it would take)
+  kvp-edge eval model.gguf --mode one-shot --estimate  (only estimate the time)
   kvp-edge eval model.gguf --lengths 4096 --budgets 1/4,1/8 --items 50 \\
       --workers 2
   kvp-edge eval model.gguf --tasks ruler --mode one-shot \\
@@ -86,18 +85,18 @@ class Options(options.ModelOptions):
         "fact,facts,recall,pairs,niah_single_1,niah_single_2,niah_multikey_1,vt,books",
         panel=_ASKED,
         metavar="LIST",
-        help="names with commas between them, ruler (all thirteen that there is data for), "
-        "generation (those with a long text of the model's own) or all",
+        help="comma-separated names, ruler (those of its thirteen tasks that there is data for), "
+        "generation (tasks in which the model writes a long text) or all",
     )
-    list: bool = option(False, panel=_ASKED, help="tell what tasks there are, and stop")
+    list: bool = option(False, panel=_ASKED, help="list the tasks and exit")
     data: str | None = option(
-        None, panel=_ASKED, metavar="DIR", help="folder with data for more tasks (--list)"
+        None, panel=_ASKED, metavar="DIR", help="folder with data for more tasks (see --list)"
     )
     items: int = option(
         20, panel=_ASKED, metavar="N", least=1, help="conversations per task and length"
     )
-    lengths: str = option("1024", panel=_ASKED, metavar="LIST", help="tokens of a conversation")
-    seed: int = option(0, panel=_ASKED, metavar="N", help="draws the conversations")
+    lengths: str = option("1024", panel=_ASKED, metavar="LIST", help="tokens per conversation")
+    seed: int = option(0, panel=_ASKED, metavar="N", help="random seed of the conversations")
     policies: str | None = option(
         None,
         panel=_COMPARED,
@@ -106,7 +105,7 @@ class Options(options.ModelOptions):
         help="names or policy files",
     )
     budgets: str = option(
-        "1/4,1/8", panel=_COMPARED, metavar="LIST", help="tokens held, or shares of the length"
+        "1/4,1/8", panel=_COMPARED, metavar="LIST", help="tokens kept, or fractions of the length"
     )
     mode: str = option(
         "bounded", panel=_COMPARED, choices=("bounded", "one-shot"), help="see below"
@@ -115,7 +114,7 @@ class Options(options.ModelOptions):
         "unseen",
         panel=_COMPARED,
         choices=("unseen", "seen"),
-        help="whether it is read before tokens are dropped",
+        help="whether the question is read before tokens are dropped",
     )
     granularity: str = options.llama_option(
         "granularity", _COMPARED, choices=CHOICES["granularity"]
@@ -125,30 +124,30 @@ class Options(options.ModelOptions):
     unprotected: bool = option(
         False,
         panel=_COMPARED,
-        help="protect neither the first nor the newest tokens (but for the last one)",
+        help="do not protect the first and the newest tokens, except the last one",
     )
     out: str | None = option(
-        None, panel=_RUN, metavar="DIR", shown="kvp-eval-<MODEL>", help="folder for what is found"
+        None, panel=_RUN, metavar="DIR", shown="kvp-eval-<MODEL>", help="folder for the results"
     )
     workers: int = option(
         1,
         panel=_RUN,
         metavar="N",
         least=1,
-        help="processes, each with the model loaded and its share of the threads",
+        help="processes; each loads the model and gets its share of the threads",
     )
     draw: int = option(
         0,
         panel=_RUN,
         metavar="N",
-        help="draw which tokens each head kept of the first N conversations of every task, for "
-        "every policy and budget, as pages for a browser and pictures in --out/kept",
+        help="for the first N conversations of every task, and every policy and budget, draw which "
+        "tokens each head kept, as web pages and pictures in --out/kept",
     )
     estimate: bool = option(
         False,
         panel=_RUN,
-        help="measure how fast the model reads and writes here, tell how long what is still "
-        "missing in --out will take, and stop",
+        help="measure how fast the model reads and writes, estimate the time for what is still "
+        "missing in --out, and exit",
     )
 
 
@@ -183,8 +182,8 @@ def _main(args: Options) -> int:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     note(
-        f"{len(wanted)} conversations to read, {n_left} of them still to do, into '{out}'; the "
-        "same command goes on if it is interrupted"
+        f"reading {len(wanted)} conversations, {n_left} of them still to do, into '{out}'; after "
+        "an interruption the same command resumes"
     )
     _note_if_long(the_run, todo, args.workers)
     done = len(wanted) - n_left
@@ -207,7 +206,7 @@ def _main(args: Options) -> int:
 def _estimate(the_run: run.Run, todo: Sequence[estimate.Part], workers: int) -> str:
     """How long it will take, way by way of reading and in all."""
     if not todo:
-        return "Nothing is left to do: every record is there."
+        return "Nothing is left to do: all records exist."
     speeds = estimate.measure_parts(the_run, todo, _ESTIMATE_SECONDS)
     lines = estimate.table(the_run, todo, speeds, workers)
     return "\n".join([*lines, "", *estimate.about_speeds(speeds), _ESTIMATED])
@@ -221,8 +220,8 @@ def _note_if_long(the_run: run.Run, todo: Sequence[estimate.Part], workers: int)
     seconds = sum((part.work for part in todo), estimate.Work()).at(speed) / workers
     if seconds >= _LONG:
         note(
-            f"this will take up to {estimate.duration(seconds)} here, about "
-            "(--estimate measures it more carefully)"
+            f"this will take up to about {estimate.duration(seconds)} here "
+            "(--estimate measures more carefully)"
         )
 
 
@@ -322,7 +321,7 @@ def _task_names(text: str, tasks: dict[str, Task]) -> list[str]:
 
 def _length(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"a length is a number of tokens like 1024, not '{text}'")
+        raise ValueError(f"--lengths must be numbers of tokens, like 1024, not '{text}'")
     return int(text)
 
 
@@ -331,5 +330,8 @@ def _names(text: str) -> list[str]:
 
 
 COMMAND = Command(
-    _main, Options, "Ask a model the same questions with full and with bounded caches.", _EPILOG
+    _main,
+    Options,
+    "Compare policies: ask a model the same questions with full and with bounded caches.",
+    _EPILOG,
 )

@@ -15,11 +15,11 @@ from kvp_edge.llamacpp.log import listen
 from kvp_edge.policy_file import check_model
 
 _EPILOG = """\
-The files are then scored against PyTorch; what does not agree is an error. The last line of the
-output is the name of the policy file.
+The scores of the files are then compared with PyTorch's; a disagreement is an error. The last line
+of the output is the path of the policy file.
 
 examples:
-  kvp-edge export run        (makes kvp-<model>-w<context>-F16.gguf in run)
+  kvp-edge export run        (writes kvp-<model>-w<context>-F16.gguf in run)
   kvp-edge export run --outtype q8_0 --onnx --traces traces
   kvp-edge export run --outfile kvp-{ftype}.gguf --base model.gguf"""
 
@@ -30,17 +30,19 @@ class Options:
     outfile: str | None = option(
         None,
         metavar="FILE",
-        shown="a derived name beside the checkpoint",
+        shown="beside the checkpoint, with a derived name",
         help="{ftype} in it becomes the type",
     )
-    outtype: str = option("f16", choices=("f32", "f16", "q8_0"), help="of the large weights")
-    onnx: bool = option(False, help="write ONNX as well, beside the GGUF")
+    outtype: str = option("f16", choices=("f32", "f16", "q8_0"), help="type of the large weights")
+    onnx: bool = option(False, help="also write ONNX, beside the GGUF")
     traces: str | None = option(
         None, metavar="DIR", shown="random tokens", help="traces for the check"
     )
-    base: str | None = option(None, metavar="MODEL.gguf", help="the model: the policy must fit it")
+    base: str | None = option(
+        None, metavar="MODEL.gguf", help="the model, to check that the policy fits it"
+    )
     license: str = option("", metavar="NAME", help="licence of the policy")
-    dry_run: bool = option(False, help="only say what would be written")
+    dry_run: bool = option(False, help="print what would be written, and exit")
     verbose: bool = option(False, help="show tracebacks of errors")
 
 
@@ -84,8 +86,8 @@ def _main(args: Options) -> int:
 def _told(done: Any, outtype: str) -> str:
     p = done.parity
     lines = [
-        f"compared with PyTorch on {p.checked} (largest difference of a score; kept tokens in "
-        "common):",
+        f"compared with PyTorch on {p.checked} (largest difference of a score; share of kept "
+        "tokens in common):",
         f"  the file's weights, run natively  {p.executor:.1e}   {p.kept:.2%} at the worst budget",
     ]
     if p.onnx is not None:
@@ -94,7 +96,7 @@ def _told(done: Any, outtype: str) -> str:
             "budget"
         )
     elif done.onnx is not None:
-        lines.append("  ONNX was checked but not run: pip install 'kvp_edge[onnx]'")
+        lines.append("  ONNX was checked but not run; to run it: pip install 'kvp_edge[onnx]'")
     lines.append(
         f"  rounding to {outtype:22}{p.rounding:.1e}   {p.rounding_kept:.2%} mean over budgets"
     )
@@ -102,5 +104,5 @@ def _told(done: Any, outtype: str) -> str:
 
 
 COMMAND = Command(
-    _main, Options, "Turn the policy of a training run into GGUF, and ONNX if wanted.", _EPILOG
+    _main, Options, "Write the policy of a training run as GGUF, and as ONNX if wanted.", _EPILOG
 )

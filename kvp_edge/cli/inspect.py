@@ -30,9 +30,9 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
     numbers = sum(array.size for array in weights.arrays().values())
     heads = info.n_layer * info.n_head_kv
     sight = (
-        "every token is scored alone"
+        "each token is scored by itself"
         if info.context == 1
-        else f"a score sees {info.context // 2} tokens before and after its own"
+        else f"a score depends on {info.context // 2} tokens before and after its own"
     )
     share = weights.aggregate / max(float(weights.aggregate.sum()), 1e-12)
     layer, head = np.unravel_index(int(share.argmax()), share.shape)
@@ -66,5 +66,5 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
 COMMAND = Command(
     _main,
     Options,
-    "Explain a policy file (.gguf): what it was trained for, and how it scores.",
+    "Show what a policy file (.gguf) was trained for, and how it scores.",
 )

@@ -22,14 +22,14 @@ from kvp_edge.training.settings import Objective, Settings
 _TASKS = 300
 
 _EPILOG = """\
-Three steps, each a command of its own with more options: kvp-edge trace, train, export. What is
-finished stays in --out, and the same command goes on where it stopped. Without anything to read,
-the model gets 300 generated questions about facts hidden in the novel that comes along; give texts
-and chats like yours with --text and --chats for a policy that knows what you talk about.
+Three steps, which are also commands with more options: kvp-edge trace, train and export. Finished
+work stays in --out, and the same command resumes an interrupted run. By default the model reads 300
+generated questions about facts hidden in the bundled novel. For a policy that fits your chats, give
+texts and chats like yours with --text and --chats.
 
-The policy file is put beside the model, where kvp-edge chat and kvp_edge.Llama find it by
-themselves. The last line of the output is its name. If a rule that needs no training does better
-on the traces kept for validation, this command says so.
+The policy file is written beside the model, where kvp-edge chat and kvp_edge.Llama find it. The
+last line of the output is its path. If a rule that needs no training does better on the validation
+traces, this command says so.
 
 examples:
   kvp-edge learn model.gguf
@@ -56,11 +56,11 @@ class Options(SourceOptions, options.ModelOptions):
         Settings.objective,
         panel=_LEARNING,
         choices=get_args(Objective),
-        help="what is learned, see kvp-edge train",
+        help="training objective, see kvp-edge train",
     )
-    seed: int = option(0, panel=_LEARNING, metavar="N", help="of everything random")
+    seed: int = option(0, panel=_LEARNING, metavar="N", help="random seed")
     device: str | None = option(
-        None, panel=_LEARNING, metavar="NAME", shown="CUDA if there", help="cpu or cuda"
+        None, panel=_LEARNING, metavar="NAME", shown="CUDA if available", help="cpu or cuda"
     )
 
 
@@ -72,7 +72,7 @@ def _main(args: Options) -> int:
     stem = Path(path).stem
     out = Path(args.out or f"kvp-{stem}")
     sources: list[Source] = sources_of(args) or [Tasks(_TASKS)]
-    note("step 1 of 3: what does the model look up?")
+    note("step 1 of 3: recording what the model attends to")
     traces = trace(
         path,
         sources,
@@ -82,7 +82,7 @@ def _main(args: Options) -> int:
         seed=args.seed,
         **options.engine_options(args),
     )
-    note("step 2 of 3: learning what it will look up")
+    note("step 2 of 3: training the policy")
     run = out / args.objective
     if not (run / "report.json").exists():
         settings = Settings(
@@ -96,15 +96,15 @@ def _main(args: Options) -> int:
         note(
             comparison(train(traces, run, settings, device=args.device, model=path, engine=engine))
         )
-    note("step 3 of 3: writing the policy file and checking it")
+    note("step 3 of 3: writing and checking the policy file")
     made = importlib.import_module("kvp_edge.export").export(run, traces=traces)
     policy = _beside(Path(path), Path(made.gguf))
     rule = _better_rule(run / "report.json")
     if rule is not None:
         note(
-            f"On the traces kept for validation {rule} loses less attention than what was learned. "
-            "More to learn from (--text, --chats, --tasks) and more --steps may change that; until "
-            f"then chat with --policy {rule}, or remove the policy file"
+            f"On the validation traces {rule} loses less attention than the trained policy. More "
+            "data (--text, --chats, --tasks) or more --steps may change that. Until then, chat "
+            f"with --policy {rule}, or remove the policy file"
         )
     say(str(policy))
     return 0
@@ -129,21 +129,24 @@ def _better_rule(report: Path) -> str | None:
 def _beside(model: Path, policy: Path) -> Path:
     """A copy of the policy beside the model; the policy itself where that cannot or must not be."""
     if model == Path(bundled_model()):
-        note(f"the small model keeps the policy it came with: use --policy '{policy}'")
+        note(f"the bundled model keeps its own policy; to use the new one: --policy '{policy}'")
         return policy
     target = model.parent / policy.name
     try:
         write_whole(target, policy.read_bytes())
     except OSError as error:
-        note(f"'{model.parent}' cannot be written ({error.strerror}): use --policy '{policy}'")
+        note(
+            f"cannot write to '{model.parent}' ({error.strerror}); to use the policy: "
+            f"--policy '{policy}'"
+        )
         return policy
-    note("chats with this model will use it from now on")
+    note("chats with this model now use the new policy")
     return target
 
 
 COMMAND = Command(
     _main,
     Options,
-    "Watch a model read, learn what it needs, and write that down as its policy.",
+    "Record what a model attends to, train a policy on it, and write the policy beside the model.",
     _EPILOG,
 )

@@ -30,8 +30,8 @@ def threads(text: str) -> int:
     n = int(reader(int, least=1)(text))
     if n > MAX_THREADS:
         raise typer.BadParameter(
-            f"must be at most {MAX_THREADS}, not {n}: ggml starts no more, and more than the "
-            f"{os.cpu_count()} processors of this machine only wait for each other"
+            f"must be at most {MAX_THREADS}, not {n}: that is ggml's limit, and more threads "
+            f"than the {os.cpu_count()} processors of this machine do not help"
         )
     return n
 
@@ -74,7 +74,7 @@ class _ModelOptions:
         None,
         panel=_MODEL,
         metavar="MODEL.gguf",
-        help="default: the small model that comes along",
+        help="default: the bundled model",
     )
     hf_repo: str | None = option(
         None, panel=_MODEL, metavar="REPO", help="download the model from this repository"
@@ -87,8 +87,8 @@ class _ModelOptions:
         panel=_MODEL,
         metavar="N",
         parse=threads,
-        shown="all processors to read, half of them to write",
-        help="how many work at once",
+        shown="all processors for reading, half of them for writing",
+        help="number of CPU threads",
     )
     gpu_layers: int = option(0, panel=_MODEL, metavar="N", help="layers on the GPU; -1: all")
     flash_attn: bool = option(False, panel=_MODEL, help="use flash attention")
@@ -105,7 +105,7 @@ class _ModelOptions:
         metavar="TYPE",
         choices=CACHE_TYPES,
         help="values in the cache; quantised types need --flash-attn (kvp-edge trace and learn "
-        "turn it on by themselves)",
+        "turn it on)",
     )
 
 
@@ -147,7 +147,7 @@ class SystemOptions:
     system: str | None = option(
         None, metavar="TEXT", parse=text, help="system prompt; it is never dropped"
     )
-    no_protect_system: bool = option(False, help="the system prompt may be dropped, too")
+    no_protect_system: bool = option(False, help="allow the system prompt to be dropped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +156,30 @@ class SamplingOptions:
 
     max_tokens: int = option(512, panel=_REPLY, metavar="N", least=1, help="longest reply")
     temperature: float = option(
-        0.7, panel=_REPLY, metavar="X", help="0: always the likeliest token"
+        0.7,
+        panel=_REPLY,
+        metavar="X",
+        help="randomness of the reply; 0: always the likeliest token",
     )
-    top_p: float = option(0.95, panel=_REPLY, metavar="X", help="share of the likeliest tokens")
-    top_k: int = option(40, panel=_REPLY, metavar="N", help="as many of the likeliest tokens")
+    top_p: float = option(
+        0.95,
+        panel=_REPLY,
+        metavar="X",
+        help="choose among the likeliest tokens that have this probability together",
+    )
+    top_k: int = option(40, panel=_REPLY, metavar="N", help="choose among the N likeliest tokens")
     min_p: float = option(
-        0.05, panel=_REPLY, metavar="X", help="those at least so likely, the likeliest being 1"
+        0.05,
+        panel=_REPLY,
+        metavar="X",
+        help="least probability of a token, relative to the likeliest",
     )
     seed: int | None = option(
-        None, panel=_REPLY, metavar="N", shown="random", help="for a reply that can be repeated"
+        None,
+        panel=_REPLY,
+        metavar="N",
+        shown="random",
+        help="random seed, for a reply that can be repeated",
     )
 
 
@@ -195,15 +210,14 @@ def model_path(args: ModelOptions) -> str:
         if args.model:
             raise ValueError("give either MODEL.gguf or --hf-repo and --hf-file, not both")
         if not (args.hf_repo and args.hf_file):
-            raise ValueError("--hf-repo and --hf-file belong together: give both")
+            raise ValueError("--hf-repo and --hf-file must be given together")
         return _download(args.hf_repo, args.hf_file)
     if args.model is None:
         return bundled_model()
     if not os.path.exists(args.model):
         raise FileNotFoundError(
-            f"there is no model file '{args.model}'. Give the path of a GGUF file, let "
-            "--hf-repo and --hf-file download one, or name none to use the small model that comes "
-            "along"
+            f"there is no model file '{args.model}'. Give the path of a GGUF file, "
+            "download one with --hf-repo and --hf-file, or give none to use the bundled model"
         )
     return str(args.model)
 
@@ -250,8 +264,8 @@ def load(path: str, n_ctx: int | None, args: BoundedOptions) -> WatchedLlama:
     stats, memory = llm.kv_stats, isinstance(parse_budget(args.kv_budget), str)
     if memory and args.reserve is None and stats.cells < llm.n_ctx() and llm.n_batch < _SMALL_BATCH:
         warnings.warn(
-            f"texts are read {llm.n_batch} tokens at a time, since an eviction frees no more of "
-            f"the {stats.cells} cells, and that is slow: a larger --kv-budget or --reserve helps",
+            f"reading is slow, {llm.n_batch} tokens at a time, because an eviction frees no more "
+            f"of the {stats.cells} cells: raise --kv-budget or --reserve",
             stacklevel=2,
         )
     return llm
@@ -271,6 +285,6 @@ def warn_beyond_training(n_tokens: int, path: str, args: CacheOptions) -> None:
     if n_tokens > trained:
         warnings.warn(
             f"up to {n_tokens} tokens will be read, but the model was trained for {trained}: "
-            "replies may get worse beyond that (--positions compact prevents it)",
+            "replies may get worse beyond that (--positions compact avoids this)",
             stacklevel=2,
         )

@@ -17,10 +17,10 @@ class Options:
 
 
 def _main(_: Options) -> int:
-    about = {"auto": f"The policy trained for the model (kvp-*.gguf beside it), else {FALLBACK}."}
+    about = {"auto": f"The policy trained for the model (kvp-*.gguf beside it), or {FALLBACK}."}
     for name, policy in POLICIES.items():
         about[name] = (inspect.getdoc(inspect.getmodule(policy)) or "").partition("\n")[0]
-    about["FILE"] = "A policy file: what kvp-edge train and export made (.gguf, .onnx)."
+    about["FILE"] = "A policy file written by kvp-edge export (.gguf, .onnx)."
     for name, text in about.items():
         say(named(name, text, 20))
     return 0

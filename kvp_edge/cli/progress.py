@@ -111,12 +111,10 @@ STATUS_LINE_HELP = """\
 the status line on stderr after a reply:
   [kvp: 5321 tokens seen, 640 kept, 4681 dropped by keydiff (19 evictions),
    1.5 MiB | read 37 at 512 t/s, wrote 211 at 80 t/s]
-  seen     length of the conversation, with the marks that the chat template
-           puts around messages
-  kept     of these, still in the cache; it varies between the budget and the
-           number of cells
-  dropped  of these, evicted
-  MiB      memory of the cache; it stays the same however long the conversation
-           becomes
-  read     tokens of the prompt that were new to the cache; wrote: tokens of the
-           reply"""
+  seen     tokens of the conversation, with the markers of the chat template
+  kept     tokens of these that are still in the cache: between the budget and
+           the number of cells
+  dropped  tokens of these that were evicted
+  MiB      memory of the cache, however long the conversation becomes
+  read     tokens of the prompt that were not in the cache yet
+  wrote    tokens of the reply"""

@@ -75,7 +75,7 @@ def rescuing(llm: Llama, contents: Callable[[], dict[str, Any]], command: str) -
             return "The conversation could not be written to a file."
         return (
             f"The conversation was written to {path}\n"
-            f"To go on, start `{command}` with the options you want, and type: /load {path}"
+            f"To continue, start `{command}` with the options you want, and type: /load {path}"
         )
 
     with ends_with_a_sentence(advice):

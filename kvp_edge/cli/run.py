@@ -20,11 +20,13 @@ from kvp_edge.text.chat_prompt import Message
 _TEMPLATE_ROOM = 1024  # tokens that a chat template may add to the text
 
 _EPILOG = f"""\
-The texts and the question go into one user message of the model's chat template. The cache holds a
-few hundred tokens while they are read, so the policy decides what is left when the question comes.
-A model file without a chat template is most often a base model, which continues texts: it is given
-texts and question as with --raw, so let the question be the beginning of what it shall write.
-never dropped: the first --sinks tokens, the newest --recent tokens, and the text of --system.
+The texts and the question form one user message. While they are read, the cache holds a few hundred
+tokens, so the policy decides what is left when the question comes.
+
+A model file without a chat template is usually a base model, which continues texts. It reads the
+texts and the question as with --raw, so write the question as the beginning of the answer.
+
+The first --sinks tokens, the newest --recent tokens and the text of --system are never dropped.
 
 {STATUS_LINE_HELP}
 
@@ -33,7 +35,7 @@ examples:
   kvp-edge run model.gguf --kv-budget 2048 -f part1.txt -f part2.txt \\
       -p "What changed?"
   git log | kvp-edge run model.gguf -f - -p "What was done last week?" --json
-  kvp-edge run model.gguf --raw -f story.txt          (no template: write on)"""
+  kvp-edge run model.gguf --raw -f story.txt          (continue the text)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +57,29 @@ class _Read:
     )
     raw: bool = option(False, help="no chat template: the model continues the text")
     json: bool = option(False, help="print one JSON object: answer, usage, kv_cache")
-    progress: bool = option(False, help="show the progress bar even if not at a terminal")
+    progress: bool = option(False, help="show the progress bar even without a terminal")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(options.SamplingOptions, ChatFormatOptions, options.BoundedOptions, _Read):
     n_ctx: int | None = options.n_ctx_option("enough for the texts")
-    chat_format: str | None = chat_format.chat_format_option("without one, as with --raw")
+    chat_format: str | None = chat_format.chat_format_option("as with --raw if it has none")
     max_tokens: int = 256
     temperature: float = 0.0
 
 
 def _main(args: Options) -> int:
     if args.raw and args.system:
-        raise ValueError("--raw uses no chat template, so there is no place for --system")
+        raise ValueError("--raw uses no chat template: leave out --system")
     if args.raw and chat_format.asked_for(args):
-        raise ValueError(
-            "--raw uses no chat template, so --chat-format and --chat-template do not fit"
-        )
+        raise ValueError("--raw uses no chat template: leave out --chat-format and --chat-template")
     if not args.prompt and not args.raw:
-        raise ValueError('ask something: -p "question" (or --raw, to let the model write on)')
+        raise ValueError(
+            'give a question: -p "question" (or --raw, to let the model continue the text)'
+        )
     text = "\n\n".join([read_text(name).strip() for name in args.file] + [args.prompt]).strip()
     if not text:
-        raise ValueError("there is nothing to read: the text is empty")
+        raise ValueError("the text to read is empty")
     path = options.model_path(args)
     llm = options.load(path, args.n_ctx or _enough_context(text, path, args), args)
     chat_format.choose(llm, args)
@@ -114,7 +116,9 @@ def read_text(name: str) -> str:
         except OSError as error:
             raise ValueError(f"cannot read {what}: {error.strerror}") from error
     if b"\0" in data:
-        raise ValueError(f"{what} is no text: it holds NUL bytes. Convert it to plain text first")
+        raise ValueError(
+            f"{what} is not text: it contains NUL bytes. Convert it to plain text first"
+        )
     return data.decode("utf-8-sig", errors="replace")
 
 
@@ -129,12 +133,12 @@ def _tell_that_it_continues(llm: WatchedLlama, args: Options) -> None:
     name = os.path.basename(llm.model_path)
     if args.system:
         raise ValueError(
-            f"'{name}' has no chat template, so there is no place for --system: put it into the "
+            f"'{name}' has no chat template, so --system cannot be used: put it into the "
             "text, or choose a template with --chat-format"
         )
     note(
-        f"{name} has no chat template, so it continues the text, as with --raw (--chat-format NAME "
-        "makes it a chat)."
+        f"{name} has no chat template, so it continues the text, as with --raw (use --chat-format "
+        "NAME for a chat)."
     )
 
 

@@ -50,7 +50,7 @@ def say(text: str, end: str = "\n") -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"standard output cannot be written: {error.strerror}") from error
+        raise OSError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def open_streams() -> bool:

@@ -18,38 +18,38 @@ from kvp_edge.traces.sources import ChatFile, Source, Tasks, TextFile
 from kvp_edge.traces.writer import capture_traces
 
 _EPILOG = """\
-A policy learns which tokens a model can do without by looking at what it really looked up. For each
-text, this command runs the model as it is (quantised, on your machine) and stores, for every layer
-and KV head, the keys and values in its cache and the attention that later tokens paid to earlier
-ones. Any point of a trace can later be taken as the moment of an eviction.
+A policy learns from the attention of the model which tokens to drop. For each text, this command
+runs the model as it is (quantised, on your machine) and stores, for every layer and KV head, the
+keys and values in its cache and the attention of later tokens to earlier ones. Training can then
+evict at any point of a trace.
 
-what to read (several may be given together):
+what to read (may be combined):
   --text   plain text, cut into traces of --length tokens; the end of each is
            its future
   --chats  JSON lines, each a list of {"role": ..., "content": ...}; the last
            reply that fits into --length tokens is the future
   --tasks  generated questions about facts hidden in prose (that of
-           --task-prose, or of the novel that comes along); the question and its
-           answer are the future
-Give texts like those that your chats will be about, and in the language they
-will be in.
+           --task-prose, or the bundled novel); the question and its answer are
+           the future
+Give texts on the topics and in the language of your chats.
 
 what the future is:
   --future text    what follows in the source
-  --future greedy  what the model itself goes on with: closer to a chat, and
+  --future greedy  the model's own continuation: closer to a chat, but
                    slower, because tokens are written one by one
 
-The cache may have any type. Values of a quantised type (--type-v q8_0) turn flash attention on.
-With it attention is computed from queries and keys, which takes longer, and a model with soft caps,
-attention sinks or ALiBi is refused.
+The cache may have any type. Quantised values (--type-v q8_0) turn flash attention on. Attention is
+then computed from queries and keys, which takes longer; a model with soft caps, attention sinks or
+ALiBi is refused.
 
-A trace takes at most twice the bytes of its keys and values in float16: the fewer numbers the
-model has per token, and the longer a trace, the larger the blocks of queries that are summed up
-(--block).
-An interrupted run goes on when the same command is given again, and gives the same files.
+A trace takes at most twice the bytes of its keys and values in float16. To fit, attention is summed
+over blocks of queries (--block): larger blocks for longer traces and for models with fewer numbers
+per token.
+
+The same command resumes an interrupted run, and gives the same files.
 
 examples:
-  kvp-edge trace --out traces --tasks 100   (with the small model)
+  kvp-edge trace --out traces --tasks 100   (with the bundled model)
   kvp-edge trace model.gguf --out traces --text books/*.txt --traces 500
   kvp-edge trace model.gguf --out traces --chats chats.jsonl --tasks 200 \\
       --length 4096
@@ -70,7 +70,7 @@ class SourceOptions:
         None, panel=_SOURCES, metavar="N", least=1, help="generate N questions"
     )
     task_prose: list[str] = option(
-        (), panel=_SOURCES, metavar="FILE ...", help="texts to hide the facts of --tasks in"
+        (), panel=_SOURCES, metavar="FILE ...", help="texts in which --tasks hides its facts"
     )
     length: int = option(1024, panel=_SOURCES, metavar="N", least=1, help="most tokens of a trace")
     traces: int | None = option(
@@ -79,14 +79,14 @@ class SourceOptions:
         metavar="N",
         least=1,
         shown="all",
-        help="how many, drawn from all that can be made",
+        help="number of traces, drawn at random from all possible ones",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SourceOptions, options.ModelOptions):
     out: str = option(
-        ..., panel=_TRACES, metavar="DIR", help="folder for the traces; made if need be"
+        ..., panel=_TRACES, metavar="DIR", help="folder for the traces; created if missing"
     )
     future: str = option(
         "text", panel=_TRACES, choices=("text", "greedy"), help="what the future is made of"
@@ -97,17 +97,17 @@ class Options(SourceOptions, options.ModelOptions):
         metavar="N",
         least=1,
         shown="a quarter of --length",
-        help="tokens of a text, or of the model's own, that are the future",
+        help="tokens of a text, or of the model's continuation, that are the future",
     )
     block: int | None = option(
         None,
         panel=_TRACES,
         metavar="N",
         least=1,
-        shown="as few as the size on disk allows",
-        help="queries summed up together",
+        shown="as few as the size limit allows",
+        help="queries whose attention is summed",
     )
-    seed: int = option(0, panel=_TRACES, metavar="N", help="draws tasks and traces")
+    seed: int = option(0, panel=_TRACES, metavar="N", help="random seed of tasks and traces")
 
 
 def sources_of(args: SourceOptions) -> list[Source]:
@@ -117,9 +117,7 @@ def sources_of(args: SourceOptions) -> list[Source]:
     if args.tasks:
         sources.append(Tasks(args.tasks, tuple(args.task_prose)))
     elif args.task_prose:
-        raise ValueError(
-            "--task-prose is where the facts of --tasks are hidden: give --tasks N, too"
-        )
+        raise ValueError("--task-prose needs --tasks N, whose facts are hidden in it")
     return sources
 
 
@@ -128,7 +126,7 @@ def warn_beyond_training(length: int, path: str) -> None:
     if length > trained:
         warnings.warn(
             f"traces of {length} tokens are longer than the {trained} that the model was "
-            "trained for: what it looks up beyond them may mean little",
+            "trained for: its attention beyond these may mean little",
             stacklevel=2,
         )
 
@@ -136,7 +134,7 @@ def warn_beyond_training(length: int, path: str) -> None:
 def trace(path: str, sources: list[Source], out: str, **how: Any) -> TraceSet:
     """Capture traces with a progress bar, and say what came of it."""
     warn_beyond_training(how["length"], path)
-    note(f"tracing; what is finished stays in '{out}', and the same command goes on")
+    note(f"tracing into '{out}'; after an interruption the same command resumes")
     with tqdm(unit=" traces", disable=None) as bar:
 
         def show(done: int, planned: int, n_tokens: int) -> None:
@@ -158,7 +156,7 @@ def trace(path: str, sources: list[Source], out: str, **how: Any) -> TraceSet:
 def _main(args: Options) -> int:
     sources = sources_of(args)
     if not sources:
-        raise ValueError("give something to read: --text FILE, --chats FILE or --tasks N")
+        raise ValueError("nothing to read: give --text FILE, --chats FILE or --tasks N")
     traces = trace(
         options.model_path(args),
         sources,
@@ -178,6 +176,6 @@ def _main(args: Options) -> int:
 COMMAND = Command(
     _main,
     Options,
-    "Read texts with a model and keep keys, values and the attention they got.",
+    "Record the keys, values and attention of a model that reads texts.",
     _EPILOG,
 )

@@ -16,13 +16,13 @@ from kvp_edge.traces.format import TraceSet
 from kvp_edge.training.settings import Settings
 
 _EPILOG = """\
-A run that was interrupted goes on when the same command is given again, and ends with the same
-policy as if it had not been interrupted. DIR then holds
+The same command resumes an interrupted run, and ends with the same policy as without the
+interruption. DIR then contains
 
   best.safetensors   the policy, for kvp-edge export
-  last.safetensors   what a run needs to go on
+  last.safetensors   what a run needs to resume
   log.jsonl          every validation, head by head
-  report.json        the policy's cost and the heuristics', head by head
+  report.json        the cost of the policy and of the heuristics, head by head
 
 Several GPUs or machines:  torchrun --nproc-per-node 8 -m kvp_edge train TRACES --out DIR
 
@@ -33,54 +33,55 @@ examples:
 
 #: setting -> what it does
 _HELP: dict[str, str] = {
-    "objective": "global: how fast a token's use fades, under one capacity of all heads; kvp: "
-    "rankings of one moment over all budgets; foresight: golden evictions, then rollouts in the "
-    "model",
-    "hidden": "hidden units of each of an agent's two layers",
-    "context": "tokens that a score sees, an odd number around its own; 1: the paper's agent",
+    "objective": "global: how fast the use of a token fades, with one capacity for all heads; kvp: "
+    "rankings of one moment, rewarded over all budgets; foresight: golden evictions, then rollouts "
+    "in the model",
+    "hidden": "hidden units in each of an agent's two layers",
+    "context": "tokens that a score depends on, an odd number around its own; 1: as in the KVP "
+    "paper",
     "steps": "training steps of the agents",
-    "token_steps": "steps after that, of the heads' weights in a whole token's score",
+    "token_steps": "then, steps that train the heads' weights in a whole token's score",
     "lr": "highest learning rate",
-    "token_lr": "the same for the heads' weights",
-    "warmup": "steps until the highest learning rate is reached; a cosine to 0 follows",
-    "weight_decay": "AdamW's",
-    "ema": "memory of the averaged weights that become the policy",
+    "token_lr": "highest learning rate of the heads' weights",
+    "warmup": "steps up to the highest learning rate; then a cosine to 0",
+    "weight_decay": "weight decay of AdamW",
+    "ema": "decay of the moving average of the weights, which becomes the policy",
     "states": "texts per step, cut at random (global: whole)",
-    "tokens": "tokens that compete in each, at most",
-    "rankings": "sampled rankings of each",
-    "importance": "sum: attention of all later queries; peak: of the block that wants a token most",
+    "tokens": "most tokens that compete in a text",
+    "rankings": "rankings sampled for each text",
+    "importance": "sum: attention of all later queries; peak: of the block of these with the most",
     "rank_weights": "i-1: budgets from 1 on (the paper); i: budget 0 as well (its code)",
-    "advantage": "loo: reward minus the other rankings' mean; zscore: scaled and clamped as well",
-    "effort": "share of the heads in a step; those that lose most are drawn most often",
-    "sinks": "first tokens, never ranked",
-    "recent": "newest tokens, never ranked",
+    "advantage": "loo: reward minus the other rankings' mean; zscore: also scaled and clamped",
+    "effort": "share of the heads trained in a step; those that lose most are drawn most often",
+    "sinks": "first tokens, which are never ranked",
+    "recent": "newest tokens, which are never ranked",
     "eval_every": "steps between validations, each with a checkpoint",
-    "validation": "share of the traces that is kept out of training",
-    "validation_states": "most cut texts in a validation",
-    "seed": "of everything random",
+    "validation": "share of the traces held out for validation",
+    "validation_states": "most texts, cut at random, in a validation",
+    "seed": "random seed",
     "precision": "f32, or bf16 for the networks (GPUs)",
     "budget": "foresight: tokens that each head keeps after an eviction",
     "every": "foresight: tokens read between two evictions",
-    "margin": "foresight: by which a token should score above one that is needed less",
-    "pairs": "foresight: order: all pairs count alike (the paper); cost: by what a mistake loses",
-    "grpo_steps": "foresight: steps of rollouts in the model (--model) after the others; 0: none",
-    "grpo_lr": "foresight: their highest learning rate",
-    "texts": "foresight, global: texts in a step in the model",
-    "rollouts": "foresight: rollouts of each text, compared with each other",
-    "passes": "foresight: times that a step's rollouts are learned from",
-    "temperature": "foresight: of the draw of what is evicted in rollouts",
-    "clip": "foresight: how far the probability of a draw may move in a step",
-    "kl": "foresight: price of the distance to the agents that rollouts start from",
-    "reward": "foresight: whose loss may not rise: all tokens'; low: those with low entropy; "
-    "low-large: of these, where it rose a lot",
-    "low_entropy": "foresight: share of the tokens whose entropy is low",
-    "large": "foresight: nats by which a loss rises a lot",
+    "margin": "foresight: margin between the scores of a token and of one that is needed less",
+    "pairs": "foresight: weight of pairs; order: all alike (the paper); cost: what a mistake loses",
+    "grpo_steps": "foresight: then, steps of rollouts in the model (--model); 0: none",
+    "grpo_lr": "foresight: highest learning rate of these steps",
+    "texts": "foresight, global: texts per step in the model",
+    "rollouts": "foresight: rollouts of each text, which are compared with each other",
+    "passes": "foresight: passes over the rollouts of a step",
+    "temperature": "foresight: temperature at which evictions are drawn in rollouts",
+    "clip": "foresight: bound of the probability ratio of a draw",
+    "kl": "foresight: weight of the distance to the agents that rollouts start from",
+    "reward": "foresight: tokens whose loss may not rise: all; low: those with low entropy; "
+    "low-large: of these, those whose loss rose a lot",
+    "low_entropy": "foresight: share of the tokens that count as low in entropy",
+    "large": "foresight: rise of a loss, in nats, that is a lot",
     "capacity": "global: tokens per head that all gates together may retain",
-    "capacity_weight": "global: price of what they retain beyond it",
-    "distil_steps": "global: steps of distillation in a twin of the model (--model) at the end",
-    "distil_lr": "global: their highest learning rate",
-    "distil_tokens": "global: tokens of a text that they read",
-    "horizon": "global: tokens to come for which a token's use is added up",
+    "capacity_weight": "global: weight of the penalty for retaining more",
+    "distil_steps": "global: then, steps of distillation in a twin of the model (--model)",
+    "distil_lr": "global: highest learning rate of the distillation",
+    "distil_tokens": "global: tokens of a text in the distillation",
+    "horizon": "global: number of future tokens over which a token's use is summed",
 }
 
 
@@ -91,7 +92,7 @@ class _Run(options.RepackOption):
     model: str | None = option(
         None, metavar="GGUF", help="the traced model, for rollouts and distillation"
     )
-    device: str | None = option(None, metavar="NAME", shown="CUDA if there", help="cpu or cuda")
+    device: str | None = option(None, metavar="NAME", shown="CUDA if available", help="cpu or cuda")
     threads: int | None = option(None, metavar="N", shown="torch's", help="CPU threads")
     verbose: bool = option(False, help="show tracebacks of errors")
 
@@ -170,15 +171,15 @@ def comparison(result: Any) -> str:
     best = [min(costs) for costs in zip(*(q.cost for q in heuristics), strict=True)]
     won = sum(mine < theirs for mine, theirs in zip(result.quality.cost, best, strict=True))
     lines.append(
-        "cost: attention lost over all budgets, the best ranking's = 1; lost: share of attention "
-        "lost\nmore than the best ranking does, at 1/2 to 1/16 of the tokens; means over heads"
+        "cost: attention lost over all budgets, where the best ranking's is 1; lost: share of "
+        "attention lost\nbeyond the best ranking's, at 1/2 to 1/16 of the tokens; means over heads"
     )
     lines.append(f"below the best of {', '.join(BASELINES)} in {won} of {len(best)} heads, by cost")
     if result.loss_increase:
         before, after = result.loss_increase
         lines.append(
-            f"rollouts: evictions cost {after:+.4f} nats a token of the texts kept for validation, "
-            f"{before:+.4f} before"
+            f"rollouts: evictions cost {after:+.4f} nats a token on the validation texts "
+            f"({before:+.4f} before)"
         )
     return "\n".join(lines)
 

@@ -169,10 +169,10 @@ def _processor() -> Iterator[Finding]:
     listed, usable = multiprocessing.cpu_count(), round(machine.usable_cores(), 2)
     value = {"listed": listed, "usable": usable}
     threads = max(listed // 2, 1)  # llama_cpp.Llama's own default
-    yield _fact("processor", "cores", value, f"{listed}, of which {usable:g} may be used here")
+    yield _fact("processor", "cores", value, f"{listed}, of which {usable:g} are usable here")
     text = f"{threads} to write, {listed} to read by default"
     if usable < listed:
-        text += f"; --threads {max(1, int(usable))} is faster here, for threads wait for each other"
+        text += f"; --threads {max(1, int(usable))} is faster here, as threads wait for each other"
     yield _fact("processor", "threads", threads, text)
 
 
@@ -260,13 +260,13 @@ def _advice_for(buffer_type: str) -> str:
     if buffer_type == "AMX":
         flags = " ".join(f"-DCMAKE_{x}_FLAGS='{_WITHOUT_AMX}'" for x in ("C", "CXX"))
         return (
-            "The processor, or who runs this virtual machine, promises AMX and does not keep it. "
+            "The processor, or this virtual machine, reports AMX, but it does not work. "
             "Models are loaded without repacked weights, which works but may be slower. "
-            f'Compile llama.cpp without AMX to have them back: CMAKE_ARGS="{flags}" {build}'
+            f'To repack weights again, compile llama.cpp without AMX: CMAKE_ARGS="{flags}" {build}'
         )
     return (
         "Models are loaded without repacked weights, which works but may be slower. A newer "
-        "llama.cpp or compiler may mend it"
+        "llama.cpp or compiler may fix it"
     )
 
 
@@ -307,7 +307,7 @@ def _model(path: str) -> Iterator[Finding]:
     template = (
         "yes"
         if found["chat_template"]
-        else "none: a base model, or made without (chat shows it a transcript)"
+        else "none: a base model, or made without one (chat uses a transcript)"
     )
     facts = {
         "file": (path, f"{path} ({_bytes(found['file_bytes'])})"),
@@ -318,7 +318,7 @@ def _model(path: str) -> Iterator[Finding]:
         "window": (found["window"], window),
         "chat template": (found["chat_template"], template),
         "cache per token": (size, "not known" if size is None else f"{size} bytes (f16)"),
-        "policy": (found["policy"], f"{found['policy']} (what auto takes)"),
+        "policy": (found["policy"], f"{found['policy']} (chosen by auto)"),
     }
     for name, (value, text) in facts.items():
         yield _fact("model", name, value, text)
@@ -333,9 +333,9 @@ def _model(path: str) -> Iterator[Finding]:
     if found["file_bytes"] > room:
         yield Finding(
             *("model", "memory", room, f"{_bytes(room)} for {_bytes(found['file_bytes'])}"),
-            fault=f"the file has {_bytes(found['file_bytes'])}, and {_bytes(room)} of memory are "
-            "available: it will be read from the disk again and again",
-            advice="Take a smaller quantisation of it, or put layers on a GPU (--gpu-layers)",
+            fault=f"the file has {_bytes(found['file_bytes'])}, but only {_bytes(room)} of memory "
+            "are available, so it will be read from the disk repeatedly",
+            advice="Use a smaller quantisation of it, or put layers on a GPU (--gpu-layers)",
         )
 
 
@@ -343,14 +343,14 @@ def _bounded(found: dict[str, Any]) -> Finding:
     granularity, reasons = found["granularity"], found["why_not"]
     value = {"granularity": granularity, "why_not": reasons}
     if granularity == "head":
-        return _fact("model", "bounded cache", value, "yes, with tokens of its own in every head")
+        return _fact("model", "bounded cache", value, "yes, and every head keeps its own tokens")
     if granularity == "token":
         text = f"yes, with --granularity token only: {reasons['head']}"
         return _fact("model", "bounded cache", value, text)
     return Finding(
         *("model", "bounded cache", value, "no"),
         fault=f"the cache of this model cannot be bounded: {reasons['token']}",
-        advice="In Python it runs without kv_budget, as in llama_cpp",
+        advice="In Python it runs without kv_budget, as with llama_cpp",
     )
 
 
@@ -411,7 +411,7 @@ def _checked_by_child(
             found[name] = _Checked(line.get("found"), line.get("fault", ""))
             running = ""
     if running and running not in found:
-        how = f"the process ended ({trial.failed or 'without a word'})"
+        how = f"the process ended ({trial.failed or 'without a message'})"
         found[running] = _Checked(None, how, trial.crashed)
     elif not found:
         found[names[0]] = _Checked(None, f"no answer ({trial.failed or 'it ended early'})")

@@ -23,7 +23,7 @@ Found = dict[str, Any]
 
 _TEXT = "The old house stood on a hill above the sea, and nobody had lived in it for years. "
 #: Tokens that a check reads; and logits that are further off than this share of their standard
-#: deviation come from a broken kernel. Rounding to q8_0 makes 0.004 in the model that comes along.
+#: deviation come from a broken kernel. Rounding to q8_0 makes 0.004 in the bundled model.
 _N_TOKENS, _MOST_OFF = 96, 0.1
 #: On one thread: these are short, and threads wait for each other on a machine that is busy.
 _QUIET: Found = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
@@ -90,7 +90,7 @@ def _devices(_: str | None) -> Found:
 
 
 def _logits(**options: Any) -> Any:
-    """f64 [n_vocab], after a text, by the model that comes along."""
+    """f64 [n_vocab], after a text, by the bundled model."""
     import llama_cpp  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
@@ -111,8 +111,8 @@ def _compare(**options: Any) -> Found:
     off = float(np.sqrt(np.mean((other - plain) ** 2)) / np.std(plain))
     if not off <= _MOST_OFF:  # also when it is no number
         raise ValueError(
-            f"the model that comes along computes something else with it: logits are {off:.2g} "
-            f"standard deviations off, where {_MOST_OFF} are allowed"
+            f"with it the bundled model's logits differ by {off:.2g} standard deviations, where "
+            f"{_MOST_OFF} are allowed"
         )
     return {"off": round(off, 6)}
 
@@ -127,7 +127,7 @@ def _quantised_cache(_: str | None) -> Found:
 
 
 def _bounded_cache(_: str | None) -> Found:
-    """A long text in a small cache, by the policy of the model that comes along."""
+    """A long text in a small cache, by the policy of the bundled model."""
     from kvp_edge.bundled import bundled_model  # noqa: PLC0415
     from kvp_edge.llama import Llama  # noqa: PLC0415
 

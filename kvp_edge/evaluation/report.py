@@ -38,14 +38,14 @@ _FEW = 10  # items of a task; with fewer, the bootstrap's intervals are too narr
 _OUT = "†"
 
 _READING = """\
-Every policy read the same items. A number in brackets is a 95 % interval: how far the number would
-move with other items of the same tasks, seed and model left as they are. Averages give every task
-the same weight. Intervals of averages, differences and ratios are bootstrapped over the items of
-each task ({resamples:,} resamples), with the items paired where two policies are compared; a task
-whose answers are right or wrong, nothing between, has Wilson's interval.
+Every policy read the same items. Brackets are 95 % intervals: how far a number would move with
+other items of the same tasks, for this seed and model. Averages give every task the same weight.
+Intervals of averages, differences and ratios are bootstrapped over the items of each task
+({resamples:,} resamples), with the items paired where two policies are compared. A task whose
+answers are either right or wrong has Wilson's interval.
 
-Where the full cache answers less than {threshold:.0%} of a task's items, what a policy keeps is not
-what is missing: such tasks are marked {mark} and left out of averages and comparisons."""
+Where the full cache answers less than {threshold:.0%} of a task's items, the task does not show
+what a policy loses. Such tasks are marked {mark} and left out of averages and comparisons."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def _about(records: Sequence[Record], how: _How) -> list[str]:
         if policy in policies:
             text += [
                 "",
-                f"`{policy}` ranks tokens by {how_much} they are about to get. It is no baseline, "
-                "because nothing can know that; it shows what is left to gain.",
+                f"`{policy}` ranks tokens by {how_much} that they will receive. It is not a "
+                "baseline, because no policy can know that; it shows what could still be gained.",
             ]
     return text
 
@@ -287,8 +287,8 @@ def _comparisons(found: Group, how: _How, measure: Measure, tasks: list[str]) ->
             rows,
         ),
         "",
-        f"Of {len(rows)} such intervals between equal policies about {_expected(len(rows))} would "
-        "leave out 0 by chance. The best baseline was chosen on these very items, which favours "
+        f"If the policies were equal, about {_expected(len(rows))} of {len(rows)} such intervals "
+        "would exclude 0 by chance. The best baseline was chosen on the same items, which favours "
         "it.",
         "",
     ]
@@ -416,9 +416,9 @@ def _effort_section(found: Group, how: _How) -> list[str]:
         "### Time and memory per item",
         "",
         "Means over all tasks. Seconds count reading and replying (in one-shot mode only what "
-        "comes after the context, whose reading and scoring are shared), and whatever else ran on "
-        "the machine; MiB are the keys and values of the most tokens held at once; kept and "
-        "dropped are tokens before the question or ending.",
+        "comes after the context, whose reading and scoring are shared), and depend on what "
+        "else ran on the machine. MiB are the keys and values of the most tokens held at once. "
+        "Kept and dropped are tokens before the question or ending.",
         "",
         *table(["budget", "policy", "seconds", "MiB", "kept", "dropped", "evictions"], rows),
         "",

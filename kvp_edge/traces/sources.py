@@ -203,7 +203,9 @@ def _read(path: str) -> bytes:
 def _text(path: str) -> str:
     data = _read(path)
     if b"\0" in data:
-        raise TraceError(f"'{path}' is no text: it holds NUL bytes. Convert it to plain text first")
+        raise TraceError(
+            f"'{path}' is not text: it contains NUL bytes. Convert it to plain text first"
+        )
     return data.decode("utf-8-sig", errors="replace")
 
 

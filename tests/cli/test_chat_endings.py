@@ -65,8 +65,8 @@ def test_a_full_disk_behind_standard_output_leaves_the_conversation(kvp: Type, t
     told = done.stderr.decode()
     assert f"The conversation was written to {file}\n" in told
     assert f"type: /load {file}\n" in told
-    assert told.endswith("kvp-edge: standard output cannot be written: No space left on device\n")
-    assert "Taken back: " + TELL in kvp("chat", *SHORT, typed=f"/load {file}\n/undo\n").err
+    assert told.endswith("kvp-edge: cannot write to standard output: No space left on device\n")
+    assert "Removed: " + TELL in kvp("chat", *SHORT, typed=f"/load {file}\n/undo\n").err
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
@@ -89,7 +89,7 @@ def test_a_signal_in_the_middle_of_a_reply_leaves_what_was_said(
     file = saved_in(temp)
     got = kvp("chat", model, "--max-tokens", "1", typed=f"/load {file}\n/undo\n/undo\n")
     assert "was not answered" not in got.err  # the part of a reply that was written is one
-    assert "Taken back: Hello." in got.err
+    assert "Removed: Hello." in got.err
     assert "Nothing has been said yet." in got.err
 
 
@@ -197,7 +197,7 @@ def test_loading_anything_bad_leaves_the_conversation_as_it_was(
     loads = "".join(f"/load {tmp_path / name}\n" for name in files)
     got = kvp("chat", *SHORT, typed=f"{TELL}\n{loads}What is my dog called?\n")
     assert got.status == 1
-    assert got.err.count("holds no messages. The conversation is as it was") == len(bad)
+    assert got.err.count("contains no messages. Your conversation is unchanged") == len(bad)
     assert "Loaded" not in got.err
     assert "Ralph" in got.replies[-1]
     first, second = got.stats
@@ -210,7 +210,7 @@ def test_what_can_be_saved_can_be_loaded(kvp: Type, tmp_path: Path) -> None:
     kvp("chat", *options, typed=f"Hello.\n{TELL}\n/save {file}\n")
     got = kvp("chat", *options, typed=f"/load {file}\n/undo\n/undo\n/undo\n")
     assert got.status == 0
-    assert got.err.count("Taken back:") == 2
+    assert got.err.count("Removed:") == 2
     assert "Nothing has been said yet." in got.err
 
 
@@ -226,39 +226,39 @@ def test_a_template_that_refuses_a_later_message_does_not_end_the_chat(
         got = kvp("chat", *SHORT, "--chat-template", str(file), typed="Hi.\nMore.\n/undo\n")
         assert got.status == 1
         assert len(got.stats) == 1
-        assert "as it was before your message" in got.err
-        assert "Taken back: Hi." in got.err
+        assert "The conversation is unchanged." in got.err
+        assert "Removed: Hi." in got.err
 
 
 def test_a_message_that_is_too_long_by_itself_gets_no_advice_that_does_not_help(kvp: Type) -> None:
     got = kvp("chat", *SHORT, "--n-ctx", "300", typed="many words " * 200 + "\n")
-    assert "too long by itself" in got.err
+    assert "message alone is too long" in got.err
     assert "/undo" not in got.err
 
 
 def test_also_after_others_and_one_that_fits_alone_is_told_what_makes_room(kvp: Type) -> None:
     long = "many words " * 200
     got = kvp("chat", *SHORT, "--n-ctx", "300", typed=f"Hello.\n{long}\n")
-    assert "too long by itself" in got.err
+    assert "message alone is too long" in got.err
     assert "/undo" not in got.err
     half = "many words " * 60
     got = kvp("chat", *SHORT, "--n-ctx", "300", typed=f"{half}\n{half}\n{half}\n")
-    assert "/undo and /clear make room" in got.err
-    assert "too long by itself" not in got.err
+    assert "Use /undo or /clear to make room" in got.err
+    assert "message alone is too long" not in got.err
 
 
 def test_a_line_that_begins_with_two_slashes_is_a_message_as_it_is(kvp: Type) -> None:
     got = kvp("chat", *SHORT, typed="// a comment\n/undo\n")
     assert len(got.stats) == 1
-    assert "Taken back: // a comment" in got.err
+    assert "Removed: // a comment" in got.err
 
 
 def test_a_line_that_begins_with_a_slash_can_be_sent(kvp: Type) -> None:
     got = kvp("chat", *SHORT, typed='/etc/passwd\n /etc/passwd\n"""\n/etc\n/usr\n"""\n/undo\n')
     assert "There is no command '/etc/passwd'" in got.err
-    assert "put a blank before it" in got.err
+    assert "start the line with a space" in got.err
     assert len(got.stats) == 2
-    assert "Taken back: /etc\n/usr" in got.err
+    assert "Removed: /etc\n/usr" in got.err
 
 
 def test_a_block_in_a_pipe_is_one_message_even_if_it_is_not_closed(kvp: Type) -> None:
@@ -278,7 +278,7 @@ def test_closed_streams_do_no_harm() -> None:
     done = shell("chat >&-", f"{TELL}\n")
     assert (done.returncode, done.stderr) == (
         2,
-        b"kvp-edge: standard output is closed: there is nowhere to write to\n",
+        b"kvp-edge: standard output is closed\n",
     )
 
 

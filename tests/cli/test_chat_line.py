@@ -50,7 +50,7 @@ def test_a_paste_of_several_lines_is_one_message(terminal: Open) -> None:
     t.read_until("t/s]")
     t.prompt()
     t.type("/undo\r")
-    assert "Taken back: My dog\nis called Ralph.\n" in plain(t.prompt())
+    assert "Removed: My dog\nis called Ralph.\n" in plain(t.prompt())
     t.type("/undo\r")
     assert "Nothing has been said yet" in plain(t.prompt())  # it was one
 
@@ -118,13 +118,13 @@ def test_ctrl_c_stops_a_reply_and_twice_at_the_prompt_leaves(
     t.read_until("t/s]")
     t.prompt()
     t.type("half a mess\x03")
-    t.read_until("Ctrl-C again leaves")
+    t.read_until("press Ctrl-C again")
     t.prompt()
     t.type("/stats\r")
     t.read_until("tokens seen")
     t.prompt()
     os.kill(t.pid, signal.SIGINT)  # not typed
-    t.read_until("Ctrl-C again leaves")
+    t.read_until("press Ctrl-C again")
     t.prompt()
     t.type("\x03")
     assert t.exit_status() == 130

@@ -54,7 +54,7 @@ def test_replies_are_the_only_thing_on_stdout(kvp: Type) -> None:
     assert len(got.stats) == 2
     assert "kept in" in got.err  # /stats
     assert "/regen" in got.err  # /help
-    assert "Taken back: What is my dog called?" in got.err
+    assert "Removed: What is my dog called?" in got.err
 
 
 def test_a_pace_is_never_told_as_none_while_something_is_read() -> None:
@@ -111,14 +111,14 @@ def test_regen_says_that_the_likeliest_reply_is_the_same_again(kvp: Type) -> Non
 def test_stats_after_undo_tell_that_they_count_what_was_taken_back(kvp: Type) -> None:
     options = ["chat", *GREEDY, "--max-tokens", "9", "--threads", "1"]
     got = kvp(*options, typed="Hello.\n/stats\n/undo\n/stats\nHello.\n/stats\n")
-    told = "What was taken back is among them"
+    told = "They include what was removed"
     assert got.err.count(told) == 1
-    assert got.err.index("Taken back") < got.err.index(told)
+    assert got.err.index("Removed") < got.err.index(told)
     assert told not in kvp(*options, typed="Hello.\n/undo\n/clear\n/stats\n").err
 
 
 def test_a_small_budget_in_memory_says_that_reading_is_slow(kvp: Type) -> None:
-    said = "texts are read 51 tokens at a time"
+    said = "reading is slow, 51 tokens at a time"
     assert said in kvp("chat", "--kv-budget", "1MiB", "--threads", "1").err
     for budget in ("300", "4MiB"):
         assert "tokens at a time" not in kvp("chat", "--kv-budget", budget).err
@@ -161,7 +161,7 @@ def test_a_reply_that_reaches_the_logical_context_ends_there_and_says_why(kvp: T
     got = kvp("chat", "--n-ctx", "60", "--temperature", "1.5", typed="Tell me something.\n")
     assert got.status == 0
     assert got.stats[0]["seen"] <= 60
-    assert ("reached its 60 tokens" in got.err) == (got.stats[0]["seen"] == 59)
+    assert ("conversation is full (60 tokens)" in got.err) == (got.stats[0]["seen"] == 59)
 
 
 def test_a_system_prompt_too_long_to_protect_is_refused(kvp: Type) -> None:
@@ -249,13 +249,13 @@ def test_ctrl_c_at_the_prompt_explains_and_twice_in_a_row_leaves(
     t.type("half a mess")
     t.read_until("half a mess")
     t.interrupt()
-    t.read_until("Ctrl-C again leaves")
+    t.read_until("press Ctrl-C again")
     t.read_until("> ")
     t.type("/stats\n")
     t.read_until("0 tokens seen")
     t.read_until("> ")
     t.interrupt()
-    t.read_until("Ctrl-C again leaves")
+    t.read_until("press Ctrl-C again")
     t.read_until("> ")
     t.interrupt()
     assert t.exit_status() == 130
@@ -423,8 +423,8 @@ def sentence(got: Output) -> str:
         (["chat", "--hf-repo", "some/where"], "--hf-file"),
         (["chat", "x.gguf", "--hf-repo", "a", "--hf-file", "b"], "not both"),
         (["run", "-p", "Why?", "-f", "nowhere.txt"], "cannot read 'nowhere.txt'"),
-        (["run", "-f", "-"], "ask something"),
-        (["run", "--raw"], "there is nothing to read"),
+        (["run", "-f", "-"], "give a question"),
+        (["run", "--raw"], "the text to read is empty"),
         (["run", "--raw", "-p", "a", "--system", "b"], "--system"),
         (["run", "-p", "many words " * 300, "--n-ctx", "100"], "--n-ctx 100"),
         (["demo", "--length", "50"], "nothing would be dropped"),
@@ -501,7 +501,7 @@ def test_sessions_that_do_not_fit_are_a_sentence_and_the_chat_goes_on(
     llm.eval([1, 2, 3])
     llm.save_session(file)
     got = kvp("chat", *GREEDY, "--max-tokens", "5", typed=f"Hi.\n/load {file}\nHi.\n")
-    assert "holds no messages. The conversation is as it was" in got.err
+    assert "contains no messages. Your conversation is unchanged" in got.err
     assert len(got.stats) == 2
     assert got.stats[1]["read"] < got.stats[1]["seen"] - got.stats[0]["seen"]  # nothing read again
 

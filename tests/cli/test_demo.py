@@ -135,7 +135,7 @@ def made_up(**right: int) -> list[Row]:
 def test_the_reading_names_the_best_policy_and_those_that_do_not_help() -> None:
     text = "\n".join(reading(made_up(full=20, shift=4, keydiff=17, knorm=3, random=5)))
     assert "answers 20 of 20" in text
-    assert "keydiff answers 17, with 25% of the memory" in text
+    assert "with keydiff, it answers 17, in 25% of the memory" in text
     assert "Not clearly better than dropping the oldest half: knorm, random." in text
 
 
@@ -149,7 +149,7 @@ def test_the_reading_says_when_the_model_itself_fails() -> None:
     text = "\n".join(reading(made_up(full=6, shift=4, keydiff=5)))
     assert "misses many even then" in text
     assert "gone" not in text  # so few answers less may be chance
-    assert "leaves it 4: what is old is gone." in "\n".join(
+    assert "with llama.cpp's rule, it answers 4: the old tokens are gone." in "\n".join(
         reading(made_up(full=20, shift=4, keydiff=5))
     )
 

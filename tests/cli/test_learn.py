@@ -79,7 +79,7 @@ def test_a_policy_that_loses_more_than_a_rule_is_told_of(
         report.write_text(json.dumps(numbers))
         assert main(learn(model, tmp_path / "out")) == 0
         said = capsys.readouterr().err
-        assert ("loses less attention than what was learned" in said) == (told is not None)
+        assert ("loses less attention than the trained policy" in said) == (told is not None)
         assert told is None or f"--policy {told}" in said
 
 

@@ -64,7 +64,7 @@ def run(*argv: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def healthy(bundled_model: str, amx_works: None) -> dict[str, Any]:
-    """What it says of this machine, and of the model that comes along."""
+    """What it says of this machine, and of the bundled model."""
     status, out = run("--json", bundled_model)
     found: dict[str, Any] = json.loads(out)
     assert status == 0, found["faults"]
@@ -195,7 +195,7 @@ def test_without_the_native_part_doctor_says_so_and_other_commands_point_to_it()
     for argv in (["chat"], ["chat", "--help"], ["--version"]):
         got = command(*argv, KVP_EDGE_LIBRARY="/no/such/library.so")
         assert got.returncode == 1
-        assert got.stderr.splitlines()[-1] == "kvp-edge doctor finds out more"
+        assert got.stderr.splitlines()[-1] == "Run kvp-edge doctor to find the cause."
         assert "Traceback" not in got.stderr
 
 
@@ -362,7 +362,7 @@ def test_a_share_of_a_core_is_told_and_how_many_threads_fit_it(
     assert machine.usable_cores() == 0.5
     monkeypatch.setattr("multiprocessing.cpu_count", lambda: 8)
     found = {one.name: one for one in doctor._processor()}
-    assert found["cores"].text == "8, of which 0.5 may be used here"
+    assert found["cores"].text == "8, of which 0.5 are usable here"
     assert "--threads 1 is faster" in found["threads"].text
 
 

@@ -502,7 +502,7 @@ def test_few_items_are_warned_of_and_the_oracle_is_no_baseline(small: list[Recor
     more = [replace(r, policy="oracle") for r in small if r.policy == "learned"]
     text = report([r for r in small + more if r.item < 4])
     assert "fewer than 10 items" in text
-    assert "It is no baseline" in text
+    assert "It is not a baseline" in text
     assert "oracle" not in section(text, "learned against each baseline")
 
 

@@ -433,8 +433,8 @@ def test_a_chat_whose_device_failed_goes_on_in_another_process(tmp_path: Path) -
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert ended.err.endswith(
         "\nkvp-edge: device.cpp:7: the device is gone\n"
-        f"llama.cpp cannot go on after this. The conversation was written to {path}\n"
-        f"To go on, start `kvp-edge chat` with the options you want, and type: /load {path}\n"
+        f"llama.cpp cannot continue after this. The conversation was written to {path}\n"
+        f"To continue, start `kvp-edge chat` with the options you want, and type: /load {path}\n"
     )
 
     go_on = "from kvp_edge.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -442,10 +442,10 @@ def test_a_chat_whose_device_failed_goes_on_in_another_process(tmp_path: Path) -
         go_on, "chat", *GREEDY, "--policy", "knorm", typed=f"/load {path}\n{ASK}\n/undo\n/undo\n"
     )
     assert again.status == 0
-    assert f"Your last message was not answered. Send it again:\n{ASK}" in again.err
+    assert f"Your last message was not answered. To get a reply, send it again:\n{ASK}" in again.err
     assert len(again.said) == 1
     assert "Ralph" in again.said[0]
-    assert again.err.count("Taken back:") == 2
+    assert again.err.count("Removed:") == 2
 
 
 def test_a_chat_that_cannot_be_written_says_so(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ def test_other_commands_end_with_a_sentence() -> None:
     ended = Ended(CHAT, "run", *GREEDY, "-p", ASK)
     assert (ended.status, ended.said) == (1, [])
     assert ended.err.endswith(
-        "\nkvp-edge: device.cpp:7: the device is gone\nllama.cpp cannot go on after this.\n"
+        "\nkvp-edge: device.cpp:7: the device is gone\nllama.cpp cannot continue after this.\n"
     )
 
 

@@ -227,7 +227,7 @@ def test_a_base_model_chats_as_a_transcript_and_run_continues_its_text(
     told = "My dog is called Rex and I live in Oslo.\nWhat is my dog called?\n"
     got = kvp("chat", model, *few, typed=told)
     assert got.status == 0
-    assert "has no chat template, so it is shown the conversation as a transcript" in got.err
+    assert "has no chat template, so it reads the conversation as a transcript" in got.err
     assert "Rex" in got.replies[-1]
     assert not any("User:" in reply or reply.startswith(" ") for reply in got.replies)
     assert got.stats[1]["read"] < 30

@@ -65,7 +65,7 @@ def test_the_transcript_is_one_of_speakers_with_the_system_prompt_above() -> Non
 def test_a_chat_without_a_template_says_so_and_is_a_transcript(kvp: Type, bare: str) -> None:
     got = kvp("chat", bare, *FEW_CELLS, *SHORT, typed="Hello.\nMy dog is called Ralph.\n")
     assert got.status == 0
-    assert "bare.gguf has no chat template, so it is shown the conversation" in got.err
+    assert "bare.gguf has no chat template, so it reads the conversation" in got.err
     assert len(got.stats) == 2
     assert got.stats[1]["read"] < got.stats[1]["seen"] - got.stats[0]["seen"]
     assert not any(reply.startswith((" ", "User:")) for reply in got.replies)
@@ -86,7 +86,7 @@ def test_run_without_a_template_continues_the_text(kvp: Type, bare: str) -> None
     chat = kvp("run", bare, *SHORT, "-p", "He was a", "--chat-format", "transcript")
     assert (chat.status, "continues" in chat.err) == (0, False)
     refused = kvp("run", bare, *SHORT, "-p", "He was a", "--system", "Be kind.")
-    assert (refused.status, "no place for --system" in refused.err) == (2, True)
+    assert (refused.status, "--system cannot be used" in refused.err) == (2, True)
 
 
 def test_a_model_without_a_template_warns_unless_one_was_asked_for(
@@ -115,7 +115,7 @@ def test_a_model_without_a_template_warns_unless_one_was_asked_for(
         ("{{ raise_exception('no system role\x1b[2J') }}", "no system role␛"),
         ("{{ messages[0].nothing.at_all }}", "no attribute 'nothing'"),
         ("{{ messages[0].content + 1 }}", "can only concatenate str"),
-        ("{% if %}", "is no chat template"),
+        ("{% if %}", "is not a chat template"),
     ],
 )
 @pytest.mark.parametrize("command", [["chat"], ["run", "-p", "Why?"]])
@@ -134,7 +134,7 @@ def test_templates_that_cannot_be_had_are_a_sentence(kvp: Type, tmp_path: Path) 
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for options, says in (
         (["--chat-template", str(tmp_path / "absent")], "cannot read"),
-        (["--chat-template", str(tmp_path / "bytes")], "is no chat template"),
+        (["--chat-template", str(tmp_path / "bytes")], "is not a chat template"),
         (["--chat-format", "nope"], "chatml"),
         (["--chat-format", "chatml", "--chat-template", "x"], "not both"),
     ):

@@ -520,7 +520,7 @@ def test_too_short_a_text_is_refused(model: RandomModel, text: str, tmp_path: Pa
         traced(model, text, tmp_path / "c", future_tokens=95)
     with pytest.raises(TraceError, match="cannot read '.*none.txt'"):
         traced(model, str(tmp_path / "none.txt"), tmp_path / "d")
-    with pytest.raises(TraceError, match="is no text: it holds NUL bytes"):
+    with pytest.raises(TraceError, match="is not text: it contains NUL bytes"):
         traced(model, model.path, tmp_path / "e")
 
 
@@ -587,8 +587,8 @@ def test_traces_with_flash_attention_and_without_do_not_mix(
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "give something to read"),
-        (["--task-prose", BOOK], "give --tasks N, too"),
+        ([], "nothing to read: give --text"),
+        (["--task-prose", BOOK], "--task-prose needs --tasks N"),
         (["--tasks", "2", "--length", "20"], "nothing can be traced"),
         (["--text", "none.txt"], "cannot read 'none.txt'"),
     ],

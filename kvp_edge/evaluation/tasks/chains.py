@@ -66,7 +66,7 @@ def draw(rng: random.Random, n_tokens: int) -> Draft[Item]:
 
 CHAINS = DrawnTask(
     "chains",
-    "variables assigned from each other in prose; the value of every one of them, step by step",
+    "variables assigned from each other in prose; the value of each, step by step",
     64,
     draw,
 )

@@ -43,7 +43,9 @@ class Story:
     """Excerpts of the novel, which the model goes on with for as many tokens."""
 
     name = "story"
-    about = "loss of what the full cache itself goes on to write after an excerpt as long as that"
+    about = (
+        "loss of the full cache's own continuation of an excerpt, which is as long as the excerpt"
+    )
     reply_tokens = 0
 
     def make(

@@ -44,9 +44,7 @@ class Dialogues:
     """Readings of chained dialogues."""
 
     name = "dialogues"
-    about = (
-        "perplexity of the last reply of a chat, chained from several short ones on other things"
-    )
+    about = "loss of the last reply of a chat, chained from several short ones on other things"
     reply_tokens = 0
 
     def __init__(self, collections: list[tuple[Path, ...]]) -> None:

@@ -30,7 +30,7 @@ class Meetings:
     """Readings of answers about meetings."""
 
     name = "meetings"
-    about = "perplexity of QMSum's answer to a question about a part of a meeting's transcript"
+    about = "loss of QMSum's answer to a question about a part of a meeting's transcript"
     reply_tokens = 0
 
     def __init__(self, paths: Sequence[Path]) -> None:

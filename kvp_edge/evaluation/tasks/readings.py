@@ -37,7 +37,7 @@ class Books:
     def __init__(self, paths: Sequence[Path] = ()) -> None:
         self._paths = sorted(paths)
         whose = "your books" if paths else "the shipped novel"
-        self.about = f"perplexity of the last quarter of an excerpt of {whose}"
+        self.about = f"loss of the last quarter of an excerpt of {whose}"
 
     def make(
         self, n_items: int, n_tokens: int, count_tokens: CountTokens, seed: int
