@@ -161,6 +161,9 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         start, n = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=position, logits_all=self._logits_all)
+        # Until the batch counts, llama.cpp's logits may be those after tokens that were not read: an
+        # interrupt while it decodes comes out of it when it is done.
+        self._requires_eval = True
         try:
             self._ctx.decode(self._batch)
         except RuntimeError as error:
