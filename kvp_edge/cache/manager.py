@@ -6,7 +6,6 @@ its index in the conversation, for life; ``Table`` says which row of the cache h
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,37 +161,45 @@ class EvictionManager:
         self._shift_pending = False
         self.trusted = True
 
-    def restore_with(self, table: Table, state: npt.NDArray[np.uint8]) -> None:
-        """Take over a table and the state of llama.cpp that belongs to it.
+    @contextmanager
+    def restoring(self, table: Table, state: npt.NDArray[np.uint8]) -> Iterator[None]:
+        """Take over a table and the state of llama.cpp that belongs to it. What else changes with
+        them goes into the block: an interrupt in there leaves ``trusted`` False.
 
         Raises:
-            ValueError, KVCacheError: see NativeCache.restore. If ``trusted`` is still True the
-                cache is what it was, else it is empty.
+            ValueError: on entering: the state is refused, and the cache is what it was.
+            KVCacheError: likewise: llama.cpp took neither this state nor the old one back. The
+                cache is empty, and not trusted.
         """
-        before = self.cache.state() if self.seen else None
-        try:
-            with self._changing():
+        before, newest = self.cache.state() if self.seen else None, self.cache.newest_position()
+        trusted = self.trusted
+        with self._changing():
+            try:
                 self.cache.restore(state, table.llama_positions())
-        except (ValueError, KVCacheError) as error:
-            if self._put_back(before):
+            except (ValueError, KVCacheError) as error:
+                if self.cache.newest_position() == newest:
+                    self.trusted = trusted
+                    raise ValueError(str(error)) from error
+                if trusted and not self._put_back(before):
+                    raise
+                self.trusted = trusted
                 raise ValueError("llama.cpp does not take its state") from error
-            raise
-        self.restore(table)
+            yield
+            self.restore(table)
 
     def _put_back(self, before: npt.NDArray[np.uint8] | None) -> bool:
-        """After a state was refused: put the old one back, if llama.cpp has emptied the cache.
+        """After llama.cpp has emptied the cache: give it the state of before again.
 
         Returns:
-            Whether that was necessary, and done.
+            Whether it took that.
         """
-        present = self._table.llama_positions()
-        newest = int(present[-1]) if self.seen else -1
-        emptied = self.cache.newest_position() != newest
-        if emptied and before is not None:
-            with contextlib.suppress(ValueError, KVCacheError):
-                self.cache.restore(before, present)
-        self.trusted = self.cache.newest_position() == newest
-        return emptied and self.trusted
+        if before is None:
+            return False
+        try:
+            self.cache.restore(before, self._table.llama_positions())
+        except (ValueError, KVCacheError):
+            return False
+        return True
 
     def restore_counts(self, evictions: int, evictions_as_state: int, eviction_ms: float) -> None:
         """Take over what was counted when the table was stored."""
@@ -250,10 +257,11 @@ class EvictionManager:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """An exception inside (Ctrl-C, an error of llama.cpp) leaves ``trusted`` False."""
+        """An exception inside (Ctrl-C, an error of llama.cpp) leaves ``trusted`` False. So do moved
+        cells: llama.cpp turns their keys when it decodes the next batch, not before."""
         self.trusted = False
         yield
-        self.trusted = True
+        self.trusted = not self._shift_pending
 
     def clear(self) -> None:
         """Forget every token and begin to count anew. The owner removes the cells
@@ -274,7 +282,10 @@ class EvictionManager:
         """
         self.notice_others(length, interrupted)
         if length > self.seen and self.trusted:
-            # An interrupt came between decoding and append(): a token counts when it is decoded.
+            # An interrupt came between decoding and the end of append(): a token counts when it is
+            # decoded.
+            if self.query_log is not None and self.query_log.newest < length - 1:
+                self.query_log.append(self.seen, length - self.seen)
             self._append(length - self.seen)
         self.rewind(length)
 
@@ -286,8 +297,9 @@ class EvictionManager:
         if length == 0 or not self.trusted:
             return
         there = self.cache.newest_position() + 1 + self.shift  # tokens, after llama.cpp
-        if interrupted:  # some of a batch may be there as well
-            self.trusted = there >= length
+        if interrupted:  # some of a batch may be there as well, where a window's tokens were
+            complete = there == length or self.cache.can_continue_at(length - self.shift)
+            self.trusted = there >= length and complete
         else:  # who goes back may remove the cells, too
             self.trusted = there in (self.seen, length) and there >= length
 
@@ -489,8 +501,6 @@ class EvictionManager:
                 packed_llama_positions=llama_positions[:n_packed],
                 scores=self._final(t.scores[:, :, keep], n_packed, len(kept)),
             )
-        # llama.cpp turns the keys of moved cells when it decodes the next batch, not before
-        self.trusted = not self._shift_pending
 
     def _pack(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
         """Head granularity: every head ranks its own rows, and all keep the same number."""
