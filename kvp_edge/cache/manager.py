@@ -297,9 +297,8 @@ class EvictionManager:
         if length == 0 or not self.trusted:
             return
         there = self.cache.newest_position() + 1 + self.shift  # tokens, after llama.cpp
-        if interrupted:  # some of a batch may be there as well, where a window's tokens were
-            complete = there == length or self.cache.can_continue_at(length - self.shift)
-            self.trusted = there >= length and complete
+        if interrupted:  # some of a batch may be there as well
+            self.trusted = there >= length
         else:  # who goes back may remove the cells, too
             self.trusted = there in (self.seen, length) and there >= length
 
@@ -384,8 +383,8 @@ class EvictionManager:
             KVCacheError: the protected tokens alone fill the cache.
         """
         n = min(n, self.limits.n_batch)
-        if self.limits.cells - self.kept < n:
-            self._evict()
+        if self.limits.cells - self.kept < n or self._reaches_limit(n):
+            self._evict(before_batch=True)
         free = self.limits.cells - self.kept
         if free < 1:
             raise KVCacheError(
@@ -409,9 +408,9 @@ class EvictionManager:
     def evict(self) -> None:
         """Evict now, down to the budget, if more is held."""
         if self.kept > self.limits.budget:
-            self._evict()
+            self._evict(before_batch=False)
 
-    def _evict(self) -> None:
+    def _evict(self, before_batch: bool) -> None:
         started, place = time.perf_counter(), self.cache.location
         self.score()
         before = self._table
@@ -422,7 +421,7 @@ class EvictionManager:
         if self.granularity == "head":
             self._pack(indices, protected, unit)
         else:
-            self._remove(indices[0, 0], protected[0, 0], unit[0, 0])
+            self._remove(indices[0, 0], protected[0, 0], unit[0, 0], before_batch)
         ms = 1e3 * (time.perf_counter() - started)
         self.evictions += 1
         self.eviction_ms += ms
@@ -469,12 +468,21 @@ class EvictionManager:
 
     def _must_compact(self, n_keep: int) -> bool:
         """Whether positions would get past the limit before the next eviction."""
-        t = self._table
-        ahead = t.seen - t.shift + self.limits.cells - n_keep
-        return self._compact_at is not None and ahead > self._compact_at
+        return self._reaches_limit(self.limits.cells - n_keep)
 
-    def _remove(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
-        """Token granularity: choose by one score per token, and remove the others' cells."""
+    def _reaches_limit(self, n: int) -> bool:
+        """Whether positions would get past the limit with ``n`` more tokens."""
+        return self._compact_at is not None and self.seen - self.shift + n > self._compact_at
+
+    def _remove(
+        self, indices: TokenIndices, protected: BoolArray, unit: IntArray, before_batch: bool
+    ) -> None:
+        """Token granularity: choose by one score per token, and remove the others' cells.
+
+        Args:
+            before_batch: a batch is decoded next. Only then positions are compacted, as llama.cpp
+                turns keys with it; until then nothing could be done with the cache.
+        """
         t = self._table
         worth = self.policy.worth(t.scores, t.seen - indices)
         whole = self.policy.whole_tokens(worth)
@@ -487,7 +495,7 @@ class EvictionManager:
         n_packed, shift = len(kept) - (t.seen - tail), t.shift
         with self._changing():
             self.cache.remove(present, keep)
-            if self._must_compact(len(kept)):
+            if before_batch and self._must_compact(len(kept)):
                 new = np.arange(len(kept), dtype=np.int32)
                 self.cache.move(llama_positions, new)
                 llama_positions, shift = new, tail - n_packed

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 
 def interrupted(do: Callable[[], Any], at: int, *files: str) -> bool:
-    """Whether KeyboardInterrupt came out of ``do``, raised at number ``at`` of the moments at which
-    CPython looks for signals: where functions begin, and behind calls.
+    """Call ``do``, with Ctrl-C at number ``at`` of the moments at which CPython looks for signals:
+    where functions begin, and behind calls.
 
     Args:
         files: only in the code of these.
+
+    Returns:
+        Whether there are so many.
     """
     left = at
 
@@ -27,9 +31,8 @@ def interrupted(do: Callable[[], Any], at: int, *files: str) -> bool:
 
     sys.setprofile(watch)
     try:
-        do()
-    except KeyboardInterrupt:
-        return True
+        with contextlib.suppress(KeyboardInterrupt):
+            do()
     finally:
         sys.setprofile(None)
-    return False
+    return left < 0
