@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +30,9 @@ def interrupted(do: Callable[[], Any], at: int, *files: str) -> bool:
 
     sys.setprofile(watch)
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            do()
+        do()
+    except KeyboardInterrupt:
+        pass  # contextlib.suppress would be interrupted itself
     finally:
         sys.setprofile(None)
     return left < 0
