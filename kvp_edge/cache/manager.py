@@ -401,9 +401,7 @@ class EvictionManager:
     def score(self) -> None:
         """Do now what the next eviction does first, and is spared if nothing is read until then:
         a snapshot of this moment can be evicted to several budgets."""
-        t = self._table
-        self._table = t.with_spans(self._find_spans(t.unsure_from, t.seen))
-        self._score()
+        self._table = self._scored()
 
     def evict(self) -> None:
         """Evict now, down to the budget, if more is held."""
@@ -412,16 +410,15 @@ class EvictionManager:
 
     def _evict(self, before_batch: bool) -> None:
         started, place = time.perf_counter(), self.cache.location
-        self.score()
-        before = self._table
+        before = self._scored()
         indices = before.indices()
-        first, newest = self._protected_borders()
+        first, newest = self._protected_borders(before)
         protected = (indices < first) | (indices >= newest)
         unit = units(indices, clipped(before.spans, first, newest))
         if self.granularity == "head":
-            self._pack(indices, protected, unit)
+            self._pack(before, indices, protected, unit)
         else:
-            self._remove(indices[0, 0], protected[0, 0], unit[0, 0], before_batch)
+            self._remove(before, indices[0, 0], protected[0, 0], unit[0, 0], before_batch)
         ms = 1e3 * (time.perf_counter() - started)
         self.evictions += 1
         self.eviction_ms += ms
@@ -443,15 +440,14 @@ class EvictionManager:
                 )
             )
 
-    def _settled(self, indices: TokenIndices) -> BoolArray:
+    def _settled(self, t: Table, indices: TokenIndices) -> BoolArray:
         """Which tokens are ranked apart from newer ones, so that turns stay isolated."""
-        return indices < (settled_before(self._table) if self._isolate_turns else 0)
+        return indices < (settled_before(t) if self._isolate_turns else 0)
 
-    def _protected_borders(self) -> tuple[int, int]:
+    def _protected_borders(self, t: Table) -> tuple[int, int]:
         """Tokens before the first of these and from the second on are protected, with the markers
         of which they hold a part. A word or sentence is divided there: as long as those may be,
         they could take the whole budget."""
-        t = self._table
         first, newest = self._protected_prefix, t.seen - self.limits.recent
         for start, end, _ in t.spans[t.spans[:, 2] != TEXT].tolist():
             if start < first < end:
@@ -475,20 +471,25 @@ class EvictionManager:
         return self._compact_at is not None and self.seen - self.shift + n > self._compact_at
 
     def _remove(
-        self, indices: TokenIndices, protected: BoolArray, unit: IntArray, before_batch: bool
+        self,
+        t: Table,
+        indices: TokenIndices,
+        protected: BoolArray,
+        unit: IntArray,
+        before_batch: bool,
     ) -> None:
         """Token granularity: choose by one score per token, and remove the others' cells.
 
         Args:
+            t: the table, with the scores of all rows.
             before_batch: a batch is decoded next. Only then positions are compacted, as llama.cpp
                 turns keys with it; until then nothing could be done with the cache.
         """
-        t = self._table
         worth = self.policy.worth(t.scores, t.seen - indices)
         whole = self.policy.whole_tokens(worth)
         if whole is not None:
             worth = whole[None, None]
-        keep = choose_tokens(worth, unit, protected, self.limits.budget, self._settled(indices))
+        keep = choose_tokens(worth, unit, protected, self.limits.budget, self._settled(t, indices))
         present = t.llama_positions()
         kept, llama_positions = indices[keep], present[keep]
         tail = self._next_tail()
@@ -510,14 +511,17 @@ class EvictionManager:
                 scores=self._final(t.scores[:, :, keep], n_packed, len(kept)),
             )
 
-    def _pack(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
-        """Head granularity: every head ranks its own rows, and all keep the same number."""
-        t = self._table
+    def _pack(self, t: Table, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
+        """Head granularity: every head ranks its own rows, and all keep the same number.
+
+        Args:
+            t: the table, with the scores of all rows.
+        """
         n_keep = max(self.limits.budget, int(protected.sum(axis=-1).max()))
         if n_keep >= t.kept:
             return  # all protected: make_room finds no free cell and says so
         worth = self.policy.worth(t.scores, t.seen - indices)
-        keep = choose_rows(worth, unit, protected, n_keep, self._settled(indices))
+        keep = choose_rows(worth, unit, protected, n_keep, self._settled(t, indices))
         tail = self._next_tail()
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift
@@ -557,14 +561,19 @@ class EvictionManager:
             return scores
         return scores[:, :, : max(n_packed, kept - self.policy.context)]
 
-    def _score(self) -> None:
-        """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
+    def _scored(self) -> Table:
+        """The table with all spans and scores: each token is read once, unless the policy looks at
         the whole cache. Then all scores are of one moment, and end with it, or go into those of the
-        next (scope "history")."""
+        next (scope "history").
+
+        An eviction that does not come to pass must leave none of it: the newest tokens' scores
+        change with the tokens that come after them.
+        """
         t = self._table
+        t = t.with_spans(self._find_spans(t.unsure_from, t.seen))
         first = t.scores.shape[2]
         if first == t.kept:
-            return
+            return t
         if self.policy.scope != "token":
             first = 0
         # Rows that are scored for the first time lie in the tail, where all heads hold the same
@@ -581,5 +590,4 @@ class EvictionManager:
                 f"[n_layer, n_head_kv, n_tokens] = {view.shape}"
             )
         new = new[:, :, first - start :].astype(np.float32)
-        scores = np.concatenate((t.scores[:, :, :first], new), axis=2)
-        self._table = replace(t, scores=scores)
+        return replace(t, scores=np.concatenate((t.scores[:, :, :first], new), axis=2))
