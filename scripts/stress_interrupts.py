@@ -351,11 +351,12 @@ class Pair:
         if llm.kv.trusted:
             self.replay(call)
             self.follow()
-        trusted = llm.kv.trusted
+        trusted, sure = llm.kv.trusted, False
         if trusted and self.rng.random() < 0.5:  # else the next call finds all as it is
             try:
                 llm.sync()
                 self.same()
+                sure = True
             except KVCacheError:
                 trusted = False
         llm.steps = []
@@ -369,6 +370,8 @@ class Pair:
                 self.compare("reading")
                 return "went on"
             except KVCacheError:
+                if sure:
+                    raise
                 trusted, llm.steps = False, []
         llm.create_completion(prompt, max_tokens=5, temperature=0.0)
         again = ("reset",) in [step[:1] for step in llm.steps]
