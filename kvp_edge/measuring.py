@@ -143,10 +143,10 @@ class MeasuringLlama(Llama):
         """Restore the state at the bookmark, before anything was dropped. The subject must not have
         read another conversation since: queries logged after the bookmark are removed from the
         log."""
-        self._manager.restore_with(to.table, to.state)
-        self._manager.restore_counts(0, 0, 0.0)
-        self.take_over(to.tokens)
-        self._logits_then = to.logits
+        with self._manager.restoring(to.table, to.state):
+            self._manager.restore_counts(0, 0, 0.0)
+            self.take_over(to.tokens)
+            self._logits_then = to.logits
 
     @property
     def held(self) -> int:

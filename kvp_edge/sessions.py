@@ -138,15 +138,17 @@ def resume(llm: Llama, name: str, header: dict[str, Any], arrays: dict[str, Arra
         raise SessionError(f"{name} does not add up: more rows than cells")
     protected = _protectable(kv, name, header["protected_prefix"])
     try:
-        kv.restore_with(table, state)
-    except (ValueError, KVCacheError) as error:
-        if kv.trusted:
-            raise SessionError(f"{name} does not fit: {error}") from error
+        with kv.restoring(table, state):
+            llm.take_over(tokens)
+            kv.restore_counts(
+                header["evictions"], header["evictions_as_state"], header["eviction_ms"]
+            )
+            kv.protect_prefix(protected)
+    except ValueError as error:
+        raise SessionError(f"{name} does not fit: {error}") from error
+    except KVCacheError:
         llm.reset()
         raise
-    llm.take_over(tokens)
-    kv.restore_counts(header["evictions"], header["evictions_as_state"], header["eviction_ms"])
-    kv.protect_prefix(protected)
 
 
 def _read_again(llm: Llama, name: str, header: dict[str, Any], arrays: dict[str, Array]) -> None:

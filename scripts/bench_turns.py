@@ -6,8 +6,8 @@
 
 With --turns, each turn is a short message and a reply of at most four tokens, and all messages so
 far are handed to create_chat_completion each time. With --tokens, a text is read in pieces of 1,000
-tokens by eval. Processor time is what counts on a machine with other work. The plot shows the
-median of every hundredth part of the way.
+tokens by eval, and the logits after each of its batches must be finite. Processor time is what
+counts on a machine with other work. The plot shows the median of every hundredth part of the way.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def turns(llm: Llama, n: int) -> Iterator[Callable[[], Any]]:
 
 def pieces(llm: Llama, n: int) -> Iterator[Callable[[], Any]]:
     rng = np.random.default_rng(0)
+
+    def finite(_: int, end: int) -> None:
+        if not np.isfinite(llm.newest_logits()).all():
+            raise SystemExit(f"logits after {end} tokens that are not finite")
+
+    llm.on_batch = finite
     for _ in range(n // PIECE):
         tokens = rng.integers(0, llm.n_vocab(), PIECE).tolist()
         yield lambda tokens=tokens: llm.eval(tokens)

@@ -759,6 +759,30 @@ def test_an_interrupt_right_after_decoding_is_made_good(random_model: Maker, loa
     check_stats(llm)
 
 
+def test_a_prompt_asked_again_after_an_interrupted_reply_gets_the_same_reply(
+    random_model: Maker, load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while llama.cpp decodes comes when it is done. Then its logits are those after a token
+    that does not count, while the prompt is read and nothing needs to be."""
+    llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100)
+    prompt = list(random_tokens(60))
+    want = llm.create_completion(prompt, max_tokens=5, temperature=0.0)["choices"]
+    llm.reset()
+    decode = llm._ctx.decode
+
+    def interrupted(batch: Any) -> None:
+        decode(batch)
+        if llm.n_tokens == len(prompt):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm._ctx, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.create_completion(prompt, max_tokens=5, temperature=0.0)
+    monkeypatch.setattr(llm._ctx, "decode", decode)
+    assert llm.n_tokens == len(prompt)
+    assert llm.create_completion(prompt, max_tokens=5, temperature=0.0)["choices"] == want
+
+
 def test_an_error_of_llama_cpp_leaves_the_conversation_readable(
     random_model: Maker, load: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import pytest
 from kvp_edge import InUseError
 from kvp_edge import one_call as module
 from kvp_edge.one_call import Calls
+from support.interrupt import interrupted
 
 
 @contextlib.contextmanager
@@ -191,29 +191,6 @@ def test_closing_needs_that_nobody_is_there_and_then_all_are_refused() -> None:
             use()
 
 
-def _interrupted(do: Callable[[], Any], at: int) -> bool:
-    """Whether KeyboardInterrupt came in the module's code, as number ``at`` of the moments at which
-    CPython looks for signals: where functions begin, and behind calls."""
-    left = at
-
-    def watch(frame: Any, event: str, _: Any) -> None:
-        nonlocal left
-        if frame.f_code.co_filename == module.__file__ and event in ("call", "c_return"):
-            left -= 1
-            if left < 0:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-    sys.setprofile(watch)
-    try:
-        do()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.setprofile(None)
-    return False
-
-
 def nested(calls: Calls) -> None:
     with calls.own("eval"), calls.look(), calls.own("reset"):
         calls.lent(lambda: None)()
@@ -227,7 +204,7 @@ def stepwise(calls: Calls) -> None:
 def test_an_interrupt_at_any_moment_leaves_the_object_free(work: Callable[[Calls], None]) -> None:
     def survives(at: int) -> bool:
         calls = Calls()
-        came = _interrupted(lambda: work(calls), at)
+        came = interrupted(lambda: work(calls), at, module.__file__)
         in_another_thread(lambda: enter(calls))
         assert calls.close()
         return came

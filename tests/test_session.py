@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,10 +16,13 @@ import numpy as np
 import pytest
 
 from conftest import RandomModel, random_tokens
-from kvp_edge import KVCacheError, Llama, SessionError
+from kvp_edge import KVCacheError, Llama, SessionError, sessions
+from kvp_edge.cache import manager
 from kvp_edge.cache import session_file as session
+from kvp_edge.llamacpp import base
 from kvp_edge.policies import Random
 from makers.gguf_models import ModelShape
+from support.interrupt import interrupted
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]
@@ -498,6 +502,65 @@ def test_a_state_that_llama_cpp_itself_refuses_leaves_the_conversation_as_it_was
     never_asked = load(random_model(LLAMA).path, **BOUND)
     never_asked.eval(random_tokens(200, seed=3))
     assert go_on(llm) == go_on(never_asked)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
+def test_an_interrupt_at_any_moment_of_a_load_leaves_one_conversation_or_none(
+    random_model: Maker, load: Loader, tmp_path: Path
+) -> None:
+    """Whatever its text is then goes on as if it had just been read."""
+    llm, fresh = (load(random_model(LLAMA).path, **BOUND) for _ in range(2))
+    texts = {n: random_tokens(n, seed=n) for n in (90, 60)}
+    want = {}
+    for n, text in {0: [], **texts}.items():
+        fresh.reset()
+        want[n] = fresh.create_completion([*text, 7, 8], max_tokens=5, temperature=0.0)["choices"]
+    llm.eval(texts[90])
+    llm.save_session(tmp_path / "s")
+    here = [module.__file__ for module in (sessions, manager, base, contextlib)]
+    found = set()
+
+    def survives(at: int) -> bool:
+        llm.reset()
+        llm.eval(texts[60])
+        came = interrupted(lambda: llm.load_session(tmp_path / "s"), at, *map(str, here))
+        n = llm.n_tokens
+        assert llm.input_ids[:n].tolist() == texts.get(n, [])
+        prompt = [*texts.get(n, []), 7, 8]
+        reply = llm.create_completion(prompt, max_tokens=5, temperature=0.0)
+        assert reply["choices"] == want[n], at
+        found.add(n)
+        return came
+
+    assert next(at for at in range(1000) if not survives(at)) > 30
+    assert found >= {60, 90}
+
+
+def test_a_session_that_is_refused_after_an_interrupt_makes_nobody_trust_the_cache(
+    saved: tuple[Llama, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eviction in place leaves llama.cpp's newest position as it was."""
+    llm, path = saved
+    assert llm.kv is not None
+    pack = llm.kv.cache.pack
+
+    def interrupt(*args: Any) -> None:
+        pack(*args)
+        raise KeyboardInterrupt
+
+    def refuses(*_: Any) -> None:
+        raise ValueError("a state that does not fit")
+
+    llm.eval(random_tokens(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.kv.cache, "pack", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.evict()
+        patch.setattr(llm.kv.cache, "restore", refuses)
+        with pytest.raises(SessionError, match="does not fit"):
+            llm.load_session(path)
+    with pytest.raises(KVCacheError, match="interrupted"):
+        llm.eval([7])
 
 
 def test_a_session_is_saved_through_a_link_and_for_nobody_else_to_read(

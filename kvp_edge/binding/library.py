@@ -49,12 +49,16 @@ class Handle:
 
 
 class _Argument:
-    """How ctypes gets an argument of a kind; ``c`` is its type in the header, const left out."""
+    """How an argument of a kind is given to ctypes; ``c`` is its type in the header, const left
+    out."""
+
+    #: What ctypes takes it for.
+    type: Any = ctypes.c_void_p
 
     def __init__(self, c: str) -> None:
         self.c = c
 
-    def from_param(self, value: Any) -> Any:
+    def convert(self, value: Any) -> Any:
         """An address: of what only llama.cpp knows."""
         return value if value is None else ctypes.cast(value, ctypes.c_void_p)
 
@@ -62,7 +66,9 @@ class _Argument:
 class _Size(_Argument):
     """A number of bytes, which ctypes does not tell from other integers."""
 
-    def from_param(self, value: int) -> ctypes.c_size_t:
+    type = ctypes.c_size_t
+
+    def convert(self, value: int) -> ctypes.c_size_t:
         return ctypes.c_size_t(value)
 
 
@@ -71,9 +77,9 @@ class _Array(_Argument):
 
     def __init__(self, c: str, of: Any) -> None:
         super().__init__(f"{c} *")
-        self._of = of
+        self._of = np.dtype(of)
 
-    def from_param(self, value: np.ndarray | None) -> ctypes.c_void_p | None:
+    def convert(self, value: np.ndarray | None) -> ctypes.c_void_p | None:
         return None if value is None else ctypes.c_void_p(structs.address(value, self._of))
 
 
@@ -84,7 +90,7 @@ class _Struct(_Argument):
         super().__init__(f"{c} *")
         self._kind = kind
 
-    def from_param(self, value: structs.Struct | None) -> Any:
+    def convert(self, value: structs.Struct | None) -> Any:
         if value is not None and not isinstance(value, self._kind):
             raise TypeError(f"a {self.c} belongs here, not {type(value).__name__}")
         return None if value is None else ctypes.byref(value)
@@ -97,7 +103,7 @@ class _Handle(_Argument):
         super().__init__(f"{kind} *")
         self._kind = kind
 
-    def from_param(self, value: Handle | None) -> ctypes.c_void_p | None:
+    def convert(self, value: Handle | None) -> ctypes.c_void_p | None:
         if value is not None and value.kind != self._kind:
             raise TypeError(f"a {self._kind} belongs here, not a {value.kind}")
         return None if value is None else value.pointer
@@ -109,8 +115,26 @@ class _NewHandle(_Argument):
     def __init__(self, kind: str) -> None:
         super().__init__(f"{kind} **")
 
-    def from_param(self, value: ctypes.c_void_p) -> Any:
+    def convert(self, value: ctypes.c_void_p) -> Any:
         return ctypes.byref(value)
+
+
+def _converting(function: Any, kinds: list[Any]) -> Any:
+    """A function that converts its arguments before ctypes sees them. What is raised while ctypes
+    has them converted (argtypes) becomes an ArgumentError, even Ctrl-C."""
+    function.argtypes = [kind.type if isinstance(kind, _Argument) else kind for kind in kinds]
+
+    def call(*args: Any) -> Any:
+        try:
+            converted = [
+                kind.convert(value) if isinstance(kind, _Argument) else value
+                for kind, value in zip(kinds, args, strict=True)
+            ]
+        except TypeError as error:
+            raise ctypes.ArgumentError(str(error)) from error
+        return function(*converted)
+
+    return call
 
 
 _I32, _U32, _U64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64
@@ -250,11 +274,10 @@ def _load() -> ctypes.CDLL:
             f"part needs {_ABI_VERSION}: they come from different versions. Reinstall kvp_edge: "
             "pip install --force-reinstall --no-deps kvp_edge"
         )
-    for name, argtypes in _CALLS.items():
-        getattr(library, name).restype = _I32
-        getattr(library, name).argtypes = [*argtypes, _ERROR]
-    for name, (restype, argtypes) in _OTHERS.items():
-        getattr(library, name).restype, getattr(library, name).argtypes = restype, argtypes
+    functions = {name: (_I32, [*kinds, _ERROR]) for name, kinds in _CALLS.items()} | _OTHERS
+    for name, (restype, kinds) in functions.items():
+        getattr(library, name).restype = restype
+        setattr(library, name, _converting(getattr(library, name), kinds))
     for name in _FREES.values():
         getattr(library, name).restype, getattr(library, name).argtypes = None, [ctypes.c_void_p]
     check_versions(
@@ -282,7 +305,7 @@ def call(name: str, *args: Any) -> None:
 
     Raises:
         ValueError, UnsupportedModelError, MemoryError, KVCacheError: what went wrong, by its code.
-        TypeError: an argument of another type than the header's.
+        ctypes.ArgumentError: an argument of another type than the header's.
     """
     reason = in_place(name, *args)
     if reason is not None:

@@ -122,6 +122,11 @@ class QueryLog:
         """Tokens whose queries there are."""
         return int(lib.kvp_queries_size(self._handle))
 
+    @property
+    def newest(self) -> int:
+        """The number of the newest token whose queries there are, -1 if there are none."""
+        return int(self.read(1).indices[0]) if len(self) else -1
+
     def read(self, newest: int) -> Queries:
         """The queries of the ``newest`` tokens, of fewer if there are not so many."""
         n, s = min(newest, len(self)), self._shape

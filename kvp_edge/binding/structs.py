@@ -13,14 +13,17 @@ _I32, _U32, _U64, _F32 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctype
 _I32S, _F32S = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_float)
 _F64S, _U8S = ctypes.POINTER(ctypes.c_double), ctypes.POINTER(ctypes.c_uint8)
 
+#: Numpy's types of what pointers point to. Asked for at each call, numpy would pass over an
+#: interrupt that comes meanwhile, and say "object".
+_DTYPES = {pointer: np.dtype(pointer._type_) for pointer in (_I32S, _F32S, _F64S, _U8S)}
 
-def address(array: np.ndarray, of: Any) -> int:
+
+def address(array: np.ndarray, wanted: np.dtype[Any]) -> int:
     """Where the numbers of an array begin, checked to be what C reads there.
 
     Raises:
-        TypeError: another dtype than that of the ctypes type ``of``, or not contiguous.
+        TypeError: another dtype, or not contiguous.
     """
-    wanted = np.dtype(of)
     same = array.dtype == wanted or (array.dtype == np.bool_ and wanted == np.uint8)
     if not same or not array.flags.c_contiguous:
         raise TypeError(f"a contiguous array of {wanted} belongs here, not {array.dtype}")
@@ -40,7 +43,7 @@ class Struct(ctypes.Structure):
             if isinstance(value, np.ndarray):
                 pointer = types[name]
                 self._arrays.append(value)
-                setattr(self, name, ctypes.cast(address(value, pointer._type_), pointer))
+                setattr(self, name, ctypes.cast(address(value, _DTYPES[pointer]), pointer))
             else:
                 setattr(self, name, value)
 

@@ -6,7 +6,6 @@ its index in the conversation, for life; ``Table`` says which row of the cache h
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,37 +161,45 @@ class EvictionManager:
         self._shift_pending = False
         self.trusted = True
 
-    def restore_with(self, table: Table, state: npt.NDArray[np.uint8]) -> None:
-        """Take over a table and the state of llama.cpp that belongs to it.
+    @contextmanager
+    def restoring(self, table: Table, state: npt.NDArray[np.uint8]) -> Iterator[None]:
+        """Take over a table and the state of llama.cpp that belongs to it. What else changes with
+        them goes into the block: an interrupt in there leaves ``trusted`` False.
 
         Raises:
-            ValueError, KVCacheError: see NativeCache.restore. If ``trusted`` is still True the
-                cache is what it was, else it is empty.
+            ValueError: on entering: the state is refused, and the cache is what it was.
+            KVCacheError: likewise: llama.cpp took neither this state nor the old one back. The
+                cache is empty, and not trusted.
         """
-        before = self.cache.state() if self.seen else None
-        try:
-            with self._changing():
+        before, newest = self.cache.state() if self.seen else None, self.cache.newest_position()
+        trusted = self.trusted
+        with self._changing():
+            try:
                 self.cache.restore(state, table.llama_positions())
-        except (ValueError, KVCacheError) as error:
-            if self._put_back(before):
+            except (ValueError, KVCacheError) as error:
+                if self.cache.newest_position() == newest:
+                    self.trusted = trusted
+                    raise ValueError(str(error)) from error
+                if trusted and not self._put_back(before):
+                    raise
+                self.trusted = trusted
                 raise ValueError("llama.cpp does not take its state") from error
-            raise
-        self.restore(table)
+            yield
+            self.restore(table)
 
     def _put_back(self, before: npt.NDArray[np.uint8] | None) -> bool:
-        """After a state was refused: put the old one back, if llama.cpp has emptied the cache.
+        """After llama.cpp has emptied the cache: give it the state of before again.
 
         Returns:
-            Whether that was necessary, and done.
+            Whether it took that.
         """
-        present = self._table.llama_positions()
-        newest = int(present[-1]) if self.seen else -1
-        emptied = self.cache.newest_position() != newest
-        if emptied and before is not None:
-            with contextlib.suppress(ValueError, KVCacheError):
-                self.cache.restore(before, present)
-        self.trusted = self.cache.newest_position() == newest
-        return emptied and self.trusted
+        if before is None:
+            return False
+        try:
+            self.cache.restore(before, self._table.llama_positions())
+        except (ValueError, KVCacheError):
+            return False
+        return True
 
     def restore_counts(self, evictions: int, evictions_as_state: int, eviction_ms: float) -> None:
         """Take over what was counted when the table was stored."""
@@ -250,10 +257,11 @@ class EvictionManager:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """An exception inside (Ctrl-C, an error of llama.cpp) leaves ``trusted`` False."""
+        """An exception inside (Ctrl-C, an error of llama.cpp) leaves ``trusted`` False. So do moved
+        cells: llama.cpp turns their keys when it decodes the next batch, not before."""
         self.trusted = False
         yield
-        self.trusted = True
+        self.trusted = not self._shift_pending
 
     def clear(self) -> None:
         """Forget every token and begin to count anew. The owner removes the cells
@@ -274,7 +282,10 @@ class EvictionManager:
         """
         self.notice_others(length, interrupted)
         if length > self.seen and self.trusted:
-            # An interrupt came between decoding and append(): a token counts when it is decoded.
+            # An interrupt came between decoding and the end of append(): a token counts when it is
+            # decoded.
+            if self.query_log is not None and self.query_log.newest < length - 1:
+                self.query_log.append(self.seen, length - self.seen)
             self._append(length - self.seen)
         self.rewind(length)
 
@@ -372,8 +383,8 @@ class EvictionManager:
             KVCacheError: the protected tokens alone fill the cache.
         """
         n = min(n, self.limits.n_batch)
-        if self.limits.cells - self.kept < n:
-            self._evict()
+        if self.limits.cells - self.kept < n or self._reaches_limit(n):
+            self._evict(before_batch=True)
         free = self.limits.cells - self.kept
         if free < 1:
             raise KVCacheError(
@@ -390,27 +401,24 @@ class EvictionManager:
     def score(self) -> None:
         """Do now what the next eviction does first, and is spared if nothing is read until then:
         a snapshot of this moment can be evicted to several budgets."""
-        t = self._table
-        self._table = t.with_spans(self._find_spans(t.unsure_from, t.seen))
-        self._score()
+        self._table = self._scored()
 
     def evict(self) -> None:
         """Evict now, down to the budget, if more is held."""
         if self.kept > self.limits.budget:
-            self._evict()
+            self._evict(before_batch=False)
 
-    def _evict(self) -> None:
+    def _evict(self, before_batch: bool) -> None:
         started, place = time.perf_counter(), self.cache.location
-        self.score()
-        before = self._table
+        before = self._scored()
         indices = before.indices()
-        first, newest = self._protected_borders()
+        first, newest = self._protected_borders(before)
         protected = (indices < first) | (indices >= newest)
         unit = units(indices, clipped(before.spans, first, newest))
         if self.granularity == "head":
-            self._pack(indices, protected, unit)
+            self._pack(before, indices, protected, unit)
         else:
-            self._remove(indices[0, 0], protected[0, 0], unit[0, 0])
+            self._remove(before, indices[0, 0], protected[0, 0], unit[0, 0], before_batch)
         ms = 1e3 * (time.perf_counter() - started)
         self.evictions += 1
         self.eviction_ms += ms
@@ -432,15 +440,14 @@ class EvictionManager:
                 )
             )
 
-    def _settled(self, indices: TokenIndices) -> BoolArray:
+    def _settled(self, t: Table, indices: TokenIndices) -> BoolArray:
         """Which tokens are ranked apart from newer ones, so that turns stay isolated."""
-        return indices < (settled_before(self._table) if self._isolate_turns else 0)
+        return indices < (settled_before(t) if self._isolate_turns else 0)
 
-    def _protected_borders(self) -> tuple[int, int]:
+    def _protected_borders(self, t: Table) -> tuple[int, int]:
         """Tokens before the first of these and from the second on are protected, with the markers
         of which they hold a part. A word or sentence is divided there: as long as those may be,
         they could take the whole budget."""
-        t = self._table
         first, newest = self._protected_prefix, t.seen - self.limits.recent
         for start, end, _ in t.spans[t.spans[:, 2] != TEXT].tolist():
             if start < first < end:
@@ -457,25 +464,39 @@ class EvictionManager:
 
     def _must_compact(self, n_keep: int) -> bool:
         """Whether positions would get past the limit before the next eviction."""
-        t = self._table
-        ahead = t.seen - t.shift + self.limits.cells - n_keep
-        return self._compact_at is not None and ahead > self._compact_at
+        return self._reaches_limit(self.limits.cells - n_keep)
 
-    def _remove(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
-        """Token granularity: choose by one score per token, and remove the others' cells."""
-        t = self._table
+    def _reaches_limit(self, n: int) -> bool:
+        """Whether positions would get past the limit with ``n`` more tokens."""
+        return self._compact_at is not None and self.seen - self.shift + n > self._compact_at
+
+    def _remove(
+        self,
+        t: Table,
+        indices: TokenIndices,
+        protected: BoolArray,
+        unit: IntArray,
+        before_batch: bool,
+    ) -> None:
+        """Token granularity: choose by one score per token, and remove the others' cells.
+
+        Args:
+            t: the table, with the scores of all rows.
+            before_batch: a batch is decoded next. Only then positions are compacted, as llama.cpp
+                turns keys with it; until then nothing could be done with the cache.
+        """
         worth = self.policy.worth(t.scores, t.seen - indices)
         whole = self.policy.whole_tokens(worth)
         if whole is not None:
             worth = whole[None, None]
-        keep = choose_tokens(worth, unit, protected, self.limits.budget, self._settled(indices))
+        keep = choose_tokens(worth, unit, protected, self.limits.budget, self._settled(t, indices))
         present = t.llama_positions()
         kept, llama_positions = indices[keep], present[keep]
         tail = self._next_tail()
         n_packed, shift = len(kept) - (t.seen - tail), t.shift
         with self._changing():
             self.cache.remove(present, keep)
-            if self._must_compact(len(kept)):
+            if before_batch and self._must_compact(len(kept)):
                 new = np.arange(len(kept), dtype=np.int32)
                 self.cache.move(llama_positions, new)
                 llama_positions, shift = new, tail - n_packed
@@ -489,17 +510,18 @@ class EvictionManager:
                 packed_llama_positions=llama_positions[:n_packed],
                 scores=self._final(t.scores[:, :, keep], n_packed, len(kept)),
             )
-        # llama.cpp turns the keys of moved cells when it decodes the next batch, not before
-        self.trusted = not self._shift_pending
 
-    def _pack(self, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
-        """Head granularity: every head ranks its own rows, and all keep the same number."""
-        t = self._table
+    def _pack(self, t: Table, indices: TokenIndices, protected: BoolArray, unit: IntArray) -> None:
+        """Head granularity: every head ranks its own rows, and all keep the same number.
+
+        Args:
+            t: the table, with the scores of all rows.
+        """
         n_keep = max(self.limits.budget, int(protected.sum(axis=-1).max()))
         if n_keep >= t.kept:
             return  # all protected: make_room finds no free cell and says so
         worth = self.policy.worth(t.scores, t.seen - indices)
-        keep = choose_rows(worth, unit, protected, n_keep, self._settled(indices))
+        keep = choose_rows(worth, unit, protected, n_keep, self._settled(t, indices))
         tail = self._next_tail()
         n_recent = t.seen - tail
         n_packed, shift = n_keep - n_recent, t.shift
@@ -539,14 +561,19 @@ class EvictionManager:
             return scores
         return scores[:, :, : max(n_packed, kept - self.policy.context)]
 
-    def _score(self) -> None:
-        """Bring ``table.scores`` up to date: each token is read once, unless the policy looks at
+    def _scored(self) -> Table:
+        """The table with all spans and scores: each token is read once, unless the policy looks at
         the whole cache. Then all scores are of one moment, and end with it, or go into those of the
-        next (scope "history")."""
+        next (scope "history").
+
+        An eviction that does not come to pass must leave none of it: the newest tokens' scores
+        change with the tokens that come after them.
+        """
         t = self._table
+        t = t.with_spans(self._find_spans(t.unsure_from, t.seen))
         first = t.scores.shape[2]
         if first == t.kept:
-            return
+            return t
         if self.policy.scope != "token":
             first = 0
         # Rows that are scored for the first time lie in the tail, where all heads hold the same
@@ -563,5 +590,4 @@ class EvictionManager:
                 f"[n_layer, n_head_kv, n_tokens] = {view.shape}"
             )
         new = new[:, :, first - start :].astype(np.float32)
-        scores = np.concatenate((t.scores[:, :, :first], new), axis=2)
-        self._table = replace(t, scores=scores)
+        return replace(t, scores=np.concatenate((t.scores[:, :, :first], new), axis=2))

@@ -161,6 +161,9 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         start, n = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=position, logits_all=self._logits_all)
+        # Until the batch counts, llama.cpp's logits may be those after tokens that were not read:
+        # an interrupt while it decodes comes when it is done.
+        self._requires_eval = True
         try:
             self._ctx.decode(self._batch)
         except RuntimeError as error:
@@ -185,8 +188,9 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """Go on after these tokens, which the cache holds since it was restored. There are no
         logits until another token is read."""
         self._requires_eval = True
-        self.n_tokens = len(tokens)
+        self.n_tokens = 0  # an interrupt in between leaves no mixture of two texts
         self.input_ids[: len(tokens)] = tokens
+        self.n_tokens = len(tokens)
 
     def load_state(self, state: Any) -> None:
         """Of llama_cpp's ``save_state``.

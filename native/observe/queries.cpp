@@ -19,39 +19,45 @@ namespace kvp {
 
 query_ring::query_ring(uint32_t n_layer, uint32_t n_head, uint32_t head_size, uint32_t capacity)
     : n_layer(n_layer),
+      row(size_t(n_head) * head_size),
       n_head(n_head),
       head_size(head_size),
       capacity(capacity),
-      written(n_layer),
+      n_new(n_layer),
+      fresh(n_layer),
       index(capacity),
-      data(size_t(n_layer) * capacity * n_head * head_size) {}
+      data(n_layer * capacity * row) {}
 
 float * query_ring::next(uint32_t layer) {
-    const uint64_t number = written[layer]++;
-    if (number >= capacity) {
-        oldest = std::max(oldest, number + 1 - capacity);
+    const size_t at = n_new[layer]++ % capacity * row;
+    if (fresh[layer].size() < at + row) {
+        fresh[layer].resize(at + row);
     }
-    return data.data() + (size_t(layer) * capacity + number % capacity) * n_head * head_size;
+    return fresh[layer].data() + at;
 }
 
 bool query_ring::has_new(uint32_t n) const {
-    return std::all_of(written.begin(), written.end(), [&](uint64_t w) { return w == committed + n; });
+    return std::all_of(n_new.begin(), n_new.end(), [&](uint64_t of_layer) { return of_layer == n; });
 }
 
 void query_ring::commit(int32_t first, uint32_t n) {
-    for (uint32_t i = 0; i < n; ++i) {
-        index[(committed + i) % capacity] = first + int32_t(i);
+    for (uint32_t i = n - std::min(n, capacity); i < n; ++i) {
+        const size_t slot = (committed + i) % capacity;
+        index[slot]       = first + int32_t(i);
+        for (uint32_t l = 0; l < n_layer; ++l) {
+            std::copy_n(fresh[l].begin() + i % capacity * row, row, data.begin() + (l * capacity + slot) * row);
+        }
     }
     committed += n;
-    oldest = std::min(oldest, committed);
+    oldest = std::max(oldest, committed - std::min(committed, uint64_t(capacity)));
+    std::fill(n_new.begin(), n_new.end(), 0);
 }
 
 void query_ring::rewind(int32_t length) {
-    oldest = std::min(oldest, committed); // more than a ring of uncommitted tokens may have passed over all
     while (committed > oldest && index[(committed - 1) % capacity] >= length) {
         --committed;
     }
-    std::fill(written.begin(), written.end(), committed);
+    std::fill(n_new.begin(), n_new.end(), 0);
 }
 
 void query_ring::read(uint32_t n, float * queries, int32_t * indices) const {
@@ -60,9 +66,9 @@ void query_ring::read(uint32_t n, float * queries, int32_t * indices) const {
         indices[i] = index[(begin + i) % capacity];
     }
     for (uint32_t l = 0; l < n_layer; ++l) {
-        const float * layer = data.data() + size_t(l) * capacity * n_head * head_size;
+        const float * layer = data.data() + size_t(l) * capacity * row;
         for (uint32_t i = 0; i < n; ++i) {
-            const float * token = layer + (begin + i) % capacity * n_head * head_size;
+            const float * token = layer + (begin + i) % capacity * row;
             for (uint32_t h = 0; h < n_head; ++h) {
                 float * out = queries + ((size_t(l) * n_head + h) * n + i) * head_size;
                 std::memcpy(out, token + size_t(h) * head_size, head_size * sizeof(float));

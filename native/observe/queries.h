@@ -11,7 +11,8 @@
 namespace kvp {
 
 // The newest `capacity` tokens' queries of all layers, in a ring. A token's queries come in layer by layer
-// while a graph runs and count from commit() on, so a batch that fails half-way leaves no token half there.
+// while a graph runs, and lie apart until commit(): a batch that fails half-way, or does not count because of
+// an interrupt, leaves no token half there and has passed over none.
 class query_ring {
 public:
     query_ring(uint32_t n_layer, uint32_t n_head, uint32_t head_size, uint32_t capacity);
@@ -30,12 +31,16 @@ public:
     void read(uint32_t n, float * queries, int32_t * indices) const;
 
 private:
-    uint32_t              n_layer, n_head, head_size, capacity;
-    uint64_t              committed = 0; // tokens so far; token number i lies in slot i % capacity
-    uint64_t              oldest    = 0; // the first that was not overwritten yet
-    std::vector<uint64_t> written;       // per layer, >= committed
-    std::vector<int32_t>  index;         // per slot: of its token in the conversation
-    std::vector<float>    data;          // [n_layer, capacity, n_head, head_size]
+    uint32_t n_layer;
+    size_t   row; // floats of a token in a layer: [n_head, head_size]
+    uint32_t n_head, head_size, capacity;
+    uint64_t committed = 0; // tokens so far; token number i lies in slot i % capacity
+    uint64_t oldest    = 0; // the first that was not overwritten yet
+
+    std::vector<uint64_t>           n_new; // per layer: tokens that came in since the last commit
+    std::vector<std::vector<float>> fresh; // per layer: theirs, the newest of them: [<= capacity, n_head, head_size]
+    std::vector<int32_t>            index; // per slot: of its token in the conversation
+    std::vector<float>              data;  // [n_layer, capacity, n_head, head_size]
 };
 
 } // namespace kvp

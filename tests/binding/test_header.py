@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kvp_edge.binding import library, rules, structs
+from support.interrupt import interrupted
 
 HEADER = Path(__file__).parents[2] / "native" / "kvp_edge.h"
 
@@ -210,6 +211,20 @@ def test_arrays_of_another_type_are_refused() -> None:
         library.call("kvp_capture_begin", None, structs.RopeShift())
     with pytest.raises(TypeError, match="a contiguous array of int32 belongs"):
         structs.RopeShift(distance=np.zeros(3, np.int64))
+
+
+def test_an_interrupt_while_arguments_are_converted_is_an_interrupt() -> None:
+    """ctypes makes an ArgumentError of whatever is raised while it has arguments converted."""
+    unit, flags, keep = np.zeros(3, np.int32), np.zeros(3, np.bool_), np.zeros(3, np.uint8)
+    scores = np.zeros((1, 3), np.float32)
+
+    def call() -> None:
+        library.call("kvp_choose_tokens", scores, 1, unit, flags, 3, 2, keep)
+        structs.RopeShift(frequency=np.zeros(3), distance=unit)
+        library.lib.kvp_queries_size(None)
+
+    moments = next(at for at in range(1000) if not interrupted(call, at))
+    assert moments > 10
 
 
 def test_only_two_modules_of_the_binding_know_ctypes() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import KVCacheError, Llama, UnsupportedModelError
+from kvp_edge.cache import manager
 from makers.gguf_models import ModelShape, write_mpt
 from support import failing_call
 from support.closeness import HALF, difference
@@ -137,6 +138,37 @@ def test_an_interrupt_around_packing_ends_in_a_clean_re_read(
         llm.eval([7])
     answers = [next(iter(of.generate(tokens, temp=0.0))) for of in (llm, untouched)]
     assert answers[0] == answers[1]
+    np.testing.assert_array_equal(llm.kv_indices, untouched.kv_indices)
+
+
+@pytest.mark.parametrize("policy", ["auto", "lagkv", "h2o"])
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_an_interrupt_between_scoring_and_packing_leaves_no_score(
+    bundled_model: str,
+    load: Loader,
+    granularity: str,
+    policy: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The newest tokens' scores are others when the tokens after them are known, and they may be
+    taken back."""
+    how = {**BOUND, "granularity": granularity, "policy": policy}
+    llm, untouched = (load(bundled_model, **how) for _ in range(2))
+    text = llm.tokenize(b"The old man went to the sea. My dog is called Rex. " * 30)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for model in (llm, untouched):
+        model.eval(text[:200])
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "choose_rows", interrupt)
+        patch.setattr(manager, "choose_tokens", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.evict()
+    for model in (llm, untouched):
+        model.eval(text[200:240])
+        model.evict()
     np.testing.assert_array_equal(llm.kv_indices, untouched.kv_indices)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from gguf import GGUFWriter, RopeScalingType
 from conftest import RandomModel, random_tokens
 from kvp_edge import BudgetError, Llama, UnsupportedModelError
 from kvp_edge.binding.rope import measure_frequencies
+from kvp_edge.cache import manager
 from makers.gguf_models import ModelShape, write_model, write_mpt
 from support.cache_types import CACHE_TYPES
 from support.closeness import difference
+from support.interrupt import interrupted
 from support.noise import Noise
 from support.watch import Watch
 
@@ -131,6 +134,51 @@ def test_an_interrupt_before_llama_cpp_turned_the_keys_ends_in_a_re_read(
     fresh = load(random_model(SHAPES["llama"]).path, **BOUND, granularity="token")
     answers = [next(iter(of.generate(tokens, temp=0.0))) for of in (llm, fresh)]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_a_conversation_goes_on_after_every_eviction_that_was_asked_for(
+    random_model: Maker, load: Loader, tmp_path: Path, granularity: str
+) -> None:
+    """Also after those where positions have to be compacted, now or with the next batch."""
+    model = random_model(SHAPES["qwen3"])
+    llm = load(model.path, **BOUND, **F32, granularity=granularity, policy=Noise(), logits_all=True)
+    watch = Watch(llm, model.shape)
+    assert llm.kv is not None
+    for piece in range(50):
+        llm.eval(random_tokens(11, seed=piece))
+        assert llm.kv.cache.newest_position() < TRAINED
+        llm.evict()
+        llm.save_session(tmp_path / "s")
+    assert llm.kv.shift > 0
+    assert difference(llm.scores[: llm.n_tokens], watch.expected(model.reference)) < 3e-4
+
+
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_an_interrupt_at_any_moment_of_an_eviction_is_known_afterwards(
+    random_model: Maker, load: Loader, granularity: str
+) -> None:
+    """Cells that have moved are of no use before llama.cpp has turned their keys."""
+    path = random_model(SHAPES["llama"]).path
+    llm = load(path, **BOUND, granularity=granularity)
+    kv = llm.kv
+    assert kv is not None
+    llm.eval(random_tokens(250))
+    state, kept = llm.save_state(), kv.kept
+
+    def survives(at: int) -> bool:
+        llm.load_state(state)
+        came = interrupted(lambda: kv.make_room(60), at, manager.__file__, contextlib.__file__)
+        moved = kv.shift > 0 or kv.cache.newest_position() < 249
+        if granularity == "token":
+            assert not (moved and kv.trusted), at
+        assert (kv.kept == kept) == (kv.shift == 0)
+        if kv.trusted:
+            llm.sync()
+            kv.cache.check_state(kv.cache.state(), kv.snapshot().llama_positions())
+        return came
+
+    assert next(at for at in range(1000) if not survives(at)) > 10
 
 
 @pytest.mark.parametrize("granularity", ["head", "token"])

@@ -432,6 +432,43 @@ def test_queries_that_were_not_shown_are_an_error(random_model: Maker, load: Loa
     assert len(log) == 9
 
 
+@pytest.mark.parametrize("where", ["decoded", "counted", "logged"])
+def test_an_interrupted_batch_takes_no_logged_query_away_and_none_is_lost(
+    where: str, random_model: Maker, load: Loader
+) -> None:
+    """Also one of more tokens than the log holds: evictions look at the same queries."""
+    path = random_model(SHAPES["llama, 2 queries to a key"]).path
+    llm, untouched = (load(path, n_ctx=999, kv_budget=100, policy="snapkv") for _ in range(2))
+    log, append, decode = llm.kv.query_log, llm.kv.append, llm._ctx.decode
+    kept = log.append
+
+    def interrupt(*args: Any) -> None:
+        if where == "decoded":
+            decode(*args)
+        elif where == "logged":
+            kept(*args)
+        raise KeyboardInterrupt
+
+    text = random_tokens(200)
+    for model in (llm, untouched):
+        model.eval(text[:90])
+    at = {"decoded": (llm._ctx, "decode"), "counted": (llm.kv, "append"), "logged": (log, "append")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*at[where], interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.eval(text[90:160])
+    llm.sync()
+    assert llm.kv.append == append
+    if where != "decoded":
+        untouched.eval(text[90:160])
+    assert llm.n_tokens == untouched.n_tokens
+    for model in (llm, untouched):
+        model.eval([9])
+    a, b = (model.kv.query_log.read(len(model.kv.query_log)) for model in (llm, untouched))
+    np.testing.assert_array_equal(a.indices, b.indices)
+    np.testing.assert_array_equal(a.queries, b.queries)
+
+
 def test_a_log_that_was_not_started_says_so() -> None:
     log = QueryLog(Observer(llama_cpp.llama_context_default_params()))
     assert len(log) == 0
