@@ -662,7 +662,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=60, help="in all; most of it for interrupts (60)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="most of them for interrupts (60)"
+    )
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, help="instead of a time; others: none")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random (0)")
