@@ -84,9 +84,9 @@ class Watch:
         self.kv = llm.kv
         inner = self.kv._evict
 
-        def evict() -> None:
+        def evict(**how: bool) -> None:
             before = self.kv.snapshot()
-            inner()
+            inner(**how)
             self.check(before, self.kv.snapshot())
 
         self.kv._evict = evict  # type: ignore[method-assign]
