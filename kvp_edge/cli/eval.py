@@ -220,7 +220,7 @@ def _note_if_long(the_run: run.Run, todo: Sequence[estimate.Part], workers: int)
     seconds = sum((part.work for part in todo), estimate.Work()).at(speed) / workers
     if seconds >= _LONG:
         note(
-            f"this will take up to about {estimate.duration(seconds)} here "
+            f"this will take up to {estimate.duration(seconds)} here "
             "(--estimate measures more carefully)"
         )
 
