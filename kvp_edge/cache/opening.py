@@ -85,9 +85,7 @@ class Opening:
         try:
             self.cells = self._plan().cells
         except BudgetError:
-            if (
-                options.granularity == "head"
-            ):  # name what a window that the file tells of needs, too
+            if options.granularity == "head":  # name what the file's window needs, too
                 self._plan(shape.sliding_window)
             raise
         if options.positions == "compact" and self.cells > trained:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvp_edge.binding.model import read_model_shape
+from kvp_edge.cli.options import verbose_option
 from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
 from kvp_edge.cli.subcommands import Command
@@ -43,7 +44,7 @@ class Options:
     )
     license: str = option("", metavar="NAME", help="licence of the policy")
     dry_run: bool = option(False, help="print what would be written, and exit")
-    verbose: bool = option(False, help="show tracebacks of errors")
+    verbose: bool = verbose_option()
 
 
 def _main(args: Options) -> int:

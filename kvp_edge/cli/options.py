@@ -58,9 +58,9 @@ def llama_option(name: str, panel: str, *, default: Any = None, **said: Any) -> 
     return option(one.default if default is None else default, panel=panel, **said)
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerboseOption:
-    verbose: bool = option(False, help="show tracebacks of errors")
+def verbose_option() -> Any:
+    """--verbose of commands that load no model, whose log there would be to show."""
+    return option(False, help="show tracebacks of errors")
 
 
 @dataclass(frozen=True, kw_only=True)

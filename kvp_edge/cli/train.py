@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvp_edge.cli import options
+from kvp_edge.cli.options import verbose_option
 from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
 from kvp_edge.cli.subcommands import Command
@@ -94,7 +95,7 @@ class _Run(options.RepackOption):
     )
     device: str | None = option(None, metavar="NAME", shown="CUDA if available", help="cpu or cuda")
     threads: int | None = option(None, metavar="N", shown="torch's", help="CPU threads")
-    verbose: bool = option(False, help="show tracebacks of errors")
+    verbose: bool = verbose_option()
 
 
 def _setting(name: str) -> tuple[str, type, Any]:

@@ -105,13 +105,13 @@ def main(arguments: list[str] | None = None) -> None:
         help="folder of scripts.train_model, for its tokenizer and word lists (default: "
         "%(default)s; made from the books if it is not there)",
     )
-    parser.add_argument("--model", help="the GGUF file (default: the model that comes along)")
+    parser.add_argument("--model", help="the GGUF file (default: the bundled model)")
     parser.add_argument("--out", type=Path, default=Path("build/policy"), help="folder for all")
     parser.add_argument(
         "--objective",
         choices=tuple(RECIPES),
         default="global",
-        help="what is trained for (default: global, the policy that comes along)",
+        help="what is trained for (default: global, the bundled policy)",
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m scripts.train_policy.loss_increase", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--traces", type=Path, default=Path("build/policy/held-out-traces"))
-    parser.add_argument("--model", help="the GGUF file (default: the model that comes along)")
+    parser.add_argument("--model", help="the GGUF file (default: the bundled model)")
     parser.add_argument("--policies", default="learned,snapkv,keydiff,recency,oracle,golden")
     parser.add_argument("--budget", type=int, default=96, help="tokens kept (default: 96)")
     parser.add_argument("--every", type=int, default=32, help="tokens between evictions (32)")

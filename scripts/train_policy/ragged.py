@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m scripts.train_policy.ragged", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--traces", type=Path, default=Path("build/policy/held-out-traces"))
-    parser.add_argument("--model", help="the GGUF file (default: the model that comes along)")
+    parser.add_argument("--model", help="the GGUF file (default: the bundled model)")
     parser.add_argument("--policy", help="a file of objective global (default: the model's own)")
     parser.add_argument("--texts", type=int, default=24, help="most texts (default: 24)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
