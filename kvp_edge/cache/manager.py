@@ -409,7 +409,7 @@ class EvictionManager:
             self._evict(before_batch=False)
 
     def _evict(self, before_batch: bool) -> None:
-        started, place = time.perf_counter(), self.cache.location
+        started, location = time.perf_counter(), self.cache.location
         before = self._scored()
         indices = before.indices()
         first, newest = self._protected_borders(before)
@@ -423,20 +423,20 @@ class EvictionManager:
         self.evictions += 1
         self.eviction_ms += ms
         after = self.cache.location
-        in_place = self.packs_in_place and after.packed_as_state == place.packed_as_state
+        in_place = self.packs_in_place and after.packed_as_state == location.packed_as_state
         self.evictions_as_state += not in_place
         if self.on_evict is not None:
             dropped = no_longer_held(indices, self._table.indices())
             self.on_evict(
                 Eviction(
-                    spans(dropped),
-                    len(dropped),
-                    self.kept,
-                    self.seen,
-                    self.policy.name,
-                    ms,
-                    "device" if in_place else "state",
-                    after.bytes_transferred - place.bytes_transferred,
+                    dropped=spans(dropped),
+                    n_dropped=len(dropped),
+                    kept=self.kept,
+                    seen=self.seen,
+                    policy=self.policy.name,
+                    ms=ms,
+                    pack="device" if in_place else "state",
+                    transferred_bytes=after.bytes_transferred - location.bytes_transferred,
                 )
             )
 
