@@ -37,7 +37,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 9
+#define KVP_ABI_VERSION 10
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -368,6 +368,32 @@ KVP_API int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint
                                const kvp_llama_position * present, uint32_t n, const kvp_row * keep,
                                const kvp_llama_position * positions, uint32_t n_keep, const kvp_rope_shift * shift,
                                uint32_t k_hadamard_block, size_t * packed_size, kvp_error * err);
+
+/* A KV log: rows of tokens that the caller keeps outside the cache, so that they can be asked for and come back into
+ * cells. It is a number of blocks, each of consecutive tokens; blocks ascend and need not follow each other without
+ * a gap. A block's rows lie in memory that ggml can multiply as it is:
+ *     for every layer: K [n, k_row bytes], then V [n, v_row bytes]; nothing in between, V never transposed
+ * RoPE stays in the keys, and rows of a Hadamard-rotated cache stay rotated. */
+typedef struct kvp_log_layout {
+    uint32_t n_layer; /* of the base cache */
+    uint32_t n_head_kv;
+    uint32_t head_size_k;
+    uint32_t head_size_v;
+    int32_t  type_k; /* enum ggml_type, of the log's rows; the cache's may be others */
+    int32_t  type_v;
+    uint32_t k_hadamard_block; /* as in kvp_cache_shape */
+    uint32_t v_hadamard_block;
+    uint64_t k_row; /* bytes of one token's keys in one layer, all KV heads */
+    uint64_t v_row;
+    uint64_t bytes_per_token; /* n_layer * (k_row + v_row) */
+} kvp_log_layout;
+
+typedef struct kvp_log_block {
+    const uint8_t *   rows;       /* n * bytes_per_token bytes                                     */
+    kvp_token_index   first;      /* its tokens are first, first + 1, ... of the conversation       */
+    uint32_t          n;
+    kvp_rope_position rope_first; /* that the first one's keys carry; the others' follow one by one */
+} kvp_log_block;
 
 /* Captures the attention that a running context pays, reduced at once: for every token, KV head and
  * block of queries the sum over the block's queries of the LARGEST attention that any query head of the

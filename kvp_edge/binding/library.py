@@ -20,7 +20,7 @@ import numpy as np
 from kvp_edge.binding import structs
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
 
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY, _NOT_IN_PLACE = 1, 2, 3, 6, 7
 

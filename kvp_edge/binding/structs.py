@@ -192,6 +192,46 @@ class RopeShift(Struct):
     _fields_ = [("frequency", _F64S), ("distance", _I32S), ("n_pairs", _U32), ("neox", _U32)]
 
 
+class LogLayout(Struct):
+    """kvp_log_layout: how the rows of a KV log lie in memory."""
+
+    _fields_ = [
+        ("n_layer", _U32),
+        ("n_head_kv", _U32),
+        ("head_size_k", _U32),
+        ("head_size_v", _U32),
+        ("type_k", _I32),
+        ("type_v", _I32),
+        ("k_hadamard_block", _U32),
+        ("v_hadamard_block", _U32),
+        ("k_row", _U64),
+        ("v_row", _U64),
+        ("bytes_per_token", _U64),
+    ]
+
+    n_layer: int
+    n_head_kv: int
+    head_size_k: int
+    head_size_v: int
+    type_k: int
+    type_v: int
+    k_hadamard_block: int
+    v_hadamard_block: int
+    k_row: int
+    v_row: int
+    bytes_per_token: int
+
+
+class LogBlock(Struct):
+    """kvp_log_block: rows of consecutive tokens."""
+
+    _fields_ = [("rows", _U8S), ("first", _I32), ("n", _U32), ("rope_first", _I32)]
+
+    first: int
+    n: int
+    rope_first: int
+
+
 class CapturePlan(Struct):
     """kvp_capture_plan"""
 
