@@ -460,6 +460,10 @@ KVP_API int32_t kvp_queries_start(kvp_queries * log, const kvp_cache_shape * cac
  * none of them is logged. */
 KVP_API int32_t kvp_queries_append(kvp_queries * log, kvp_token_index first, uint32_t n, kvp_error * err);
 
+/* Looks away (0) or on (1) from the next decode on; a log that was started looks on. Watching makes llama.cpp compute
+ * layer by layer. Tokens decoded meanwhile are not appended, so what the log holds may have gaps. */
+KVP_API int32_t kvp_queries_watch(kvp_queries * log, int32_t on, kvp_error * err);
+
 /* Forgets the tokens from number `length` on, and whatever was decoded but not appended. */
 KVP_API int32_t kvp_queries_rewind(kvp_queries * log, kvp_token_index length, kvp_error * err);
 

@@ -190,6 +190,7 @@ _CALLS: dict[str, list[Any]] = {
     "kvp_queries_try": [_QUERIES, _U32],
     "kvp_queries_start": [_QUERIES, _CACHE_SHAPE, _F32S, _U32, _QUERIES_SHAPE, _F32S],
     "kvp_queries_append": [_QUERIES, _I32, _U32],
+    "kvp_queries_watch": [_QUERIES, _I32],
     "kvp_queries_rewind": [_QUERIES, _I32],
     "kvp_queries_read": [_QUERIES, _U32, _F32S, _I32S],
 }

@@ -61,6 +61,7 @@ class QueryLog:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self.frequencies: KeyFrequencies | None = None
+        self._watching = True
         self._shape = QueriesShape()
         self._scale = np.empty(0, np.float32)
         self._handle = create("kvp_queries", "kvp_queries_create", observer.handle)
@@ -103,13 +104,29 @@ class QueryLog:
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{error}. {instead}") from error
 
+    @property
+    def watching(self) -> bool:
+        """Whether queries of what is decoded next are logged. Watching costs a little of llama.cpp's
+        speed: it computes layer by layer then."""
+        return self._watching
+
+    def watch(self, on: bool) -> None:
+        """See ``watching``; at first it is True."""
+        if on == self._watching:
+            return
+        # an interrupt must not leave a log that believes to see what it is not shown
+        self._watching = False
+        call("kvp_queries_watch", self._handle, int(on))
+        self._watching = on
+
     def append(self, first: int, n: int) -> None:
         """The ``n`` tokens decoded last are number ``first``, ... of the conversation.
 
         Raises:
             KVCacheError: llama.cpp did not show the queries of all of them; none is logged.
         """
-        call("kvp_queries_append", self._handle, first, n)
+        if self._watching:
+            call("kvp_queries_append", self._handle, first, n)
 
     def rewind(self, length: int) -> None:
         """Forget the conversation's tokens from ``length`` on, and all not appended yet."""

@@ -57,8 +57,10 @@ void query_ring::rewind(int32_t length) {
     while (committed > oldest && index[(committed - 1) % capacity] >= length) {
         --committed;
     }
-    std::fill(n_new.begin(), n_new.end(), 0);
+    drop_new();
 }
+
+void query_ring::drop_new() { std::fill(n_new.begin(), n_new.end(), 0); }
 
 void query_ring::read(uint32_t n, float * queries, int32_t * indices) const {
     const uint64_t begin = committed - n;
@@ -167,6 +169,7 @@ struct kvp_queries : kvp::subscriber {
     void start(const kvp_cache_shape & cache, const float * keys, uint32_t capacity, float * scales);
     void append(int32_t first, uint32_t n);
     void rewind(int32_t length);
+    void watch(bool on);
     uint32_t size() const { return ring ? ring->size() : 0; }
     void     read(uint32_t n, float * queries, int32_t * indices) const;
 
@@ -179,7 +182,7 @@ protected:
     void see(const ggml_tensor * node) override;
 
 private:
-    enum class state { off, trial, on } now = state::off;
+    enum class state { off, trial, on } now = state::off; // off again while it looks away
 
     uint32_t                      trial_tokens = 0;
     std::map<int32_t, seen_layer> layers;   // by number in the model; filled by the trial
@@ -354,6 +357,12 @@ void kvp_queries::rewind(int32_t length) {
     ring->rewind(length);
 }
 
+void kvp_queries::watch(bool on) {
+    take_failure();
+    ring->drop_new();
+    now = on ? state::on : state::off;
+}
+
 void kvp_queries::read(uint32_t n, float * queries, int32_t * indices) const {
     ring->read(n, queries, indices);
     if (shape.k_hadamard_block) {
@@ -400,6 +409,10 @@ int32_t kvp_queries_append(kvp_queries * log, int32_t first, uint32_t n, kvp_err
 
 int32_t kvp_queries_rewind(kvp_queries * log, int32_t length, kvp_error * err) {
     return guard(err, [&] { running(log, "kvp_queries_rewind").rewind(length); });
+}
+
+int32_t kvp_queries_watch(kvp_queries * log, int32_t on, kvp_error * err) {
+    return guard(err, [&] { running(log, "kvp_queries_watch").watch(on != 0); });
 }
 
 uint32_t kvp_queries_size(const kvp_queries * log) { return log ? log->size() : 0; }

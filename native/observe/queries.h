@@ -25,6 +25,8 @@ public:
     void commit(int32_t first, uint32_t n);
     // Forgets the tokens from `length` on, and those that were not committed.
     void rewind(int32_t length);
+    // Forgets those that were not committed.
+    void drop_new();
 
     uint32_t size() const { return uint32_t(committed - oldest); }
     // The newest n: [n_layer, n_head, n, head_size] and [n], ascending.
