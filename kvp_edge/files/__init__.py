@@ -22,7 +22,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 try:
     import fcntl
@@ -40,12 +40,15 @@ def _refuse_special(mode: int, path: str | os.PathLike[str]) -> None:
         raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file for reading without ever waiting for it.
+def open_regular(path: str | os.PathLike[str], *, write: bool = False) -> BinaryIO:
+    """Open a file without ever waiting for it.
+
+    Args:
+        write: for reading and writing; else for reading.
 
     Raises:
-        OSError: there is none, it cannot be read, or it is no regular file (a folder, a FIFO, a
-            device...).
+        OSError: there is none, it cannot be opened so, or it is no regular file (a folder, a FIFO,
+            a device...).
     """
     # to open some devices does something, so the look comes first; what is opened is what counts
     try:
@@ -53,7 +56,12 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     except ValueError as error:
         raise OSError(errno.EINVAL, _NO_NAME, os.fspath(path)) from error
     _refuse_special(mode, path)
-    file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | _O_NONBLOCK))  # noqa: SIM115
+    mode: Literal["r+b", "rb"] = "r+b" if write else "rb"
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | _O_NONBLOCK)
+
+    file = open(path, mode, opener=opener)  # noqa: SIM115
     try:
         _refuse_special(os.fstat(file.fileno()).st_mode, path)
     except BaseException:
@@ -85,23 +93,30 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
 
 @contextlib.contextmanager
 def replacing(
-    path: str | os.PathLike[str], *, private: bool = False, follow_link: bool = True
+    path: str | os.PathLike[str],
+    *,
+    private: bool = False,
+    follow_link: bool = True,
+    durable: bool = True,
 ) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``path`` when the block ends without an exception.
 
     Its name is in ``.name``, for libraries that want one: they may open it again, not replace it.
+    It is locked (``lock``), and stays so if the block keeps a copy of its descriptor (os.dup).
 
     Args:
         private: others cannot read it (mode 0600): it holds what somebody said or read. Else
             it has the rights that new files have here.
         follow_link: a link stays, and what it points to is replaced. False: a link is refused, for
             names that somebody else may have chosen.
+        durable: it is on the disk before it takes the place. False: not for a file that is of no
+            use after a power cut.
 
     Raises:
         OSError: it cannot be written, or what has this name is no regular file. What was there
             before is as it was.
     """
-    target = _target(path, follow_link)
+    target = target_of(path, follow_link=follow_link)
     _take_away_left_overs(target)
     part, made = "", False
     try:
@@ -121,11 +136,13 @@ def replacing(
         with file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             if fcntl is None:
                 file.close()  # Windows renames no open file
             os.replace(part, target)
-        _sync_folder(os.path.dirname(target))
+        if durable:
+            _sync_folder(os.path.dirname(target))
     except BaseException:
         if made:
             with contextlib.suppress(OSError):
@@ -139,8 +156,12 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str, *, private: boo
         file.write(data.encode() if isinstance(data, str) else data)
 
 
-def _target(path: str | os.PathLike[str], follow_link: bool) -> str:
-    """What is to be replaced: no link, and if there is anything, a regular file."""
+def target_of(path: str | os.PathLike[str], *, follow_link: bool = True) -> str:
+    """The file that ``replacing`` replaces: no link, and if there is anything, a regular file.
+
+    Raises:
+        OSError: it is none.
+    """
     try:
         if os.path.islink(path) and not follow_link:
             raise OSError(errno.ELOOP, "it is a link", os.fspath(path))
@@ -171,25 +192,43 @@ def _maker(mode: int) -> Any:
     return make
 
 
-def _hold(file: BinaryIO) -> bool:
-    """Lock a part. False: somebody took it for a left-over in the moment before, and takes it
-    away."""
+def lock(file: BinaryIO) -> bool:
+    """Lock an open file until it and every copy of its descriptor is closed, or ``unlock``. The end
+    of the process closes all. A map (mmap) has a copy.
+
+    Returns:
+        False: somebody else has locked it. Where there are no locks (Windows, some file systems)
+        it is True.
+    """
     if fcntl is None:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: nobody can lock it to take it away, either
+    except OSError:  # a file system without locks
         return True
-    return _is_there(file)
+    return True
 
 
-def _is_there(file: BinaryIO) -> bool:
-    """Whether the file still has its name."""
+def unlock(file: BinaryIO) -> None:
+    """Let others lock a file, although it or a map of it may stay open."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def is_at(file: BinaryIO, path: str | os.PathLike[str]) -> bool:
+    """Whether an open file has this name still."""
     with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name))
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     return False
+
+
+def _hold(file: BinaryIO) -> bool:
+    """Lock a part. False: somebody took it for a left-over in the moment before, and takes it
+    away. Without locks nobody can do so."""
+    return lock(file) and (fcntl is None or is_at(file, file.name))
 
 
 def _take_away_left_overs(target: str) -> None:
@@ -209,7 +248,7 @@ def _take_away_left_overs(target: str) -> None:
                 continue
             with open_regular(part) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_there(file):
+                if is_at(file, part):
                     part.unlink()
 
 
