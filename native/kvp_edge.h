@@ -37,7 +37,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 10
+#define KVP_ABI_VERSION 11
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -428,6 +428,34 @@ KVP_API int32_t kvp_cache_fill(kvp_cache * cache, const kvp_llama_position * pre
                                const kvp_log_layout * layout, const kvp_log_block * blocks, uint32_t n_blocks,
                                const int32_t * source, const kvp_llama_position * positions, uint32_t n_new,
                                const kvp_rope_shift * shift, kvp_error * err);
+
+/* Queries that ask a KV log (kvp_queries_read). */
+typedef struct kvp_log_queries {
+    const float *           queries; /* [n_layer, n_head, n_queries, head_size_k]: after norm and RoPE, without a Hadamard
+                                        rotation */
+    const kvp_token_index * indices; /* [n_queries], ascending: the tokens' in the conversation */
+    const float *           scale;   /* [n_layer], what q.k is multiplied by                    */
+    uint32_t                n_head;  /* query head h uses KV head h / (n_head / n_head_kv)      */
+    uint32_t                n_queries;
+    const double *          turn;      /* [n_blocks]: keys of block b are seen as if they were turned by so many
+                                          positions, whole or not; NULL: as they are            */
+    const double *          frequency; /* [n_layer, n_pairs], as in kvp_rope_shift; unused without turn */
+    uint32_t                n_pairs;
+    uint32_t                neox;
+} kvp_log_queries;
+
+/* The attention softmax(scale q.k) that queries pay to all tokens of a log, of which each sees its own and those
+ * before: one softmax over the tokens of all blocks. It needs no context and no cache.
+ *   largest  f32 [n_layer, n_head_kv, N], N the blocks' tokens in their order: the largest attention that any of the
+ *            queries of any of the KV head's query heads pays; or NULL
+ *   mean     the same of the mean over them; or NULL
+ * Tokens that no query sees have 0; a query that sees none pays nothing. A q.k that is no number counts as not seen.
+ * Keys are read from where they lie, which may be any address, also in a read-only memory map. They may be of every
+ * type that ggml converts to f32, and are multiplied in f32. Memory for each thread: 16 MiB, or 64 bytes for every
+ * token where that is more, and a little. */
+KVP_API int32_t kvp_log_score(const kvp_log_layout * layout, const kvp_log_block * blocks, uint32_t n_blocks,
+                              const kvp_log_queries * queries, int32_t n_threads, float * largest, float * mean,
+                              kvp_error * err);
 
 /* Captures the attention that a running context pays, reduced at once: for every token, KV head and
  * block of queries the sum over the block's queries of the LARGEST attention that any query head of the

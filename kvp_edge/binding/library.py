@@ -21,7 +21,7 @@ import numpy as np
 from kvp_edge.binding import structs
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
 
-_ABI_VERSION = 10
+_ABI_VERSION = 11
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY, _NOT_IN_PLACE = 1, 2, 3, 6, 7
 
@@ -175,6 +175,7 @@ _LOG_LAYOUT = _Struct("kvp_log_layout", structs.LogLayout)
 _LOG_BLOCKS = _Structs("kvp_log_block", structs.LogBlock)
 _CAPTURE_PLAN = _Struct("kvp_capture_plan", structs.CapturePlan)
 _QUERIES_SHAPE = _Struct("kvp_queries_shape", structs.QueriesShape)
+_LOG_QUERIES = _Struct("kvp_log_queries", structs.LogQueries)
 
 #: Functions that return a status and store an error in their last argument, which is left out.
 _CALLS: dict[str, list[Any]] = {
@@ -207,6 +208,7 @@ _CALLS: dict[str, list[Any]] = {
         *(_U8S, _SIZE, _I32, _U32, _U32, _I32S, _U32, _I32S, _I32S, _U32),
         *(_ROPE_SHIFT, _U32, _SIZES),
     ],
+    "kvp_log_score": [_LOG_LAYOUT, _LOG_BLOCKS, _U32, _LOG_QUERIES, _I32, _F32S, _F32S],
     "kvp_capture_create": [_OBSERVER, _NewHandle("kvp_capture")],
     "kvp_capture_begin": [_CAPTURE, _CAPTURE_PLAN],
     "kvp_capture_end": [_CAPTURE, _U32, _U16S, _U64],

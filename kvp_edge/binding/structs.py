@@ -243,6 +243,22 @@ class LogBlock(Struct):
         self.rows = rows
 
 
+class LogQueries(Struct):
+    """kvp_log_queries"""
+
+    _fields_ = [
+        ("queries", _F32S),
+        ("indices", _I32S),
+        ("scale", _F32S),
+        ("n_head", _U32),
+        ("n_queries", _U32),
+        ("turn", _F64S),
+        ("frequency", _F64S),
+        ("n_pairs", _U32),
+        ("neox", _U32),
+    ]
+
+
 class CapturePlan(Struct):
     """kvp_capture_plan"""
 
