@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,7 +22,9 @@ from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.opening import Opening, queries_needed
 from kvp_edge.cache.options import CacheOptions
+from kvp_edge.cache.recall import Recall, Recalled
 from kvp_edge.cache.saved_state import SavedState
+from kvp_edge.cache.selection import no_longer_held, spans
 from kvp_edge.cache.session_file import file_identity
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.errors import (
@@ -112,6 +115,12 @@ class Llama(BaseLlama):
         protect_system: bool = False,
         on_evict: Callable[[Eviction], None] | None = None,
         pack: str = "auto",
+        recall: str = "auto",
+        recall_every: int = 64,
+        kv_log: str | None = None,
+        kv_log_limit: str = "2GiB",
+        kv_log_type: str = "cache",
+        on_recall: Callable[[Recall], None] | None = None,
         repack: str = "auto",
         n_batch: int | None = None,
         verbose: bool = True,
@@ -214,7 +223,9 @@ class Llama(BaseLlama):
         """What the cache holds and what eviction has cost so far."""
         with self._calls.look():
             if self._kv is not None:
-                return self._kv.stats(self._kv_bytes, self.n_cells)
+                when = "off" if self._kv.log is None else self.options.recall
+                when = "reply" if when == "auto" else when
+                return replace(self._kv.stats(self._kv_bytes, self.n_cells), recall=when)
             n = int(self.n_tokens)
             return KVStats(n, n, 0, 0, cells=self.n_cells, kv_bytes=self._kv_bytes)
 
@@ -337,7 +348,91 @@ class Llama(BaseLlama):
             if how.get("reset", True):
                 # the base class would compare both texts again, number by number
                 how["tokens"], how["reset"] = self._reuse_prefix(tokens)[self.n_tokens :], False
+                if self._kv.log is not None:
+                    self._read_prompt(self._kv, how["tokens"])
+                    how["tokens"] = []
         yield from super().generate(**how)
+
+    # -- recall ------------------------------------------------------------------------------
+
+    def _read_prompt(self, kv: EvictionManager, tokens: Sequence[int]) -> None:
+        """Read the rest of a prompt, and bring back what its newest tokens ask for."""
+        if self.n_tokens + len(tokens) <= kv.limits.cells and kv.complete:
+            self._eval(kv, tokens)  # nothing is dropped
+            return
+        ask = kv.recall_settings.n_queries
+        self._eval(kv, tokens[:-ask])
+        kv.watch_queries(True)
+        try:
+            self._eval(kv, tokens[-ask:])
+            self._recall(kv, len(tokens))
+        finally:
+            kv.watch_queries(False)
+
+    def recall(self) -> Recall | None:
+        """Bring back, of what was dropped, what the newest tokens ask for, and read these again.
+        Completions do this before every reply, with ``recall`` "reply" or "always"; who calls
+        ``eval`` calls it before sampling.
+
+        Returns:
+            None: nothing was dropped, nothing that was is asked for, or ``recall`` is "off".
+
+        Raises:
+            KVCacheError: llama.cpp could not read the tokens again.
+        """
+        with self._calls.own("recall"):
+            if self._kv is None or self._kv.log is None:
+                return None
+            self.sync()
+            self._kv.watch_queries(True)
+            try:
+                return self._recall(self._kv, self._kv.recall_settings.n_queries)
+            finally:
+                self._kv.watch_queries(False)
+
+    def _recall(self, kv: EvictionManager, n_new: int) -> Recall | None:
+        """The same, of a prompt whose last ``n_new`` tokens were read just now, while queries are
+        logged."""
+        n = kv.n_asking(n_new)
+        if n == 0:
+            return None
+        end = int(self.n_tokens)
+        tokens = self._input_ids[end - n :].tolist()
+        before, found = kv.indices, list[Recalled]()
+        if not kv.logged_queries(n):
+            self._go_back_to(kv, end - n)
+            self._eval(kv, tokens)
+        while len(found) < kv.recall_settings.passes:
+            # If an interrupt comes meanwhile, these tokens were not read.
+            self.n_tokens = end - n
+            chosen = kv.recall(n)
+            if chosen is None:
+                self.n_tokens = end
+                break
+            self._requires_eval = True
+            self._eval(kv, tokens)
+            found.append(chosen)
+        if not found:
+            return None
+        came = no_longer_held(kv.indices, before)
+        event = Recall(
+            spans=spans(came),
+            n_tokens=len(came),
+            n_rows=sum(one.n_rows for one in found),
+            share=found[0].share,
+            n_asked=found[0].n_asked,
+            passes=len(found),
+            ms=sum(one.ms for one in found),
+        )
+        kv.count_recall(event)
+        if self.options.on_recall is not None:
+            self._calls.lent(self.options.on_recall)(event)
+        return event
+
+    def _go_back_to(self, kv: EvictionManager, length: int) -> None:
+        self.n_tokens = length
+        self._requires_eval = True
+        self.sync()
 
     def _reuse_prefix(self, tokens: list[int]) -> list[int]:
         """Go back to the longest equal beginning, or to nothing if that cannot be exact.

@@ -37,7 +37,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 10
+#define KVP_ABI_VERSION 11
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -394,6 +394,68 @@ typedef struct kvp_log_block {
     uint32_t          n;
     kvp_rope_position rope_first; /* that the first one's keys carry; the others' follow one by one */
 } kvp_log_block;
+
+/* The layout of a log of this cache's rows. type: -1 for the cache's own types, then rows are copied bit for bit; or
+ * an enum ggml_type of both K and V in the log, then they are converted on the way out and back.
+ * KVP_ERR_UNSUPPORTED: heads are not whole blocks of the type, or rows cannot be converted to it and back. */
+KVP_API int32_t kvp_cache_log_layout(const kvp_cache * cache, int32_t type, kvp_log_layout * layout, kvp_error * err);
+
+/* Copies the n tokens of sequence 0 at positions [p0, p1) into the memory of a block, in order of their positions.
+ *   layout  as kvp_cache_log_layout gives it for this cache, or for one like it
+ *   rows    n * bytes_per_token bytes, result
+ * Where the cache does not lie in host memory, or it is not known where a token lies, the rows of these tokens go
+ * through llama.cpp's state, and with them what a window cache holds of the same tokens. The cache is not changed. */
+KVP_API int32_t kvp_cache_log_rows(kvp_cache * cache, const kvp_log_layout * layout, kvp_llama_position p0,
+                                   kvp_llama_position p1, uint32_t n, uint8_t * rows, kvp_error * err);
+
+/* Gives sequence 0 new rows, from those that are present and from a log.
+ *   present    int32 [n], ascending: every position the sequence holds now; n may be 0
+ *   blocks     [n_blocks], ascending, without overlaps; each has at least one token
+ *   source     int32 [n_layer, n_head_kv, n_new]: what row i of a layer and KV head becomes: a present row r >= 0, or
+ *              -1 - t, the logged row of the conversation's token t. All are different within a head; heads
+ *              may take the same ones.
+ *   positions  int32 [n_new], ascending: the rows' new positions. The last is the newest, from which llama.cpp continues;
+ *              n_new is at least 1, and at most the cells there are.
+ *   shift      NULL, or how keys of either origin are turned on the way: distance is [n_layer, n_head_kv, n_new]
+ * Where the cache lies in known cells of host memory, the positions are the present ones, and no keys are turned, the
+ * rows that change are written to their cells. Else a state goes out and a new one back in, and row i then lies in
+ * cell i.
+ * A window cache of a model with sliding-window layers stays as it is, but for positions behind the newest
+ * one, which it loses. It must hold the newest (KVP_ERR_UNSUPPORTED), as an empty one does not. Its model's keys
+ * cannot be turned.
+ * Errors as in kvp_cache_pack: only KVP_ERR_RUNTIME leaves the cache changed, and EMPTY. */
+KVP_API int32_t kvp_cache_fill(kvp_cache * cache, const kvp_llama_position * present, uint32_t n,
+                               const kvp_log_layout * layout, const kvp_log_block * blocks, uint32_t n_blocks,
+                               const int32_t * source, const kvp_llama_position * positions, uint32_t n_new,
+                               const kvp_rope_shift * shift, kvp_error * err);
+
+/* Queries that ask a KV log (kvp_queries_read). */
+typedef struct kvp_log_queries {
+    const float *           queries; /* [n_layer, n_head, n_queries, head_size_k]: after norm and RoPE, without a Hadamard
+                                        rotation */
+    const kvp_token_index * indices; /* [n_queries], ascending: the tokens' in the conversation */
+    const float *           scale;   /* [n_layer], what q.k is multiplied by                    */
+    uint32_t                n_head;  /* query head h uses KV head h / (n_head / n_head_kv)      */
+    uint32_t                n_queries;
+    const double *          turn;      /* [n_blocks]: keys of block b are seen as if they were turned by so many
+                                          positions, whole or not; NULL: as they are            */
+    const double *          frequency; /* [n_layer, n_pairs], as in kvp_rope_shift; unused without turn */
+    uint32_t                n_pairs;
+    uint32_t                neox;
+} kvp_log_queries;
+
+/* The attention softmax(scale q.k) that queries pay to all tokens of a log, of which each sees its own and those
+ * before: one softmax over the tokens of all blocks. It needs no context and no cache.
+ *   largest  f32 [n_layer, n_head_kv, N], N the blocks' tokens in their order: the largest attention that any of the
+ *            queries of any of the KV head's query heads pays; or NULL
+ *   mean     the same of the mean over them; or NULL
+ * Tokens that no query sees have 0; a query that sees none pays nothing. A q.k that is no number counts as not seen.
+ * Keys are read from where they lie, which may be any address, also in a read-only memory map. They may be of every
+ * type that ggml converts to f32, and are multiplied in f32. Memory for each thread: 16 MiB, or 64 bytes for every
+ * token where that is more, and a little. */
+KVP_API int32_t kvp_log_score(const kvp_log_layout * layout, const kvp_log_block * blocks, uint32_t n_blocks,
+                              const kvp_log_queries * queries, int32_t n_threads, float * largest, float * mean,
+                              kvp_error * err);
 
 /* Captures the attention that a running context pays, reduced at once: for every token, KV head and
  * block of queries the sum over the block's queries of the LARGEST attention that any query head of the

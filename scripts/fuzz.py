@@ -22,7 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     "fuzz/fuzz_state.cpp",
-    *(f"state/{name}.cpp" for name in ("pack_plan", "pack_state", "rows", "state_blob")),
+    *(
+        f"state/{name}.cpp"
+        for name in ("convert", "pack_plan", "pack_state", "rope_shift", "rows", "state_blob")
+    ),
 ]
 SANITIZE = "address,undefined"
 

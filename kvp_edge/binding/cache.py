@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,12 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvp_edge.arrays import BoolArray, FloatArray, LlamaPositions, RopePositions, Rows
+from kvp_edge.arrays import BoolArray, FloatArray, IntArray, LlamaPositions, RopePositions, Rows
 from kvp_edge.binding import structs
 from kvp_edge.binding.library import call, create, in_place, lib
 from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.rules import Rule
-from kvp_edge.binding.structs import CacheLocation, CacheShape
+from kvp_edge.binding.structs import CacheLocation, CacheShape, LogBlock, LogLayout
 from kvp_edge.errors import KVCacheError
 
 
@@ -41,7 +42,7 @@ class RopeShift:
     neox: bool
 
 
-def _shift_struct(rope_shift: RopeShift | None, keep: Rows) -> structs.RopeShift | None:
+def _shift_struct(rope_shift: RopeShift | None, keep: IntArray) -> structs.RopeShift | None:
     if rope_shift is None:
         return None
     frequency = np.ascontiguousarray(rope_shift.frequency, np.float64)
@@ -283,6 +284,99 @@ class NativeCache:
         shift = _shift_struct(rope_shift, keep)
         rows = keep, positions, len(positions)
         call("kvp_cache_pack", self._handle, present, len(present), *rows, shift)
+
+    def log_layout(self, type: int | None = None) -> LogLayout:
+        """How a KV log of this cache's rows lies in memory.
+
+        Args:
+            type: ggml type of the log's keys and values; None: the cache's own types, so that rows
+                are copied bit for bit.
+
+        Raises:
+            ValueError: it is no type.
+            UnsupportedModelError: heads are not whole blocks of it, or it cannot be converted to.
+        """
+        layout = LogLayout()
+        call("kvp_cache_log_layout", self._handle, -1 if type is None else type, layout)
+        return layout
+
+    def log_rows(
+        self,
+        layout: LogLayout,
+        p0: int,
+        p1: int,
+        n: int,
+        out: npt.NDArray[np.uint8] | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Copy the ``n`` tokens at positions [p0, p1) into a block of a KV log, oldest first.
+
+        Args:
+            layout: from ``log_layout``, of this cache or one like it.
+            out: uint8 [n * bytes_per_token], contiguous and writeable, to be filled: a memory map,
+                say. None: a new array.
+
+        Returns:
+            ``out``, the ``rows`` of a LogBlock.
+
+        Raises:
+            ValueError: the positions hold another number of tokens, or the layout is another
+                cache's.
+            KVCacheError: llama.cpp's state could not be read.
+        """
+        size = n * layout.bytes_per_token
+        if out is None:
+            out = np.empty(size, np.uint8)
+        if out.shape != (size,) or not out.flags.writeable:
+            raise ValueError(f"{n} tokens need a writeable array of {size} bytes, not {out.shape}")
+        call("kvp_cache_log_rows", self._handle, layout, p0, p1, n, out)
+        return out
+
+    def fill(
+        self,
+        present: LlamaPositions,
+        layout: LogLayout,
+        blocks: Sequence[LogBlock],
+        source: IntArray,
+        positions: LlamaPositions,
+        rope_shift: RopeShift | None = None,
+    ) -> None:
+        """Give every head new rows, from those that are present and a KV log (see kvp_cache_fill).
+
+        Args:
+            present: int32 [n], ascending: every position that sequence 0 holds; may be empty.
+            layout: of the log.
+            blocks: of the log, ascending; only those that ``source`` needs.
+            source: int32 [n_layer, n_head_kv, n_new], all different within a head: a present row r,
+                which is at ``present[r]``, or -1 - t (``~t``) for the logged row of the
+                conversation's token t.
+            positions: int32 [n_new], ascending: positions of the new rows. llama.cpp continues
+                from the last.
+            rope_shift: how keys are turned on the way; its distances have the shape of ``source``.
+
+        Raises:
+            ValueError, UnsupportedModelError: the plan does not fit; the cache is what it was.
+            KVCacheError: llama.cpp's state is laid out in an unknown way (the cache is what it
+                was), or llama.cpp did not take it back (the cache is empty).
+        """
+        s = self.shape
+        present = np.ascontiguousarray(present, np.int32)
+        source = np.ascontiguousarray(source, np.int32)
+        positions = np.ascontiguousarray(positions, np.int32)
+        if source.shape != (s.n_layer, s.n_head_kv, len(positions)):
+            raise ValueError(
+                f"sources {source.shape} for {len(positions)} positions in {s.n_layer} layers of "
+                f"{s.n_head_kv} KV heads"
+            )
+        for block in blocks:
+            if block.rows.shape != (block.n * layout.bytes_per_token,):
+                raise ValueError(
+                    f"{block.n} logged tokens from {block.first} on are {block.rows.shape} bytes, "
+                    f"not {layout.bytes_per_token} each"
+                )
+        shift = _shift_struct(rope_shift, source)
+        log = layout, blocks, len(blocks)
+        rows = source, positions, len(positions)
+        call("kvp_cache_fill", self._handle, present, len(present), *log, *rows, shift)
 
     def state(self) -> npt.NDArray[np.uint8]:
         """llama.cpp's state of sequence 0: uint8 [size].

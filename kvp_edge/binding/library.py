@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from kvp_edge.binding import structs
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
 
-_ABI_VERSION = 10
+_ABI_VERSION = 11
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY, _NOT_IN_PLACE = 1, 2, 3, 6, 7
 
@@ -96,6 +97,21 @@ class _Struct(_Argument):
         return None if value is None else ctypes.byref(value)
 
 
+class _Structs(_Argument):
+    """Any number of structs of a kind, one after the other: an iterable of them, copied."""
+
+    def __init__(self, c: str, kind: type[structs.Struct]) -> None:
+        super().__init__(f"{c} *")
+        self._kind = kind
+
+    def convert(self, value: Iterable[structs.Struct]) -> Any:
+        value = list(value)
+        for struct in value:
+            if not isinstance(struct, self._kind):
+                raise TypeError(f"{self.c} of structs belong here, not {type(struct).__name__}")
+        return ctypes.byref((self._kind * len(value))(*value))
+
+
 class _Handle(_Argument):
     """An object of the library, or None."""
 
@@ -155,8 +171,11 @@ _CACHE_LOCATION = _Struct("kvp_cache_location", structs.CacheLocation)
 _RULE = _Struct("kvp_rule", structs.Rule)
 _POLICY_WEIGHTS = _Struct("kvp_policy_weights", structs.PolicyWeights)
 _ROPE_SHIFT = _Struct("kvp_rope_shift", structs.RopeShift)
+_LOG_LAYOUT = _Struct("kvp_log_layout", structs.LogLayout)
+_LOG_BLOCKS = _Structs("kvp_log_block", structs.LogBlock)
 _CAPTURE_PLAN = _Struct("kvp_capture_plan", structs.CapturePlan)
 _QUERIES_SHAPE = _Struct("kvp_queries_shape", structs.QueriesShape)
+_LOG_QUERIES = _Struct("kvp_log_queries", structs.LogQueries)
 
 #: Functions that return a status and store an error in their last argument, which is left out.
 _CALLS: dict[str, list[Any]] = {
@@ -175,6 +194,12 @@ _CALLS: dict[str, list[Any]] = {
     "kvp_cache_pack": [_CACHE, _I32S, _U32, _I32S, _I32S, _U32, _ROPE_SHIFT],
     "kvp_cache_restore": [_CACHE, _U8S, _SIZE, _I32S, _U32],
     "kvp_cache_check_state": [_CACHE, _U8S, _SIZE, _I32S, _U32],
+    "kvp_cache_log_layout": [_CACHE, _I32, _LOG_LAYOUT],
+    "kvp_cache_log_rows": [_CACHE, _LOG_LAYOUT, _I32, _I32, _U32, _U8S],
+    "kvp_cache_fill": [
+        *(_CACHE, _I32S, _U32, _LOG_LAYOUT, _LOG_BLOCKS, _U32),
+        *(_I32S, _I32S, _U32, _ROPE_SHIFT),
+    ],
     "kvp_policy_create": [_POLICY_WEIGHTS, _NewHandle("kvp_policy")],
     "kvp_policy_score": [_POLICY, _F32S, _F32S, _I32S, _U32, _I32, _F32S],
     "kvp_choose_tokens": [_F32S, _U32, _I32S, _U8S, _U32, _U32, _U8S],
@@ -183,6 +208,7 @@ _CALLS: dict[str, list[Any]] = {
         *(_U8S, _SIZE, _I32, _U32, _U32, _I32S, _U32, _I32S, _I32S, _U32),
         *(_ROPE_SHIFT, _U32, _SIZES),
     ],
+    "kvp_log_score": [_LOG_LAYOUT, _LOG_BLOCKS, _U32, _LOG_QUERIES, _I32, _F32S, _F32S],
     "kvp_capture_create": [_OBSERVER, _NewHandle("kvp_capture")],
     "kvp_capture_begin": [_CAPTURE, _CAPTURE_PLAN],
     "kvp_capture_end": [_CAPTURE, _U32, _U16S, _U64],

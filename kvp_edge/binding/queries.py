@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from kvp_edge.arrays import FloatArray, TokenIndices
+from kvp_edge.arrays import BoolArray, FloatArray, TokenIndices
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.library import call, create, lib
 from kvp_edge.binding.observer import Observer
@@ -40,6 +40,11 @@ class Queries:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def of(self, tokens: BoolArray) -> Queries:
+        """Those of the tokens marked: bool [m]."""
+        queries = np.ascontiguousarray(self.queries[:, :, tokens])
+        return Queries(queries, self.indices[tokens], self.scale)
 
     def __getitem__(self, tokens: slice) -> Queries:
         return Queries(self.queries[:, :, tokens], self.indices[tokens], self.scale)
@@ -106,8 +111,8 @@ class QueryLog:
 
     @property
     def watching(self) -> bool:
-        """Whether queries of what is decoded next are logged. Watching costs a little of llama.cpp's
-        speed: it computes layer by layer then."""
+        """Whether queries of what is decoded next are logged. It costs a little of llama.cpp's speed,
+        which computes layer by layer then."""
         return self._watching
 
     def watch(self, on: bool) -> None:
@@ -143,6 +148,11 @@ class QueryLog:
     def newest(self) -> int:
         """The number of the newest token whose queries there are, -1 if there are none."""
         return int(self.read(1).indices[0]) if len(self) else -1
+
+    def has(self, start: int, end: int) -> bool:
+        """Whether the newest queries are those of the tokens [start, end)."""
+        indices = self.read(end - start).indices
+        return np.array_equal(indices, np.arange(start, end))
 
     def read(self, newest: int) -> Queries:
         """The queries of the ``newest`` tokens, of fewer if there are not so many."""

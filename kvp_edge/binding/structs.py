@@ -223,13 +223,40 @@ class LogLayout(Struct):
 
 
 class LogBlock(Struct):
-    """kvp_log_block: rows of consecutive tokens."""
+    """kvp_log_block: rows of consecutive tokens.
 
-    _fields_ = [("rows", _U8S), ("first", _I32), ("n", _U32), ("rope_first", _I32)]
+    Args:
+        rows: uint8 [n * bytes_per_token], contiguous; a memory map will do. The block keeps it.
+        first: the first token's index in the conversation.
+        n: tokens.
+        rope_first: the RoPE position that the first one's keys carry.
+    """
+
+    _fields_ = [("_rows", _U8S), ("first", _I32), ("n", _U32), ("rope_first", _I32)]
 
     first: int
     n: int
     rope_first: int
+
+    def __init__(self, rows: np.ndarray, first: int, n: int, rope_first: int) -> None:
+        super().__init__(_rows=rows, first=first, n=n, rope_first=rope_first)
+        self.rows = rows
+
+
+class LogQueries(Struct):
+    """kvp_log_queries"""
+
+    _fields_ = [
+        ("queries", _F32S),
+        ("indices", _I32S),
+        ("scale", _F32S),
+        ("n_head", _U32),
+        ("n_queries", _U32),
+        ("turn", _F64S),
+        ("frequency", _F64S),
+        ("n_pairs", _U32),
+        ("neox", _U32),
+    ]
 
 
 class CapturePlan(Struct):

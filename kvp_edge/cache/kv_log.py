@@ -259,6 +259,11 @@ class KVLog:
                 self.failure = _reason(error)
         self._hold(kept, length)
 
+    def reach(self, end: int) -> None:
+        """Count the tokens up to ``end`` that were not logged as lost."""
+        if self.end < end:
+            self._hold(self.blocks, end)
+
     def restore(self, held: Logged) -> None:
         """Hold what it held when ``held`` was taken. Its store must not have been told since that
         these blocks are not needed any more, unless they lie in memory."""

@@ -43,6 +43,21 @@ def _require_whole(name: str, number: int) -> None:
         ) from None
 
 
+def memory_bytes(name: str, text: str) -> int:
+    """The bytes that "256MiB" stands for.
+
+    Raises:
+        BudgetError: it is no amount of memory.
+    """
+    match = _MEMORY.fullmatch(text)
+    if not match:
+        raise BudgetError(f"{name} is memory, a text like '256MiB', not '{text}'")
+    amount = float(match.group(1)) * _UNIT[match.group(2).lower()]
+    if amount >= 2**63:  # inf among them
+        raise BudgetError(f"{name} is more memory than any machine has")
+    return int(amount)
+
+
 def parse_budget(text: str) -> int | str:
     """A command line's budget: a plain number is tokens (int), "256MiB" stays a string.
 

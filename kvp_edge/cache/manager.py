@@ -16,9 +16,13 @@ import numpy.typing as npt
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray, TokenIndices
 from kvp_edge.binding.cache import NativeCache, RopeShift
-from kvp_edge.binding.queries import QueryLog
+from kvp_edge.binding.log_scores import score_log
+from kvp_edge.binding.queries import Queries, QueryLog
 from kvp_edge.binding.rope import KeyFrequencies
+from kvp_edge.cache import filling, recall
+from kvp_edge.cache.kv_log import Block, KVLog, Logged
 from kvp_edge.cache.limits import CacheLimits
+from kvp_edge.cache.recall import Recall, Recalled, RecallSettings
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.cache.table import Granularity, Table
@@ -34,6 +38,9 @@ from kvp_edge.text.spans import TEXT, Span
 #: the newest token, until the other half comes.
 SpanFinder = Callable[[int, int], list[Span]]
 
+#: As many tokens ask at least, if so many can be read again, when fewer were read.
+_FEW = 8
+
 
 class EvictionManager:
     """Keeps one context's cache inside its limits.
@@ -43,6 +50,8 @@ class EvictionManager:
 
     - the cache holds exactly the rows of the table, and at most ``limits.cells`` of them;
     - the newest token read is held, so that the next batch can follow it;
+    - every token that a head does not hold is in the log, if there is one, or counted as lost: the
+      log ends at the table's tail or after it;
     - an eviction protects the first ``protected_prefix`` tokens and the newest ``limits.recent``,
       and beyond these at most the rest of a marker at either border, never of a word or sentence;
     - ``trusted`` is False if any of this may have been broken by an error or an interrupt in the
@@ -55,13 +64,16 @@ class EvictionManager:
         isolate_turns: do not thin out finished turns again for new ones (kvp_edge.cache.turns).
         compact_at: positions are compacted before they would reach this many, None: never.
         frequencies: of RoPE, needed to compact at head granularity.
-        query_log: for a policy that looks at queries.
+        query_log: for a policy that looks at queries, and for recall.
+        log: of the rows of all tokens that some head may have dropped, for recall; or None.
+        recall_settings: how rows are recalled.
+        n_threads: that score the log.
 
     Attributes:
         limits, policy: see ``replace_limits`` and ``replace_policy``.
         cache: llama.cpp's.
         trusted: see above.
-        evictions, evictions_as_state, eviction_ms: see KVStats.
+        evictions, evictions_as_state, eviction_ms, recalls, recalled, recall_ms: see KVStats.
     """
 
     def __init__(
@@ -77,6 +89,9 @@ class EvictionManager:
         compact_at: int | None = None,
         frequencies: KeyFrequencies | None = None,
         query_log: QueryLog | None = None,
+        log: KVLog | None = None,
+        recall_settings: RecallSettings | None = None,
+        n_threads: int = 1,
     ) -> None:
         self.limits = limits
         self.policy = policy
@@ -85,6 +100,9 @@ class EvictionManager:
         self.trusted = True
         self.cache = cache
         self.query_log = query_log
+        self.log = log
+        self.recall_settings = recall_settings or RecallSettings()
+        self._n_threads = n_threads
         self._log_shift = 0  # the table's when the logged queries were computed
         self._find_spans = find_spans
         self._isolate_turns = isolate_turns
@@ -139,6 +157,8 @@ class EvictionManager:
     def can_return(self, length: int) -> bool:
         """Whether the cache can be taken back to what it was when the conversation had ``length``
         tokens: no eviction came after that, so nothing is lost that was there then."""
+        if self.log is not None:  # nothing is lost
+            return self.can_rewind(length) or self._can_bring_back(length)
         t = self._table
         last_eviction = t.tail + self.limits.recent if t.tail else 0  # see _next_tail
         return self.can_rewind(length) and (length >= last_eviction or length in (0, t.seen))
@@ -152,12 +172,17 @@ class EvictionManager:
         """The first so many tokens are never evicted."""
         return self._protected_prefix
 
-    def restore(self, table: Table) -> None:
+    def restore(self, table: Table, logged: Logged | None = None) -> None:
         """Take over a table stored by ``snapshot``; llama.cpp's state must be that of its time.
-        Queries logged of its tokens stay, so they must be of the same conversation."""
+        Queries logged of its tokens stay, so they must be of the same conversation; and so do their
+        rows in the KV log, unless ``logged`` says what it held then."""
         self._table = table
         if self.query_log is not None:
             self.query_log.rewind(table.seen)
+        if self.log is not None:
+            self.log.restore(self.log.held if logged is None else logged)
+            self.log.cut(table.seen)
+            self.log.reach(table.tail)
         self._shift_pending = False
         self.trusted = True
 
@@ -230,6 +255,12 @@ class EvictionManager:
             where=location.where,
             transferred_bytes=location.bytes_transferred,
             evictions_as_state=self.evictions_as_state,
+            recalls=self.recalls,
+            recalled=self.recalled,
+            recall_ms=self.recall_ms,
+            logged=self.log.n_tokens if self.log is not None else 0,
+            lost=self.log.lost if self.log is not None else 0,
+            log_bytes=self.log.nbytes if self.log is not None else 0,
         )
 
     # -- what decides ------------------------------------------------------------------------
@@ -267,6 +298,9 @@ class EvictionManager:
         """Forget every token and begin to count anew. The owner removes the cells
         (llama_memory_seq_rm from 0 on)."""
         self.restore_counts(0, 0, 0.0)
+        self.recalls, self.recalled, self.recall_ms = 0, 0, 0.0
+        if self.log is not None:
+            self.log.clear()
         self.restore(self.empty_table())
 
     def follow(self, length: int, interrupted: bool) -> None:
@@ -284,8 +318,9 @@ class EvictionManager:
         if length > self.seen and self.trusted:
             # An interrupt came between decoding and the end of append(): a token counts when it is
             # decoded.
-            if self.query_log is not None and self.query_log.newest < length - 1:
-                self.query_log.append(self.seen, length - self.seen)
+            log = self.query_log
+            if log is not None and log.watching and log.newest < length - 1:
+                log.append(self.seen, length - self.seen)
             self._append(length - self.seen)
         self.rewind(length)
 
@@ -318,6 +353,8 @@ class EvictionManager:
                 "context, so it is not known what it holds. Call reset() and read the conversation "
                 "again"
             )
+        if not self.can_rewind(length) and self._can_bring_back(length):
+            self._bring_back(length)
         if not self.can_rewind(length):
             raise KVCacheError(
                 f"the cache cannot be taken back to {length} tokens: it has seen {self.seen}, and "
@@ -330,6 +367,8 @@ class EvictionManager:
             self._table = replace(t, scores=self._final(t.scores, t.n_packed, t.kept))
         if self.query_log is not None:
             self.query_log.rewind(length)
+        if self.log is not None:
+            self.log.cut(length)
 
     def append(self, n: int) -> None:
         """``n`` more tokens were decoded.
@@ -396,6 +435,256 @@ class EvictionManager:
             self._log_shift = self.shift
         return min(n, free)
 
+    # -- the log, and what comes back from it ------------------------------------------------
+
+    def _log_until(self, t: Table, end: int) -> None:
+        """Log the tokens before ``end`` that are not logged yet. They are in the tail, so all heads
+        hold them.
+
+        Args:
+            t: the table, with the scores of all rows.
+        """
+        if self.log is None or self.log.end >= end:
+            return
+        block = self._unlogged(t, end)
+        self.log.append(
+            block.n,
+            block.rope_first,
+            block.scores,
+            block.spans,
+            lambda rows: self._read_rows(block, rows),
+            pinned=self._protected_prefix,
+        )
+
+    def _unlogged(self, t: Table, end: int) -> Block:
+        """The tokens from the log's end to ``end``, without rows."""
+        assert self.log is not None
+        first = self.log.end
+        row, n = t.n_packed + first - t.tail, end - first
+        starts = t.spans[:, 0]
+        spans = t.spans[(first <= starts) & (starts < end)]
+        none = np.empty(0, np.uint8)
+        return Block(first, n, first - t.shift, none, t.scores[:, :, row : row + n], spans)
+
+    def _read_rows(self, block: Block, rows: npt.NDArray[np.uint8]) -> None:
+        assert self.log is not None
+        first = block.rope_first  # in the tail it is llama.cpp's position, too
+        self.cache.log_rows(self.log.layout, first, first + block.n, block.n, out=rows)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was ever dropped."""
+        return self._table.tail == 0
+
+    def logged_queries(self, n: int) -> bool:
+        """Whether the queries of the newest ``n`` tokens are logged."""
+        return self.query_log is not None and self.query_log.has(self.seen - n, self.seen)
+
+    def watch_queries(self, on: bool) -> None:
+        """Log the queries of what is read next, for recall; a policy that looks at queries has them
+        logged always."""
+        if self.query_log is not None and not self.policy.n_queries:
+            self.query_log.watch(on)
+
+    def n_asking(self, n_new: int) -> int:
+        """How many of the newest tokens can ask for older ones, of a prompt of which the last
+        ``n_new`` were read just now. 0: nothing was dropped, or they cannot be read again."""
+        t = self._table
+        if self.log is None or not self.trusted or self.log.n_tokens == 0 or t.tail == 0:
+            return 0
+        n = min(self.recall_settings.n_queries, max(n_new, _FEW), t.seen - t.rewind_from)
+        start = t.seen - n
+        return n if n > 0 and self.can_rewind(start) else 0
+
+    def recall(self, n: int, asked: Queries | None = None) -> Recalled | None:
+        """Let the queries of the newest ``n`` tokens choose what every head holds of the tokens
+        before them, and take these ``n`` back. The owner reads them again.
+
+        Args:
+            n: at most ``n_asking``.
+            asked: other queries than theirs.
+
+        Returns:
+            None: too little of their attention would go to tokens that are not resident, or their
+            queries were not logged. Nothing has changed.
+        """
+        log, s = self.log, self.recall_settings
+        assert log is not None
+        started = time.perf_counter()
+        t = self._scored()
+        asked = self._asked(t, n) if asked is None else asked
+        if asked is None or not len(asked):
+            return None
+        unlogged = self._unlogged(t, t.seen)
+        rows = np.empty(unlogged.n * int(log.layout.bytes_per_token), np.uint8)
+        self._read_rows(unlogged, rows)
+        blocks = [*log.blocks, replace(unlogged, rows=rows)]
+        largest, mean = self._attention(t, blocks, asked)
+
+        now = t.cut(t.seen - n)
+        tail = max(now.tail, now.seen - self.limits.recent)
+        before, resident = now.indices(), filling.rows_of(now) >= 0
+        share = float(np.where(resident, 0, mean[:, :, : now.seen]).sum(axis=-1).mean())
+        if share < s.threshold:
+            return None
+        wanted = self._wanted(now, largest[:, :, :tail])
+        chosen = self._choose(now, tail, wanted, resident[..., :tail])
+        self._log_until(t, tail)
+        filled = filling.fill(
+            replace(now, scores=self._final(now.scores, now.n_packed + tail - now.tail, now.kept)),
+            chosen,
+            np.take_along_axis(np.maximum(wanted, 0), chosen, axis=-1),
+            tail,
+            log,
+            self._frequencies if self._compact_at is not None else None,
+            scored=self.policy.scope != "cache",
+        )
+        self._fill(t, filled)
+        after = self._table.indices()
+        came = np.setdiff1d(after, before).astype(np.int32)
+        fresh = ~np.take_along_axis(resident, chosen, axis=-1)
+        ms = 1e3 * (time.perf_counter() - started)
+        return Recalled(came, int(fresh.sum()), share, len(asked), ms)
+
+    def count_recall(self, event: Recall) -> None:
+        """Count what came back before a reply."""
+        self.recalls += 1
+        self.recalled += event.n_tokens
+        self.recall_ms += event.ms
+
+    def _asked(self, t: Table, n: int) -> Queries | None:
+        """The queries of the newest ``n`` tokens, but for the chat template's own."""
+        if self.query_log is None or not self.logged_queries(n):
+            return None
+        asked = self.query_log.read(n)
+        markers = t.spans[t.spans[:, 2] != TEXT]
+        its_own = np.zeros(n, np.bool_)
+        for start, end, _ in markers[markers[:, 1] > t.seen - n].tolist():
+            its_own[max(0, start - (t.seen - n)) : end - (t.seen - n)] = True
+        return asked if its_own.all() else asked.of(~its_own)
+
+    def _attention(
+        self, t: Table, blocks: list[Block], asked: Queries
+    ) -> tuple[FloatArray, FloatArray]:
+        """The largest and the mean attention that the queries pay to each token: f32 [n_layer,
+        n_head_kv, seen]; minus infinity, and 0, for tokens that are lost."""
+        assert self.log is not None
+        turn = None
+        if t.shift:  # keys of the log stand where they were read, those of the cells further ahead
+            nearer = (t.tail - t.shift) / t.tail
+            middle = np.array([(b.first + b.end) / 2 for b in blocks])
+            turn = middle * nearer - middle + [b.first - b.rope_first for b in blocks]
+            turn[-1] = 0.0
+        found = score_log(
+            self.log.layout,
+            [block.native() for block in blocks],
+            asked,
+            self._n_threads,
+            turn=turn,
+            frequencies=None if turn is None else self._frequencies,
+        )
+        at = np.concatenate([np.arange(b.first, b.end) for b in blocks])
+        shape = (*found[0].shape[:2], t.seen)
+        largest, mean = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
+        largest[:, :, at], mean[:, :, at] = found
+        return largest, mean
+
+    def _wanted(self, t: Table, attention: FloatArray) -> FloatArray:
+        """How much every head, or all together, want the first tokens: f32 [*groups, n]."""
+        s = self.recall_settings
+        wanted = recall.widen(attention, s.after, s.before)
+        if s.whole_tokens or self.granularity == "token":
+            wanted = np.broadcast_to(wanted.mean(axis=(0, 1)), wanted.shape)
+        if self.granularity == "token":
+            wanted = wanted[:1, :1]
+        faded = np.zeros(wanted.shape, np.float32)
+        np.put_along_axis(faded, t.packed_indices, t.wanted * np.float32(s.decay), axis=-1)
+        return np.maximum(wanted, faded, where=np.isfinite(wanted), out=wanted.copy())
+
+    def _choose(self, t: Table, tail: int, wanted: FloatArray, resident: BoolArray) -> TokenIndices:
+        """The tokens before ``tail`` that every head holds next: as many as now."""
+        assert self.log is not None
+        n_packed = t.n_packed + tail - t.tail
+        first, newest = self._protected_borders(t)
+        tokens = np.arange(tail, dtype=np.int32)
+        protected = (tokens < first) | (tokens >= newest)
+        worth = self.policy.worth(t.scores, t.seen - t.indices())[..., :n_packed]
+        whole = self.policy.whole_tokens(worth) if self.granularity == "token" else None
+        if self.granularity == "token":
+            worth = worth.mean(axis=(0, 1), keepdims=True) if whole is None else whole[None, None]
+        held = t.indices()[..., :n_packed]
+        competing = ~np.take_along_axis(np.broadcast_to(protected, resident.shape), held, axis=-1)
+        n_floor = int(self.recall_settings.floor * int(competing.sum(axis=-1).min()))
+        floor = np.zeros(wanted.shape, np.bool_)
+        np.put_along_axis(floor, held, recall.best_of(worth, competing, n_floor), axis=-1)
+        spans = filling.spans_of(t, self.log)
+        unit = tokens if self.log.lost else units(tokens, clipped(spans, first, newest))
+        available = resident | self.log.holds(tail)
+        return recall.choose(wanted, floor, available, protected, unit, n_packed)
+
+    def _can_bring_back(self, length: int) -> bool:
+        """Whether the log has what the cache would hold after ``length`` tokens."""
+        log, t = self.log, self._table
+        if log is None or not self.trusted or not 0 < length <= min(log.end, t.seen):
+            return False
+        n = min(length, self.limits.budget)
+        held = log.holds(length)
+        start = 0 if n == length else max(0, length - self.limits.recent)
+        kept = held[: self._protected_prefix].all() and held[start:].all() and held.sum() >= n
+        return bool(kept) and self.cache.can_continue_at(length - t.shift)
+
+    def _bring_back(self, length: int) -> None:
+        """Go back to the first ``length`` tokens, all of them logged: the best by what the policy
+        said of them then, and the newest."""
+        log, t = self.log, self._table
+        assert log is not None
+        n = min(length, self.limits.budget)
+        tail = 0 if n == length else max(0, length - self.limits.recent)
+        tokens = np.arange(tail, dtype=np.int32)
+        groups = t.packed_indices.shape[:-1]
+        ages = np.arange(length, 0, -1, dtype=np.int32)
+        worth = self.policy.worth(log.scores(length), ages)[..., :tail]
+        if self.granularity == "token":
+            worth = np.where(np.isfinite(worth), worth, 0).mean(axis=(0, 1), keepdims=True)
+        available = np.broadcast_to(log.holds(tail), (*groups, tail))
+        floor = np.zeros((*groups, tail), np.bool_)
+        protected = tokens < self._protected_prefix
+        n_packed = n - (length - tail)
+        ranked = np.argsort(np.argsort(worth, axis=-1), axis=-1) / np.float32(max(1, tail))
+        chosen = recall.choose(
+            ranked.astype(np.float32), floor, available, protected, tokens, n_packed
+        )
+        gone = replace(self.empty_table(), seen=length, tail=length, marked=length)
+        none = np.zeros(chosen.shape, np.float32)
+        filled = filling.fill(
+            replace(gone, shift=t.shift),
+            chosen,
+            none,
+            tail,
+            log,
+            self._frequencies if self._compact_at is not None else None,
+            scored=self.policy.scope != "cache",
+        )
+        log.cut(length)
+        self._fill(t, filled)
+        if self.query_log is not None:
+            self.query_log.rewind(length)
+
+    def _fill(self, t: Table, filled: filling.Filling) -> None:
+        """Let the cache, which holds the rows of ``t``, hold others."""
+        assert self.log is not None
+        blocks = [block.native() for block in self.log.blocks]
+        with self._changing():
+            self.cache.fill(
+                t.llama_positions(),
+                self.log.layout,
+                blocks,
+                filled.source,
+                filled.llama_positions,
+                filled.rope_shift,
+            )
+            self._table = filled.table
+
     # -- eviction ----------------------------------------------------------------------------
 
     def score(self) -> None:
@@ -415,6 +704,7 @@ class EvictionManager:
         first, newest = self._protected_borders(before)
         protected = (indices < first) | (indices >= newest)
         unit = units(indices, clipped(before.spans, first, newest))
+        self._log_until(before, self._next_tail())
         if self.granularity == "head":
             self._pack(before, indices, protected, unit)
         else:
@@ -489,6 +779,7 @@ class EvictionManager:
         whole = self.policy.whole_tokens(worth)
         if whole is not None:
             worth = whole[None, None]
+        worth = self._with_recalled(t, worth, protected)
         keep = choose_tokens(worth, unit, protected, self.limits.budget, self._settled(t, indices))
         present = t.llama_positions()
         kept, llama_positions = indices[keep], present[keep]
@@ -508,6 +799,7 @@ class EvictionManager:
                 packed_indices=kept[None, None, :n_packed],
                 packed_rope_positions=llama_positions[None, None, :n_packed],
                 packed_llama_positions=llama_positions[:n_packed],
+                wanted=t.wanted_rows()[:, :, keep][:, :, :n_packed],
                 scores=self._final(t.scores[:, :, keep], n_packed, len(kept)),
             )
 
@@ -521,6 +813,7 @@ class EvictionManager:
         if n_keep >= t.kept:
             return  # all protected: make_room finds no free cell and says so
         worth = self.policy.worth(t.scores, t.seen - indices)
+        worth = self._with_recalled(t, worth, protected)
         keep = choose_rows(worth, unit, protected, n_keep, self._settled(t, indices))
         tail = self._next_tail()
         n_recent = t.seen - tail
@@ -548,8 +841,23 @@ class EvictionManager:
                 packed_indices=np.take_along_axis(indices, keep[..., :n_packed], axis=-1),
                 packed_rope_positions=rope_positions[..., :n_packed],
                 packed_llama_positions=llama_positions[:n_packed],
+                wanted=np.take_along_axis(t.wanted_rows(), keep, axis=-1)[..., :n_packed],
                 scores=self._final(np.take_along_axis(t.scores, keep, axis=-1), n_packed, n_keep),
             )
+
+    def _with_recalled(self, t: Table, worth: FloatArray, protected: BoolArray) -> FloatArray:
+        """The worth of all rows, of which those that questions have recalled come first, while the
+        attention that these paid to them has not faded, in all but the floor's share of the
+        room."""
+        if not t.wanted.any():
+            return worth
+        s, wanted = self.recall_settings, t.wanted_rows()
+        eligible = ~protected & (wanted >= s.threshold)
+        room = self.limits.budget - int(protected.sum(axis=-1).max())
+        recalled = recall.best_of(wanted, eligible, int((1 - s.floor) * max(0, room)))
+        top = np.where(np.isfinite(worth), worth, -np.inf).max(axis=-1, keepdims=True)
+        top = np.where(np.isfinite(top), top, 0)
+        return np.where(recalled, top + (np.abs(top) + 1) * (1 + wanted), worth).astype(np.float32)
 
     def _final(self, scores: FloatArray, n_packed: int, kept: int) -> FloatArray:
         """Of the scores of the first rows of ``kept``, those that count at the next eviction: they

@@ -16,12 +16,14 @@ from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.binding.structs import CacheLocation, CacheShape
-from kvp_edge.cache.limits import CacheLimits
+from kvp_edge.cache.kv_log import InMemory, KVLog
+from kvp_edge.cache.limits import CacheLimits, memory_bytes
 from kvp_edge.cache.manager import EvictionManager, SpanFinder
 from kvp_edge.cache.options import CacheOptions
+from kvp_edge.cache.recall import RecallSettings
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.cache.table import Granularity
-from kvp_edge.cache.types import PLAIN_TYPES
+from kvp_edge.cache.types import PLAIN_TYPES, ggml_type
 from kvp_edge.errors import BudgetError, PolicyFileError, UnsupportedModelError
 from kvp_edge.policies import FALLBACK, Policy, get_policy
 from kvp_edge.policy_file import check_model
@@ -66,7 +68,8 @@ class Opening:
         self._options = options
         self._model_path = model_path
         self._policy = get_policy(options.policy, model_path)
-        self._observed = options.pack != "state" or self._policy.n_queries > 0
+        self._recalls = options.recall != "off"
+        self._observed = options.pack != "state" or self._policy.n_queries > 0 or self._recalls
         self._observer: Observer | None = None
         self._granularity = options.granularity  # "auto" until it is settled
         self._n_ubatch = engine.get("n_ubatch", 512)
@@ -175,7 +178,12 @@ class Opening:
             log = QueryLog(self._observer)
             if policy.needs_frequencies:
                 log.frequencies = frequencies or _frequencies_for(policy, context, params)
-            log.start(context, cache, query_count(policy, self.limits))
+            n = max(query_count(policy, self.limits), RecallSettings().n_queries)
+            log.start(context, cache, n)
+        kv_log = self._open_log(cache) if self._recalls else None
+        if kv_log is not None and log is None:
+            log = self._queries_for_recall(context, cache)
+            kv_log = None if log is None else kv_log
         return EvictionManager(
             self.limits,
             policy,
@@ -187,7 +195,35 @@ class Opening:
             compact_at=compact_at,
             frequencies=frequencies,
             query_log=log,
+            log=kv_log,
+            n_threads=int(llama_cpp.llama_n_threads_batch(context)),
         )
+
+    def _open_log(self, cache: NativeCache) -> KVLog | None:
+        """The log of what is dropped; None where nothing ever is.
+
+        Raises:
+            UnsupportedModelError: heads are no whole blocks of the log's type.
+        """
+        o = self._options
+        if self.limits.cells >= self.limits.n_ctx:
+            return None
+        layout = cache.log_layout(None if o.kv_log_type == "cache" else ggml_type(o.kv_log_type))
+        return KVLog(layout, InMemory(layout), memory_bytes("kv_log_limit", o.kv_log_limit))
+
+    def _queries_for_recall(self, context: Any, cache: NativeCache) -> QueryLog | None:
+        """The log of the queries that recall asks; None where they cannot be had and nobody has
+        asked for recall."""
+        assert self._observer is not None
+        log = QueryLog(self._observer)
+        try:
+            log.start(context, cache, RecallSettings().n_queries, "Use recall='off'")
+        except UnsupportedModelError:
+            if self._options.recall != "auto":
+                raise
+            return None
+        log.watch(False)
+        return log
 
     def _fitting_policy(self, shape: CacheShape) -> Policy:
         """The policy, or the fallback where one that nobody named does not fit: how many layers are

@@ -14,9 +14,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from kvp_edge.argument_checks import check_callable, check_counts
-from kvp_edge.cache.limits import DEFAULT_SINKS
+from kvp_edge.cache.limits import DEFAULT_SINKS, memory_bytes
+from kvp_edge.cache.recall import Recall
 from kvp_edge.cache.stats import Eviction
-from kvp_edge.errors import OptionError
+from kvp_edge.cache.types import CACHE_TYPES
+from kvp_edge.errors import BudgetError, OptionError
 from kvp_edge.policies import FALLBACK, POLICIES, Policy
 from kvp_edge.processor.repack import REPACK
 from kvp_edge.text.spans import KEEP_WHOLE
@@ -177,6 +179,61 @@ class CacheOptions:
             session="any",
         ),
     )
+    recall: str = field(
+        default="auto",
+        metadata=_about(
+            "bring dropped tokens back when a prompt asks for them: reply: before every reply; "
+            "always: while it is written, too; off: what is dropped is gone; auto: reply where the "
+            "model allows it",
+            choices=("auto", "reply", "always", "off"),
+            metavar="WHEN",
+            session="any",
+            evaluated=False,
+        ),
+    )
+    recall_every: int = field(
+        default=64,
+        metadata=_about(
+            "with recall=always: tokens written between two recalls, at most",
+            metavar="N",
+            session="any",
+        ),
+    )
+    kv_log: str | None = field(
+        default=None,
+        metadata=_about(
+            "file for the keys and values of all tokens that were dropped, for recall",
+            means="in memory",
+            metavar="FILE",
+            session="any",
+        ),
+    )
+    kv_log_limit: str = field(
+        default="2GiB",
+        metadata=_about(
+            "memory that these keys and values may take; past it the oldest are lost",
+            metavar="SIZE",
+            session="any",
+        ),
+    )
+    kv_log_type: str = field(
+        default="cache",
+        metadata=_about(
+            "type of these keys and values: cache, the cache's own, or a smaller one: q8_0, q4_0",
+            choices=("cache", *CACHE_TYPES),
+            metavar="TYPE",
+            session="any",
+        ),
+    )
+    on_recall: Callable[[Recall], None] | None = field(
+        default=None,
+        metadata=_about(
+            "called with a Recall after each of them: which tokens came back",
+            means="nothing",
+            command_line=False,
+            session="any",
+        ),
+    )
     repack: str = field(
         default="auto",
         metadata=_about(
@@ -212,7 +269,11 @@ class CacheOptions:
         if isinstance(self.kv_budget, str):
             del numbers["kv_budget"]
         check_counts(**numbers)
-        check_callable(on_evict=self.on_evict)
+        check_counts(recall_every=self.recall_every)
+        if self.recall_every < 1:
+            raise BudgetError(f"recall_every must be at least 1 token, not {self.recall_every}")
+        memory_bytes("kv_log_limit", self.kv_log_limit)
+        check_callable(on_evict=self.on_evict, on_recall=self.on_recall)
 
     @property
     def bounded(self) -> bool:

@@ -58,6 +58,7 @@ _ARRAYS = {
     "packed_indices": ("int32", 3),
     "packed_rope_positions": ("int32", 3),
     "packed_llama_positions": ("int32", 1),
+    "wanted": ("float32", 3),
     "scores": ("float32", 3),
     "spans": ("int32", 2),
     "state": ("uint8", 1),

@@ -34,6 +34,14 @@ class KVStats:
             scores of layers on a device, nothing for layers in host memory, whole states when an
             eviction went through one.
         evictions_as_state: of the evictions, those that went through llama.cpp's state.
+        recall: when dropped tokens come back: "reply", "always" or "off"; None when the cache is
+            not bounded.
+        logged: tokens whose keys and values are in the KV log.
+        lost: tokens that the log had no room for, so that they cannot come back.
+        log_bytes: bytes of the log.
+        recalls: replies (with "always": and moments while writing) before which tokens came back.
+        recalled: tokens that came back in these recalls, to some head at least.
+        recall_ms: milliseconds spent on scoring the log and filling the cells.
     """
 
     seen: int
@@ -50,6 +58,13 @@ class KVStats:
     where: str | None = None
     transferred_bytes: int = 0
     evictions_as_state: int = 0
+    recall: str | None = None
+    logged: int = 0
+    lost: int = 0
+    log_bytes: int = 0
+    recalls: int = 0
+    recalled: int = 0
+    recall_ms: float = 0.0
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)]
@@ -71,10 +86,15 @@ class KVStats:
             how = f"in place: {self.where}"
             if self.evictions_as_state:
                 how += f"; {self.evictions_as_state} through states"
-        return (
-            f"{text}, {self.dropped} dropped in {self.evictions} evictions by {self.policy} "
+        text += (
+            f", {self.dropped} dropped in {self.evictions} evictions by {self.policy} "
             f"({self.eviction_ms:.0f} ms, {how})"
         )
+        if self.logged or self.lost:
+            text += f"; {self.logged} logged ({self.log_bytes / 2**20:.1f} MiB)"
+            text += f", {self.lost} lost" if self.lost else ""
+            text += f", {self.recalled} recalled ({self.recall_ms:.0f} ms)"
+        return text
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ Granularity = Literal["token", "head"]
 
 #: What a session keeps of a table.
 _NUMBERS = ("seen", "tail", "shift", "marked")
-_ARRAYS = ("packed_indices", "packed_rope_positions", "packed_llama_positions", "scores", "spans")
+_ARRAYS = (
+    *("packed_indices", "packed_rope_positions", "packed_llama_positions", "wanted"),
+    *("scores", "spans"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Table:
             them carries. The same as ``packed_indices`` unless positions were compacted.
         packed_llama_positions: int32 [n_packed], llama.cpp's position of each packed row,
             ascending. At head granularity merely a row's name: attention never looks at it.
+        wanted: f32 [*groups, n_packed], the attention that questions have paid to the rows that
+            they recalled (kvp_edge.cache.recall), fading; 0 for all others.
         scores: f32 [n_layer, n_head_kv, n] of the first n rows, n <= kept.
         spans: int32 [k, 3], (start, end, kind) of tokens that stay or go together (whole_spans);
             ascending, disjoint. Before the tail, only of what is held, and the newest that begins a
@@ -52,6 +57,7 @@ class Table:
     packed_indices: TokenIndices
     packed_rope_positions: RopePositions
     packed_llama_positions: LlamaPositions
+    wanted: FloatArray
     scores: FloatArray
     spans: IntArray
     marked: int
@@ -59,10 +65,10 @@ class Table:
     @classmethod
     def empty(cls, n_layer: int, n_head_kv: int, granularity: Granularity) -> Table:
         groups = (n_layer, n_head_kv) if granularity == "head" else (1, 1)
-        none = np.empty((*groups, 0), np.int32)
+        none, unwanted = np.empty((*groups, 0), np.int32), np.empty((*groups, 0), np.float32)
         scores = np.empty((n_layer, n_head_kv, 0), np.float32)
         no_spans = np.empty((0, 3), np.int32)
-        return cls(0, 0, 0, none, none, np.empty(0, np.int32), scores, no_spans, 0)
+        return cls(0, 0, 0, none, none, np.empty(0, np.int32), unwanted, scores, no_spans, 0)
 
     @classmethod
     def of(cls, numbers: dict[str, int], arrays: dict[str, npt.NDArray[Any]]) -> Table:
@@ -104,6 +110,7 @@ class Table:
             all(getattr(self, name).dtype == getattr(empty, name).dtype for name in _ARRAYS)
             and self.packed_indices.shape
             == self.packed_rope_positions.shape
+            == self.wanted.shape
             == (*empty.packed_indices.shape[:2], n_packed)
             and self.packed_llama_positions.shape == (n_packed,)
             and self.scores.ndim == 3
@@ -153,6 +160,11 @@ class Table:
     def rope_positions(self) -> RopePositions:
         """int32 [*groups, kept]: the RoPE position that the key in every row carries."""
         return self._with_tail(self.packed_rope_positions, self.shift)
+
+    def wanted_rows(self) -> FloatArray:
+        """f32 [*groups, kept]: ``wanted`` of every row, 0 in the tail."""
+        none = np.zeros((*self.wanted.shape[:-1], self.seen - self.tail), np.float32)
+        return np.concatenate((self.wanted, none), axis=-1)
 
     def llama_positions(self) -> LlamaPositions:
         """int32 [kept]: llama.cpp's position of every row."""

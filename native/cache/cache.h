@@ -1,10 +1,11 @@
-// kvp_cache: one context's KV cache. Opened by cache_open.cpp, read by cache_rows.cpp, changed by cache_pack.cpp;
-// cache_api.cpp is the C interface to it.
+// kvp_cache: one context's KV cache. Opened by cache_open.cpp, read by cache_rows.cpp, changed by cache_pack.cpp, read
+// into a KV log and filled from it by cache_log.cpp; cache_api.cpp is the C interface to it.
 #pragma once
 
 #include "cache/context_memory.h"
 #include "cache/location.h"
 #include "error.h"
+#include "state/fill_plan.h"
 #include "state/pack_plan.h"
 #include "state/rows.h"
 #include "state/state_blob.h"
@@ -72,6 +73,9 @@ public:
     // See kvp_cache_read.
     void read(kvp_llama_position p0, kvp_llama_position p1, uint32_t n, kvp_llama_position * positions, float * keys, float * values);
 
+    // See kvp_cache_log_rows.
+    void log_rows(const kvp_log_layout & log, kvp_llama_position p0, kvp_llama_position p1, uint32_t n, uint8_t * rows);
+
     // Calls score(location, cells of the n tokens at [p0, p1)), or throws KVP_ERR_UNSUPPORTED if they are not known.
     template <typename Score> void in_place(kvp_llama_position p0, kvp_llama_position p1, uint32_t n, Score score) {
         std::vector<int32_t>        positions(n);
@@ -96,6 +100,7 @@ public:
     void     move(const kvp_llama_position * present, const kvp_llama_position * positions, uint32_t n);
     void     check_packing();
     void     pack(const kvp::pack_plan & plan);
+    void     fill(const kvp::fill_plan & plan);
     void     restore(const uint8_t * bytes, size_t size, const kvp_llama_position * present, uint32_t n);
     // Throws unless `bytes` is a state of a cache like this one that holds the n positions `present`.
     void check_state(const uint8_t * bytes, size_t size, const kvp_llama_position * present, uint32_t n) const;
@@ -119,6 +124,7 @@ private:
     // changing
     void             remove_range(kvp_llama_position p0, kvp_llama_position p1);
     bool             try_to_pack_in_place(const kvp::pack_plan & plan, int32_t newest);
+    bool             try_to_fill_in_place(const kvp::fill_plan & plan, kvp::fill_sources & sources);
     bool             thins_window(const kvp::pack_plan & plan, const std::vector<uint32_t> & survivors) const;
     void             defragment(const kvp_llama_position * positions, uint32_t n);
     void             set_state(const uint8_t * bytes, size_t size, int32_t newest);

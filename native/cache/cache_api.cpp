@@ -153,6 +153,37 @@ int32_t kvp_cache_check_state(const kvp_cache * cache, const uint8_t * blob, siz
     });
 }
 
+int32_t kvp_cache_log_layout(const kvp_cache * cache, int32_t type, kvp_log_layout * layout, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !layout) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_log_layout: cache and layout must not be NULL");
+        }
+        *layout = log_layout_of(cache->shape(), type);
+    });
+}
+
+int32_t kvp_cache_log_rows(kvp_cache * cache, const kvp_log_layout * layout, kvp_llama_position p0, kvp_llama_position p1,
+                           uint32_t n, uint8_t * rows, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !layout || (n > 0 && !rows)) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_log_rows: cache, layout and rows must not be NULL");
+        }
+        cache->log_rows(*layout, p0, p1, n, rows);
+    });
+}
+
+int32_t kvp_cache_fill(kvp_cache * cache, const kvp_llama_position * present, uint32_t n, const kvp_log_layout * layout,
+                       const kvp_log_block * blocks, uint32_t n_blocks, const int32_t * source,
+                       const kvp_llama_position * positions, uint32_t n_new, const kvp_rope_shift * shift, kvp_error * err) {
+    return guard(err, [&] {
+        if (!cache || !layout || !source || !positions || (n > 0 && !present) || (n_blocks > 0 && !blocks)) {
+            fail(KVP_ERR_ARGUMENT, "kvp_cache_fill: cache, present, layout, blocks, source and positions must not be NULL");
+        }
+        const kvp_cache_shape & s = cache->shape();
+        cache->fill({ s, *layout, blocks, n_blocks, n, n_new, present, source, positions, shift_of(shift, s.k_hadamard_block) });
+    });
+}
+
 int32_t kvp_state_pack(uint8_t * blob, size_t size, int32_t seq_id, uint32_t n_layer, uint32_t n_head_kv,
                        const kvp_llama_position * present, uint32_t n, const kvp_row * keep,
                        const kvp_llama_position * positions, uint32_t n_keep, const kvp_rope_shift * shift,

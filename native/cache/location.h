@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cache/cell_map.h"
+#include "state/fill_plan.h"
 #include "state/pack_plan.h"
 #include "state/state_blob.h"
 #include "graph/device_part.h"
@@ -59,6 +60,10 @@ public:
     // Lets every head keep its rows (plan.keep, ascending) in the cells of the rows `survivors`; `cells` are
     // those of all rows. Throws KVP_ERR_UNSUPPORTED and _MEMORY before anything is changed.
     void pack(const pack_plan & plan, const std::vector<uint32_t> & survivors, const std::vector<kvp_cell_index> & cells);
+
+    // Gives every head the rows that the plan names, in the same cells, which are those of all rows and lie in host memory.
+    // Throws std::bad_alloc alone, before anything is changed.
+    void fill(const fill_plan & plan, fill_sources & sources, const std::vector<kvp_cell_index> & cells);
 
     // Whether every device has memory to spare for n more rows.
     bool has_room(size_t n) const;

@@ -7,20 +7,12 @@
 #pragma once
 
 #include "kvp_edge.h"
+#include "state/rope_shift.h"
 
 #include <cstdint>
 #include <vector>
 
 namespace kvp {
-
-// How keys are turned to new positions while they are packed: pair i of a head by distance * frequency[i].
-struct rope_shift {
-    const double *  frequency = nullptr; // [n_layer, n_pairs], radians per position; nullptr: no turning
-    const kvp_rope_position * distance  = nullptr; // [n_layer, n_head_kv, n_keep], new position - old one
-    uint32_t        n_pairs   = 0;
-    bool            neox      = false; // pairs (i, i + n_pairs); else (2i, 2i + 1)
-    uint32_t        hadamard_block = 0; // of the rotation that keys are stored under, 0 = none
-};
 
 struct pack_plan {
     uint32_t        n_layer   = 0;

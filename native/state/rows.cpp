@@ -45,10 +45,8 @@ void hadamard(float * y, size_t n, uint32_t block) {
     }
 }
 
-namespace {
-
-// IEEE half to single, exact, and without branches or subnormal arithmetic, so that compilers vectorise
-// it. ggml's conversion through the type traits is a scalar one that took most of a scoring pass.
+// Without branches or subnormal arithmetic, so that compilers vectorise it. ggml's conversion through the type traits
+// is a scalar one that took most of a scoring pass.
 void half_to_float(const uint16_t * __restrict src, float * __restrict out, size_t n) {
     constexpr uint32_t BIAS = (127 - 15) << 23; // between the two formats' exponents
     for (size_t i = 0; i < n; ++i) {
@@ -66,6 +64,8 @@ void half_to_float(const uint16_t * __restrict src, float * __restrict out, size
         std::memcpy(&out[i], &bits, sizeof(bits));
     }
 }
+
+namespace {
 
 // A converter of rows of n_values values of any ggml type to f32. Source rows may be unaligned (blobs
 // are packed), so each passes through an aligned buffer.

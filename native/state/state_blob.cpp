@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 namespace kvp {
 
@@ -170,6 +171,24 @@ state_blob parse_state_blob(const uint8_t * data, size_t size, int32_t seq_id) {
              in.left());
     }
     return blob;
+}
+
+std::vector<kvp_cell_index> cells_in_order(const blob_cache & cache, const kvp_llama_position * present, uint32_t n) {
+    if (cache.pos.size() != n) {
+        fail(KVP_ERR_ARGUMENT, "the cache holds %zu tokens, not %u: the table of kept tokens is out of date", cache.pos.size(), n);
+    }
+    std::vector<kvp_cell_index> order(n);
+    std::iota(order.begin(), order.end(), 0u);
+    if (!std::is_sorted(cache.pos.begin(), cache.pos.end())) {
+        std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return cache.pos[a] < cache.pos[b]; });
+    }
+    for (uint32_t i = 0; i < n; ++i) {
+        if (cache.pos[order[i]] != present[i]) {
+            fail(KVP_ERR_ARGUMENT, "row %u of the cache is at position %d, not %d: the table of kept tokens is out of date", i,
+                 cache.pos[order[i]], present[i]);
+        }
+    }
+    return order;
 }
 
 } // namespace kvp

@@ -13,6 +13,8 @@
 //     v_trans = 1:  n_layer x { i32 type_v, u32 value_bytes, u32 n_embd_v, n_embd_v columns of n_cells values }
 #pragma once
 
+#include "kvp_edge.h"
+
 #include "ggml.h"
 
 #include <cstddef>
@@ -48,5 +50,9 @@ struct state_blob {
 
 // Throws kvp::error (KVP_ERR_LAYOUT) when anything does not add up. The result borrows from `data`.
 state_blob parse_state_blob(const uint8_t * data, size_t size, int32_t seq_id);
+
+// The cell of each row: of the n tokens at positions `present`, ascending. Throws KVP_ERR_ARGUMENT unless these are all
+// that the cache holds.
+std::vector<kvp_cell_index> cells_in_order(const blob_cache & cache, const kvp_llama_position * present, uint32_t n);
 
 } // namespace kvp

@@ -14,6 +14,7 @@ BELOW = {
     "state": set[str](),
     "model": set[str](),
     "graph": {"state"},
+    "log": {"state"},
     "observe": {"state"},
     "cache": {"state", "graph", "observe"},
     "fuzz": {"state"},

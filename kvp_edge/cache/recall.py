@@ -1,0 +1,148 @@
+"""Recall: the newest tokens' own queries decide which older rows are in the cells.
+
+A score that does not know what will be asked cannot keep what will be asked for. The question's
+queries do know. They are asked of every token of the conversation, resident or in the KV log, in
+one softmax; each head takes the rows that they attend to most, and what follows these: an answer
+stands behind the words that match. After RepairKV (OpenReview LsrmZrp7tW), for every head by
+itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvp_edge.arrays import BoolArray, FloatArray, IntArray, Rows, TokenIndices
+from kvp_edge.binding import ranking
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """How rows are chosen. The defaults are measured (docs/recall.md).
+
+    Attributes:
+        n_queries: of how many of the newest tokens the queries ask, at most.
+        after, before: a token is as good as the best of the ``after`` tokens before it and the
+            ``before`` tokens after it.
+        floor: share of a head's unprotected rows that the policy's own ranking keeps.
+        passes: how often the question is asked at most; with the answer of the first the deeper
+            layers ask better.
+        threshold: nothing is moved while tokens that are not resident would get less than this
+            share of the attention.
+        decay: by this a row's attention fades from one recall to the next.
+        whole_tokens: all heads take the same tokens.
+    """
+
+    n_queries: int = 64
+    after: int = 12
+    before: int = 2
+    floor: float = 0.5
+    passes: int = 2
+    threshold: float = 0.02
+    decay: float = 0.7
+    whole_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What came back before a reply, as handed to ``on_recall``.
+
+    Attributes:
+        spans: [start, end) spans of tokens, by index in the conversation, that some head holds now
+            and no head held before.
+        n_tokens: tokens in these spans.
+        n_rows: rows that came back, in all heads.
+        share: of the attention of the tokens that asked, how much would have gone to tokens that
+            their heads did not hold.
+        n_asked: tokens whose queries asked.
+        passes: how often they did.
+        ms: milliseconds it took, without reading the question again.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    n_tokens: int
+    n_rows: int
+    share: float
+    n_asked: int
+    passes: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """One choice of rows by queries.
+
+    Attributes:
+        tokens: int32 [n], ascending: held by some head now, and by none before.
+        n_rows, share, n_asked, ms: see Recall.
+    """
+
+    tokens: TokenIndices
+    n_rows: int
+    share: float
+    n_asked: int
+    ms: float
+
+
+def widen(attention: FloatArray, after: int, before: int) -> FloatArray:
+    """Let a token count as much as the best of those that it follows closely, or precedes.
+
+    Every step away costs a thousandth, so that of equal ones the nearest is first.
+
+    Args:
+        attention: f32 [..., n], of consecutive tokens.
+
+    Returns:
+        f32 [..., n]
+    """
+    widened = attention.copy()
+    n = attention.shape[-1]
+    for steps in range(1, min(after, n - 1) + 1):
+        less = np.float32(0.999**steps)
+        np.maximum(widened[..., steps:], attention[..., :-steps] * less, out=widened[..., steps:])
+    for steps in range(1, min(before, n - 1) + 1):
+        less = np.float32(0.999 ** (steps + after))
+        np.maximum(widened[..., :-steps], attention[..., steps:] * less, out=widened[..., :-steps])
+    return widened
+
+
+def best_of(worth: FloatArray, unprotected: BoolArray, n: int) -> BoolArray:
+    """The ``n`` best unprotected rows of every head, fewer if there are not so many: bool [..., n
+    rows]."""
+    chosen = np.zeros(worth.shape, np.bool_)
+    n = min(n, worth.shape[-1])
+    if n > 0:
+        ranked = np.where(unprotected & np.isfinite(worth), worth, -np.inf)
+        best = np.argpartition(ranked, -n, axis=-1)[..., -n:]
+        np.put_along_axis(chosen, best, True, axis=-1)
+        chosen &= np.isfinite(ranked)
+    return chosen
+
+
+def choose(
+    wanted: FloatArray,
+    floor: BoolArray,
+    available: BoolArray,
+    protected: BoolArray,
+    unit: IntArray,
+    n_keep: int,
+) -> TokenIndices:
+    """The tokens that every head holds next.
+
+    Args:
+        wanted: f32 [*groups, n], widened attention to the first n tokens.
+        floor: bool [*groups, n], what stays by the policy's ranking.
+        available: bool [*groups, n], resident or logged.
+        protected: bool [n]
+        unit: int32 [n], see ranking.choose_rows.
+
+    Returns:
+        int32 [*groups, n_keep], ascending.
+    """
+    scores = np.where(floor, np.float32(2.0), wanted)  # attention is at most 1
+    scores = np.where(available, scores, np.float32(-np.inf))
+    shape = scores.shape
+    unit = np.broadcast_to(unit, shape)
+    rows: Rows = ranking.choose_rows(scores, unit, np.broadcast_to(protected, shape), n_keep)
+    return rows
