@@ -6,18 +6,21 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kvp_edge.binding.library import BUILT_FOR
+from kvp_edge.binding.structs import LogLayout
 from kvp_edge.cache import session_file
+from kvp_edge.cache.block_records import StoredBlock, layout_numbers
+from kvp_edge.cache.kv_log import Block, Bytes, Logged
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.saved_state import SavedState
-from kvp_edge.cache.session_file import Array
 from kvp_edge.cache.table import Table
 from kvp_edge.errors import BudgetError, KVCacheError, SessionError
+from kvp_edge.files.records import Array
 from kvp_edge.llamacpp.abort_hook import before_abort
 
 if TYPE_CHECKING:
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Bytes of a session besides its tokens, keys and values.
 _OVERHEAD = 2**24
+
+#: Where a conversation was saved to, or loaded from, last.
+_places: weakref.WeakKeyDictionary[Llama, session_file.Place] = weakref.WeakKeyDictionary()
 
 #: RoPE's numbers in llama_context_params.
 _ROPE = (
@@ -35,10 +41,12 @@ _ROPE = (
 
 def save(llm: Llama, path: str | os.PathLike[str], extra: Any) -> None:
     """See Llama.save_session."""
-    header, arrays = conversation(llm, "save_session")
+    header, arrays, held = conversation(llm, "save_session")
     if len(arrays["tokens"]) == 0:
         raise SessionError("there is nothing to save: no token was read yet")
-    session_file.write(path, {**header, "extra": extra}, arrays)
+    header["extra"] = extra
+    since = _places.get(llm)
+    _places[llm] = session_file.write(path, header, arrays, held.blocks, since=since)
 
 
 def load(llm: Llama, path: str | os.PathLike[str], accept: Callable[[Any], object] | None) -> Any:
@@ -46,22 +54,27 @@ def load(llm: Llama, path: str | os.PathLike[str], accept: Callable[[Any], objec
     require_bounded(llm, "load_session")
     # a state has keys and values of no more than all cells, and a few numbers of each
     most = 2 * llm.kv_stats.kv_bytes + 64 * llm.n_ctx() + _OVERHEAD
-    header, arrays = session_file.read(path, most)
-    if accept is not None:
-        accept(header.get("extra"))
-    name = f"the session '{path}'"
-    if "rescue" in header:
-        _read_again(llm, name, header, arrays)
-    else:
-        resume(llm, name, header, arrays)
+    with session_file.opened(path, most) as session:
+        header, arrays = session.header, session.arrays
+        if accept is not None:
+            accept(header.get("extra"))
+        name = f"the session '{path}'"
+        if "rescue" in header:
+            _read_again(llm, name, header, arrays)
+        else:
+            log = _StoredLog(session)
+            resume(llm, name, header, arrays, log)
+            place = session.place(log.stored)
+            if place is not None:
+                _places[llm] = place
     return header["extra"]
 
 
 def state(llm: Llama, seed: int) -> SavedState:
     """See Llama.save_state."""
-    header, arrays = conversation(llm, "save_state")
+    header, arrays, held = conversation(llm, "save_state")
     rows = llm.n_tokens if llm.keeps_logits else 0
-    return SavedState(header, arrays, llm.scores[:rows].copy(), seed)
+    return SavedState(header, arrays, held, llm.scores[:rows].copy(), seed)
 
 
 def load_state(llm: Llama, state: Any) -> None:
@@ -76,14 +89,15 @@ def load_state(llm: Llama, state: Any) -> None:
             "this state was saved without logits_all, and here the logits of all tokens are "
             "kept: a state can only be resumed with what it was made with"
         )
-    resume(llm, "this state", state.header, state.arrays)
+    resume(llm, "this state", state.header, state.arrays, _HeldLog(state.held))
     llm.set_seed(state.seed)
     if len(scores):
         llm.keep_logits(0, scores)
 
 
-def conversation(llm: Llama, name: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """What was read and what is kept of it, for ``resume``: header and arrays of a session.
+def conversation(llm: Llama, name: str) -> tuple[dict[str, Any], dict[str, Array], Logged]:
+    """What was read and what is kept of it, for ``resume``: header and arrays of a session, and
+    what the KV log holds.
 
     Args:
         name: of the method, for a sentence.
@@ -94,11 +108,12 @@ def conversation(llm: Llama, name: str) -> tuple[dict[str, Any], dict[str, Array
     """
     kv = _without_queries(llm, name)
     llm.sync()
-    table = kv.snapshot()
+    table, log = kv.snapshot(), kv.log
     header = {
         "made_with": settings(llm),
         "table": table.numbers(),
         "protected_prefix": kv.protected_prefix,
+        "log": log and {"layout": layout_numbers(log.layout), "end": log.end},
         "evictions": kv.evictions,
         "evictions_as_state": kv.evictions_as_state,
         "eviction_ms": kv.eviction_ms,
@@ -108,14 +123,79 @@ def conversation(llm: Llama, name: str) -> tuple[dict[str, Any], dict[str, Array
     state = kv.cache.state() if kv.seen else np.empty(0, np.uint8)
     if kv.seen:
         kv.cache.check_state(state, table.llama_positions())
-    return header, {**arrays, "state": state}
+    return header, {**arrays, "state": state}, Logged() if log is None else log.held
 
 
-def resume(llm: Llama, name: str, header: dict[str, Any], arrays: dict[str, Array]) -> None:
+class SavedLog(Protocol):
+    """The blocks of a KV log that was saved."""
+
+    def blocks(self, layout: LogLayout, end: int, seen: int) -> Sequence[Block]:
+        """Ascending; they may lack their rows.
+
+        Args:
+            layout: theirs.
+            end: the log's.
+            seen: tokens of the conversation.
+
+        Raises:
+            SessionError: they do not add up.
+        """
+        ...
+
+    def fill(self, block: Block, into: Bytes) -> None:
+        """Write the rows of one of them.
+
+        Raises:
+            SessionError: they are not what was saved.
+        """
+        ...
+
+
+class _HeldLog:
+    """In memory."""
+
+    def __init__(self, held: Logged) -> None:
+        self._held = held
+
+    def blocks(self, layout: LogLayout, end: int, seen: int) -> Sequence[Block]:
+        return self._held.blocks
+
+    def fill(self, block: Block, into: Bytes) -> None:
+        into[:] = block.rows
+
+
+class _StoredLog:
+    """In a session file.
+
+    Attributes:
+        stored: the blocks, once they were asked for.
+    """
+
+    def __init__(self, session: session_file.Session) -> None:
+        self._session = session
+        self.stored: list[StoredBlock] = []
+        self._of: dict[int, StoredBlock] = {}
+
+    def blocks(self, layout: LogLayout, end: int, seen: int) -> Sequence[Block]:
+        self.stored = self._session.blocks(layout, end, seen)
+        self._of = {id(one.block): one for one in self.stored}
+        return [one.block for one in self.stored]
+
+    def fill(self, block: Block, into: Bytes) -> None:
+        try:
+            self._of[id(block)].fill(into)
+        except ValueError as error:
+            raise self._session.damaged(error) from error
+
+
+def resume(
+    llm: Llama, name: str, header: dict[str, Any], arrays: dict[str, Array], saved: SavedLog
+) -> None:
     """Take over what ``conversation`` gave, here or in another process.
 
     Args:
         name: what it is called in a sentence.
+        saved: the KV log, if the header tells of one.
 
     Raises:
         SessionError, KVCacheError: see Llama.load_session.
@@ -138,17 +218,54 @@ def resume(llm: Llama, name: str, header: dict[str, Any], arrays: dict[str, Arra
         raise SessionError(f"{name} does not add up: more rows than cells")
     protected = _protectable(kv, name, header["protected_prefix"])
     try:
+        held = _copied_log(kv, name, header["log"], table, saved, protected)
         with kv.restoring(table, state):
             llm.take_over(tokens)
             kv.restore_counts(
                 header["evictions"], header["evictions_as_state"], header["eviction_ms"]
             )
             kv.protect_prefix(protected)
+            if kv.query_log is not None:
+                kv.query_log.clear()  # what it has is of another conversation
+            if kv.log is not None:
+                kv.log.restore(held)
     except ValueError as error:
+        _give_up_copies(kv)
+        if isinstance(error, SessionError):
+            raise
         raise SessionError(f"{name} does not fit: {error}") from error
     except KVCacheError:
         llm.reset()
         raise
+
+
+def _copied_log(
+    kv: EvictionManager,
+    name: str,
+    log: dict[str, Any] | None,
+    table: Table,
+    saved: SavedLog,
+    protected: int,
+) -> Logged:
+    """A saved KV log in the store of the one here, held by nobody yet. Without any, tokens before
+    the table's tail are lost (EvictionManager.restore).
+
+    Args:
+        log: what the header says of it.
+
+    Raises:
+        SessionError: it is of another layout, or does not add up.
+    """
+    if kv.log is None or log is None:
+        return Logged()
+    end = session_file.require_log(name, log, layout_numbers(kv.log.layout), table)
+    blocks = saved.blocks(kv.log.layout, end, table.seen)
+    return kv.log.copied(blocks, saved.fill, end, pinned=protected)
+
+
+def _give_up_copies(kv: EvictionManager) -> None:
+    if kv.log is not None:
+        kv.log.restore(kv.log.held)
 
 
 def _read_again(llm: Llama, name: str, header: dict[str, Any], arrays: dict[str, Array]) -> None:
@@ -249,7 +366,7 @@ def require_bounded(llm: Llama, name: str) -> EvictionManager:
 
 def _without_queries(llm: Llama, name: str) -> EvictionManager:
     kv = require_bounded(llm, name)
-    if kv.query_log is not None:
+    if kv.policy.n_queries:
         raise SessionError(
             f"{name} is not possible with policy '{kv.policy.name}': what it saw of "
             "queries is not kept. Choose a policy that does not look at queries"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from kvp_edge.cache import manager
 from kvp_edge.cache import session_file as session
 from kvp_edge.llamacpp import base
 from kvp_edge.policies import Random
+from makers import record_files
 from makers.gguf_models import ModelShape
 from support.interrupt import interrupted
 
@@ -223,11 +223,16 @@ def test_a_header_that_does_not_add_up_is_refused(tmp_path: Path) -> None:
         json.dumps({"arrays": [{"name": "a", "dtype": "int32", "shape": [2**62]}]}).encode(),
         json.dumps({"arrays": [{"name": "a", "dtype": "int32", "shape": [-1]}]}).encode(),
     ):
-        for length in (len(text), 2**40):
-            body = struct.pack("<8sIQ", session.MAGIC, session.VERSION, length) + text
-            (tmp_path / "s").write_bytes(body + hashlib.sha256(body).digest())
+        for lengths in ({}, {"header_bytes": 2**31}, {"length": 2**40}, {"length": 2**64 - 64}):
+            (tmp_path / "s").write_bytes(_raw(text, **lengths))
             with pytest.raises(SessionError, match="does not add up"):
                 session.read(tmp_path / "s")
+
+
+def _raw(header: bytes, **lengths: int) -> bytes:
+    """A session of one conversation with this header, without arrays."""
+    start = record_files.start(session.MAGIC, session.VERSION)
+    return record_files.followed(start, record_files.record(b"conv", header, **lengths))
 
 
 Change = Callable[[dict[str, Any], dict[str, Any]], object]
@@ -254,11 +259,16 @@ HOSTILE: list[tuple[str, Change]] = [
             ("eviction_ms", "1"),
             ("eviction_ms", 10**400),
             ("eviction_ms", -0.5),
+            ("log", 1),
+            ("log", {}),
         ]
     ),
     *(
         (f"no {n}", lambda h, a, n=n: h.pop(n))
-        for n in ("made_with", "table", "protected_prefix", "evictions", "eviction_ms", "extra")
+        for n in (
+            *("made_with", "table", "protected_prefix", "log", "evictions", "eviction_ms"),
+            "extra",
+        )
     ),
     *(
         (f"table {n}={v!r}", lambda h, a, n=n, v=v: h["table"].update({n: v}))
@@ -444,17 +454,26 @@ def test_a_length_is_compared_with_the_file_before_anything_is_made_of_it(
     """Files with holes say that they have 2^40 bytes, without taking any."""
     llm, path = saved
     header, _ = session.read(path)
-    start = path.read_bytes()[:8]
-    for data in (b"", b"x" * 100, start, start + struct.pack("<IQ", session.VERSION, 2**40)):
+    start = record_files.start(session.MAGIC, session.VERSION)
+    head = struct.pack("<4sIQ", b"conv", 2**31, 2**40 - 64)
+    for data in (b"", b"x" * 100, start[:8], start, start + head):
         path.write_bytes(data)
         os.truncate(path, 2**40)
         with pytest.raises(SessionError, match="not a session|does not add up|of version"):
             llm.load_session(path)
+    with open(path, "r+b") as file:  # with the other end of that record, too
+        file.seek(2**40 - 16)
+        file.write(struct.pack("<Q4sI", 2**40 - 64, b"conv", 0))
+    with pytest.raises(SessionError, match="does not add up: a header of 2147483648 bytes"):
+        llm.load_session(path)
     # one that adds up, but that no cache here has room for
     described = [{"name": "state", "dtype": "uint8", "shape": [2**40]}]
-    text = json.dumps({**header, "arrays": described}).encode()
-    path.write_bytes(struct.pack("<8sIQ", session.MAGIC, session.VERSION, len(text)) + text)
-    os.truncate(path, path.stat().st_size + 2**40 + 32)
+    text = json.dumps({**header, "blocks": [], "arrays": described}).encode()
+    length = 16 + len(text) + -(16 + len(text)) % 64 + 2**40 + 16
+    path.write_bytes(start + struct.pack("<4sIQ", b"conv", len(text), length) + text)
+    with open(path, "r+b") as file:
+        file.seek(64 + length - 16)
+        file.write(struct.pack("<Q4sI", length, b"conv", 0))
     with pytest.raises(SessionError, match="has 1099511627776 bytes of cache, and the one here"):
         llm.load_session(path)
     assert llm.kv_stats.seen == 300
@@ -463,8 +482,7 @@ def test_a_length_is_compared_with_the_file_before_anything_is_made_of_it(
 def test_a_header_nested_too_deeply_is_refused(saved: tuple[Llama, Path]) -> None:
     llm, path = saved
     for text in (b"[" * 100_000, b'{"a":' * 100_000, b'{"arrays": [], "a": ' + b"9" * 5000 + b"}"):
-        body = struct.pack("<8sIQ", session.MAGIC, session.VERSION, len(text)) + text
-        path.write_bytes(body + hashlib.sha256(body).digest())
+        path.write_bytes(_raw(text))
         with pytest.raises(SessionError, match="does not add up"):
             llm.load_session(path)
     nested: Any = []

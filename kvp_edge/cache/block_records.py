@@ -46,6 +46,7 @@ class StoredBlock:
         layout: that its rows must have.
 
     Attributes:
+        record: likewise.
         block: without rows.
 
     Raises:
@@ -55,6 +56,7 @@ class StoredBlock:
     def __init__(self, file: BinaryIO, record: Record, layout: LogLayout) -> None:
         if record.kind != KIND:
             raise ValueError(f"a record of kind {record.kind!r} where a block belongs")
+        self.record = record
         self._reader = Reader(file, record)
         first, n, rope_first = _numbers(self._reader.header)
         k = self._reader.arrays[1].shape[0] if len(self._reader.arrays) == 3 else 0
@@ -75,10 +77,14 @@ class StoredBlock:
         """Read its rows.
 
         Raises:
-            ValueError: the block is damaged.
+            ValueError: the block is damaged, or cannot be read: no OSError, which would say that
+                there is no room for it.
         """
-        self._reader.read_into(into)
-        self._reader.finish()
+        try:
+            self._reader.read_into(into)
+            self._reader.finish()
+        except OSError as error:
+            raise ValueError(f"its block at token {self.block.first}: {error}") from error
 
 
 def _numbers(header: dict[str, Any]) -> tuple[int, int, int]:
@@ -93,8 +99,8 @@ def _spans_add_up(block: Block) -> bool:
     starts, ends, kinds = block.spans.T
     return bool(
         (starts >= block.first).all()
+        and (starts < block.end).all()
         and (starts < ends).all()
-        and (ends <= block.end).all()
         and (ends[:-1] <= starts[1:]).all()
         and np.isin(kinds, (TEXT, MARKER, TURN)).all()
     )

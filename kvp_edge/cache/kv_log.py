@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +30,8 @@ class Block:
         rope_first: RoPE position that the first token's keys carry; the others' follow one by one.
         rows: uint8 [n * bytes_per_token], as kvp_log_block says; it may be a memory map.
         scores: f32 [n_layer, n_head_kv, n], the policy's when they were logged.
-        spans: int32 [k, 3], those of its tokens that stay or go together (Table.spans).
+        spans: int32 [k, 3], those that stay or go together and begin in it (Table.spans); the last
+            one may end after it.
     """
 
     first: int
@@ -52,6 +54,14 @@ class Block:
         """Its first ``n`` tokens, with these rows."""
         spans = self.spans[self.spans[:, 1] <= self.first + n]
         return replace(self, n=n, rows=rows, scores=self.scores[:, :, :n].copy(), spans=spans)
+
+    def within(self, length: int) -> Block:
+        """Without a span that begins in it and ends after the first ``length`` tokens. Other tokens
+        may follow those."""
+        if not len(self.spans) or self.spans[-1, 1] <= length:
+            return self
+        # it is another block: whoever has stored it knows it by its scores
+        return replace(self, spans=self.spans[:-1], scores=self.scores.copy())
 
     def copy_rows(self, n: int, layout: LogLayout, into: Bytes) -> None:
         """Write the rows of its first ``n`` tokens into a block's memory."""
@@ -244,7 +254,7 @@ class KVLog:
         """Forget the tokens from ``length`` on."""
         if self.end <= length:
             return
-        kept = [block for block in self.blocks if block.end <= length]
+        kept = [b.within(length) for b in self.blocks if b.end <= length]
         parted = next((b for b in self.blocks if b.first < length < b.end), None)
         if parted is not None:
             n, block = length - parted.first, parted
@@ -268,6 +278,39 @@ class KVLog:
         """Hold what it held when ``held`` was taken. Its store must not have been told since that
         these blocks are not needed any more, unless they lie in memory."""
         self._hold(held.blocks, held.end)
+
+    def copied(
+        self,
+        blocks: Sequence[Block],
+        fill: Callable[[Block, Bytes], None],
+        end: int,
+        pinned: int = 0,
+    ) -> Logged:
+        """Copies of what another log holds, in this log's store: as many as its limit allows, the
+        newest of those that are not pinned.
+
+        They are for ``restore``. If nothing comes of them, restore ``held``, which gives them up.
+
+        Args:
+            blocks: ascending; those that this log holds itself are not copied.
+            fill: writes the rows of one of them.
+            end: the other log's.
+            pinned: see ``append``.
+        """
+        mine, room = {id(block) for block in self.blocks}, self.limit
+        kept: list[Block] = []
+        for block in sorted(blocks, key=lambda b: (b.first >= pinned, -b.first)):
+            if room is not None:
+                room -= block.n * int(self.layout.bytes_per_token)
+                if room < 0 and block.first >= pinned:
+                    break
+            try:
+                same = id(block) in mine
+                kept.append(block if same else self._store.add(block, partial(fill, block)))
+            except (OSError, MemoryError) as error:
+                self.failure = _reason(error)
+        kept.sort(key=lambda b: b.first)
+        return Logged(tuple(kept), end, end - sum(block.n for block in kept))
 
     def _hold(self, blocks: Sequence[Block], end: int) -> None:
         kept = tuple(self._store.keep(blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,8 +17,9 @@ from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.binding.structs import CacheLocation, CacheShape
-from kvp_edge.cache.kv_log import InMemory, KVLog
+from kvp_edge.cache.kv_log import InMemory, KVLog, LogStore
 from kvp_edge.cache.limits import CacheLimits, memory_bytes
+from kvp_edge.cache.log_file import LogFile
 from kvp_edge.cache.manager import EvictionManager, SpanFinder
 from kvp_edge.cache.options import CacheOptions
 from kvp_edge.cache.recall import RecallSettings
@@ -180,10 +182,10 @@ class Opening:
                 log.frequencies = frequencies or _frequencies_for(policy, context, params)
             n = max(query_count(policy, self.limits), RecallSettings().n_queries)
             log.start(context, cache, n)
-        kv_log = self._open_log(cache) if self._recalls else None
-        if kv_log is not None and log is None:
-            log = self._queries_for_recall(context, cache)
-            kv_log = None if log is None else kv_log
+        kv_log = None
+        if self._recalls and self.limits.cells < self.limits.n_ctx:  # else nothing is ever dropped
+            log = log or self._queries_for_recall(context, cache)
+            kv_log = None if log is None else self._open_log(cache, closing)
         return EvictionManager(
             self.limits,
             policy,
@@ -199,17 +201,20 @@ class Opening:
             n_threads=int(llama_cpp.llama_n_threads_batch(context)),
         )
 
-    def _open_log(self, cache: NativeCache) -> KVLog | None:
-        """The log of what is dropped; None where nothing ever is.
+    def _open_log(self, cache: NativeCache, closing: contextlib.ExitStack) -> KVLog:
+        """The log of what is dropped.
 
         Raises:
             UnsupportedModelError: heads are no whole blocks of the log's type.
+            OptionError: its file cannot be used.
         """
         o = self._options
-        if self.limits.cells >= self.limits.n_ctx:
-            return None
         layout = cache.log_layout(None if o.kv_log_type == "cache" else ggml_type(o.kv_log_type))
-        return KVLog(layout, InMemory(layout), memory_bytes("kv_log_limit", o.kv_log_limit))
+        store: LogStore = InMemory(layout)
+        if o.kv_log is not None:
+            store = file = LogFile(o.kv_log, layout, {"model": os.path.basename(self._model_path)})
+            closing.callback(file.close)
+        return KVLog(layout, store, memory_bytes("kv_log_limit", o.kv_log_limit))
 
     def _queries_for_recall(self, context: Any, cache: NativeCache) -> QueryLog | None:
         """The log of the queries that recall asks; None where they cannot be had and nobody has

@@ -22,7 +22,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -44,7 +44,7 @@ def open_regular(path: str | os.PathLike[str], *, write: bool = False) -> Binary
     """Open a file without ever waiting for it.
 
     Args:
-        write: for reading and writing; else for reading.
+        write: for reading and writing, not buffered; else for reading.
 
     Raises:
         OSError: there is none, it cannot be opened so, or it is no regular file (a folder, a FIFO,
@@ -56,12 +56,15 @@ def open_regular(path: str | os.PathLike[str], *, write: bool = False) -> Binary
     except ValueError as error:
         raise OSError(errno.EINVAL, _NO_NAME, os.fspath(path)) from error
     _refuse_special(mode, path)
-    mode: Literal["r+b", "rb"] = "r+b" if write else "rb"
 
     def opener(path: str, flags: int) -> int:
         return os.open(path, flags | _O_NONBLOCK)
 
-    file = open(path, mode, opener=opener)  # noqa: SIM115
+    file: BinaryIO
+    if write:
+        file = open(path, "r+b", buffering=0, opener=opener)  # noqa: SIM115
+    else:
+        file = open(path, "rb", opener=opener)  # noqa: SIM115
     try:
         _refuse_special(os.fstat(file.fileno()).st_mode, path)
     except BaseException:
