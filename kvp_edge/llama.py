@@ -22,7 +22,7 @@ from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.opening import Opening, queries_needed
 from kvp_edge.cache.options import CacheOptions
-from kvp_edge.cache.recall import Recall, Recalled
+from kvp_edge.cache.recall import Choice, Recall
 from kvp_edge.cache.saved_state import SavedState
 from kvp_edge.cache.selection import no_longer_held, spans
 from kvp_edge.cache.session_file import file_identity
@@ -398,20 +398,18 @@ class Llama(BaseLlama):
             return None
         end = int(self.n_tokens)
         tokens = self._input_ids[end - n :].tolist()
-        before, found = kv.indices, list[Recalled]()
+        before, found, ms = kv.indices, list[Choice](), 0.0
         if not kv.logged_queries(n):
             self._go_back_to(kv, end - n)
             self._eval(kv, tokens)
         while len(found) < kv.recall_settings.passes:
-            # If an interrupt comes meanwhile, these tokens were not read.
-            self.n_tokens = end - n
-            chosen = kv.recall(n)
-            if chosen is None:
-                self.n_tokens = end
+            choice = kv.choose_by_queries(n)
+            if choice is None:
                 break
-            self._requires_eval = True
+            self._go_back_to(kv, end - n)
+            ms += kv.bring(choice)
             self._eval(kv, tokens)
-            found.append(chosen)
+            found.append(choice)
         if not found:
             return None
         came = no_longer_held(kv.indices, before)
@@ -422,7 +420,7 @@ class Llama(BaseLlama):
             share=found[0].share,
             n_asked=found[0].n_asked,
             passes=len(found),
-            ms=sum(one.ms for one in found),
+            ms=ms + sum(one.ms for one in found),
         )
         kv.count_recall(event)
         if self.options.on_recall is not None:

@@ -111,8 +111,8 @@ class QueryLog:
 
     @property
     def watching(self) -> bool:
-        """Whether queries of what is decoded next are logged. It costs a little of llama.cpp's speed,
-        which computes layer by layer then."""
+        """Whether queries of what is decoded next are logged. It costs a little of llama.cpp's
+        speed, which computes layer by layer then."""
         return self._watching
 
     def watch(self, on: bool) -> None:

@@ -22,7 +22,7 @@ from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.cache import filling, recall
 from kvp_edge.cache.kv_log import Block, KVLog, Logged
 from kvp_edge.cache.limits import CacheLimits
-from kvp_edge.cache.recall import Recall, Recalled, RecallSettings
+from kvp_edge.cache.recall import Choice, Recall, RecallSettings
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.cache.table import Granularity, Table
@@ -496,9 +496,10 @@ class EvictionManager:
         start = t.seen - n
         return n if n > 0 and self.can_rewind(start) else 0
 
-    def recall(self, n: int, asked: Queries | None = None) -> Recalled | None:
+    def choose_by_queries(self, n: int, asked: Queries | None = None) -> Choice | None:
         """Let the queries of the newest ``n`` tokens choose what every head holds of the tokens
-        before them, and take these ``n`` back. The owner reads them again.
+        before them. Nothing changes: the owner goes back by ``n`` tokens, calls ``bring`` and reads
+        them again.
 
         Args:
             n: at most ``n_asking``.
@@ -506,7 +507,7 @@ class EvictionManager:
 
         Returns:
             None: too little of their attention would go to tokens that are not resident, or their
-            queries were not logged. Nothing has changed.
+            queries were not logged.
         """
         log, s = self.log, self.recall_settings
         assert log is not None
@@ -523,28 +524,46 @@ class EvictionManager:
 
         now = t.cut(t.seen - n)
         tail = max(now.tail, now.seen - self.limits.recent)
-        before, resident = now.indices(), filling.rows_of(now) >= 0
+        resident = filling.rows_of(now) >= 0
         share = float(np.where(resident, 0, mean[:, :, : now.seen]).sum(axis=-1).mean())
         if share < s.threshold:
             return None
         wanted = self._wanted(now, largest[:, :, :tail])
         chosen = self._choose(now, tail, wanted, resident[..., :tail])
-        self._log_until(t, tail)
+        fresh = ~np.take_along_axis(resident, chosen, axis=-1)
+        return Choice(
+            table=now,
+            tail=tail,
+            tokens=chosen,
+            wanted=np.take_along_axis(np.maximum(wanted, 0), chosen, axis=-1),
+            n_rows=int(fresh.sum()),
+            share=share,
+            n_asked=len(asked),
+            ms=1e3 * (time.perf_counter() - started),
+        )
+
+    def bring(self, choice: Choice) -> float:
+        """Let every head hold what ``choose_by_queries`` chose, after the owner went back.
+
+        Returns:
+            The milliseconds it took.
+        """
+        assert self.log is not None
+        started = time.perf_counter()
+        t = choice.table
+        self._log_until(t, choice.tail)
+        n_scored = t.n_packed + choice.tail - t.tail
         filled = filling.fill(
-            replace(now, scores=self._final(now.scores, now.n_packed + tail - now.tail, now.kept)),
-            chosen,
-            np.take_along_axis(np.maximum(wanted, 0), chosen, axis=-1),
-            tail,
-            log,
+            replace(t, scores=self._final(t.scores, n_scored, t.kept)),
+            choice.tokens,
+            choice.wanted,
+            choice.tail,
+            self.log,
             self._frequencies if self._compact_at is not None else None,
             scored=self.policy.scope != "cache",
         )
-        self._fill(t, filled)
-        after = self._table.indices()
-        came = np.setdiff1d(after, before).astype(np.int32)
-        fresh = ~np.take_along_axis(resident, chosen, axis=-1)
-        ms = 1e3 * (time.perf_counter() - started)
-        return Recalled(came, int(fresh.sum()), share, len(asked), ms)
+        self._fill(self._table, filled)
+        return 1e3 * (time.perf_counter() - started)
 
     def count_recall(self, event: Recall) -> None:
         """Count what came back before a reply."""
