@@ -602,7 +602,7 @@ def test_a_rewind_past_dropped_tokens_is_refused_not_faked(
     llm = load(random_model(LLAMA).path, n_ctx=999, kv_budget=100, recent=20)
     llm.eval(random_tokens(600))
     llm.n_tokens = 50
-    with pytest.raises(KVCacheError, match="cannot be taken back to 50 tokens"):
+    with pytest.raises(KVCacheError, match="cannot be rewound to 50 tokens"):
         llm.eval([7])
     llm.reset()
     llm.eval(random_tokens(50))
@@ -672,7 +672,9 @@ def test_a_system_prompt_too_long_to_protect_is_refused_before_anything_is_read(
         {"role": "user", "content": "Hello"},
     ]
     decoded.clear()
-    with pytest.raises(BudgetError, match=r"system prompt takes \d+ tokens.*Raise kv_budget to"):
+    with pytest.raises(
+        BudgetError, match=r"system prompt takes \d+ tokens.*is too small. Raise it to"
+    ):
         llm.create_chat_completion(messages, max_tokens=4)
     assert decoded == []
 
@@ -864,7 +866,7 @@ def test_a_prompt_beyond_the_logical_context_is_refused(random_model: Maker, loa
     with pytest.raises(ContextLengthError, match="601"):
         llm.eval(random_tokens(601))
     llm.eval(random_tokens(600))
-    with pytest.raises(ContextLengthError, match="600 tokens were read and 1 more"):
+    with pytest.raises(ContextLengthError, match="600 tokens were read, and 1 more"):
         llm.eval([7])
 
 
@@ -888,7 +890,7 @@ def test_the_logical_context_defaults_to_what_the_model_was_trained_for(
     [
         ({"kv_budget": 68, "recent": 64}, "must be larger than sinks \\+ recent"),
         ({"kv_budget": 250, "reserve": 6, "n_batch": 7}, "n_batch=7 does not fit into the 6 cells"),
-        ({"kv_budget": "1KiB"}, "too little"),
+        ({"kv_budget": "1KiB"}, "too small"),
         ({"kv_budget": 256, "policy": "nope"}, "no policy 'nope'"),
         ({"kv_budget": 256, "granularity": "word"}, "granularity must be .*'word'"),
         ({"kv_budget": 256, "embedding": True}, "embedding=True"),

@@ -347,8 +347,8 @@ def test_tasks_are_listed_with_what_they_ask(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (["--tasks", "nonsense"], "there is no task 'nonsense'"),
-        (["--policies", "nonsense"], "there is no policy 'nonsense'"),
+        (["--tasks", "nonsense"], "unknown task 'nonsense'"),
+        (["--policies", "nonsense"], "unknown policy 'nonsense'"),
         (["--policies", "missing.gguf"], "missing.gguf"),
         (["--budgets", "many"], "not 'many'"),
         (["--lengths", "few"], "few"),
