@@ -891,7 +891,7 @@ def test_the_logical_context_defaults_to_what_the_model_was_trained_for(
         ({"kv_budget": 68, "recent": 64}, "must be larger than sinks \\+ recent"),
         ({"kv_budget": 250, "reserve": 6, "n_batch": 7}, "n_batch=7 does not fit into the 6 cells"),
         ({"kv_budget": "1KiB"}, "too small"),
-        ({"kv_budget": 256, "policy": "nope"}, "no policy 'nope'"),
+        ({"kv_budget": 256, "policy": "nope"}, "unknown policy 'nope'"),
         ({"kv_budget": 256, "granularity": "word"}, "granularity must be .*'word'"),
         ({"kv_budget": 256, "embedding": True}, "embedding=True"),
     ],

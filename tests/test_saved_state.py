@@ -105,7 +105,7 @@ def test_a_state_may_go_on_in_a_longer_context_but_not_in_too_short_a_one(
     assert long.kv_stats.seen == 3000
     long.reset()
     long.eval(random_tokens(3000))
-    with pytest.raises(SessionError, match="this state holds 3000 tokens, too many .* n_ctx=500"):
+    with pytest.raises(SessionError, match="this state has 3000 tokens, too many .* n_ctx=500"):
         short.load_state(long.save_state())
     assert short.kv_stats.seen == 400
 

@@ -208,7 +208,7 @@ def test_a_table_that_does_not_add_up_is_refused_and_the_chat_at_hand_is_untouch
     header, arrays = session.read(path)
     change(header, arrays)
     session.write(path, header, arrays)
-    with pytest.raises(SessionError, match="is inconsistent|damaged or cut short|does not fit"):
+    with pytest.raises(SessionError, match="is inconsistent|does not fit"):
         llm.load_session(path)
     assert llm.kv_stats.seen == 300
     llm.eval([7])
@@ -226,7 +226,7 @@ def test_a_header_that_does_not_add_up_is_refused(tmp_path: Path) -> None:
         for length in (len(text), 2**40):
             body = struct.pack("<8sIQ", session.MAGIC, session.VERSION, length) + text
             (tmp_path / "s").write_bytes(body + hashlib.sha256(body).digest())
-            with pytest.raises(SessionError, match="does not add up"):
+            with pytest.raises(SessionError, match="damaged or cut short: (?!its checksum)"):
                 session.read(tmp_path / "s")
 
 
@@ -325,7 +325,7 @@ def _accepted(llm: Llama, path: Path, hostile: list[tuple[str, Change]]) -> list
             llm.load_session(path)
             accepted.append(name)
         except SessionError as error:
-            said = re.search("does not (add up|fit)|was saved with", str(error))
+            said = re.search("is inconsistent|does not fit|was saved with", str(error))
             now = (kv.snapshot(), kv.protected_prefix, kv.evictions, kv.eviction_ms, llm.n_tokens)
             if not said or now[0] is not state[0] or now[1:] != state[1:]:
                 accepted.append(f"{name}: {error}")
@@ -448,7 +448,9 @@ def test_a_length_is_compared_with_the_file_before_anything_is_made_of_it(
     for data in (b"", b"x" * 100, start, start + struct.pack("<IQ", session.VERSION, 2**40)):
         path.write_bytes(data)
         os.truncate(path, 2**40)
-        with pytest.raises(SessionError, match="not a session|does not add up|of version"):
+        with pytest.raises(
+            SessionError, match="not a session|damaged or cut short: (?!its checksum)|of version"
+        ):
             llm.load_session(path)
     # one that adds up, but that no cache here has room for
     described = [{"name": "state", "dtype": "uint8", "shape": [2**40]}]
@@ -465,7 +467,7 @@ def test_a_header_nested_too_deeply_is_refused(saved: tuple[Llama, Path]) -> Non
     for text in (b"[" * 100_000, b'{"a":' * 100_000, b'{"arrays": [], "a": ' + b"9" * 5000 + b"}"):
         body = struct.pack("<8sIQ", session.MAGIC, session.VERSION, len(text)) + text
         path.write_bytes(body + hashlib.sha256(body).digest())
-        with pytest.raises(SessionError, match="does not add up"):
+        with pytest.raises(SessionError, match="damaged or cut short: (?!its checksum)"):
             llm.load_session(path)
     nested: Any = []
     for _ in range(100_000):

@@ -160,7 +160,7 @@ def test_on_evict_may_look_and_save_but_not_change(path: str, load: Loader, tmp_
             tell(llm)
         assert llm.kv_stats.kept == event.kept
         for name in ("eval", "reset", "evict", "generate", "create_completion", "load_session"):
-            with pytest.raises(InUseError, match="from inside 'eval'"):
+            with pytest.raises(InUseError, match="was called inside 'eval'"):
                 CALLS[name](llm)
         with pytest.raises(InUseError, match="'close' was called inside 'eval'"):
             llm.close()

@@ -517,7 +517,7 @@ def test_bad_usage_shows_usage_and_status_2(kvp: Type, argv: list[str]) -> None:
 
 
 def test_verbose_shows_the_traceback(kvp: Type) -> None:
-    with pytest.raises(ValueError, match="no policy"):
+    with pytest.raises(ValueError, match="unknown policy"):
         kvp("chat", "--policy", "nope", "--verbose")
 
 

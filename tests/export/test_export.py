@@ -154,7 +154,7 @@ def test_the_command_s_last_line_names_the_file(
     assert main(["export", str(run), "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("kvp-synthetic-w5-F16.gguf")
     assert main(["export", str(tmp_path / "none")]) == 2
-    assert "best.safetensors' not found" in capsys.readouterr().err
+    assert "none' not found" in capsys.readouterr().err
     assert main(["export", str(run), "--base", bundled_model]) == 2
     assert "is for a cache of" in capsys.readouterr().err
 
