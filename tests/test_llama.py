@@ -796,7 +796,7 @@ def test_an_error_of_llama_cpp_leaves_the_conversation_readable(
         raise RuntimeError("llama_decode returned -3")
 
     monkeypatch.setattr(llm._ctx, "decode", fails)
-    says = "could not read 300 tokens after the 300 .* llama_decode returned -3"
+    says = "could not read 300 tokens after the first 300: llama_decode returned -3"
     with pytest.raises(KVCacheError, match=says):
         llm.eval(random_tokens(300))
     monkeypatch.setattr(llm._ctx, "decode", decode)
@@ -906,7 +906,7 @@ def test_impossible_settings_are_refused(
 def test_missing_truncated_and_foreign_files_are_refused(
     random_model: Maker, tmp_path: Path, load: Loader
 ) -> None:
-    with pytest.raises(UnsupportedModelError, match="no model file"):
+    with pytest.raises(UnsupportedModelError, match="model file .* not found"):
         load(str(tmp_path / "none.gguf"), kv_budget=100)
     whole = Path(random_model(LLAMA).path).read_bytes()
     cut = tmp_path / "cut.gguf"
