@@ -178,25 +178,26 @@ def _read(
     _, version, header_bytes = _HEAD.unpack(head)
     if version != VERSION:
         raise SessionError(
-            f"'{path}' is a session of version {version}, and this kvp_edge knows version {VERSION}"
+            f"'{path}' is a session of version {version}, but this kvp_edge reads version {VERSION}"
         )
     body = size - _HEAD.size - _DIGEST_BYTES
     try:
         if header_bytes > min(body, _MAX_HEADER_BYTES):
-            raise ValueError(f"a header of {header_bytes} bytes")
+            raise ValueError(f"its header would have {header_bytes} bytes")
         text = file.read(header_bytes)
         header, described = _parse(text, body)
         array_bytes = sum(one.nbytes for one in described)
         if array_bytes != body - header_bytes:
-            raise ValueError(f"{body - header_bytes} bytes, and its arrays have {array_bytes}")
+            raise ValueError(
+                f"its arrays have {array_bytes} bytes, and the file has {body - header_bytes} for "
+                "them"
+            )
     except ValueError as error:
-        raise SessionError(
-            f"the session '{path}' is damaged or cut short, it does not add up: {error}"
-        ) from error
+        raise SessionError(f"the session '{path}' is damaged or cut short: {error}") from error
     if most_bytes is not None and array_bytes > most_bytes:
         raise SessionError(
-            f"the session '{path}' does not fit: it has {array_bytes} bytes of cache, and the one "
-            f"here no more than {most_bytes}"
+            f"the session '{path}' does not fit: it has {array_bytes} bytes of cache, but the "
+            f"loaded one has no more than {most_bytes}"
         )
     digest = hashlib.sha256(head + text)
     arrays = {}
@@ -228,16 +229,16 @@ def _parse(text: bytes, most: int) -> tuple[dict[str, Any], list[_Described]]:
         sizes = [max(n, 1) for n in one.shape]
         too_large = len(sizes) > _MAX_DIMENSIONS or math.prod(sizes) * one.dtype.itemsize > most
         if too_large or min(one.shape, default=0) < 0:
-            raise ValueError(f"an array of shape {shortened(entry['shape'])}")
+            raise ValueError(f"it has an array of shape {shortened(entry['shape'])}")
         if one.name in found:
-            raise ValueError(f"two arrays '{one.name}'")
+            raise ValueError(f"it has two arrays '{one.name}'")
         found[one.name] = one
     return header, list(found.values())
 
 
 def _known(dtype: str) -> str:
     if dtype not in _DTYPES:
-        raise ValueError(f"an array of type {shortened(dtype)}")
+        raise ValueError(f"it has an array of type {shortened(dtype)}")
     return dtype
 
 
@@ -278,9 +279,9 @@ def _require(
             raise ValueError(f"it has the arrays {shortened(sorted(arrays))}")
         for array, kind in kinds.items():
             if (arrays[array].dtype.name, arrays[array].ndim) != kind:
-                raise ValueError(f"its {array} are no {kind[0]} of {kind[1]} dimensions")
+                raise ValueError(f"its {array} must be {kind[0]} of {kind[1]} dimensions")
     except ValueError as error:
-        raise SessionError(f"{name} does not add up: {error}") from error
+        raise SessionError(f"{name} is inconsistent: {error}") from error
 
 
 def require_tokens(name: str, tokens: Array, n_vocab: int) -> None:
@@ -291,7 +292,7 @@ def require_tokens(name: str, tokens: Array, n_vocab: int) -> None:
     """
     foreign = tokens[(tokens < 0) | (tokens >= n_vocab)]
     if len(foreign):
-        raise SessionError(f"{name} does not add up: the model has no such token: {foreign[0]}")
+        raise SessionError(f"{name} is inconsistent: the model has no token {foreign[0]}")
 
 
 def require_same(name: str, saved: dict[str, Any], here: dict[str, Any]) -> None:
@@ -305,12 +306,12 @@ def require_same(name: str, saved: dict[str, Any], here: dict[str, Any]) -> None
             continue
         if key == "model":  # two checksums
             raise SessionError(
-                f"{name} was saved with model = {str(saved.get(key))[:8]}..., and "
-                f"here it is {str(value)[:8]}...: that is another model file, which must be loaded "
-                "to go on"
+                f"{name} was saved with another model file (model = "
+                f"{str(saved.get(key))[:8]}..., here {str(value)[:8]}...): load that one to "
+                "continue"
             )
         theirs = shortened(saved.get(key)).strip("'")
         raise SessionError(
-            f"{name} was saved with {key} = {theirs}, and here it is {value}: "
-            "a cache can only be resumed with what it was made with"
+            f"{name} was saved with {key} = {theirs}, but here it is {value}: load the model "
+            "with the saved value to resume it"
         )
