@@ -56,8 +56,8 @@ def check_threads(**counts: Any) -> None:
     for name, count in counts.items():
         if count is not None and not 0 <= whole_number(name, count, "of threads") <= MAX_THREADS:
             raise OptionError(
-                f"{name} must be from 1 to {MAX_THREADS} (ggml's most), or 0 for the default, not "
-                f"{count}"
+                f"{name} must be from 1 to {MAX_THREADS} (ggml's limit), or 0 for the "
+                f"default, not {count}"
             )
 
 
@@ -88,7 +88,7 @@ def check_adapter_file(lora_path: str | os.PathLike[str] | None) -> None:
     UnsupportedModelError: there is no such file.
     """
     if lora_path and not os.path.isfile(lora_path):
-        raise UnsupportedModelError(f"there is no LoRA adapter file '{os.fspath(lora_path)}'")
+        raise UnsupportedModelError(f"LoRA adapter file '{os.fspath(lora_path)}' not found")
 
 
 def whole_number(name: str, value: Any, unit: str) -> int:

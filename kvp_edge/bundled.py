@@ -1,4 +1,4 @@
-"""Where the model that comes with the package lies."""
+"""Where the bundled model lies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import resources
 
 
 def bundled_model() -> str:
-    """Path of the model that comes with the package.
+    """Path of the bundled model.
 
     Raises:
         FileNotFoundError: the installation is damaged.
@@ -19,7 +19,7 @@ def bundled_model() -> str:
     found = [str(file) for file in names if file.name.endswith(".gguf")]
     if len(found) != 1:
         raise FileNotFoundError(
-            f"the package holds {len(found)} models instead of one: reinstall kvp_edge, or name a "
-            "model file: kvp-edge chat MODEL.gguf"
+            f"the package contains {len(found)} models instead of one: reinstall kvp_edge, or "
+            "name a model file"
         )
     return found[0]

@@ -7,7 +7,7 @@ an OSError, and a package that is missing an ImportError, as usual in Python.
 
 
 class KVPError(Exception):
-    """Anything that kvp_edge itself refuses or cannot do."""
+    """The base class of all errors of kvp_edge."""
 
 
 class KVCacheError(KVPError, RuntimeError):
@@ -19,11 +19,11 @@ class InUseError(KVPError, RuntimeError):
 
 
 class ClosedError(KVPError, RuntimeError):
-    """The model was closed, and its memory is free."""
+    """The model was closed."""
 
 
 class OptionError(KVPError, ValueError):
-    """An option has a value that it does not know."""
+    """An option has a value that is not one of its choices."""
 
 
 class BudgetError(KVPError, ValueError):
@@ -43,7 +43,7 @@ class SessionError(KVPError, ValueError):
 
 
 class PolicyError(KVPError, ValueError):
-    """A policy that does not exist, cannot decide here, or gives back what are no scores."""
+    """A policy does not exist, does not work here, or returns invalid scores."""
 
 
 class PolicyFileError(PolicyError):
@@ -51,7 +51,7 @@ class PolicyFileError(PolicyError):
 
 
 class TraceError(KVPError, ValueError):
-    """Traces that are damaged, incomplete or foreign, or that cannot be made of what was given."""
+    """Traces are damaged, incomplete or from another model, or cannot be made from the sources."""
 
 
 class TrainingError(KVPError, ValueError):

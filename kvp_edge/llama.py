@@ -22,7 +22,7 @@ from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.opening import Opening, queries_needed
 from kvp_edge.cache.options import CacheOptions
-from kvp_edge.cache.recall import Recall, Recalled
+from kvp_edge.cache.recall import Choice, Recall
 from kvp_edge.cache.saved_state import SavedState
 from kvp_edge.cache.selection import no_longer_held, spans
 from kvp_edge.cache.session_file import file_identity
@@ -55,12 +55,12 @@ class Llama(BaseLlama):
     are accepted and mean what they mean there.
 
     One object serves one call at a time; many objects may live in many threads. A call that comes
-    while another one is at work is refused (InUseError), whatever thread it comes from, and so is
-    one from a function that the other one calls (on_evict, a stopping criterion). What only tells
-    (kv_stats, kv_indices, tokenize, n_ctx) can be called at any time, from anywhere; saving, at
-    any time by the same thread. A stream is one call for each of its pieces: in between the model
-    may be used, and once something else was read, the stream cannot go on. A stream may be
-    forgotten at any time. After ``close`` every call is refused (ClosedError).
+    while another one is running is refused (InUseError), whatever thread it comes from, and so is
+    one from a callback (on_evict, a stopping criterion). What only reads (kv_stats, kv_indices,
+    tokenize, n_ctx) can be called at any time, from anywhere; saving, at any time by the same
+    thread. A stream is one call for each of its pieces: in between the model may be used, and once
+    something else was read, the stream cannot continue. A stream may be abandoned at any time.
+    After ``close`` every call is refused (ClosedError).
 
     Args:
         model_path: GGUF file.
@@ -132,7 +132,7 @@ class Llama(BaseLlama):
         check_engine(kwargs)
         model_path = os.fspath(model_path)
         if not os.path.exists(model_path):
-            raise UnsupportedModelError(f"there is no model file '{model_path}'")
+            raise UnsupportedModelError(f"model file '{model_path}' not found")
         require_model_file(model_path)
         with listen(pass_on=verbose):
             if self.options.bounded:
@@ -197,11 +197,11 @@ class Llama(BaseLlama):
         self._kv = kv
 
     def queries_to_log(self, policy: Policy, limits: CacheLimits) -> int:
-        """For a policy that looks at queries: of how many of the newest tokens they are logged. A
-        subclass may want more."""
+        """How many of the newest tokens have their queries logged for this policy. A subclass may
+        want more."""
         return queries_needed(policy, limits)
 
-    # -- what it tells -----------------------------------------------------------------------
+    # -- what it says ------------------------------------------------------------------------
 
     def n_ctx(self) -> int:
         """The logical context in tokens. The cells are ``kv_stats.cells``."""
@@ -287,8 +287,8 @@ class Llama(BaseLlama):
     def _eval(self, kv: EvictionManager, tokens: Sequence[int]) -> None:
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextLengthError(
-                f"{self.n_tokens} tokens were read and {len(tokens)} more are too many for the "
-                f"logical context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
+                f"{self.n_tokens} tokens were read, and {len(tokens)} more do not fit into "
+                f"the logical context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
             )
         self.sync()
         on_batch = self.on_batch and self._calls.lent(self.on_batch)
@@ -398,20 +398,18 @@ class Llama(BaseLlama):
             return None
         end = int(self.n_tokens)
         tokens = self._input_ids[end - n :].tolist()
-        before, found = kv.indices, list[Recalled]()
+        before, found, ms = kv.indices, list[Choice](), 0.0
         if not kv.logged_queries(n):
             self._go_back_to(kv, end - n)
             self._eval(kv, tokens)
         while len(found) < kv.recall_settings.passes:
-            # If an interrupt comes meanwhile, these tokens were not read.
-            self.n_tokens = end - n
-            chosen = kv.recall(n)
-            if chosen is None:
-                self.n_tokens = end
+            choice = kv.choose_by_queries(n)
+            if choice is None:
                 break
-            self._requires_eval = True
+            self._go_back_to(kv, end - n)
+            ms += kv.bring(choice)
             self._eval(kv, tokens)
-            found.append(chosen)
+            found.append(choice)
         if not found:
             return None
         came = no_longer_held(kv.indices, before)
@@ -422,7 +420,7 @@ class Llama(BaseLlama):
             share=found[0].share,
             n_asked=found[0].n_asked,
             passes=len(found),
-            ms=sum(one.ms for one in found),
+            ms=ms + sum(one.ms for one in found),
         )
         kv.count_recall(event)
         if self.options.on_recall is not None:
@@ -585,7 +583,7 @@ class Llama(BaseLlama):
         """As in llama_cpp.Llama. Of a bounded cache it is what ``save_session`` writes.
 
         Raises:
-            SessionError: with a policy that looks at queries.
+            SessionError: with a policy that needs queries.
             KVCacheError: llama.cpp's state is not that of the tokens read.
         """
         with self._calls.own("save_state", "nothing"):
@@ -594,11 +592,11 @@ class Llama(BaseLlama):
             return sessions.state(self, self._seed)
 
     def load_state(self, state: Any) -> None:
-        """Go on where ``save_state`` was called, in place of the conversation read so far.
+        """Continue where ``save_state`` was called, in place of the conversation read so far.
 
         As for ``load_session``, model, limits, policy and granularity must be those of the time,
         and ``n_ctx`` may differ. A state that does not fit and comes from a prompt cache
-        (``set_cache``) is passed over with a warning, and the prompt is read.
+        (``set_cache``) is skipped with a warning, and the prompt is read.
 
         Raises:
             SessionError: a state of other settings; the conversation read so far is untouched.
@@ -621,12 +619,12 @@ class Llama(BaseLlama):
                 if not self._completing:
                     raise
                 warnings.warn(
-                    f"what the prompt cache holds is of no use here, so all is read: {error}",
+                    f"the prompt cache has nothing usable, so the whole prompt is read: {error}",
                     stacklevel=2,
                 )
 
     def save_session(self, path: str | os.PathLike[str], extra: Any = None) -> None:
-        """Write the conversation and its cache to one file, from which ``load_session`` goes on.
+        """Write the conversation and its cache to one file, which ``load_session`` reads.
 
         The file is replaced at once or not at all. It holds the conversation's tokens in the clear.
 
@@ -643,13 +641,13 @@ class Llama(BaseLlama):
     def load_session(
         self, path: str | os.PathLike[str], *, accept: Callable[[Any], object] | None = None
     ) -> Any:
-        """Go on where ``save_session`` was called, in place of the conversation read so far.
+        """Continue where ``save_session`` was called, in place of the conversation read so far.
 
         The model file, the cache's types and limits, the policy and the granularity must be those
         of the time; llama.cpp's version too. ``n_ctx`` may differ, if the conversation fits.
 
         What ``rescue_to`` wrote is read again token by token, so only the model file must be the
-        same and the conversation must fit; what is kept of it is decided anew.
+        same and the conversation must fit; what is kept of it is decided again.
 
         Args:
             accept: called with what will be returned, while the conversation read so far is still
@@ -701,7 +699,7 @@ class Llama(BaseLlama):
             SessionError: the file cannot be written, or ``rescue_to`` was not called.
         """
         if self._rescue is None:
-            raise SessionError("there is nowhere to write the conversation to: see rescue_to")
+            raise SessionError("no file for the conversation: call rescue_to first")
         self._rescue.write(reason)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from kvp_edge.errors import ClosedError, InUseError
 
-CLOSED = "this model was closed, and its memory is free: load it again"
+CLOSED = "this model was closed: load it again"
 
 #: What a call may change: nothing; the cache, but not what was read; the conversation.
 Changes = Literal["nothing", "cache", "text"]
@@ -92,8 +92,8 @@ class Calls:
                 with self.own(name, "cache"):
                     if self._text is not text:
                         raise InUseError(
-                            f"'{name}' cannot go on: the model was used for something else since "
-                            "its last piece. Begin it anew"
+                            f"'{name}' cannot continue: the model was used for something else "
+                            "since the last piece. Start it again"
                         )
                     piece, more = _next(generator, value)
         finally:
@@ -115,7 +115,7 @@ class Calls:
             if owner is not None:
                 raise owner.refusal("close")
             if self._lookers:
-                raise InUseError("'close' was called while another thread looks at the model")
+                raise InUseError("'close' was called while another thread reads the model's state")
             self.closed = True
             return True
 
@@ -154,13 +154,13 @@ class Own:
         """Why ``name`` cannot be called meanwhile."""
         if self._thread != threading.get_ident():
             return InUseError(
-                f"'{name}' was called while '{self._name}' is at work in another thread. A model "
-                "serves one call at a time: wait for the other one, or load a model for each thread"
+                f"'{name}' was called while '{self._name}' is running in another thread. A "
+                "model serves one call at a time: wait for it, or load one model per thread"
             )
         return InUseError(
-            f"'{name}' was called from inside '{self._name}', by a function given to it (on_evict, "
-            "a stopping criterion, a logits processor...). There the model can be looked at "
-            "(kv_stats, kv_indices) and saved, but not be changed"
+            f"'{name}' was called inside '{self._name}', by a callback (on_evict, a stopping "
+            "criterion, a logits processor...). Callbacks may read (kv_stats, kv_indices) "
+            "and save the model, but not change it"
         )
 
 

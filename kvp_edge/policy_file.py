@@ -151,20 +151,21 @@ def check_model(
     """
     if info.architecture != architecture:
         raise PolicyFileError(
-            f"the policy '{info.name}' is for the architecture '{info.architecture}', and the "
+            f"the policy '{info.name}' is for the architecture '{info.architecture}', but the "
             f"model's is '{architecture}'"
         )
     ours = (info.n_layer, info.n_head_kv, info.head_size_k, info.head_size_v)
     theirs = (n_layer, n_head_kv, head_size_k, head_size_v)
     if ours != theirs:
         raise PolicyFileError(
-            f"the policy '{info.name}' is for a cache of {_shape_words(*ours)}, and the model's "
-            f"has {_shape_words(*theirs)}"
+            f"the policy '{info.name}' is for a cache of {_shape_words(*ours)}, but the "
+            f"model's has {_shape_words(*theirs)}"
         )
     if info.fingerprint and fingerprint and info.fingerprint != fingerprint:
         warnings.warn(
-            f"the policy '{info.name}' was trained with another file than this model's (of "
-            f"'{info.base_model}'). If that is another quantisation of the same model, all is well",
+            f"the policy '{info.name}' was trained with another model file "
+            f"('{info.base_model}'). This is fine if that is another quantisation of the same "
+            "model",
             stacklevel=2,
         )
 
@@ -265,8 +266,8 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
         size = sum(tensor.nbytes for tensor in found.tensors.values())
         if size > _MOST_BYTES:
             raise PolicyFileError(
-                f"the policy file '{path}' has {size} bytes of weights: no policy has more than "
-                f"{_MOST_BYTES}"
+                f"the policy file '{path}' has {size} bytes of weights; at most {_MOST_BYTES} "
+                "are allowed"
             )
 
         def load(name: str, shape: tuple[int, ...]) -> FloatArray:
@@ -275,8 +276,8 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
             tensor = found.tensors[name]
             if tensor.shape != shape:
                 raise PolicyFileError(
-                    f"the policy file '{path}' holds {name} of shape {list(tensor.shape)}, and its "
-                    f"keys ask for {list(shape)}"
+                    f"the policy file '{path}' has {name} of shape {list(tensor.shape)}, but "
+                    f"its keys require {list(shape)}"
                 )
             return found.data(tensor)
 
@@ -312,7 +313,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[GGUFFile]:
             file.seek(0)
             yield GGUFFile(file)
     except FileNotFoundError as error:
-        raise PolicyFileError(f"there is no policy file '{path}'") from error
+        raise PolicyFileError(f"policy file '{path}' not found") from error
     except OSError as error:
         raise PolicyFileError(
             f"the policy file '{path}' cannot be read: {error.strerror}"
@@ -337,8 +338,8 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
     def _typed(value: Any, key: str, hint: Any) -> Any:
         if not is_a(value, hint):
             raise PolicyFileError(
-                f"the policy file '{path}' has the {key} {shortened(value)}, which is of another "
-                "type than it must be"
+                f"the policy file '{path}' has the {key} {shortened(value)}, which has the "
+                "wrong type"
             )
         return value
 
@@ -352,7 +353,7 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
     version = get("kvp.format_version")
     if version != FORMAT_VERSION:
         raise PolicyFileError(
-            f"the policy file '{path}' has format version {version}, and this kvp_edge reads "
+            f"the policy file '{path}' has format version {version}, but this kvp_edge reads "
             f"version {FORMAT_VERSION}" + (": update kvp_edge" if version > FORMAT_VERSION else "")
         )
     features = get("kvp.features", list[str])
@@ -360,19 +361,20 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
         foreign = [feature for feature in features if feature not in FEATURES]
         which = f" ({shortened(foreign[0])} is)" if foreign else ""
         raise PolicyFileError(
-            f"the policy file '{path}' scores by {shortened(', '.join(features))[1:-1]}, which "
-            f"this kvp_edge does not compute: its kvp.features are another version's{which}"
+            f"the policy file '{path}' scores by {shortened(', '.join(features))[1:-1]}, "
+            "which this kvp_edge does not compute: its kvp.features are from another "
+            f"version{which}"
         )
     hidden = get("kvp.hidden_sizes", list[int])
     if len(hidden) != 2 or hidden[0] != hidden[1]:
         raise PolicyFileError(
-            f"the policy file '{path}' has the kvp.hidden_sizes {shortened(hidden)}; two equal "
-            "ones are known"
+            f"the policy file '{path}' has the kvp.hidden_sizes {shortened(hidden)}; two "
+            "equal ones are needed"
         )
     if get("kvp.activation", str) != "silu":
         raise PolicyFileError(
             f"the policy file '{path}' has the kvp.activation "
-            f"{shortened(values['kvp.activation'])}; only silu is known"
+            f"{shortened(values['kvp.activation'])}; only silu is supported"
         )
     objective = get("kvp.objective", str)
     info = PolicyInfo(
@@ -421,13 +423,13 @@ def _check_info(info: PolicyInfo, whose: str) -> None:
             )
     for name in ("sinks", "recent"):
         if not 0 <= getattr(info, name) <= _MOST:
-            raise PolicyFileError(f"{whose} has {getattr(info, name)} {name}: that cannot be")
+            raise PolicyFileError(f"{whose} has {getattr(info, name)} {name}, which is impossible")
     if info.context % 2 == 0:
         raise PolicyFileError(f"{whose} has the kvp.context_width {info.context}; it must be odd")
     if info.objective not in OBJECTIVES:
         raise PolicyFileError(
-            f"{whose} has the kvp.objective {shortened(info.objective)}, and this kvp_edge knows "
-            f"{', '.join(OBJECTIVES)}: update kvp_edge"
+            f"{whose} has the kvp.objective {shortened(info.objective)}, but this kvp_edge "
+            f"knows {', '.join(OBJECTIVES)}: update kvp_edge"
         )
 
 
@@ -440,5 +442,5 @@ def _check_weights(info: PolicyInfo, weights: PolicyWeights, whose: str) -> None
             )
         if not np.isfinite(array).all():
             raise PolicyFileError(
-                f"{whose} has {name} weights that are not numbers (NaN or infinite)"
+                f"{whose} has {name} weights that are not finite (NaN or infinite)"
             )

@@ -43,7 +43,7 @@ def save(llm: Llama, path: str | os.PathLike[str], extra: Any) -> None:
     """See Llama.save_session."""
     header, arrays, held = conversation(llm, "save_session")
     if len(arrays["tokens"]) == 0:
-        raise SessionError("there is nothing to save: no token was read yet")
+        raise SessionError("nothing to save: no token has been read")
     header["extra"] = extra
     since = _places.get(llm)
     _places[llm] = session_file.write(path, header, arrays, held.blocks, since=since)
@@ -81,13 +81,13 @@ def load_state(llm: Llama, state: Any) -> None:
     """See Llama.load_state."""
     if not isinstance(state, SavedState):
         raise SessionError(
-            "this state was saved without a bounded cache: it does not say which tokens it has"
+            "this state was saved without a bounded cache, so its tokens are unknown"
         )
     scores = state.scores if llm.keeps_logits else state.scores[:0]
     if len(scores) < state.n_tokens and llm.keeps_logits:
         raise SessionError(
-            "this state was saved without logits_all, and here the logits of all tokens are "
-            "kept: a state can only be resumed with what it was made with"
+            "this state was saved without logits_all, but here the logits of all tokens are "
+            "kept: load the model without logits_all and draft_model to resume it"
         )
     resume(llm, "this state", state.header, state.arrays, _HeldLog(state.held))
     llm.set_seed(state.seed)
@@ -208,14 +208,14 @@ def resume(
     try:
         table = Table.of(header["table"], arrays)
     except ValueError as error:
-        raise SessionError(f"{name} does not add up: {error}") from error
+        raise SessionError(f"{name} is inconsistent: {error}") from error
     if table.seen == len(tokens) == 0:
         llm.reset()
         return
     if table.seen != len(tokens) or not table.adds_up(kv.empty_table()):
-        raise SessionError(f"{name} does not add up: its table of kept tokens")
+        raise SessionError(f"{name} is inconsistent: its table of kept tokens is invalid")
     if table.kept > kv.limits.cells:
-        raise SessionError(f"{name} does not add up: more rows than cells")
+        raise SessionError(f"{name} is inconsistent: it has more rows than cells")
     protected = _protectable(kv, name, header["protected_prefix"])
     try:
         held = _copied_log(kv, name, header["log"], table, saved, protected)
@@ -368,8 +368,8 @@ def _without_queries(llm: Llama, name: str) -> EvictionManager:
     kv = require_bounded(llm, name)
     if kv.policy.n_queries:
         raise SessionError(
-            f"{name} is not possible with policy '{kv.policy.name}': what it saw of "
-            "queries is not kept. Choose a policy that does not look at queries"
+            f"{name} is not possible with policy '{kv.policy.name}': its queries are not "
+            "saved. Choose a policy that does not need queries"
         )
     return kv
 
@@ -377,8 +377,8 @@ def _without_queries(llm: Llama, name: str) -> EvictionManager:
 def _require_tokens(llm: Llama, name: str, tokens: Array) -> None:
     if len(tokens) > llm.n_ctx():
         raise SessionError(
-            f"{name} holds {len(tokens)} tokens, too many for the logical "
-            f"context n_ctx={llm.n_ctx()}: load the model with a larger n_ctx"
+            f"{name} has {len(tokens)} tokens, too many for the logical context "
+            f"n_ctx={llm.n_ctx()}: load the model with a larger n_ctx"
         )
     session_file.require_tokens(name, tokens, llm.n_vocab())
 

@@ -93,7 +93,7 @@ def test_a_policy_that_looks_at_queries_needs_their_log(random_model: Maker, loa
     without, with_log = load(path, **BOUND), load(path, **{**BOUND, "policy": "snapkv"})
     policy = SnapKV()
     assert without.kv is not None
-    with pytest.raises(PolicyError, match="'snapkv' looks at queries, and none are logged"):
+    with pytest.raises(PolicyError, match="'snapkv' needs queries, and none are logged"):
         without.kv.replace_policy(policy)
     assert without.kv.policy.name == "keydiff"
     assert with_log.kv is not None
@@ -127,7 +127,7 @@ def test_the_manager_is_there_if_the_cache_is_bounded(random_model: Maker, load:
     llm.eval(random_tokens(500))
     assert (llm.kv.seen, llm.kv.kept) == (500, llm.kv_stats.kept)
     llm.n_tokens = 3  # behind its back, and dropped meanwhile
-    with pytest.raises(KVCacheError, match="cannot be taken back to 3 tokens"):
+    with pytest.raises(KVCacheError, match="cannot be rewound to 3 tokens"):
         llm.sync()
     llm.reset()
     llm.sync()

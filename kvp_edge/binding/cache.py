@@ -416,7 +416,7 @@ class NativeCache:
         try:
             call("kvp_cache_check_state", self._handle, state, len(state), present, len(present))
         except ValueError as error:
-            raise KVCacheError(f"the cache is not what its table says: {error}") from error
+            raise KVCacheError(f"the cache does not match its table: {error}") from error
 
     def newest_position(self) -> int:
         """llama.cpp's largest position of sequence 0, -1 when it is empty."""

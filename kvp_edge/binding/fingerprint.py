@@ -1,4 +1,4 @@
-"""What tells one model file from another without reading all of it."""
+"""How one model file is told from another without reading all of it."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class _Struct(_Argument):
 
     def convert(self, value: structs.Struct | None) -> Any:
         if value is not None and not isinstance(value, self._kind):
-            raise TypeError(f"a {self.c} belongs here, not {type(value).__name__}")
+            raise TypeError(f"expected a {self.c}, not {type(value).__name__}")
         return None if value is None else ctypes.byref(value)
 
 
@@ -121,7 +121,7 @@ class _Handle(_Argument):
 
     def convert(self, value: Handle | None) -> ctypes.c_void_p | None:
         if value is not None and value.kind != self._kind:
-            raise TypeError(f"a {self._kind} belongs here, not a {value.kind}")
+            raise TypeError(f"expected a {self._kind}, not a {value.kind}")
         return None if value is None else value.pointer
 
 
@@ -271,15 +271,16 @@ def check_versions(built_for: str, installed: str, built_llama: str, loaded_llam
     """
     if built_for != installed:
         raise ImportError(
-            f"kvp_edge was built for llama-cpp-python {built_for}, but {installed} is installed. "
-            f"Mend it with:  pip install 'llama-cpp-python=={built_for}'  (or rebuild kvp_edge: "
-            "pip install --force-reinstall --no-deps --no-cache-dir kvp_edge)"
+            f"kvp_edge was built for llama-cpp-python {built_for}, but {installed} is "
+            f"installed. To fix it:  pip install 'llama-cpp-python=={built_for}'  (or rebuild "
+            "kvp_edge: pip install --force-reinstall --no-deps --no-cache-dir kvp_edge)"
         )
     if built_llama != loaded_llama:
         raise ImportError(
-            f"kvp_edge was built for llama.cpp {built_llama}, but the llama.cpp library in this "
-            f"process calls itself {loaded_llama}. If LLAMA_CPP_LIB_PATH is set, unset it; else: "
-            f"pip install --force-reinstall --no-cache-dir 'llama-cpp-python=={built_for}'"
+            f"kvp_edge was built for llama.cpp {built_llama}, but the llama.cpp library in "
+            f"this process is {loaded_llama}. If LLAMA_CPP_LIB_PATH is set, unset it. "
+            "Otherwise: pip install --force-reinstall --no-cache-dir "
+            f"'llama-cpp-python=={built_for}'"
         )
 
 
@@ -287,9 +288,8 @@ def _load() -> ctypes.CDLL:
     path = _library_path()
     if not path.exists():
         raise ImportError(
-            f"kvp_edge's native library is missing ({path}). Installing compiles it: pip install . "
-            "If this is a checkout, another folder finds the installed package; or install it with "
-            "pip install -e ."
+            f"kvp_edge's native library is missing ({path}). Install kvp_edge to compile it: "
+            "pip install . In a checkout, use pip install -e . or start from another folder"
         )
     # llama_cpp is imported above, so its llama.cpp is in the process already and the library's
     # references bind to that copy. Loading it must never bring in a second one.
@@ -297,9 +297,9 @@ def _load() -> ctypes.CDLL:
     library.kvp_abi_version.restype = ctypes.c_int32
     if library.kvp_abi_version() != _ABI_VERSION:
         raise ImportError(
-            f"kvp_edge's native library has interface {library.kvp_abi_version()}, this Python "
-            f"part needs {_ABI_VERSION}: they come from different versions. Reinstall kvp_edge: "
-            "pip install --force-reinstall --no-deps kvp_edge"
+            f"kvp_edge's native library has interface {library.kvp_abi_version()}, but this "
+            f"Python part needs {_ABI_VERSION}: they come from different versions. Reinstall "
+            "kvp_edge: pip install --force-reinstall --no-deps kvp_edge"
         )
     functions = {name: (_I32, [*kinds, _ERROR]) for name, kinds in _CALLS.items()} | _OTHERS
     for name, (restype, kinds) in functions.items():

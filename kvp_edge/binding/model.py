@@ -31,13 +31,13 @@ def require_model_file(path: str | os.PathLike[str]) -> None:
     name = os.fspath(path)
     if os.path.exists(name) and not os.path.isfile(name):
         what = "a folder" if os.path.isdir(name) else "a pipe or a device"
-        raise UnsupportedModelError(f"'{name}' is {what}: a model is a GGUF file")
+        raise UnsupportedModelError(f"'{name}' is {what}, not a GGUF file")
     try:
         name.encode()
     except UnicodeEncodeError:
         raise UnsupportedModelError(
-            f"the name {name!a} of the model file is no UTF-8, and llama.cpp opens no other: "
-            "rename the file, or make a link to it"
+            f"the name {name!a} of the model file is not UTF-8, which llama.cpp requires: "
+            "rename the file or make a link to it"
         ) from None
 
 

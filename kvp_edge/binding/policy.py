@@ -50,7 +50,9 @@ class NativePolicy:
         n = len(indices)
         for array, size in ((keys, self._head_size_k), (values, self._head_size_v)):
             if array.shape != (*self._heads, n, size):
-                raise ValueError(f"an array {array.shape} where {(*self._heads, n, size)} belongs")
+                raise ValueError(
+                    f"an array has the shape {array.shape} instead of {(*self._heads, n, size)}"
+                )
         keys = np.ascontiguousarray(keys, np.float32)
         values = np.ascontiguousarray(values, np.float32)
         indices = np.ascontiguousarray(indices, np.int32)

@@ -1,6 +1,6 @@
 """The newest tokens' queries, logged while llama.cpp computes them (native/observe/queries.cpp).
 
-Policies that look at queries ask for them (``Policy.n_queries``) and find them in their view.
+Policies that need queries ask for them (``Policy.n_queries``) and find them in their view.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class QueryLog:
         context: Any,
         cache: NativeCache,
         capacity: int,
-        instead: str = "Choose a policy that does not look at queries",
+        instead: str = "Choose a policy that does not need queries",
     ) -> None:
         """Find the model's queries by reading a few tokens, and log from now on.
 
@@ -111,8 +111,8 @@ class QueryLog:
 
     @property
     def watching(self) -> bool:
-        """Whether queries of what is decoded next are logged. It costs a little of llama.cpp's speed,
-        which computes layer by layer then."""
+        """Whether queries of what is decoded next are logged. It costs a little of llama.cpp's
+        speed, which computes layer by layer then."""
         return self._watching
 
     def watch(self, on: bool) -> None:

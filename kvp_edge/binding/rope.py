@@ -152,8 +152,8 @@ def measure_frequencies(model: Any, context_params: Any, *, own_shift: bool) -> 
     rope_type = int(llama_cpp.llama_model_rope_type(model))
     if rope_type not in (_ROPE_TYPE_NORM, _ROPE_TYPE_NEOX):
         raise UnsupportedModelError(
-            f"positions='compact' needs a model with plain RoPE, and llama.cpp's RoPE type of this "
-            f"one is {rope_type}. Use positions='keep'"
+            "positions='compact' needs a model with plain RoPE, but llama.cpp reports RoPE "
+            f"type {rope_type} for this one. Use positions='keep'"
         )
     arch = _meta(model, "general.architecture") or ""
     with _probe(model, context_params) as probe:
@@ -186,9 +186,9 @@ def measure_frequencies(model: Any, context_params: Any, *, own_shift: bool) -> 
             far, near = longest - 1, longest // 5
             if _error(found.shifted(start, near), probe.key_shifted(far, near)) > TOLERANCE:
                 raise UnsupportedModelError(
-                    "positions='compact' at token granularity is not possible with this model: "
-                    "llama.cpp's own shift of positions does not give the keys of the new "
-                    "positions (YaRN?). Use granularity='head' or positions='keep'"
+                    "positions='compact' at token granularity is not possible with this "
+                    "model: llama.cpp's own position shift is not exact for it (YaRN?). Use "
+                    "granularity='head' or positions='keep'"
                 )
     return found
 

@@ -26,7 +26,7 @@ def address(array: np.ndarray, wanted: np.dtype[Any]) -> int:
     """
     same = array.dtype == wanted or (array.dtype == np.bool_ and wanted == np.uint8)
     if not same or not array.flags.c_contiguous:
-        raise TypeError(f"a contiguous array of {wanted} belongs here, not {array.dtype}")
+        raise TypeError(f"expected a contiguous array of {wanted}, not {array.dtype}")
     return array.ctypes.data
 
 

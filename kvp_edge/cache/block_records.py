@@ -55,7 +55,7 @@ class StoredBlock:
 
     def __init__(self, file: BinaryIO, record: Record, layout: LogLayout) -> None:
         if record.kind != KIND:
-            raise ValueError(f"a record of kind {record.kind!r} where a block belongs")
+            raise ValueError(f"it has a record of kind {record.kind!r} in place of a block")
         self.record = record
         self._reader = Reader(file, record)
         first, n, rope_first = _numbers(self._reader.header)
@@ -67,11 +67,11 @@ class StoredBlock:
         ]
         found = [(a.name, a.dtype.name, a.shape) for a in self._reader.arrays]
         if found != wanted or k > n:
-            raise ValueError(f"a block of {n} tokens with the arrays {shortened(found)}")
+            raise ValueError(f"its block of {n} tokens has the arrays {shortened(found)}")
         scores, spans = self._reader.read(), self._reader.read()
         self.block = Block(first, n, rope_first, np.empty(0, np.uint8), scores, spans)
         if not _spans_add_up(self.block):
-            raise ValueError(f"the spans of the block at token {first}")
+            raise ValueError(f"its block at token {first} has invalid spans")
 
     def fill(self, into: Bytes) -> None:
         """Read its rows.
@@ -91,7 +91,7 @@ def _numbers(header: dict[str, Any]) -> tuple[int, int, int]:
     first, n, rope_first = (require(header, _NUMBERS)[name] for name in _NUMBERS)
     # a key carries the position of its token, or one further to the front
     if n < 1 or not 0 <= rope_first <= first or first + n > _MOST:
-        raise ValueError(f"a block of {n} tokens from {first} on, rotated to {rope_first}")
+        raise ValueError(f"it has a block of {n} tokens from {first} on, rotated to {rope_first}")
     return first, n, rope_first
 
 

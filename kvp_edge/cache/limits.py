@@ -38,8 +38,7 @@ def _require_whole(name: str, number: int) -> None:
         operator.index(number)
     except TypeError:
         raise BudgetError(
-            f"{name} is a number of tokens, a whole one, and not {number!r} "
-            f"({type(number).__name__})"
+            f"{name} must be a whole number of tokens, not {number!r} ({type(number).__name__})"
         ) from None
 
 
@@ -158,7 +157,7 @@ class CacheLimits:
         if n_ctx < 1:
             raise BudgetError(f"n_ctx must be at least 1 token, not {n_ctx}")
         if sinks < 0:
-            raise BudgetError(f"sinks must not be negative, not {sinks}")
+            raise BudgetError(f"sinks must be at least 0, not {sinks}")
         if recent is not None and recent < 1:
             raise BudgetError(
                 f"recent must be at least 1, not {recent}: the newest token is never evicted, "
@@ -178,8 +177,8 @@ class CacheLimits:
             budget = cells - reserve
             if budget < 1:
                 raise BudgetError(
-                    f"kv_budget={kv_budget} gives {cells} cells, not more than the reserve of "
-                    f"{reserve}: nothing could be kept. Give more memory or lower reserve"
+                    f"kv_budget={kv_budget} gives {cells} cells, and the reserve takes "
+                    f"{reserve}, so nothing could be kept. Give more memory or lower reserve"
                 )
         else:
             if kv_budget < 1:
@@ -198,9 +197,9 @@ class CacheLimits:
             recent = max(1, min(256, budget // 4))
         if budget <= sinks + recent:
             raise BudgetError(
-                f"kv_budget={budget} must be larger than sinks + recent = {sinks} + {recent} = "
-                f"{sinks + recent}: those are never evicted, so nothing would be left to choose. "
-                f"Raise kv_budget to {sinks + recent + 1} or more, or lower recent"
+                f"kv_budget={budget} must be larger than sinks + recent = {sinks} + {recent} "
+                f"= {sinks + recent}, which are never evicted. Raise kv_budget to "
+                f"{sinks + recent + 1} or more, or lower recent"
             )
         if never_full:
             batch = min(n_batch or DEFAULT_BATCH, cells)
@@ -217,10 +216,10 @@ class CacheLimits:
                 needed = round_up(in_sight + (n_batch or MIN_WINDOW_BATCH))
                 lower = f"lower n_batch to {beside}, " if beside >= MIN_WINDOW_BATCH else ""
                 raise BudgetError(
-                    f"kv_budget={kv_budget} gives {cells} cells, but the model's sliding window of "
-                    f"{window} tokens and a batch of {n_batch or MIN_WINDOW_BATCH} need {needed}: "
-                    f"give {_mib(needed * bytes_per_cell)} MiB, {lower}or use "
-                    "granularity='token', which takes tokens out of the window, too"
+                    f"kv_budget={kv_budget} gives {cells} cells, but the model's sliding "
+                    f"window of {window} tokens and a batch of {n_batch or MIN_WINDOW_BATCH} "
+                    f"need {needed}: give {_mib(needed * bytes_per_cell)} MiB, {lower}or use "
+                    "granularity='token', which also drops tokens from the window"
                 )
             batch = n_batch or min(DEFAULT_BATCH, room, beside)
         return cls(n_ctx, cells, budget, sinks, recent, batch)
@@ -230,19 +229,19 @@ class CacheLimits:
         match = _MEMORY.fullmatch(memory)
         if not match:
             raise BudgetError(
-                "kv_budget is a number of tokens, an int like 512, or memory, a text like "
-                f"'256MiB', not '{memory}'"
+                "kv_budget must be a number of tokens (an int such as 512) or memory (a text "
+                f"such as '256MiB'), not '{memory}'"
             )
         amount = float(match.group(1)) * _UNIT[match.group(2).lower()]
         if amount >= 2**63:  # of bytes, inf among them
-            raise BudgetError("kv_budget is more memory than any machine has")
+            raise BudgetError(f"kv_budget={memory} is more memory than any machine has: lower it")
         size = int(amount)
         cells = size // bytes_per_cell // CELL_UNIT * CELL_UNIT if bytes_per_cell else 0
         if cells == 0:
             beside = " beside the model's sliding window" if least > CELL_UNIT else ""
             raise BudgetError(
-                f"kv_budget={memory} is too little: a token of this model takes {bytes_per_cell} "
-                f"bytes and the smallest cache{beside} has {least} cells, "
+                f"kv_budget={memory} is too small: this model takes {bytes_per_cell} bytes "
+                f"per token, and the smallest cache{beside} ({least} cells) takes "
                 f"{_mib(least * bytes_per_cell)} MiB"
             )
         return cells

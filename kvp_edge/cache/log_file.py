@@ -79,7 +79,7 @@ class LogFile:
                     return self._first()
             except _Gone:
                 pass
-        raise OSError(errno.EBUSY, "somebody else makes files of this name")
+        raise OSError(errno.EBUSY, "other programs keep changing it")
 
     def _first(self) -> _Growing:
         """Where there is no file."""
@@ -87,7 +87,7 @@ class LogFile:
         file = io.FileIO(os.open(self._path, flags, 0o600), "r+b")
         if not files.lock(file):
             file.close()
-            raise OSError(errno.EBUSY, "another Llama has just begun it")
+            raise OSError(errno.EBUSY, "another Llama has just created it")
         try:
             return _Growing(file, self._about)
         except BaseException:
@@ -109,8 +109,8 @@ class LogFile:
             # its maker may have been killed before it wrote the first byte
             if files.size_of(old) and old.read(len(MAGIC)) != MAGIC:
                 raise OptionError(
-                    f"kv_log='{shown}' is a file, but no KV log of kvp_edge, so it is not "
-                    "overwritten: choose another name, or delete it"
+                    f"kv_log='{shown}' exists and is not a KV log of kvp_edge, so it is not "
+                    "overwritten: choose another name, or delete the file"
                 )
             return self._replaced(())[0]
 
@@ -145,7 +145,7 @@ class LogFile:
         if 2 * live < size and self._worth_a_try(live, size):
             try:
                 if not files.is_at(file.file, self._path):
-                    raise FileNotFoundError(errno.ENOENT, "somebody has moved it", self._path)
+                    raise FileNotFoundError(errno.ENOENT, "it was moved", self._path)
                 self._file, moved = self._replaced(blocks)
             except OSError:
                 self._failed = live, size
@@ -287,14 +287,14 @@ def read_log(path: str | os.PathLike[str], layout: LogLayout) -> tuple[dict[str,
     with files.open_regular(path) as file:
         size = files.size_of(file)
         if records.version_of(file.read(records.ALIGNED), MAGIC) != VERSION:
-            raise ValueError("it is no KV log, or one of another version")
+            raise ValueError("it is not a KV log, or one of another version")
         found = [*records.all_records(file, size)]
         if not found or found[0].kind != _ABOUT:
             raise ValueError("it does not say what it holds")
         about, rest = records.Reader(file, found[0]), found[1:]
         about.finish()
         if about.header.get("layout") != layout_numbers(layout):
-            raise ValueError("it is of another layout")
+            raise ValueError("it has another layout")
         blocks = []
         for record in rest:
             try:

@@ -22,7 +22,7 @@ from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.cache import filling, recall
 from kvp_edge.cache.kv_log import Block, KVLog, Logged
 from kvp_edge.cache.limits import CacheLimits
-from kvp_edge.cache.recall import Recall, Recalled, RecallSettings
+from kvp_edge.cache.recall import Choice, Recall, RecallSettings
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.cache.table import Granularity, Table
@@ -64,7 +64,7 @@ class EvictionManager:
         isolate_turns: do not thin out finished turns again for new ones (kvp_edge.cache.turns).
         compact_at: positions are compacted before they would reach this many, None: never.
         frequencies: of RoPE, needed to compact at head granularity.
-        query_log: for a policy that looks at queries, and for recall.
+        query_log: for a policy that needs queries, and for recall.
         log: of the rows of all tokens that some head may have dropped, for recall; or None.
         recall_settings: how rows are recalled.
         n_threads: that score the log.
@@ -208,7 +208,7 @@ class EvictionManager:
                 if trusted and not self._put_back(before):
                     raise
                 self.trusted = trusted
-                raise ValueError("llama.cpp does not take its state") from error
+                raise ValueError("llama.cpp rejects its state") from error
             yield
             self.restore(table)
 
@@ -267,16 +267,16 @@ class EvictionManager:
 
     def replace_policy(self, policy: Policy) -> None:
         """Let another policy decide from now on, which fits this model (opening.check_policy). One
-        that looks at queries finds those that were logged: enough of them if the cache was opened
+        that needs queries finds those that were logged: enough of them if the cache was opened
         with a policy that needs as many.
 
         Raises:
-            PolicyError: it looks at queries, and none are logged.
+            PolicyError: it needs queries, and none are logged.
         """
         if policy.n_queries and self.query_log is None:
             raise PolicyError(
-                f"policy '{policy.name}' looks at queries, and none are logged: load the model "
-                "with a policy that looks at queries, too"
+                f"policy '{policy.name}' needs queries, and none are logged: load the model "
+                "with a policy that needs queries, too"
             )
         self.policy = policy
 
@@ -295,7 +295,7 @@ class EvictionManager:
         self.trusted = not self._shift_pending
 
     def clear(self) -> None:
-        """Forget every token and begin to count anew. The owner removes the cells
+        """Forget every token and start counting again. The owner removes the cells
         (llama_memory_seq_rm from 0 on)."""
         self.restore_counts(0, 0, 0.0)
         self.recalls, self.recalled, self.recall_ms = 0, 0, 0.0
@@ -349,16 +349,16 @@ class EvictionManager:
             return
         if not self.trusted:
             raise KVCacheError(
-                "a change of the cache was interrupted, or something else has used the model's "
-                "context, so it is not known what it holds. Call reset() and read the conversation "
-                "again"
+                "a change of the cache was interrupted, or something else has used the "
+                "model's context, so its contents are unknown. Call reset() and read the "
+                "conversation again"
             )
         if not self.can_rewind(length) and self._can_bring_back(length):
             self._bring_back(length)
         if not self.can_rewind(length):
             raise KVCacheError(
-                f"the cache cannot be taken back to {length} tokens: it has seen {self.seen}, and "
-                f"can go back to {self._table.rewind_from} at most. Call reset() and read the "
+                f"the cache cannot be rewound to {length} tokens: of {self.seen} tokens seen, "
+                f"it can go back to {self._table.rewind_from}. Call reset() and read the "
                 "conversation again"
             )
         if length < self._table.seen:
@@ -406,9 +406,8 @@ class EvictionManager:
         if self.limits.cells < self.limits.n_ctx and needed > self.limits.budget:
             raise BudgetError(
                 f"the protected system prompt takes {n} tokens and the recent window "
-                f"{self.limits.recent}: with kv_budget={self.limits.budget} nothing would be left "
-                f"to choose. Raise kv_budget to {needed} or more, or do not protect the system "
-                "prompt"
+                f"{self.limits.recent}, so kv_budget={self.limits.budget} is too small. Raise "
+                f"it to {needed} or more, or do not protect the system prompt"
             )
         return n
 
@@ -427,8 +426,8 @@ class EvictionManager:
         free = self.limits.cells - self.kept
         if free < 1:
             raise KVCacheError(
-                f"all {self.limits.cells} cells hold protected tokens: raise kv_budget, or protect "
-                "less"
+                f"all {self.limits.cells} cells contain protected tokens: raise kv_budget or "
+                "protect fewer tokens"
             )
         if self.query_log is not None and self.shift != self._log_shift:
             self.query_log.clear()  # the keys held were turned, each by another angle
@@ -496,9 +495,10 @@ class EvictionManager:
         start = t.seen - n
         return n if n > 0 and self.can_rewind(start) else 0
 
-    def recall(self, n: int, asked: Queries | None = None) -> Recalled | None:
+    def choose_by_queries(self, n: int, asked: Queries | None = None) -> Choice | None:
         """Let the queries of the newest ``n`` tokens choose what every head holds of the tokens
-        before them, and take these ``n`` back. The owner reads them again.
+        before them. Nothing changes: the owner goes back by ``n`` tokens, calls ``bring`` and reads
+        them again.
 
         Args:
             n: at most ``n_asking``.
@@ -506,7 +506,7 @@ class EvictionManager:
 
         Returns:
             None: too little of their attention would go to tokens that are not resident, or their
-            queries were not logged. Nothing has changed.
+            queries were not logged.
         """
         log, s = self.log, self.recall_settings
         assert log is not None
@@ -523,28 +523,46 @@ class EvictionManager:
 
         now = t.cut(t.seen - n)
         tail = max(now.tail, now.seen - self.limits.recent)
-        before, resident = now.indices(), filling.rows_of(now) >= 0
+        resident = filling.rows_of(now) >= 0
         share = float(np.where(resident, 0, mean[:, :, : now.seen]).sum(axis=-1).mean())
         if share < s.threshold:
             return None
         wanted = self._wanted(now, largest[:, :, :tail])
         chosen = self._choose(now, tail, wanted, resident[..., :tail])
-        self._log_until(t, tail)
+        fresh = ~np.take_along_axis(resident, chosen, axis=-1)
+        return Choice(
+            table=now,
+            tail=tail,
+            tokens=chosen,
+            wanted=np.take_along_axis(np.maximum(wanted, 0), chosen, axis=-1),
+            n_rows=int(fresh.sum()),
+            share=share,
+            n_asked=len(asked),
+            ms=1e3 * (time.perf_counter() - started),
+        )
+
+    def bring(self, choice: Choice) -> float:
+        """Let every head hold what ``choose_by_queries`` chose, after the owner went back.
+
+        Returns:
+            The milliseconds it took.
+        """
+        assert self.log is not None
+        started = time.perf_counter()
+        t = choice.table
+        self._log_until(t, choice.tail)
+        n_scored = t.n_packed + choice.tail - t.tail
         filled = filling.fill(
-            replace(now, scores=self._final(now.scores, now.n_packed + tail - now.tail, now.kept)),
-            chosen,
-            np.take_along_axis(np.maximum(wanted, 0), chosen, axis=-1),
-            tail,
-            log,
+            replace(t, scores=self._final(t.scores, n_scored, t.kept)),
+            choice.tokens,
+            choice.wanted,
+            choice.tail,
+            self.log,
             self._frequencies if self._compact_at is not None else None,
             scored=self.policy.scope != "cache",
         )
-        self._fill(t, filled)
-        after = self._table.indices()
-        came = np.setdiff1d(after, before).astype(np.int32)
-        fresh = ~np.take_along_axis(resident, chosen, axis=-1)
-        ms = 1e3 * (time.perf_counter() - started)
-        return Recalled(came, int(fresh.sum()), share, len(asked), ms)
+        self._fill(self._table, filled)
+        return 1e3 * (time.perf_counter() - started)
 
     def count_recall(self, event: Recall) -> None:
         """Count what came back before a reply."""

@@ -37,7 +37,7 @@ QueryCount = Callable[[Policy, CacheLimits], int]
 
 
 def queries_needed(policy: Policy, limits: CacheLimits) -> int:
-    """A QueryCount: what the policy looks at."""
+    """A QueryCount: what the policy needs."""
     return min(policy.n_queries, limits.cells)
 
 
@@ -77,8 +77,8 @@ class Opening:
         self._n_ubatch = engine.get("n_ubatch", 512)
         if engine.get("embedding"):
             raise BudgetError(
-                "embedding=True needs a sequence for every text, and a bounded cache has one: "
-                "leave kv_budget out"
+                "embedding=True needs one sequence per text, but a bounded cache has only "
+                "one: leave out kv_budget"
             )
         shape = read_model_shape(model_path)
         self._architecture = shape.architecture
@@ -95,8 +95,8 @@ class Opening:
             raise
         if options.positions == "compact" and self.cells > trained:
             raise BudgetError(
-                f"positions='compact' keeps positions below the {trained} tokens that the model "
-                f"was trained for, and {self.cells} cells are more: lower kv_budget or reserve"
+                f"positions='compact' allows at most {trained} cells (the trained length), "
+                f"not {self.cells}: lower kv_budget or reserve"
             )
 
     def _plan(self, window: int = 0) -> CacheLimits:
@@ -242,7 +242,7 @@ class Opening:
         except PolicyFileError as error:
             if self._options.policy != "auto":
                 raise
-            warnings.warn(f"passed over as a policy: {error}", stacklevel=2)
+            warnings.warn(f"policy skipped: {error}", stacklevel=2)
             return get_policy(FALLBACK)
         return self._policy
 
@@ -262,7 +262,10 @@ class Opening:
             return
         reason = location.where
         if location.known:
-            reason = f"heads of this cache's types are no whole 32-bit words on {location.where}"
+            reason = (
+                "the head size in bytes is not a multiple of 4 with this cache type on "
+                f"{location.where}"
+            )
         raise UnsupportedModelError(
             f"pack='device' is not possible here: {reason}. Use pack='auto' or pack='state'"
         )
@@ -314,6 +317,6 @@ def _frequencies_for(policy: Policy, context: Any, params: Any) -> KeyFrequencie
         return measure_frequencies(model, params, own_shift=False)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"policy '{policy.name}' takes RoPE off queries, which is not possible with "
-            f"this model. Choose another policy (the reason: {error})"
+            f"policy '{policy.name}' must remove RoPE from queries, which is not possible "
+            f"with this model ({error}). Choose another policy"
         ) from error

@@ -60,7 +60,7 @@ class CacheOptions:
     kv_budget: int | str | None = field(
         default=None,
         metadata=_about(
-            "tokens kept after an eviction, or the memory of the whole cache, like 256MiB",
+            "tokens kept after an eviction, or the memory of the whole cache, such as 256MiB",
             means="none: llama_cpp's own cache",
             metavar="N",
             session="settled",
@@ -69,9 +69,9 @@ class CacheOptions:
     n_ctx: int | None = field(
         default=None,
         metadata=_about(
-            "logical context: the longest conversation, in tokens; it costs next to no memory (0: "
-            "what the model was trained for)",
-            means="what the model was trained for",
+            "logical context: the longest conversation, in tokens; costs almost no memory "
+            "(0: the model's trained length)",
+            means="the model's trained length",
             metavar="N",
             session="any",
         ),
@@ -79,8 +79,8 @@ class CacheOptions:
     policy: str | Policy = field(
         default="auto",
         metadata=_about(
-            f"who chooses: {', '.join(POLICIES)}; a policy file; in Python a Policy object; or "
-            "auto: the policy trained for the model (kvp-*.gguf beside it), if there is one, else "
+            f"{', '.join(POLICIES)}; a policy file; in Python a Policy object; or auto: the "
+            "policy trained for the model (kvp-*.gguf beside it) if there is one, otherwise "
             f"{FALLBACK}",
             metavar="NAME",
             session="settled",
@@ -89,8 +89,8 @@ class CacheOptions:
     granularity: str = field(
         default="head",
         metadata=_about(
-            "head: every attention head keeps its own tokens; token: a token is dropped from all "
-            "layers and heads at once; auto: head where model and cache allow it, else token",
+            "head: every attention head keeps its own tokens; token: a token is dropped from "
+            "all layers and heads at once; auto: head where possible, otherwise token",
             choices=("head", "token", "auto"),
             metavar="WHO",
             session="settled",
@@ -100,8 +100,8 @@ class CacheOptions:
     positions: str = field(
         default="keep",
         metadata=_about(
-            "keep: a token keeps its position for life; compact: kept tokens move to the front "
-            "before positions pass the trained length, so a conversation never has to end",
+            "keep: a token keeps its position; compact: kept tokens move to the front before "
+            "positions exceed the trained length, so a conversation never has to end",
             choices=("keep", "compact"),
             metavar="HOW",
             session="asked",
@@ -110,8 +110,8 @@ class CacheOptions:
     keep_whole: str = field(
         default="tokens",
         metadata=_about(
-            "what is kept or dropped as a whole, besides the marks of the chat template: words, "
-            "sentences, or tokens, which are nothing more",
+            "what is kept or dropped as a whole, besides markers of the chat template: "
+            "words, sentences, or tokens (nothing more)",
             choices=KEEP_WHOLE,
             metavar="WHAT",
             session="asked",
@@ -121,8 +121,8 @@ class CacheOptions:
     isolate_turns: bool = field(
         default=False,
         metadata=_about(
-            "tokens kept of finished messages are not thinned out again for new ones, as long as "
-            "these find a quarter of the room",
+            "do not drop more of finished messages, as long as a quarter of the room is left "
+            "for new ones",
             session="asked",
             evaluated=True,
         ),
@@ -144,8 +144,10 @@ class CacheOptions:
         default=None,
         metadata=_about(
             "free cells after an eviction; more where a sliding window needs them",
-            means="a quarter of the budget, at least 256; a fifth of the cells where the budget is "
-            "memory",
+            means=(
+                "a quarter of the budget, at least 256; a fifth of the cells if the budget is "
+                "memory"
+            ),
             metavar="N",
             session="settled",
         ),
@@ -153,8 +155,7 @@ class CacheOptions:
     protect_system: bool = field(
         default=False,
         metadata=_about(
-            "never drop the system prompt of a chat, nor the definitions of tools if these fit as "
-            "well",
+            "never drop the system prompt of a chat, nor the definitions of tools if they fit too",
             command_line=False,  # there it is the default: --no-protect-system
             session="any",
         ),
@@ -162,8 +163,8 @@ class CacheOptions:
     on_evict: Callable[[Eviction], None] | None = field(
         default=None,
         metadata=_about(
-            "called with an Eviction after each of them: what stays, and which tokens no head "
-            "holds any more",
+            "called with an Eviction after each eviction: what stays, and which tokens no "
+            "head has any more",
             means="nothing",
             command_line=False,
             session="any",
@@ -172,8 +173,8 @@ class CacheOptions:
     pack: str = field(
         default="auto",
         metadata=_about(
-            "device: score and pack the cache in place, on a GPU too; state: through llama.cpp's "
-            "state, out and back in; auto: in place where possible",
+            "device: score and pack the cache in place, on a GPU too; state: copy it through "
+            "llama.cpp's state; auto: in place where possible",
             choices=("auto", "device", "state"),
             metavar="WHERE",
             session="any",
@@ -237,8 +238,8 @@ class CacheOptions:
     repack: str = field(
         default="auto",
         metadata=_about(
-            "reorder weights on the CPU for this processor, for speed: on, off, or auto: if a "
-            "trial in a child process works (see kvp-edge doctor)",
+            "repack weights on the CPU for speed: on, off, or auto: if a trial in a child "
+            "process succeeds (see kvp-edge doctor)",
             choices=REPACK,
             metavar="WHEN",
             session="any",
@@ -247,7 +248,7 @@ class CacheOptions:
     n_batch: int | None = field(
         default=None,
         metadata=_about(
-            "most tokens that are decoded at once",
+            "most tokens decoded at once",
             means="512, or what fits into the reserve and beside a sliding window",
             metavar="N",
             command_line=False,
@@ -289,13 +290,13 @@ class CacheOptions:
         return {name: getattr(self, name) for name in OPTIONS}
 
     def asked_of_sessions(self) -> dict[str, Any]:
-        """Those whose value decides how a saved session goes on."""
+        """Those whose value decides how a saved session continues."""
         return {o.name: getattr(self, o.name) for o in OPTIONS.values() if o.session == "asked"}
 
 
 @dataclass(frozen=True)
 class Option:
-    """A field of CacheOptions, told of.
+    """A field of CacheOptions, described.
 
     Attributes:
         name: of ``Llama``'s argument.

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray, Rows, TokenIndices
 from kvp_edge.binding import ranking
+from kvp_edge.cache.table import Table
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,22 @@ class Recall:
 
 
 @dataclass(frozen=True)
-class Recalled:
-    """One choice of rows by queries.
+class Choice:
+    """Rows that queries have chosen, to be brought into the cells (EvictionManager.bring).
 
     Attributes:
-        tokens: int32 [n], ascending: held by some head now, and by none before.
-        n_rows, share, n_asked, ms: see Recall.
+        table: of the cache before the tokens that asked, with the scores of all rows.
+        tail: all heads hold every token from here on.
+        tokens: int32 [*groups, n], ascending: of the tokens before, those that every head holds.
+        wanted: f32 [*groups, n], how much, see Table.
+        n_rows: of these, those that do not lie in cells.
+        share, n_asked, ms: see Recall.
     """
 
+    table: Table
+    tail: int
     tokens: TokenIndices
+    wanted: FloatArray
     n_rows: int
     share: float
     n_asked: int

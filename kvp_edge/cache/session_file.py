@@ -246,12 +246,12 @@ class Session:
             raise SessionError(f"'{path}' is not a session of kvp_edge")
         if version != VERSION:
             raise SessionError(
-                f"'{path}' is a session of version {version}, and this kvp_edge knows version "
+                f"'{path}' is a session of version {version}, but this kvp_edge reads version "
                 f"{VERSION}"
             )
         try:
             if begin != records.start(MAGIC, VERSION):
-                raise ValueError("its beginning")
+                raise ValueError("its first bytes are wrong")
             self._find(size, most_bytes)
         except ValueError as error:
             raise self.damaged(error) from error
@@ -273,8 +273,8 @@ class Session:
                 self._read(record, most_bytes)
                 self._torn = True
                 warnings.warn(
-                    f"the session '{self._path}' was not saved to its end the last time, or is "
-                    "damaged there: it goes on where it was saved the time before",
+                    f"the last save of the session '{self._path}' was not completed, or is "
+                    "damaged: it continues from the save before",
                     stacklevel=2,
                 )
                 return
@@ -283,13 +283,13 @@ class Session:
     def _read(self, record: Record, most_bytes: int | None) -> None:
         try:
             if record.kind != _KIND:
-                raise ValueError(f"a record of kind {record.kind!r} at its end")
+                raise ValueError(f"it ends with a record of kind {record.kind!r}")
             reader = records.Reader(self._file, record)
             header = require(reader.header, {"blocks": list[int]})
             if most_bytes is not None and reader.array_bytes > most_bytes:
                 raise SessionError(
                     f"the session '{self._path}' does not fit: it has {reader.array_bytes} bytes "
-                    f"of cache, and the one here no more than {most_bytes}"
+                    f"of cache, but the loaded one has no more than {most_bytes}"
                 )
             arrays = {array.name: reader.read() for array in reader.arrays}
             reader.finish()
@@ -315,17 +315,19 @@ class Session:
         token, span = 0, 0
         try:
             if len(self._blocks) > end:
-                raise ValueError(f"{len(self._blocks)} blocks of {end} tokens")
+                raise ValueError(f"it has {len(self._blocks)} blocks of {end} tokens")
             for at in self._blocks:
                 record = records.record_at(self._file, at, self._end)
                 if record is None:
-                    raise ValueError(f"there is no block at byte {at}")
+                    raise ValueError(f"it has no block at byte {at}")
                 found.append(StoredBlock(self._file, record, layout))
                 block = found[-1].block
                 if not token <= block.first < block.end <= end:
-                    raise ValueError(f"its block at token {block.first}")
+                    raise ValueError(
+                        f"its block of tokens {block.first} to {block.end} is out of place"
+                    )
                 if len(block.spans) and not span <= block.spans[0, 0] < block.spans[-1, 1] <= seen:
-                    raise ValueError(f"the spans of its block at token {block.first}")
+                    raise ValueError(f"its block at token {block.first} has invalid spans")
                 token, span = block.end, int(block.spans[-1, 1]) if len(block.spans) else span
         except (OSError, ValueError) as error:
             raise self.damaged(error) from error
@@ -345,9 +347,7 @@ class Session:
 
     def damaged(self, error: Exception) -> SessionError:
         """For what is found only when rows are read."""
-        return SessionError(
-            f"the session '{self._path}' is damaged or cut short, it does not add up: {error}"
-        )
+        return SessionError(f"the session '{self._path}' is damaged or cut short: {error}")
 
 
 class _Damaged(ValueError):
@@ -425,9 +425,9 @@ def _require(
             raise ValueError(f"it has the arrays {shortened(sorted(arrays))}")
         for array, kind in kinds.items():
             if (arrays[array].dtype.name, arrays[array].ndim) != kind:
-                raise ValueError(f"its {array} are no {kind[0]} of {kind[1]} dimensions")
+                raise ValueError(f"its {array} must be {kind[0]} of {kind[1]} dimensions")
     except ValueError as error:
-        raise SessionError(f"{name} does not add up: {error}") from error
+        raise SessionError(f"{name} is inconsistent: {error}") from error
 
 
 def require_tokens(name: str, tokens: Array, n_vocab: int) -> None:
@@ -438,7 +438,7 @@ def require_tokens(name: str, tokens: Array, n_vocab: int) -> None:
     """
     foreign = tokens[(tokens < 0) | (tokens >= n_vocab)]
     if len(foreign):
-        raise SessionError(f"{name} does not add up: the model has no such token: {foreign[0]}")
+        raise SessionError(f"{name} is inconsistent: the model has no token {foreign[0]}")
 
 
 def require_log(name: str, log: dict[str, Any], layout: dict[str, int], table: Table) -> int:
@@ -461,14 +461,14 @@ def require_log(name: str, log: dict[str, Any], layout: dict[str, int], table: T
         if not table.tail <= log["end"] <= table.seen:
             raise ValueError(f"its KV log ends at token {shortened(log['end'])}")
     except ValueError as error:
-        raise SessionError(f"{name} does not add up: {error}") from error
+        raise SessionError(f"{name} is inconsistent: {error}") from error
     for key, value in layout.items():
         theirs = log["layout"].get(key)
         if theirs != value:
             raise SessionError(
-                f"{name} was saved with a KV log of {key} = {shortened(theirs)}, and here it is "
-                f"{value}: load the model with the kv_log_type of then, or with recall='off', "
-                "which leaves the log aside"
+                f"{name} was saved with a KV log of {key} = {shortened(theirs)}, but here it is "
+                f"{value}: load the model with the same kv_log_type, or with recall='off' to leave "
+                "the log out"
             )
     return int(log["end"])
 
@@ -484,12 +484,12 @@ def require_same(name: str, saved: dict[str, Any], here: dict[str, Any]) -> None
             continue
         if key == "model":  # two checksums
             raise SessionError(
-                f"{name} was saved with model = {str(saved.get(key))[:8]}..., and "
-                f"here it is {str(value)[:8]}...: that is another model file, which must be loaded "
-                "to go on"
+                f"{name} was saved with another model file (model = "
+                f"{str(saved.get(key))[:8]}..., here {str(value)[:8]}...): load that one to "
+                "continue"
             )
         theirs = shortened(saved.get(key)).strip("'")
         raise SessionError(
-            f"{name} was saved with {key} = {theirs}, and here it is {value}: "
-            "a cache can only be resumed with what it was made with"
+            f"{name} was saved with {key} = {theirs}, but here it is {value}: load the model "
+            "with the saved value to resume it"
         )

@@ -78,7 +78,7 @@ class Table:
             ValueError: other names than those.
         """
         if numbers.keys() != set(_NUMBERS) or arrays.keys() != set(_ARRAYS):
-            raise ValueError("a table of other numbers or arrays")
+            raise ValueError("its table has other numbers or arrays")
         fields: dict[str, Any] = {**numbers}
         fields |= {name: array.copy() for name, array in arrays.items()}
         return cls(**fields)

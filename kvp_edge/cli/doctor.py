@@ -31,7 +31,7 @@ class Options:
 
 def _main(args: Options) -> int:
     if args.model is not None and not os.path.isfile(args.model):
-        raise FileNotFoundError(f"there is no model file '{args.model}'")
+        raise FileNotFoundError(f"model file '{args.model}' not found")
     findings = []
     section = ""
     for finding in examine(args.model):

@@ -312,7 +312,7 @@ def _task_names(text: str, tasks: dict[str, Task]) -> list[str]:
             names.append(name)
         else:
             raise ValueError(
-                f"there is no task '{name}'; choose from {', '.join(tasks)}, ruler, "
+                f"unknown task '{name}'; choose from {', '.join(tasks)}, ruler, "
                 "generation, all (more "
                 "with --data, see kvp-edge eval --list)"
             )

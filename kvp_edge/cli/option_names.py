@@ -41,7 +41,7 @@ def as_options(message: str, options: type) -> str:
         return found[0] if found[0].startswith("'") else optioned(found)
 
     message = re.sub(
-        rf"^((({name}), )*({name}) and )?({name})(?= (must|is|are|needs?|\())",
+        rf"^((({name}), )*({name}) and )?({name})(?= (must|is|are|needs?|belongs|\())",
         optioned,
         message,
     )

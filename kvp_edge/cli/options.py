@@ -216,7 +216,7 @@ def model_path(args: ModelOptions) -> str:
         return bundled_model()
     if not os.path.exists(args.model):
         raise FileNotFoundError(
-            f"there is no model file '{args.model}'. Give the path of a GGUF file, "
+            f"model file '{args.model}' not found. Give the path of a GGUF file, "
             "download one with --hf-repo and --hf-file, or give none to use the bundled model"
         )
     return str(args.model)

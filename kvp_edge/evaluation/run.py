@@ -249,7 +249,7 @@ def check_policy(policy: str, model: str) -> None:
     if policy in (FULL, SHIFT, ORACLE, GOLDEN) or (policy == OWN and own_policy(model)):
         return
     if policy == OWN:
-        raise ValueError(f"there is no policy trained for '{model}': kvp-edge learn makes one")
+        raise ValueError(f"no policy was trained for '{model}': run kvp-edge learn")
     get_policy(policy)
 
 

@@ -94,8 +94,8 @@ class Setting:
                 )
         if self.mode == "bounded" and self.question == "seen":
             raise ValueError(
-                "in bounded mode tokens are dropped while the conversation is read, before its "
-                "question is: --question seen is for --mode one-shot"
+                "--question seen needs --mode one-shot: in bounded mode tokens are dropped "
+                "before the question is read"
             )
 
     @property
@@ -122,13 +122,13 @@ def budget_of(share: str, length: int) -> int:
         number = Fraction(0)
     if number <= 0 or (number > 1 and number.denominator != 1):
         raise ValueError(
-            f"a budget is a share of the length like 1/8, or a number of tokens like 512, not "
-            f"'{share}'"
+            "a budget must be a fraction of the length such as 1/8, or a number of tokens "
+            f"such as 512, not '{share}'"
         )
     budget = int(number) if number.denominator == 1 and number > 1 else int(number * length)
     if budget < SMALLEST:
         raise ValueError(
-            f"a budget of {share} is {budget} of {length} tokens, and less than {SMALLEST} leave a "
-            "policy nothing to choose: raise --budgets or --lengths"
+            f"a budget of {share} is {budget} of {length} tokens, but at least {SMALLEST} are "
+            "needed: raise --budgets or --lengths"
         )
     return budget

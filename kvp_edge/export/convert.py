@@ -46,9 +46,7 @@ def policy_of(
     shape, model, settings = about.shape, about.model, about.settings
     architecture = architecture or model.get("architecture", "")
     if not architecture:
-        raise TrainingError(
-            "the traces did not say which model they are of: name it with --base MODEL.gguf"
-        )
+        raise TrainingError("the traces do not name their model: give it with --base MODEL.gguf")
     base_model = base_model or model.get("name", "")
     objective = str(settings.get("objective", "kvp"))
     info = PolicyInfo(
@@ -136,7 +134,7 @@ def export(
         trace = traces[0]
         found = (*trace.keys.shape[:2], trace.keys.shape[3], trace.values.shape[3])
         if found != (info.n_layer, info.n_head_kv, info.head_size_k, info.head_size_v):
-            raise TrainingError("the traces for the parity check are of another model")
+            raise TrainingError("the traces for the parity check are from another model")
     folder = Path(checkpoint)
     folder = folder if folder.is_dir() else folder.parent
     if outfile is None:

@@ -19,7 +19,7 @@ _IR_VERSION = 8  # of opset 17, so that older runtimes take it
 
 def _keys(info: PolicyInfo) -> dict[str, Any]:
     """The policy file's keys, and one that readers of the first files ask for, too: ``statistics``,
-    how many queries a policy looks at, always 0."""
+    how many queries a policy needs, always 0."""
     keys: dict[str, Any] = {}
     for name, value in asdict(info).items():
         keys[name] = value

@@ -30,14 +30,14 @@ except ImportError:  # Windows: parts are not locked, and none that was left is 
     fcntl = None  # type: ignore[assignment]
 
 #: No file is called that: it holds a NUL byte, or characters that file names here cannot have.
-_NO_NAME = "it is no name of a file"
+_NO_NAME = "it is not a file name"
 _O_BINARY = getattr(os, "O_BINARY", 0)
 _O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 def _refuse_special(mode: int, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
 
 
 def open_regular(path: str | os.PathLike[str], *, write: bool = False) -> BinaryIO:
@@ -169,9 +169,7 @@ def target_of(path: str | os.PathLike[str], *, follow_link: bool = True) -> str:
         if os.path.islink(path) and not follow_link:
             raise OSError(errno.ELOOP, "it is a link", os.fspath(path))
         if os.path.islink(path) and _is_trap(path):
-            raise OSError(
-                errno.EACCES, "it is a link that another user has made there", os.fspath(path)
-            )
+            raise OSError(errno.EACCES, "it is a link made by another user", os.fspath(path))
         target = os.path.realpath(path) if follow_link else os.path.abspath(path)
     except ValueError as error:
         raise OSError(errno.EINVAL, _NO_NAME, os.fspath(path)) from error

@@ -110,8 +110,7 @@ class GGUFFile:
     def _require(self, n_bytes: int) -> None:
         if n_bytes > self._left:
             raise ValueError(
-                f"it is cut short: {n_bytes} bytes are said to follow, of which there "
-                f"are {self._left}"
+                f"it is cut short: {n_bytes} bytes should follow, but there are {self._left}"
             )
         self._left -= n_bytes
 
@@ -150,7 +149,7 @@ class GGUFFile:
 
     def _require_few(self, what: str, n: int) -> None:
         if n > _MOST[what]:
-            raise ValueError(f"it is said to have {n} {what}, more than {_MOST[what]}")
+            raise ValueError(f"it claims to have {n} {what}, more than {_MOST[what]}")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -201,7 +200,7 @@ class GGUFFile:
                 raise ValueError(f"its tensor {name!r} is of the unknown type {kind}")
             n_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
             if shape[-1] % n_block:
-                raise ValueError(f"its tensor {name!r} has rows that are no whole blocks")
+                raise ValueError(f"its tensor {name!r} has rows that are not whole blocks")
             nbytes = prod(shape) // n_block * block_bytes
             if begin + offset + nbytes > end:
                 raise ValueError(f"it is cut short: its tensor {name!r} ends beyond it")

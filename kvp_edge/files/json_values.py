@@ -55,7 +55,7 @@ def require(value: object, hints: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: naming the first that it lacks, or that is of another type.
     """
     if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     for name, hint in hints.items():
         if name not in value:
             raise ValueError(f"'{name}' is missing")

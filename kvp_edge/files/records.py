@@ -211,7 +211,7 @@ class Reader:
 
     def __init__(self, file: BinaryIO, record: Record) -> None:
         if record.header_bytes > _MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {record.header_bytes} bytes")
+            raise ValueError(f"its header would have {record.header_bytes} bytes")
         self._file, self._record = file, record
         head = _read(file, record.start, _HEAD.size + record.header_bytes)
         self._crc, self._at = zlib.crc32(head), len(head)
@@ -219,7 +219,9 @@ class Reader:
         self.header, self.arrays = _parse(head[_HEAD.size :], len(head), body)
         last = self.arrays[-1].at + self.arrays[-1].nbytes if self.arrays else len(head)
         if last != record.length - _TAIL.size:
-            raise ValueError(f"{body} bytes, and its arrays end at {last - len(head)}")
+            raise ValueError(
+                f"its arrays have {last - len(head)} bytes, and the record has {body} for them"
+            )
         self._next = 0
 
     @property
@@ -315,9 +317,9 @@ def _parse(text: bytes, at: int, most: int) -> tuple[dict[str, Any], list[Descri
         sizes = [max(n, 1) for n in one.shape]
         too_large = len(sizes) > _MAX_DIMENSIONS or math.prod(sizes) * one.dtype.itemsize > most
         if too_large or min(one.shape, default=0) < 0:
-            raise ValueError(f"an array of shape {shortened(entry['shape'])}")
+            raise ValueError(f"it has an array of shape {shortened(entry['shape'])}")
         if one.name in found:
-            raise ValueError(f"two arrays '{one.name}'")
+            raise ValueError(f"it has two arrays '{one.name}'")
         found[one.name] = one
         at = one.at + one.nbytes
     return header, list(found.values())
@@ -325,5 +327,5 @@ def _parse(text: bytes, at: int, most: int) -> tuple[dict[str, Any], list[Descri
 
 def _known(dtype: str) -> str:
     if dtype not in _DTYPES:
-        raise ValueError(f"an array of type {shortened(dtype)}")
+        raise ValueError(f"it has an array of type {shortened(dtype)}")
     return dtype

@@ -80,7 +80,10 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
         self.reported_kv_bytes = log.kv_bytes()
         if self.lora_path and not self._lora_adapter:  # the base class does not notice
-            path, reason = self.lora_path, log.first_error() or "it is no adapter for this model"
+            path, reason = (
+                self.lora_path,
+                log.first_error() or "it is not an adapter for this model",
+            )
             self._lora_adapter = None  # there is nothing to free
             self.close()
             raise UnsupportedModelError(f"the LoRA adapter '{path}' cannot be loaded: {reason}")
@@ -168,9 +171,9 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self._ctx.decode(self._batch)
         except RuntimeError as error:
             raise KVCacheError(
-                f"llama.cpp could not read {n} tokens after the {start} that it has read: {error}. "
-                "The conversation goes up to these; more of llama.cpp's reason is shown with "
-                "verbose=True"
+                f"llama.cpp could not read {n} tokens after the first {start}: {error}. The "
+                f"conversation ends after those {start}; load the model with verbose=True to "
+                "see llama.cpp's messages"
             ) from error
         self.input_ids[start : start + n] = tokens
         if self._logits_all:
@@ -205,8 +208,8 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             self.input_ids = np.ndarray((self._n_ctx,), dtype=np.intc)
             self.reset()
             raise SessionError(
-                "llama.cpp does not take this state: it was saved with another model or other "
-                f"settings. Nothing is read now (the reason: {error})"
+                "llama.cpp rejects this state, which was saved with another model or other "
+                f"settings ({error}). The conversation is empty now"
             ) from error
 
     @property
@@ -239,7 +242,9 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """
         logits = self.newest_logits()
         if not np.isfinite(logits).any():
-            raise KVCacheError("the model gives no token a finite likelihood: it cannot write")
+            raise KVCacheError(
+                "the model computes no finite probability for any token, so it cannot write"
+            )
         return int(np.nanargmax(logits))
 
     def keep_logits(self, start: int, logits: FloatArray) -> None:
@@ -258,9 +263,9 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
             scores = np.empty((rows, self._n_vocab), np.single)
         except MemoryError as error:
             raise MemoryError(
-                f"the logits of {rows} tokens take {rows * self._n_vocab * 4 / 2**30:.1f} GiB, and "
-                "with logits_all or a draft_model those of all tokens are kept: leave them out, or "
-                "read less (a lower n_ctx says so at once)"
+                f"the logits of {rows} tokens take {rows * self._n_vocab * 4 / 2**30:.1f} "
+                "GiB, and logits_all and draft_model keep those of all tokens: leave both "
+                "out, or read less (a lower n_ctx refuses longer texts at once)"
             ) from error
         scores[: len(self.scores)] = self.scores
         self.scores = scores

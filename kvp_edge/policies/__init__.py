@@ -47,7 +47,7 @@ def get_policy(
 
     Args:
         policy: "auto" is the policy trained for the model (see own_policy), else ``FALLBACK``.
-        model_path: the model's file, which "auto" looks at.
+        model_path: the model's file, which "auto" needs.
 
     Raises:
         PolicyError: unknown name; the message lists the known ones. Or a policy file that cannot be
@@ -64,7 +64,7 @@ def get_policy(
         return Onnx(policy)
     if policy not in POLICIES:
         raise PolicyError(
-            f"there is no policy '{policy}'; choose one of auto, {', '.join(POLICIES)}, or a "
+            f"unknown policy '{policy}'; choose one of auto, {', '.join(POLICIES)}, or a "
             "policy file (.gguf, .onnx)"
         )
     return POLICIES[policy]()

@@ -20,7 +20,7 @@ class Policy(ABC):
     """A scorer of cached tokens: write ``score`` and, if needed, set the class attributes.
 
     Parameters are the fields of a frozen dataclass, checked in ``__post_init__``. What ``score``
-    looks at comes with the view, and nothing of it stays in the policy: so one object may serve
+    needs comes with the view, and nothing of it stays in the policy: so one object may serve
     several models, also in several threads.
 
     A policy only scores. When and how much to evict, and which tokens are protected whatever their
@@ -48,14 +48,14 @@ class Policy(ABC):
 
     @property
     def context(self) -> int:
-        """How many neighbours to either side a score looks at (scope "token" only). A token's score
-        is final when that many later tokens are known; until then the recent window protects
+        """How many neighbours to either side a score depends on (scope "token" only). A token's
+        score is final when that many later tokens are known; until then the recent window protects
         it."""
         return 0
 
     @property
     def info(self) -> PolicyInfo | None:
-        """What model the policy was made for; None: it fits every model. Llama checks it at
+        """The model that the policy was made for; None: it fits every model. Llama checks it at
         load."""
         return None
 

@@ -41,7 +41,7 @@ class ExpectedAttention(Policy):
     def __post_init__(self) -> None:
         if self.future < 1 or self.sinks < 0:
             raise PolicyError(
-                "ExpectedAttention needs a future of 1 position or more and no fewer than 0 sinks: "
+                "ExpectedAttention needs future >= 1 and sinks >= 0, not "
                 f"{self.future}, {self.sinks}"
             )
 

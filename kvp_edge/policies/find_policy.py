@@ -19,7 +19,7 @@ def own_policy(model_path: str | os.PathLike[str]) -> str | None:
 
     Looked for among the files kvp-*.gguf beside the model, the newest first, then beside the file
     that it is a link to, and among those that come with the package. A file that cannot be used,
-    whatever is wrong with it, is passed over with a warning: the chat can go on without.
+    whatever is wrong with it, is skipped with a warning: the chat can continue without it.
     """
     fingerprint: str | None = None
     for path in _candidates(model_path):
@@ -33,7 +33,7 @@ def own_policy(model_path: str | os.PathLike[str]) -> str | None:
         except (PolicyFileError, MemoryError) as error:
             reason = str(error) or "it does not fit into memory"
             name = "" if str(path) in reason else f"'{path}': "
-            warnings.warn(f"passed over as a policy: {name}{reason}", stacklevel=2)
+            warnings.warn(f"policy skipped: {name}{reason}", stacklevel=2)
             continue
         return str(path)
     return None

@@ -40,9 +40,7 @@ class LagKV(Policy):
 
     def __post_init__(self) -> None:
         if self.lag < 1 or self.sinks < 0:
-            raise PolicyError(
-                f"LagKV needs a lag >= 1 and no fewer than 0 sinks: {self.lag}, {self.sinks}"
-            )
+            raise PolicyError(f"LagKV needs lag >= 1 and sinks >= 0, not {self.lag}, {self.sinks}")
 
     def score(self, view: CacheView) -> FloatArray:
         n = view.shape[2]

@@ -104,9 +104,9 @@ def check_arrays(info: PolicyInfo, keys: FloatArray, values: FloatArray) -> None
     wanted = (info.n_layer, info.n_head_kv, info.head_size_k, info.head_size_v)
     if found != wanted:
         raise PolicyFileError(
-            f"the policy '{info.name}' scores {wanted[0]} layers x {wanted[1]} KV heads x "
-            f"{wanted[2]}+{wanted[3]}, and the cache holds {found[0]} x {found[1]} x "
-            f"{found[2]}+{found[3]}: it is another model's policy"
+            f"the policy '{info.name}' is for another model: it scores {wanted[0]} layers x "
+            f"{wanted[1]} KV heads x {wanted[2]}+{wanted[3]}, but the cache has {found[0]} x "
+            f"{found[1]} x {found[2]}+{found[3]}"
         )
 
 

@@ -39,7 +39,7 @@ class Onnx(FromFile):
             ) from error
         self.path = os.fspath(path)
         if not os.path.isfile(path):
-            raise PolicyFileError(f"there is no policy file '{self.path}'")
+            raise PolicyFileError(f"policy file '{self.path}' not found")
         if providers is None:
             here = onnxruntime.get_available_providers()
             wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")

@@ -1,4 +1,4 @@
-"""The attention that logged queries pay to the tokens held now, for policies that look at it."""
+"""The attention that logged queries pay to the tokens held now, for policies that need it."""
 
 from __future__ import annotations
 

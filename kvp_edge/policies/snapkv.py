@@ -35,7 +35,7 @@ class SnapKV(Policy):
     def __post_init__(self) -> None:
         if self.window < 1 or self.kernel % 2 == 0:
             raise PolicyError(
-                f"SnapKV needs a window >= 1 and an odd kernel: {self.window}, {self.kernel}"
+                f"SnapKV needs window >= 1 and an odd kernel, not {self.window}, {self.kernel}"
             )
 
     @property

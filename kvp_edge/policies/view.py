@@ -118,11 +118,11 @@ class ArrayView(CacheView):
     @property
     def frequencies(self) -> KeyFrequencies:
         if self._frequencies is None:
-            raise PolicyError("nobody has measured the frequencies of RoPE")
+            raise PolicyError("the RoPE frequencies were not measured")
         return self._frequencies
 
 
 NO_QUERIES = (
-    "queries exist only in a bounded chat: load the model with kv_budget and a policy whose "
-    "n_queries asks for them"
+    "queries exist only in a bounded cache: load the model with kv_budget and a policy with "
+    "n_queries > 0"
 )

@@ -76,7 +76,7 @@ def memory() -> tuple[int, int | None]:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
     except (AttributeError, ValueError) as error:
-        raise OSError("this system does not tell how much memory it has") from error
+        raise OSError("this system does not report its memory") from error
 
 
 def cgroup_memory_limit() -> int | None:

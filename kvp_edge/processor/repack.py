@@ -65,7 +65,7 @@ def trial_command(library: Path) -> list[str]:
     """
     python, script = interpreter(), Path(buffer_types.__file__)
     if python is None or not script.exists():
-        raise NotTried(f"sys.executable ('{sys.executable}') runs no Python script")
+        raise NotTried(f"sys.executable ('{sys.executable}') cannot run a Python script")
     # -I and -S: nothing of the user's is imported, and it starts in a few milliseconds
     return [python, "-I", "-S", str(script), str(library)]
 
@@ -89,7 +89,7 @@ def try_buffer_types(command: Sequence[str], limit_s: float = _LIMIT_S) -> list[
         try:
             trial = attempt([*command, *done], limit_s)
         except OSError as error:
-            raise NotTried(f"no child process can be started: {error}") from error
+            raise NotTried(f"cannot start a child process: {error}") from error
         names, found = _understood(trial)
         if not found.keys() - done.keys() and any(name not in done for name in names or [PLAIN]):
             raise NotTried(f"the child process gave no answer ({trial.failed or 'it ended early'})")
@@ -120,10 +120,10 @@ def _understood(trial: Trial) -> tuple[list[str], dict[str, Tried]]:
             case ["end"]:
                 pass
             case _:
-                raise NotTried(f"the child process says what is not understood: '{line[:80]}'")
+                raise NotTried(f"the child process wrote an unexpected line: '{line[:80]}'")
     # status 0 in the middle does not mean a normal end: a program that ignores SIGCHLD sees 0
     if running and (trial.crashed or not trial.failed):
-        how = trial.failed or "without a word"
+        how = trial.failed or "without a message"
         fault = f"ends the process with {with_weights} weights ({how})"
         found[running] = Tried(running, [], fault)
     return names, found
@@ -149,7 +149,7 @@ def llama_library() -> Path:
             if (folder / name).exists():
                 return folder / name
     where = f"in '{folders[0]}'" if folders else "because llama-cpp-python is not installed"
-    raise FileNotFoundError(f"there is no llama.cpp library {where}")
+    raise FileNotFoundError(f"no llama.cpp library was found {where}")
 
 
 def _build(library: Path) -> list[str]:
@@ -255,7 +255,7 @@ def fault_of(library: Path, command: Callable[[], Sequence[str]], limit_s: float
         try:
             names = buffer_types.extra_buffer_types(str(library))
         except OSError as error:
-            return f"llama.cpp's buffer types cannot be listed ({error})"
+            return f"cannot list llama.cpp's buffer types ({error})"
         if not names:
             return ""
         try:
@@ -287,8 +287,8 @@ def _say_once(fault: str) -> None:
     if not _said:
         _said = True
         print(
-            "kvp-edge: weights are not repacked for this processor, which may be slower: "
-            f"{fault}. What to do: kvp-edge doctor",
+            f"kvp-edge: weights are not repacked, which may be slower: {fault}. Run kvp-edge "
+            "doctor for a fix",
             file=sys.stderr,
             flush=True,
         )

@@ -80,9 +80,7 @@ class AttentionFromQueries:
         self._add(n, keys)
         sums = self._sums[:, :, : self._blocks.n_sums(n)]
         if not np.isfinite(sums).all():
-            raise KVCacheError(
-                "the model's attention is no probability: it computes numbers that are not finite"
-            )
+            raise KVCacheError("the model's attention is not finite: the model file may be damaged")
         return (sums * np.float32(self._blocks.scale)).astype(np.float16)
 
     def _add(self, n: int, keys: FloatArray) -> None:

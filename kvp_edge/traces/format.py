@@ -247,21 +247,22 @@ class TraceSet(Sequence[Trace]):
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
-            raise TraceError(f"'{self.path}' holds no traces: there is no {MANIFEST} in it")
+            raise TraceError(f"'{self.path}' contains no traces: {MANIFEST} is missing")
         self.manifest = manifest
         self.model: Json = manifest["model"]
         self._entries: list[Json] = manifest["traces"]
         if not manifest["complete"] and not partial:
             raise TraceError(
-                f"'{self.path}' has {len(self._entries)} of {manifest['planned']} traces: the run "
-                "was interrupted. The same kvp-edge trace command finishes it; partial=True takes "
-                "what is there"
+                f"'{self.path}' has {len(self._entries)} of {manifest['planned']} traces: the "
+                "run was interrupted. Run the same kvp-edge trace command to finish it, or "
+                "use partial=True"
             )
         if model is not None and model_fingerprint(model) != self.model["fingerprint"]:
             raise TraceError(
-                f"the traces in '{self.path}' are of another model than '{os.fspath(model)}': of "
-                f"{self.model['name'] or 'a model without a name'} ({self.model['architecture']}, "
-                f"fingerprint {self.model['fingerprint'][:12]}). Trace this model, too"
+                f"the traces in '{self.path}' are from another model than "
+                f"'{os.fspath(model)}': {self.model['name'] or 'a model without a name'} "
+                f"({self.model['architecture']}, fingerprint "
+                f"{self.model['fingerprint'][:12]}). Trace this model as well"
             )
 
     def __len__(self) -> int:
@@ -294,7 +295,7 @@ class TraceSet(Sequence[Trace]):
                 raise TraceError(f"'{self.path / entry['file']}' was changed: {_AGAIN}")
 
 
-_AGAIN = "delete it, and the same kvp-edge trace command makes it again"
+_AGAIN = "delete it and run the same kvp-edge trace command"
 
 
 def read_manifest(folder: Path) -> Json | None:
@@ -306,7 +307,7 @@ def read_manifest(folder: Path) -> Json | None:
     except OSError as error:
         raise TraceError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:
-        raise TraceError(f"'{path}' is damaged: it is no JSON ({error})") from error
+        raise TraceError(f"'{path}' is damaged: it is not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise TraceError(
             f'\'{path}\' is not the manifest of traces: it has no "format": "{FORMAT}"'
@@ -314,8 +315,8 @@ def read_manifest(folder: Path) -> Json | None:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise TraceError(
             f"the traces in '{folder}' have format version "
-            f"{shortened(manifest.get('format_version'))}, this kvp_edge reads {FORMAT_VERSION}: "
-            "make them again with kvp-edge trace"
+            f"{shortened(manifest.get('format_version'))}, but this kvp_edge reads "
+            f"{FORMAT_VERSION}: record them again with kvp-edge trace"
         )
     missing = _MANIFEST.keys() - manifest.keys()
     if missing:
@@ -326,7 +327,7 @@ def read_manifest(folder: Path) -> Json | None:
         for entry in manifest["traces"]:
             require(entry, _ENTRY)
             if not _TRACE_FILE.fullmatch(entry["file"]):  # no path out of the folder
-                raise ValueError(f"{shortened(entry['file'])} is no name of a trace")
+                raise ValueError(f"{shortened(entry['file'])} is not the name of a trace")
     except ValueError as error:
         raise TraceError(f"'{path}' is damaged: {error}") from error
     return manifest

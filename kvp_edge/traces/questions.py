@@ -52,7 +52,7 @@ class Task:
 
 
 def shipped_prose() -> str:
-    """The novel that comes with the package."""
+    """The bundled novel."""
     return (resources.files("kvp_edge") / "data" / "prose.txt").read_text(encoding="utf-8")
 
 

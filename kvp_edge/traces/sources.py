@@ -123,7 +123,7 @@ class Tasks:
 
     count: int
     prose: Sequence[str] = ()
-    """Text files to hide the facts in; none: the novel that comes with the package."""
+    """Text files to hide the facts in; none: the bundled novel."""
 
     def about(self) -> dict[str, Any]:
         prose = [_file(path, _read(path)) for path in self.prose]
@@ -163,15 +163,15 @@ def plan(sources: Iterable[Source], llm: Llama, cut: Cut, n_traces: int | None) 
     ]
     if not found:
         raise TraceError(
-            f"nothing can be traced: no text has {cut.length} tokens, no chat has a reply that "
-            "ends within them, and no question fits. Lower --length, or give more to read"
+            f"nothing to trace: no text has {cut.length} tokens, no chat has a reply that "
+            "ends within them, and no question fits. Lower --length, or give more sources"
         )
     if n_traces is None:
         return found
     if n_traces > len(found):
         raise TraceError(
-            f"the sources make {len(found)} traces of up to {cut.length} tokens, fewer than the "
-            f"{n_traces} asked for: lower --traces or --length, or give more to read"
+            f"the sources make {len(found)} traces of up to {cut.length} tokens, fewer than "
+            f"the {n_traces} asked for: lower --traces or --length, or give more sources"
         )
     return random.Random(cut.seed).sample(found, n_traces)
 
@@ -180,14 +180,15 @@ def _messages(line: str, where: str) -> list[Message]:
     try:
         chat = json.loads(line)
     except ValueError as error:
-        raise TraceError(f"{where} is no JSON: {error}") from error
+        raise TraceError(f"{where} is not JSON: {error}") from error
     chat = chat.get("messages") if isinstance(chat, dict) else chat
     if not isinstance(chat, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in chat
     ):
         raise TraceError(
-            f'{where} is no chat: it must be a list like [{{"role": "user", "content": "Hello."}}]'
+            f"{where} is not a chat: it must be a list like "
+            '[{"role": "user", "content": "Hello."}]'
         )
     return [{"role": m["role"], "content": m["content"]} for m in chat]
 

@@ -138,8 +138,8 @@ class Tracer(Llama):
         most = len(tokens) + n_generate
         if not 0 < len(tokens) <= most <= self.length:
             raise ValueError(
-                f"a trace of {len(tokens)} tokens and {n_generate} more does not fit the "
-                f"{self.length} tokens planned for"
+                f"a trace of {len(tokens)} tokens and {n_generate} more does not fit into the "
+                f"{self.length} tokens planned"
             )
         blocks = Blocks.with_border_at(n_prompt, self.block)
         self.forget()
@@ -193,7 +193,7 @@ def _half(rows: npt.NDArray[np.float32], what: str) -> HalfArray:
     largest = float(np.abs(rows).max())
     if not largest <= float(np.finfo(np.float16).max):  # also when it is no number
         raise KVCacheError(
-            f"the model's {what} reach {largest:g}, which is no number that a trace can hold "
-            "(float16): the model file may be damaged"
+            f"the model's {what} reach {largest:g}, too large for a trace (float16): the "
+            "model file may be damaged"
         )
     return rows.astype(np.float16)

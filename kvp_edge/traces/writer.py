@@ -170,8 +170,8 @@ def _refuse_another_run(folder: Path, manifest: Json) -> None:
     if found["sources"] != manifest["sources"]:
         differ.append("other sources")
     raise TraceError(
-        f"'{folder}' holds traces of another run ({', '.join(differ) or 'another version'}): name "
-        "another folder, or delete that one"
+        f"'{folder}' has traces of another run ({', '.join(differ) or 'another version'}): "
+        "choose another folder, or delete that one"
     )
 
 
@@ -209,7 +209,7 @@ def _trace_all(
             raise
         raise OSError(
             f"the disk is full ({error.strerror}): {len(done)} of {len(pieces)} traces are "
-            f"finished and kept in '{folder}'. Make room, and the same command goes on"
+            f"finished and kept in '{folder}'. Make room and run the same command to resume"
         ) from error
     finally:
         _save_manifest(folder, manifest)

@@ -51,8 +51,8 @@ def save(path: Path, tensors: dict[str, Tensor], about: About) -> None:
         write_whole(path, data)
     except OSError as error:
         raise OSError(
-            f"cannot write '{path}': {error.strerror}. What was there before is kept; make "
-            "room, and the same command goes on from it"
+            f"cannot write '{path}': {error.strerror}. The previous file is kept; make room "
+            "and run the same command to resume"
         ) from error
 
 
@@ -67,7 +67,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], About]:
     try:
         open_regular(path).close()
     except FileNotFoundError as error:
-        raise TrainingError(f"there is no checkpoint '{path}'") from error
+        raise TrainingError(f"checkpoint '{path}' not found") from error
     except OSError as error:
         raise TrainingError(f"the checkpoint '{path}' cannot be read: {error.strerror}") from error
     try:
@@ -98,9 +98,9 @@ def _about(values: dict[str, Any]) -> About:
     shape = AgentShape(**{name: require(values["shape"], hints)[name] for name in hints})
     unknown = [name for name in values["shape"] if name not in hints and values["shape"][name]]
     if unknown:  # what is 0 was not used
-        raise ValueError(f"its agents have {unknown[0]}, which this version does not know")
+        raise ValueError(f"its agents have {unknown[0]}, which is unknown to this version")
     if values["step"] < 0:
-        raise ValueError("a number below 0")
+        raise ValueError(f"its step is {values['step']}, below 0")
     # runs of older versions have fewer of them
     require(values["settings"], {k: v for k, v in _SETTINGS.items() if k in values["settings"]})
     return About(**{**{name: values[name] for name in of_about}, "shape": shape})
@@ -118,7 +118,9 @@ def load_agents(path: str | os.PathLike[str]) -> tuple[Agents, About]:
         # compared first: what is made below is as large as the shape says
         for name, expected in about.shape.tensor_shapes().items():
             if name not in tensors or tuple(tensors[name].shape) != expected:
-                raise ValueError(f"its tensor {name} is missing, or not of shape {expected}")
+                raise ValueError(
+                    f"its tensor {name} is missing or does not have the shape {expected}"
+                )
         agents = Agents(about.shape)
         agents.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:

@@ -157,18 +157,18 @@ def check_traces(traces: TraceSetLike, protected: Protected) -> tuple[list[int],
             raise TrainingError(f"trace {i} is damaged: its keys and values do not fit together")
         if shape is not None and found != shape:
             raise TrainingError(
-                f"trace {i} is of another model: {_words(found)} instead of {_words(shape)}"
+                f"trace {i} is from another model: {_words(found)} instead of {_words(shape)}"
             )
         shape = found
         if len(cut_points(trace, protected)):
             usable.append(i)
     if shape is None:
-        raise TrainingError("there are no traces to train on")
+        raise TrainingError("no traces to train on: record some with kvp-edge trace")
     if not usable:
         raise TrainingError(
-            f"all {len(traces)} traces are too short: with {protected.sinks} sinks and "
-            f"{protected.recent} recent tokens protected, at least {_MIN_COMPETING} more and a "
-            "block of later ones are needed"
+            f"all {len(traces)} traces are too short: besides {protected.sinks} sinks and "
+            f"{protected.recent} recent tokens, they need {_MIN_COMPETING} more tokens and a "
+            "block of later ones"
         )
     return usable, shape
 
@@ -304,8 +304,8 @@ def gather(
     out[:, :, dk + dv :] = position_features(torch.from_numpy(trace.indices[at])).numpy()
     if not np.isfinite(out).all():
         raise TrainingError(
-            f"trace {index} holds keys or values that are not numbers (NaN or infinite): leave it "
-            "out or make it again"
+            f"trace {index} has keys or values that are not finite (NaN or infinite): leave "
+            "it out or record it again"
         )
     return out
 
@@ -317,7 +317,7 @@ def importance_of(
     received: npt.NDArray[np.float32] = trace.importance(n).reshape(-1, n)[heads]
     if not np.isfinite(received).all() or (received < 0).any():
         raise TrainingError(
-            f"trace {index} holds attention that is negative or not a number: make it again"
+            f"trace {index} has attention that is negative or not finite: record it again"
         )
     return received
 

@@ -80,7 +80,7 @@ def wanted(
         flat = paid.reshape(n_heads, begin)[:, first:end]
         if not np.isfinite(flat).all() or (flat < 0).any():
             raise TrainingError(
-                f"trace {index} holds attention that is negative or not a number: make it again"
+                f"trace {index} has attention that is negative or not finite: record it again"
             )
         age = (begin - np.arange(first, end)).astype(np.float32)
         if importance == "sum":

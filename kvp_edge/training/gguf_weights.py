@@ -70,7 +70,7 @@ class GGUFWeights:
     def refusal(self, what: str) -> TrainingError:
         """An exception that says ``what`` of this file is in the way."""
         return TrainingError(
-            f"the model file '{self.path}' of the architecture '{self.architecture}' {what}, which "
+            f"the model file '{self.path}' (architecture '{self.architecture}') {what}, which "
             "the PyTorch twin does not compute: use a model without it"
         )
 
@@ -124,8 +124,8 @@ class GGUFWeights:
             TrainingError: naming the first such tensor or key.
         """
         for name in sorted(self._tensors.keys() - self._asked):
-            raise self.refusal(f"holds the tensor {name}")
+            raise self.refusal(f"has the tensor {name}")
         for name in sorted(self._keys.keys() - self._asked - _DESCRIPTIVE):
             value = self._keys[name]
             if value and value != _NEUTRAL.get(name):
-                raise self.refusal(f"says {self.architecture}.{name} = {value}")
+                raise self.refusal(f"has {self.architecture}.{name} = {value}")

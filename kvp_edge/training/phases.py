@@ -144,14 +144,14 @@ class Texts:
         self.indices = [i for i in indices if self[i].size > longer_than]
         if not self.indices:
             raise TrainingError(
-                f"no text to train on or to validate with has more than {longer_than} tokens: "
-                "lower budget, or trace longer texts"
+                f"no text for training or validation has more than {longer_than} tokens: "
+                "lower budget or trace longer texts"
             )
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
         tokens: npt.NDArray[np.int32] | None = getattr(self._traces[index], "tokens", None)
         if tokens is None:
-            raise TrainingError("the traces do not say which tokens they are of: trace again")
+            raise TrainingError("the traces have no token ids: record them again")
         return tokens
 
 

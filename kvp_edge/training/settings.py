@@ -129,7 +129,7 @@ class Settings:
         ):
             if getattr(self, name) not in get_args(known):
                 raise TrainingError(
-                    f"{name} is {' or '.join(get_args(known))}, not '{getattr(self, name)}'"
+                    f"{name} must be {' or '.join(get_args(known))}, not '{getattr(self, name)}'"
                 )
         self._refuse_settings_of_others()
         if self.rankings < 2:
@@ -145,28 +145,36 @@ class Settings:
         if min(self.temperature, self.margin, self.clip, self.capacity_weight) <= 0:
             raise TrainingError("temperature, margin, clip and capacity_weight must be above 0")
         if not 0 < self.low_entropy <= 1:
-            raise TrainingError(f"low_entropy is a share of the tokens: {self.low_entropy}")
+            raise TrainingError(
+                "low_entropy must be a fraction of the tokens (above 0, at most 1), not "
+                f"{self.low_entropy}"
+            )
         if self.objective == "foresight" and self.budget <= self.sinks + self.recent:
             raise TrainingError(
-                f"a budget of {self.budget} leaves nothing to choose beside {self.sinks} sinks and "
-                f"{self.recent} recent tokens: raise it, or lower recent"
+                f"budget ({self.budget}) must be larger than sinks + recent ({self.sinks} + "
+                f"{self.recent}): raise it, or lower recent"
             )
         if not 0 < self.effort <= 1:
-            raise TrainingError(f"effort is a share of the heads, at most 1: {self.effort}")
+            raise TrainingError(
+                f"effort must be a fraction of the heads (above 0, at most 1), not {self.effort}"
+            )
         if not 0 < self.validation < 1:
-            raise TrainingError(f"validation is a share of the traces: {self.validation}")
+            raise TrainingError(
+                "validation must be a fraction of the traces (between 0 and 1), not "
+                f"{self.validation}"
+            )
         if self.recent < self.context // 2:
             raise TrainingError(
-                f"recent ({self.recent}) must cover half of the context width ({self.context}): a "
-                "token's score is final only when it has seen that far ahead"
+                f"recent ({self.recent}) must be at least half of the context width "
+                f"({self.context}), because a score is final only after that many tokens"
             )
         if self.objective == "foresight" and self.recent < self.context - 1:
             raise TrainingError(
-                f"recent ({self.recent}) must be at least {self.context - 1} for rollouts: a score "
-                f"that looks at {self.context} tokens is made of those that all heads still hold"
+                f"recent ({self.recent}) must be at least {self.context - 1} for rollouts, "
+                f"because a score uses {self.context} tokens that all heads must still keep"
             )
         if self.precision not in ("f32", "bf16"):
-            raise TrainingError(f"precision is f32 or bf16, not '{self.precision}'")
+            raise TrainingError(f"precision must be f32 or bf16, not '{self.precision}'")
 
     def _refuse_settings_of_others(self) -> None:
         for field in fields(self):
@@ -174,7 +182,7 @@ class Settings:
             changed = getattr(self, field.name) != field.default
             if used_by and changed and self.objective not in used_by:
                 raise TrainingError(
-                    f"{field.name} is a setting of objective {' or '.join(used_by)}, and this is "
+                    f"{field.name} belongs to objective {' or '.join(used_by)}, not "
                     f"{self.objective}: leave it out"
                 )
 

@@ -44,7 +44,7 @@ def simulated_loss(twin: Twin, tokens: Sequence[int], border: int, keep: BoolArr
         raise ValueError(f"the border must be from 1 to {n - 1} in a text of {n}, not {border}")
     wanted = (twin.n_layer, twin.n_head_kv, border)
     if keep.shape != wanted:
-        raise ValueError(f"what heads keep has the shape {keep.shape} where {wanted} belongs")
+        raise ValueError(f"keep has the shape {keep.shape} instead of {wanted}")
     device = twin.embedding.device
     dropped = torch.from_numpy(~keep).to(device)
 

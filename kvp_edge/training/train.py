@@ -218,7 +218,7 @@ class _Run:
                 "--model, or leave them out with --grpo-steps 0 and --distil-steps 0"
             )
         if not os.path.isfile(model):
-            raise TrainingError(f"there is no model file '{os.fspath(model)}'")
+            raise TrainingError(f"model file '{os.fspath(model)}' not found")
         if self.facts.get("fingerprint") not in (None, model_fingerprint(model)):
             raise TrainingError(
                 f"'{os.fspath(model)}' is not the model that was traced: rollouts and distillation "
@@ -238,7 +238,9 @@ class _Run:
         path = self.out / checkpoint.LAST
         if not path.exists():
             if (self.out / checkpoint.BEST).exists():
-                raise TrainingError(f"'{self.out}' holds a finished policy: choose another folder")
+                raise TrainingError(
+                    f"'{self.out}' already has a finished policy: choose another folder"
+                )
             return
         state, about = checkpoint.load(path)
         mine = self._about()
@@ -248,8 +250,8 @@ class _Run:
             key = other[0] if other else "shape"
             detail = f": {theirs.get(key)} instead of {ours[key]}" if other else ""
             raise TrainingError(
-                f"'{self.out}' holds a run of other settings ({key}{detail}): choose another "
-                "folder, or the same settings to go on with it"
+                f"'{self.out}' has a run with other settings ({key}{detail}): choose another "
+                "folder, or use the same settings to resume it"
             )
         try:
             self.learner.load(state)
@@ -301,7 +303,7 @@ class _Run:
                 if not math.isfinite(loss):
                     raise TrainingError(
                         f"training diverged at step {self.step}: lower lr ({phase.rate}). The "
-                        f"checkpoints in '{self.out}' are from before that"
+                        f"checkpoints in '{self.out}' are older and intact"
                     )
                 self.step += 1
                 bar.update()

@@ -42,8 +42,8 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
         super().__init__()
         if file.architecture not in ARCHITECTURES:
             raise TrainingError(
-                f"the model file '{file.path}' is of the architecture '{file.architecture}', and "
-                f"the PyTorch twin knows {', '.join(ARCHITECTURES)}"
+                f"the model file '{file.path}' has the architecture '{file.architecture}', "
+                f"but the PyTorch twin supports {', '.join(ARCHITECTURES)}"
             )
         n_layer = file.shape.n_layer
         window, local = _window(file, n_layer)
@@ -257,7 +257,7 @@ def _one_of(file: GGUFWeights, name: str, values: Any) -> int:
     """The one value that all layers have."""
     different = set(values) if isinstance(values, list) else {values}
     if len(different) != 1:
-        raise file.refusal(f"says {name} = {values}, another number in some layers")
+        raise file.refusal(f"has {name} = {values}, which differs between layers")
     return int(different.pop())
 
 
@@ -299,7 +299,7 @@ def _frequencies(file: GGUFWeights) -> tuple[Tensor, Tensor]:
     if kind == "none":
         factor = 1.0
     elif kind != "linear":
-        raise file.refusal(f"says {file.architecture}.rope.scaling.type = {kind}")
+        raise file.refusal(f"has {file.architecture}.rope.scaling.type = {kind}")
     n = int(file.key("rope.dimension_count", file.shape.head_size_k))
     exponent = torch.arange(0, n, 2, dtype=torch.float64) / -n
     everywhere = float(file.key("rope.freq_base", 10000.0)) ** exponent / factor

@@ -159,7 +159,7 @@ def heuristic_scorer(name: str) -> Scorer:
     """
     policy = POLICIES[name]()
     if policy.n_queries:
-        raise ValueError(f"policy '{name}' looks at queries, and a trace holds none")
+        raise ValueError(f"policy '{name}' needs queries, which a trace does not have")
 
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         keys = trace.keys[:, :, :n].astype(np.float32)

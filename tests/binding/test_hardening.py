@@ -44,7 +44,7 @@ def test_a_state_is_checked_without_touching_the_cache(
     state = cache.state()
     cache.check_state(state, present)
     for wrong in (present[:4], present + 1, np.empty(0, np.int32)):
-        with pytest.raises(KVCacheError, match="not what its table says"):
+        with pytest.raises(KVCacheError, match="does not match its table"):
             cache.check_state(state, wrong)
     with pytest.raises(KVCacheError):
         cache.check_state(state[:-1], present)

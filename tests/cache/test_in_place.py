@@ -290,7 +290,9 @@ def test_heads_that_are_no_whole_words_on_a_device_go_through_the_state(
     q8 = {"type_k": TYPES["Q8_0"], "flash_attn": True, "granularity": "head"}  # 34 bytes a head
     with placed(rpc_devices[:1]):
         llm = load(path, **BOUND, **q8, policy=Noise())
-        with pytest.raises(UnsupportedModelError, match="no whole 32-bit words on RPC"):
+        with pytest.raises(
+            UnsupportedModelError, match="not a multiple of 4 with this cache type on RPC"
+        ):
             load(path, **BOUND, **q8, pack="device")
         token = load(path, **BOUND, **{**q8, "granularity": "token"}, pack="device")
     assert llm.kv_stats.pack == "state"

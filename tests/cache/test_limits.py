@@ -40,7 +40,7 @@ def test_memory_is_all_cells_and_never_more_than_asked() -> None:
 
 def test_the_smallest_memory_that_holds_256_cells_is_accepted_and_one_byte_less_refused() -> None:
     assert plan(kv_budget="512KiB").cells == 256
-    with pytest.raises(BudgetError, match=r"too little.*0\.50 MiB"):
+    with pytest.raises(BudgetError, match=r"too small.*0\.50 MiB"):
         plan(kv_budget="511KiB")
 
 
@@ -48,7 +48,7 @@ def test_the_smallest_memory_that_holds_256_cells_is_accepted_and_one_byte_less_
 def test_a_number_of_tokens_is_whole(name: str) -> None:
     asked = {"kv_budget": 512, name: 64}
     for wrong in (64.0, 64.5, b"64"):  # 4096 / 64 is a float, too
-        with pytest.raises(BudgetError, match=f"^{name} is a number of tokens, a whole one"):
+        with pytest.raises(BudgetError, match=f"^{name} must be a whole number of tokens"):
             plan(**{**asked, name: wrong})
     assert plan(**{**asked, name: np.int64(300)})
 

@@ -413,7 +413,9 @@ def test_a_log_that_was_left_is_begun_anew_and_rows_of_it_stay_readable(path: Pa
 @pytest.mark.parametrize("text", [b"mine", b"kvpsess\n" + bytes(60), b"kvp", b"GGUF" * 99])
 def test_another_file_is_never_overwritten(path: Path, text: bytes) -> None:
     path.write_bytes(text)
-    with pytest.raises(OptionError, match="kv_log='.*' is a file, but no KV log .* or delete it"):
+    with pytest.raises(
+        OptionError, match="kv_log='.*' exists and is not a KV log .* or delete the file"
+    ):
         LogFile(path, LAYOUT)
     assert path.read_bytes() == text
 

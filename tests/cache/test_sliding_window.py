@@ -228,10 +228,10 @@ def test_memory_for_no_cell_at_all_is_told_what_the_window_needs_as_well(
     random_model: Maker, load: Loader
 ) -> None:
     path = random_model(windowed(LARGE)).path
-    with pytest.raises(BudgetError, match=r"beside .* window has 512 cells, 0\.50 MiB"):
+    with pytest.raises(BudgetError, match=r"beside .* window .512 cells. takes 0\.50 MiB"):
         load(path, n_ctx=3000, granularity="head", kv_budget="100KiB")
     for granularity in ("token", "auto"):  # which do without
-        with pytest.raises(BudgetError, match=r"the smallest cache has 256 cells, 0\.25 MiB"):
+        with pytest.raises(BudgetError, match=r"the smallest cache .256 cells. takes 0\.25 MiB"):
             load(path, n_ctx=3000, granularity=granularity, kv_budget="100KiB")
         load(path, n_ctx=3000, granularity=granularity, kv_budget="0.25MiB")
 

@@ -472,7 +472,7 @@ def test_sessions_refuse_other_settings(
     llm.eval(random_tokens(300))
     llm.save_session(tmp_path / "s")
     other = load(bundled_model, **TIGHT, **change)
-    with pytest.raises(SessionError, match=f"with {name} = .* and here it is"):
+    with pytest.raises(SessionError, match=f"with {name} = .* but here it is"):
         other.load_session(tmp_path / "s")
 
 

@@ -408,13 +408,13 @@ def sentence(got: Output) -> str:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["chat", "nowhere.gguf"], "there is no model file 'nowhere.gguf'"),
+        (["chat", "nowhere.gguf"], "model file 'nowhere.gguf' not found"),
         (["chat", "--kv-budget", "5"], "--kv-budget 5 must be larger than sinks + recent"),
         (["chat", "--kv-budget", "64", "--recent", "70"], "larger than sinks + recent"),
         (["chat", "--kv-budget", "lots"], "not 'lots'"),
-        (["chat", "--kv-budget", "1KiB"], "too little"),
-        (["chat", "--sinks", "-1"], "--sinks must not be negative"),
-        (["chat", "--policy", "nope"], "there is no policy 'nope'"),
+        (["chat", "--kv-budget", "1KiB"], "too small"),
+        (["chat", "--sinks", "-1"], "--sinks must be at least 0"),
+        (["chat", "--policy", "nope"], "unknown policy 'nope'"),
         (["chat", "--granularity", "layer"], "--granularity"),
         (
             ["chat", "--keep-whole", "pages"],
@@ -517,7 +517,7 @@ def test_bad_usage_shows_usage_and_status_2(kvp: Type, argv: list[str]) -> None:
 
 
 def test_verbose_shows_the_traceback(kvp: Type) -> None:
-    with pytest.raises(ValueError, match="no policy"):
+    with pytest.raises(ValueError, match="unknown policy"):
         kvp("chat", "--policy", "nope", "--verbose")
 
 

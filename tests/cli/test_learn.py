@@ -116,4 +116,4 @@ def test_learning_with_other_traces_in_the_same_folder_is_refused(
     torch.set_num_threads(1)
     assert main(learn(model, tmp_path / "out")) == 0
     assert main(learn(model, tmp_path / "out", "--seed", "1")) == 2
-    assert "holds traces of another run (seed 0 instead of 1)" in capsys.readouterr().err
+    assert "has traces of another run (seed 0 instead of 1)" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from support.command_line import FEW_CELLS, Type
         ("not with isolate_turns=True (n_ctx=7)", "not with --isolate-turns (--n-ctx 7)"),
         ("n_threads must be from 1 to 512", "--threads must be from 1 to 512"),
         ("sinks, recent and pack must be", "--sinks, --recent and --pack must be"),
-        ("kv_budget=100 is too little", "--kv-budget 100 is too little"),
+        ("kv_budget=100 is too small", "--kv-budget 100 is too small"),
         ("kv_budget=4.5MiB gives 256", "--kv-budget 4.5MiB gives 256"),
         ("context n_ctx=300: a larger n_ctx", "context --n-ctx 300: a larger --n-ctx"),
         ("use granularity='token', which", "use --granularity token, which"),
@@ -34,8 +34,8 @@ from support.command_line import FEW_CELLS, Type
         ("lower n_batch, length=3", "lower n_batch, length=3"),
         ("my_n_ctx=3 and n_ctx_train", "my_n_ctx=3 and n_ctx_train"),
         ("", ""),
-        ("the policy is of another model", "the policy is of another model"),
-        ("there is no model file 'my n_ctx=3'", "there is no model file 'my n_ctx=3'"),
+        ("the policy is for another model", "the policy is for another model"),
+        ("model file 'my n_ctx=3' not found", "model file 'my n_ctx=3' not found"),
         ("cannot read 'n_ctx.txt' or ./n_ctx", "cannot read 'n_ctx.txt' or ./n_ctx"),
         ("recent messages are kept", "recent messages are kept"),
         ("with policy = keydiff", "with policy = keydiff"),
@@ -51,6 +51,10 @@ def test_every_command_has_names_of_its_own() -> None:
         as_options("steps, states, tokens and eval_every must be at least 1", train.Options)
         == "--steps, --states, --tokens and --eval-every must be at least 1"
     )
+    assert (
+        as_options("effort belongs to objective kvp or foresight, not global", train.Options)
+        == "--effort belongs to objective kvp or foresight, not global"
+    )
     assert as_options("file must be one; n_ctx=3", inspect.Options) == "file must be one; n_ctx=3"
 
 
@@ -61,7 +65,7 @@ def test_every_command_has_names_of_its_own() -> None:
             ["--kv-budget", "100", "--recent", "150"],
             "Raise --kv-budget to 155 or more, or lower --",
         ),
-        (["--kv-budget", "1KiB"], "--kv-budget 1KiB is too little"),
+        (["--kv-budget", "1KiB"], "--kv-budget 1KiB is too small"),
         (["--reserve", "0"], "reserve must be at least 1"),
         (
             ["--kv-budget", "9000", "--n-ctx", "20000", "--positions", "compact"],

@@ -168,7 +168,7 @@ def test_a_file_that_is_no_model_is_a_fault_and_one_that_is_missing_bad_input(
     (one,) = faults(doctor._model(str(path)))
     assert "cannot be read as a GGUF file" in one.fault
     assert run(str(tmp_path / "missing.gguf"))[0] == 2
-    assert "there is no model file" in capsys.readouterr().err
+    assert "missing.gguf' not found" in capsys.readouterr().err
 
 
 def test_a_model_larger_than_the_memory_is_a_fault(
@@ -307,7 +307,7 @@ def test_buffer_types_that_cannot_be_tried_are_a_fault_unless_llama_cpp_is_missi
 ) -> None:
     monkeypatch.setattr(doctor, "trial_command", lambda library: ["/no/such/program"])
     (one,) = faults(doctor._buffer_types(True))
-    assert "no child process can be started" in one.fault
+    assert "cannot start a child process" in one.fault
     assert list(doctor._buffer_types(False)) == []
 
 

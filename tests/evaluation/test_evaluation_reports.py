@@ -116,9 +116,9 @@ def test_a_file_of_records_has_the_permissions_of_any_other_file(tmp_path: Path)
 def test_what_is_no_file_holds_no_records_and_new_files_cannot_be_run(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
-        with pytest.raises(OSError, match="it is no regular file"):
+        with pytest.raises(OSError, match="it is not a regular file"):
             read_records(path)
-    with pytest.raises(OSError, match="it is no regular file"):
+    with pytest.raises(OSError, match="it is not a regular file"):
         append_record(tmp_path / "fifo", record())
     old = os.umask(0o022)
     try:

@@ -347,12 +347,12 @@ def test_tasks_are_listed_with_what_they_ask(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (["--tasks", "nonsense"], "there is no task 'nonsense'"),
-        (["--policies", "nonsense"], "there is no policy 'nonsense'"),
+        (["--tasks", "nonsense"], "unknown task 'nonsense'"),
+        (["--policies", "nonsense"], "unknown policy 'nonsense'"),
         (["--policies", "missing.gguf"], "missing.gguf"),
         (["--budgets", "many"], "not 'many'"),
         (["--lengths", "few"], "few"),
-        (["--budgets", "4"], "less than 16"),
+        (["--budgets", "4"], "at least 16 are needed"),
         (["--question", "seen"], "--mode one-shot"),
         (["--tasks", "fact", "--lengths", "20"], "20"),
     ],

@@ -141,7 +141,7 @@ def test_a_checkpoint_without_a_model_needs_one(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="--base MODEL.gguf"):
         export(tmp_path)
     assert export(tmp_path, architecture="qwen2").info.architecture == "qwen2"
-    with pytest.raises(TrainingError, match="are of another model"):
+    with pytest.raises(TrainingError, match="are from another model"):
         export(tmp_path, architecture="qwen2", traces=TRACES)
 
 
@@ -154,7 +154,7 @@ def test_the_command_s_last_line_names_the_file(
     assert main(["export", str(run), "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("kvp-synthetic-w5-F16.gguf")
     assert main(["export", str(tmp_path / "none")]) == 2
-    assert "there is no checkpoint" in capsys.readouterr().err
+    assert "none' not found" in capsys.readouterr().err
     assert main(["export", str(run), "--base", bundled_model]) == 2
     assert "is for a cache of" in capsys.readouterr().err
 
@@ -164,7 +164,7 @@ def test_an_onnx_file_that_is_no_policy_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"nonsense")
     with pytest.raises(PolicyFileError, match="onnxruntime cannot load"):
         get_policy(str(tmp_path / "x.onnx"))
-    with pytest.raises(PolicyFileError, match="there is no policy file"):
+    with pytest.raises(PolicyFileError, match="policy file '.*none.onnx' not found"):
         get_policy(str(tmp_path / "none.onnx"))
 
 

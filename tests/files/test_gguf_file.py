@@ -106,7 +106,7 @@ def tensor(name: str, dims: tuple[int, ...], kind: int = 0, offset: int = 0) -> 
         (tensor("t", (4,), offset=2**63), "its tensor 't' ends beyond it"),
         (tensor("t", (8,)), "its tensor 't' ends beyond it"),  # 7 numbers follow
         (tensor("t", (4,), kind=77), "unknown type 77"),
-        (tensor("t", (33,), kind=8), "no whole blocks"),
+        (tensor("t", (33,), kind=8), "not whole blocks"),
         (tensor("t", ()), "has 0 dimensions"),
         (tensor("t", (1,) * 5), "has 5 dimensions"),
         (tensor("t", (1,)) * 2, "the tensor 't' twice"),

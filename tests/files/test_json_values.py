@@ -57,7 +57,7 @@ def test_what_an_object_lacks_is_named() -> None:
         require({"a": 1}, {"a": int, "b": int})
     with pytest.raises(ValueError, match="'a' cannot be '1'"):
         require({"a": "1"}, {"a": int})
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         require([], {"a": int})
 
 

@@ -319,7 +319,7 @@ def test_without_any_query_all_tokens_score_alike(name: str, keys: NDArray[np.fl
 
 @pytest.mark.parametrize("name", WANT_QUERIES)
 def test_a_view_without_queries_says_so(name: str, keys: NDArray[np.float32]) -> None:
-    with pytest.raises(ValueError, match=r"queries exist only in a bounded chat.*kv_budget"):
+    with pytest.raises(ValueError, match=r"queries exist only in a bounded cache.*kv_budget"):
         POLICIES[name]().score(ArrayView(keys, keys, np.arange(N, dtype=np.int32)))
 
 
@@ -583,7 +583,9 @@ def test_attention_with_a_bias_is_refused(tmp_path: Path) -> None:
 
 def test_expected_attention_refuses_a_model_without_rope(tmp_path: Path) -> None:
     write_mpt(tmp_path / "mpt.gguf")
-    with pytest.raises(UnsupportedModelError, match="'expected-attention' takes RoPE off queries"):
+    with pytest.raises(
+        UnsupportedModelError, match="'expected-attention' must remove RoPE from queries"
+    ):
         kvp_edge.Llama(
             str(tmp_path / "mpt.gguf"), n_ctx=999, kv_budget=100, policy="expected-attention",
             granularity="token", verbose=False,

@@ -94,7 +94,7 @@ def test_a_damaged_policy_is_passed_over_with_a_warning(model: Path) -> None:
     (model.parent / "kvp-a.gguf").write_bytes(b"GGUF and then nothing")
     shutil.copy(model, model.parent / "kvp-b.gguf")  # a model that is called like a policy
     os.utime(path, (0, 0))  # the newest come first
-    with pytest.warns(UserWarning, match="passed over as a policy: .*kvp-[ab]") as warned:
+    with pytest.warns(UserWarning, match="policy skipped: .*kvp-[ab]") as warned:
         assert own_policy(model) == str(path)
     assert len(warned) == 2
 
@@ -141,13 +141,13 @@ def test_whatever_is_wrong_with_a_policy_beside_a_model_it_is_passed_over(
     }
     for name, make in makers.items():
         make()
-        with pytest.warns(UserWarning, match="passed over as a policy: .*kvp-bad") as warned:
+        with pytest.warns(UserWarning, match="policy skipped: .*kvp-bad") as warned:
             assert own_policy(model) is None, name
         assert len(warned) == 1, name
         bad.rmdir() if bad.is_dir() else bad.unlink()
 
     bad.symlink_to("nothing")
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="policy skipped"):
         assert load(model, kv_budget=400, n_ctx=512).kv_stats.policy == FALLBACK
 
 
@@ -172,14 +172,14 @@ def test_one_of_too_few_layers_beside_a_model_with_windows_is_passed_over_when_i
     info = replace(info, fingerprint=model_fingerprint(model))
     path = write(tmp_path / "kvp-own.gguf", info)
     bound = {"n_ctx": 2000, "kv_budget": 100, "granularity": "head"}
-    with pytest.warns(UserWarning, match="passed over as a policy: .* 2 layers"):
+    with pytest.warns(UserWarning, match="policy skipped: .* 2 layers"):
         llm = load(model, **bound)
     assert llm.kv_stats.policy == FALLBACK
     llm.eval([0, *np.random.default_rng(0).integers(6, 270, 900).tolist()])
     assert llm.kv_stats.evictions > 0
     with pytest.raises(PolicyFileError, match="2 layers"):
         load(model, policy=str(path), **bound)
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="policy skipped"):
         demo = Demo(Namespace(**DEMO, model=str(model)))
     assert "6 rows" in demo.how_long()  # none for it
 

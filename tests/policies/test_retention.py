@@ -210,7 +210,7 @@ def test_objective_and_horizon_come_back(gates_file: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"kvp__objective": "magic"}, "'magic', and this kvp_edge knows kvp, foresight, global"),
+        ({"kvp__objective": "magic"}, "'magic', but this kvp_edge knows kvp, foresight, global"),
         ({"drop": "kvp.objective"}, "lacks the key kvp.objective"),
         ({"drop": "kvp.retention.horizon"}, "lacks the key kvp.retention.horizon"),
         ({"kvp__retention__horizon": 0}, "kvp.retention.horizon 0; it must be at least"),

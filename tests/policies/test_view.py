@@ -111,7 +111,7 @@ def test_a_rule_is_applied_where_the_cache_lies_or_else_by_its_definition(
 def test_queries_of_a_chat_that_logs_none_are_a_sentence(random_model: Maker, load: Loader) -> None:
     llm = load(random_model(SHAPE).path, **BOUND, policy=Asking(lambda view: view.queries(3)))
     llm.eval(random_tokens(256))
-    with pytest.raises(ValueError, match="a policy whose n_queries asks for them"):
+    with pytest.raises(ValueError, match="a policy with n_queries > 0"):
         llm.eval([7])
     assert (llm.n_tokens, llm.kv_stats.seen) == (256, 256)
 
@@ -158,7 +158,7 @@ def test_a_session_knows_the_parameters_of_ones_own_policy(
     ],
 )
 def test_impossible_parameters_are_refused_where_they_are_given(make: Any) -> None:
-    with pytest.raises(ValueError, match=r"needs an? (lag|window|future)"):
+    with pytest.raises(ValueError, match=r"needs (lag|window|future) >= "):
         make()
 
 

@@ -171,7 +171,7 @@ def test_a_program_that_is_no_python_is_not_started_again(
     program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", program)
-    with pytest.raises(NotTried, match="runs no Python script"):
+    with pytest.raises(NotTried, match="cannot run a Python script"):
         repack.trial_command(llama_library())
 
 

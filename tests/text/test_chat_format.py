@@ -286,7 +286,7 @@ def test_what_llama_cpp_would_wait_for_or_cannot_open_is_no_model(
     pipe, name = tmp_path / "pipe", tmp_path / "mod\udce9l.gguf"
     os.mkfifo(pipe)
     name.symlink_to(bundled_model)
-    for path, says in ((pipe, "a pipe or a device"), (tmp_path, "a folder"), (name, "no UTF-8")):
+    for path, says in ((pipe, "a pipe or a device"), (tmp_path, "a folder"), (name, "not UTF-8")):
         for command in (["chat"], ["run", "-p", "Why?"]):
             got = kvp(*command, str(path))
             assert (got.status, says in got.err) == (2, True)

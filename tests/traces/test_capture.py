@@ -343,7 +343,7 @@ def test_weights_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace)
 def test_queries_that_are_no_numbers_are_reported(tmp_path: Path, tracer: Trace) -> None:
     """With flash attention nothing else shows those of the last layer."""
     llm = tracer(write_with_nan(tmp_path / "nan.gguf", "blk.1.attn_q.weight"), flash_attn=True)
-    with pytest.raises(KVCacheError, match="attention is no probability: .* not finite"):
+    with pytest.raises(KVCacheError, match="attention is not finite: the model file"):
         llm.capture(random_tokens(30), 10)
 
 
@@ -367,7 +367,7 @@ def test_no_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_text_longer_than_announced_is_refused(random_model: Maker, tracer: Trace) -> None:
     llm = tracer(random_model(SHAPES["llama, 2 queries to a key"]).path, 64)
-    with pytest.raises(ValueError, match="60 tokens and 5 more does not fit the 64"):
+    with pytest.raises(ValueError, match="60 tokens and 5 more does not fit into the 64"):
         llm.capture(random_tokens(60), 60, n_generate=5)
 
 

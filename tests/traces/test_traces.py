@@ -215,11 +215,11 @@ def test_the_same_seed_draws_the_same_pieces(llm: Llama) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 1 is no JSON"),
-        ('{"role": "user"}', "line 1 is no chat"),
-        ('[{"role": "user", "content": 3}]', "line 1 is no chat"),
-        ('[{"role": "user", "content": "Hello."}]', "nothing can be traced"),
-        ("", "nothing can be traced"),
+        ("{", "line 1 is not JSON"),
+        ('{"role": "user"}', "line 1 is not a chat"),
+        ('[{"role": "user", "content": 3}]', "line 1 is not a chat"),
+        ('[{"role": "user", "content": "Hello."}]', "nothing to trace"),
+        ("", "nothing to trace"),
     ],
 )
 def test_a_bad_chat_is_named(line: str, says: str, llm: Llama, tmp_path: Path) -> None:
@@ -323,7 +323,9 @@ def test_a_folder_of_another_run_is_refused(
 ) -> None:
     out = tmp_path / "out"
     traced(model, text, out)
-    with pytest.raises(TraceError, match="another run \\(length 100 instead of 90, .*name another"):
+    with pytest.raises(
+        TraceError, match="another run \\(length 100 instead of 90, .*choose another"
+    ):
         traced(model, text, out, length=90)
     other = random_model(ModelShape("llama", seed=5))
     with pytest.raises(TraceError, match="another run \\(model "):
@@ -331,21 +333,24 @@ def test_a_folder_of_another_run_is_refused(
     Path(text).write_text("another text " * 100)
     with pytest.raises(TraceError, match="another run \\(other sources\\)"):
         traced(model, text, out)
-    with pytest.raises(TraceError, match=r"of another model than '.*fingerprint .*Trace this"):
+    with pytest.raises(TraceError, match=r"from another model than '.*fingerprint .*Trace this"):
         TraceSet(out, model=other.path)
 
 
 def test_what_is_no_set_of_traces_is_refused(model: RandomModel, text: str, tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match=r"holds no traces: there is no manifest\.json"):
+    with pytest.raises(TraceError, match=r"contains no traces: manifest\.json is missing"):
         TraceSet(tmp_path / "none")
     out = tmp_path / "out"
     traces = traced(model, text, out)
     manifest = out / "manifest.json"
     for content, says in (
-        ("{", "is damaged: it is no JSON"),
+        ("{", "is damaged: it is not JSON"),
         ("[]", "is not the manifest of traces"),
         ('{"format": "something"}', "is not the manifest of traces"),
-        (json.dumps({**traces.manifest, "format_version": 9}), "format version 9, this .* reads 1"),
+        (
+            json.dumps({**traces.manifest, "format_version": 9}),
+            "format version 9, but this .* reads 1",
+        ),
         (json.dumps({"format": "kvp-traces", "format_version": 1}), "damaged: it has no complete"),
     ):
         manifest.write_text(content)
@@ -392,7 +397,7 @@ def test_whatever_is_wrong_with_a_manifest_is_refused(
     assert [kind for kind in kinds if kind not in allowed] == []
     for content in ("[" * 100_000, '{"a":' * 100_000, "9" * 5000):
         manifest.write_text(content)
-        with pytest.raises(TraceError, match="is damaged: it is no JSON"):
+        with pytest.raises(TraceError, match="is damaged: it is not JSON"):
             TraceSet(tmp_path)
 
 
@@ -405,7 +410,7 @@ def test_no_path_leads_out_of_the_folder_of_traces(
     traces = traced(model, text, tmp_path / "t", n_traces=1)
     manifest = {**traces.manifest, "traces": [{**traces.manifest["traces"][0], "file": name}]}
     (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(TraceError, match="is no name of a trace"):
+    with pytest.raises(TraceError, match="is not the name of a trace"):
         TraceSet(tmp_path / "t")
 
 
@@ -422,9 +427,9 @@ def test_what_is_no_file_is_no_trace_and_no_manifest(
     ):
         path.unlink()
         make()
-        with pytest.raises(TraceError, match="cannot read .*: it is no regular file"):
+        with pytest.raises(TraceError, match="cannot read .*: it is not a regular file"):
             traces[0]
-        with pytest.raises(TraceError, match="cannot read .*: it is no regular file"):
+        with pytest.raises(TraceError, match="cannot read .*: it is not a regular file"):
             traces.check()
         if path.is_dir() and not path.is_symlink():
             path.rmdir()
@@ -435,7 +440,7 @@ def test_what_is_no_file_is_no_trace_and_no_manifest(
         traces[0]
     (tmp_path / "manifest.json").unlink()
     os.mkfifo(tmp_path / "manifest.json")
-    with pytest.raises(TraceError, match="it is no regular file"):
+    with pytest.raises(TraceError, match="it is not a regular file"):
         TraceSet(tmp_path)
 
 
@@ -589,7 +594,7 @@ def test_traces_with_flash_attention_and_without_do_not_mix(
     [
         ([], "nothing to read: give --text"),
         (["--task-prose", BOOK], "--task-prose needs --tasks N"),
-        (["--tasks", "2", "--length", "20"], "nothing can be traced"),
+        (["--tasks", "2", "--length", "20"], "nothing to trace"),
         (["--text", "none.txt"], "cannot read 'none.txt'"),
     ],
 )

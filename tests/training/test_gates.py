@@ -181,7 +181,7 @@ def test_a_head_that_receives_more_wants_more() -> None:
 def test_attention_that_is_none_is_refused(importance: Any, bad: float) -> None:
     trace = SyntheticTraces(1)[0]
     trace.paid[0, 1, 30] = bad
-    with pytest.raises(TrainingError, match="trace 7 holds attention that is negative or not a"):
+    with pytest.raises(TrainingError, match="trace 7 has attention that is negative or not"):
         wanted(trace, 7, importance, Protected())
 
 
@@ -351,11 +351,11 @@ def test_a_folder_with_a_run_of_another_objective_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"token_steps": 10}, "token_steps is a setting of objective kvp or foresight, and this"),
-        ({"effort": 0.5}, "effort is a setting of objective kvp or foresight"),
-        ({"rankings": 4}, "rankings is a setting of objective kvp"),
-        ({"margin": 0.2}, "margin is a setting of objective foresight, and this is global"),
-        ({"grpo_steps": 0}, "grpo_steps is a setting of objective foresight"),
+        ({"token_steps": 10}, "token_steps belongs to objective kvp or foresight, not global"),
+        ({"effort": 0.5}, "effort belongs to objective kvp or foresight"),
+        ({"rankings": 4}, "rankings belongs to objective kvp"),
+        ({"margin": 0.2}, "margin belongs to objective foresight, not global"),
+        ({"grpo_steps": 0}, "grpo_steps belongs to objective foresight"),
         ({"capacity": 0}, "capacity, horizon and distil_tokens must be at least 1"),
         ({"horizon": 0}, "capacity, horizon and distil_tokens must be at least 1"),
         ({"capacity_weight": 0.0}, "capacity_weight must be above 0"),

@@ -350,7 +350,7 @@ def test_rollouts_without_the_traced_model_are_refused(traces: TraceSet, tmp_pat
         run(traces, tmp_path / "out", other)
     unsaid = SyntheticTraces(4)
     unsaid.model = {"architecture": "llama"}
-    with pytest.raises(TrainingError, match="do not say which tokens they are of"):
+    with pytest.raises(TrainingError, match="the traces have no token ids"):
         run(unsaid, tmp_path / "out", other)
     assert run(traces, tmp_path / "none", None, changed={"grpo_steps": 0}).loss_increase is None
 
