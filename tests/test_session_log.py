@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -18,13 +19,14 @@ import numpy as np
 import pytest
 
 from conftest import RandomModel, random_tokens
-from kvp_edge import Llama, SessionError
-from kvp_edge.cache import session_file
+from kvp_edge import Llama, SessionError, sessions
+from kvp_edge.cache import kv_log, log_file, manager, session_file
 from kvp_edge.cache.kv_log import Block, Bytes, InMemory, KVLog
 from kvp_edge.cache.log_file import read_log
 from kvp_edge.files import records
 from makers import record_files
 from makers.gguf_models import ModelShape
+from support.interrupt import interrupted
 
 Maker = Callable[[ModelShape], RandomModel]
 Loader = Callable[..., Llama]
@@ -360,6 +362,42 @@ def test_a_process_killed_while_it_saves_leaves_the_last_session_or_the_one_befo
         assert saved <= found == llm.n_tokens <= saved + 30
         assert log_of(llm).lost == 0
         answer(llm, n)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
+@pytest.mark.parametrize("store", ["memory", "file"])
+def test_an_interrupt_in_a_load_leaves_one_conversation_with_its_log_or_none(
+    opened: Opened, tmp_path: Path, store: str
+) -> None:
+    llm = opened(kv_log=tmp_path / "log" if store == "file" else None)
+    fresh = opened()
+    texts = {n: random_tokens(n, seed=n) for n in (330, 250)}
+    held = {}
+    for n, text in texts.items():
+        fresh.reset()
+        fresh.eval(text)
+        held[n] = [(b.first, b.rows.tobytes()) for b in log_of(fresh).blocks]
+    llm.eval(texts[330])
+    llm.save_session(tmp_path / "s")
+    modules = (sessions, manager, kv_log, log_file, session_file, contextlib)
+    here = [str(module.__file__) for module in modules]
+    found = set()
+
+    def survives(at: int) -> bool:
+        llm.reset()
+        llm.eval(texts[250])
+        came = interrupted(lambda: llm.load_session(tmp_path / "s"), at, *here)
+        n = llm.n_tokens
+        assert llm.kv is not None
+        if n in texts and llm.kv.trusted:
+            assert llm.input_ids[:n].tolist() == texts[n]
+            assert [(b.first, b.rows.tobytes()) for b in log_of(llm).blocks] == held[n], at
+            found.add(n)
+        llm.eval([]) if llm.kv.trusted else llm.reset()
+        return came
+
+    assert next(at for at in range(0, 3000, 5) if not survives(at)) > 100
+    assert found == {250, 330}
 
 
 # -- other settings -------------------------------------------------------------------------------
