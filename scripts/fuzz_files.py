@@ -46,8 +46,10 @@ import mutations  # noqa: E402
 from kvp_edge import KVCacheError, Llama, SessionError  # noqa: E402
 from kvp_edge.binding.fingerprint import model_fingerprint  # noqa: E402
 from kvp_edge.binding.model import read_model_shape  # noqa: E402
-from kvp_edge.cache import session_file as session  # noqa: E402
-from kvp_edge.errors import PolicyFileError, RecordError, TraceError, TrainingError  # noqa: E402
+from kvp_edge.binding.structs import LogLayout  # noqa: E402
+from kvp_edge.cache.kv_log import Block  # noqa: E402
+from kvp_edge.cache.log_file import LogFile, read_log  # noqa: E402
+from kvp_edge.errors import OptionError, PolicyFileError, RecordError, TraceError, TrainingError  # noqa: E402
 from kvp_edge.evaluation.records import (  # noqa: E402
     Record,
     append_record,
@@ -127,8 +129,9 @@ class _Conversation(Target):
         rng = np.random.default_rng(0)
         self.tokens = [0, *rng.integers(6, 270, 199).tolist()]
         self.make_other(folder / "other")
-        self.header, self.arrays = session.read(folder / "other")
-        self.whole = (folder / "other").read_bytes()
+        self.parts = mutations.RecordParts((folder / "other").read_bytes())
+        if self.parts.whole() != (folder / "other").read_bytes():
+            raise Broken("the parts of a session are not the whole")
         self.llm.reset()
         self.llm.eval(self.tokens)
         self.llm.save_session(folder / "mine")
@@ -141,7 +144,15 @@ class _Conversation(Target):
         kv = self.llm.kv
         assert kv is not None
         self.before = (kv.snapshot(), kv.protected_prefix, kv.evictions, kv.eviction_ms)
+        self.logged = self.in_log()
         self.n_tokens, self.newest = int(self.llm.n_tokens), kv.cache.newest_position()
+
+    def in_log(self) -> Any:
+        """What the KV log holds."""
+        assert self.llm.kv is not None
+        assert self.llm.kv.log is not None
+        held = self.llm.kv.log.held
+        return held.end, [(b.first, b.n, b.rows.tobytes()) for b in held.blocks]
 
     def refused(self) -> None:
         llm, kv = self.llm, self.llm.kv
@@ -151,6 +162,7 @@ class _Conversation(Target):
         if not (
             now[0] is self.before[0]
             and same
+            and self.in_log() == self.logged
             and kv.trusted
             and llm.n_tokens == self.n_tokens
             and kv.cache.newest_position() == self.newest
@@ -162,46 +174,14 @@ class _Conversation(Target):
         self.llm.load_session(self.path)
         self.llm.eval([7] * min(8, self.llm.n_ctx() - self.llm.n_tokens))
         self.llm.evict()
+        self.llm.recall()
         with contextlib.suppress(KVCacheError):  # keys that are no numbers give no likeliest token
             self.llm.likeliest()
         self.llm.load_session(self.folder / "mine")
         self.remember()
 
     def damaged(self, rng: Random) -> bytes:
-        kind = rng.random()
-        if kind < 0.1:
-            return mutations.of_bytes(rng, self.whole, 1024)
-        if kind < 0.3:
-            body = mutations.of_bytes(rng, self.whole[:-32], 1024)
-            return body + hashlib.sha256(body).digest()
-        header = {**self.header, "arrays": [_described(k, v) for k, v in self.arrays.items()]}
-        arrays, text = dict(self.arrays), b""
-        if kind < 0.6:
-            text = mutations.of_json(rng, header)
-        else:
-            name = rng.choice(list(arrays))
-            arrays[name] = _damaged_array(rng, arrays[name])
-            header["arrays"] = [_described(k, v) for k, v in arrays.items()]
-            text = json.dumps(header).encode()
-        body = struct.pack("<8sIQ", session.MAGIC, session.VERSION, len(text)) + text
-        body += b"".join(np.ascontiguousarray(a).tobytes() for a in arrays.values())
-        return body + hashlib.sha256(body).digest()
-
-
-def _described(name: str, array: Any) -> dict[str, Any]:
-    return {"name": name, "dtype": array.dtype.name, "shape": list(array.shape)}
-
-
-def _damaged_array(rng: Random, array: Any) -> Any:
-    if rng.random() < 0.2:
-        return array[tuple(slice(rng.randrange(n + 1)) for n in array.shape)]
-    array = array.copy()
-    flat = array.reshape(-1)
-    for _ in range(rng.choice((1, 2, 8)) if len(flat) else 0):
-        at = rng.randrange(min(len(flat), 64) if rng.random() < 0.5 else len(flat))
-        raw = (rng.choice(mutations.INTS) % 2**64).to_bytes(8, "little")[: flat.itemsize]
-        flat[at] = np.frombuffer(raw, flat.dtype)[0]
-    return array
+        return self.parts.damaged(rng)
 
 
 class Session(_Conversation):
@@ -222,6 +202,49 @@ class Rescue(_Conversation):
         self.llm.rescue_to(path, lambda: {"messages": []})
         self.llm.rescue("a device failed")
         self.llm.rescue_to(None)
+
+
+class KVLogFile(Target):
+    """What a log file holds; and a new log in its place, if it is one."""
+
+    refusal = ValueError
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.layout = LogLayout(
+            n_layer=2, n_head_kv=2, head_size_k=2, head_size_v=2, type_k=1, type_v=1,
+            k_row=8, v_row=8, bytes_per_token=32,
+        )  # fmt: skip
+        store, rng = LogFile(self.path, self.layout, {"model": "x"}), np.random.default_rng(0)
+        for i in range(5):
+            block = Block(
+                *(9 * i, 9, 9 * i, np.empty(0, np.uint8)),
+                rng.normal(size=(2, 2, 9)).astype(np.float32),
+                np.array([(9 * i, 9 * i + 2, 0)], np.int32),
+            )
+            store.add(block, lambda rows: rows.fill(7))
+        store.close()
+        self.parts = mutations.RecordParts(self.path.read_bytes())
+        if self.parts.whole() != self.path.read_bytes():
+            raise Broken("the parts of a log are not the whole")
+
+    def damaged(self, rng: Random) -> bytes:
+        return self.parts.damaged(rng)
+
+    def read(self) -> None:
+        before = self.path.read_bytes()
+        try:
+            LogFile(self.path, self.layout).close()
+        except OptionError:
+            if self.path.read_bytes() != before:
+                raise Broken("a file that is not a log was changed") from None
+        else:
+            if read_log(self.path, self.layout)[1]:
+                raise Broken("a log that was begun anew has blocks")
+        self.path.write_bytes(before)
+        for block in read_log(self.path, self.layout)[1]:
+            if block.rows.nbytes != 32 * block.n:
+                raise Broken("a block without its rows")
 
 
 # -- policies ------------------------------------------------------------------------------------
@@ -392,6 +415,7 @@ TARGETS: dict[str, type[Target]] = {
     "session": Session,
     "session-of-a-window": Windowed,
     "rescue": Rescue,
+    "log": KVLogFile,
     "policy": Policy,
     "policy-beside-a-model": Beside,
     "manifest": Manifest,

@@ -9,8 +9,13 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+from functools import cached_property
 from random import Random
 from typing import Any
+
+import numpy as np
+
+from makers import record_files
 
 INTS = (0, 1, -1, 2, 3, 7, 255, 256, 2**15, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**32, 2**40)
 INTS += (2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), 10**400)
@@ -125,6 +130,112 @@ def of_safetensors(rng: Random, data: bytes, inner: str | None) -> bytes:
     else:
         text = of_json(rng, header)
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+# -- files of records (kvp_edge.files.records) ---------------------------------------------------
+
+
+class RecordParts:
+    """A valid file of records in the parts that are damaged: headers and arrays. A header's
+    ``blocks`` are where the records before it begin, and stay right unless they are damaged."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.start = data, data[:64]
+        self.records: list[tuple[bytes, dict[str, Any], dict[str, Any]]] = []
+        at = 64
+        while at < len(data):
+            kind, header_bytes, length = struct.unpack_from("<4sIQ", data, at)
+            end = at + 16 + header_bytes
+            header = json.loads(data[at + 16 : end])
+            arrays = {}
+            for array in header.pop("arrays"):
+                end += -end % 64
+                n = int(np.prod(array["shape"]))
+                found = np.frombuffer(data, array["dtype"], n, end).reshape(array["shape"])
+                arrays[array["name"]] = found
+                end += found.nbytes
+            self.records.append((kind, header, arrays))
+            at += length
+            at += -at % 64
+
+    def whole(self) -> bytes:
+        return self._assembled(self.records)
+
+    def _assembled(self, records: list[Any], **last: Any) -> bytes:
+        """The file's bytes.
+
+        Args:
+            last: for the last one, of record_files.record.
+        """
+        data, places = self.start, list[int]()
+        for i, (kind, header, arrays) in enumerate(records):
+            places.append(len(data) + -len(data) % 64)
+            more = last if i == len(records) - 1 else {}
+            text = self._moved(header, places)
+            data = record_files.followed(data, record_files.record(kind, text, arrays, **more))
+        return data
+
+    def _moved(self, header: Any, places: list[int]) -> Any:
+        """A header, whose blocks lie elsewhere now if one before them has become longer."""
+        blocks = header.get("blocks") if isinstance(header, dict) else None
+        if not blocks or not set(blocks) <= set(self._places):
+            return header
+        now = [places[min(self._places.index(at), len(places) - 1)] for at in blocks]
+        return {**header, "blocks": now}
+
+    @cached_property
+    def _places(self) -> list[int]:
+        found, at = [], 64
+        while at < len(self._data):
+            found.append(at)
+            at += int(struct.unpack_from("<Q", self._data, at + 8)[0])
+            at += -at % 64
+        return found
+
+    def damaged(self, rng: Random) -> bytes:
+        records = list(self.records)
+        # the last one is that of a session's conversation
+        at = len(records) - 1 if rng.random() < 0.5 else rng.randrange(len(records))
+        kind, header, arrays = records[at]
+        last: dict[str, Any] = {}
+        match rng.randrange(10):
+            case 0:
+                return of_bytes(rng, self._data, 1024)
+            case 1:
+                end = rng.randrange(len(self._data))
+                return self._data[:end] + bytes(rng.choice((0, 0, 1, 64, 5000)))
+            case 2 | 3 | 4:
+                text = of_json(rng, {**header, "arrays": record_files.described(arrays)})
+                records[at] = kind, text, arrays
+            case 5 | 6 | 7 if arrays:
+                name = rng.choice(list(arrays))
+                changed = {**arrays, name: of_array(rng, arrays[name])}
+                records[at] = kind, header, changed
+            case 8:
+                last = {rng.choice(("length", "header_bytes")): rng.choice(INTS) % 2**64}
+            case _:
+                other = rng.randrange(len(records))
+                match rng.randrange(3):
+                    case 0:
+                        del records[at]
+                    case 1:
+                        records[at], records[other] = records[other], records[at]
+                    case _:
+                        records.insert(at, (rng.choice((kind, b"xxxx")), *records[other][1:]))
+        return self._assembled(records, **last)
+
+
+def of_array(rng: Random, array: Any) -> Any:
+    """An array with a few other numbers, or of another size."""
+    if rng.random() < 0.2:
+        return array[tuple(slice(rng.randrange(n + 1)) for n in array.shape)]
+    array = array.copy()
+    flat = array.reshape(-1)
+    for _ in range(rng.choice((1, 2, 8)) if len(flat) else 0):
+        at = rng.randrange(min(len(flat), 64) if rng.random() < 0.5 else len(flat))
+        raw = (rng.choice(INTS) % 2**64).to_bytes(8, "little")[: flat.itemsize]
+        flat[at] = np.frombuffer(raw, flat.dtype)[0]
+    return array
 
 
 # -- GGUF ----------------------------------------------------------------------------------------
