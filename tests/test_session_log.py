@@ -248,6 +248,17 @@ def test_an_append_through_a_link_is_one_to_the_file(opened: Opened, tmp_path: P
     assert (tmp_path / "link").is_symlink()
 
 
+def test_an_append_sweeps_what_a_killed_save_has_left(opened: Opened, tmp_path: Path) -> None:
+    path, llm = tmp_path / "s", opened()
+    llm.eval(random_tokens(500))
+    llm.save_session(path)
+    (tmp_path / "s.0123abcd.part").write_text("left")
+    inode = path.stat().st_ino
+    llm.save_session(path)
+    assert path.stat().st_ino == inode
+    assert os.listdir(tmp_path) == ["s"]
+
+
 # -- interrupted ----------------------------------------------------------------------------------
 
 

@@ -178,6 +178,7 @@ def _append(
     with file:
         if not files.lock(file) or not _is_still(file, since):
             return None
+        files.take_away_left_overs(since.path)
         writer = Writer(file, size)
         try:
             added_records = iter([add_block(writer, block)[0] for block in new])

@@ -120,7 +120,7 @@ def replacing(
             before is as it was.
     """
     target = target_of(path, follow_link=follow_link)
-    _take_away_left_overs(target)
+    take_away_left_overs(target)
     part, made = "", False
     try:
         while not made:
@@ -232,7 +232,7 @@ def _hold(file: BinaryIO) -> bool:
     return lock(file) and (fcntl is None or is_at(file, file.name))
 
 
-def _take_away_left_overs(target: str) -> None:
+def take_away_left_overs(target: str) -> None:
     """Delete the parts of this name that nobody holds. One that cannot be locked stays."""
     if fcntl is None:
         return

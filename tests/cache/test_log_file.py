@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from kvp_edge import files
 from kvp_edge.binding.structs import LogLayout
 from kvp_edge.cache import log_file
-from kvp_edge.cache.kv_log import Block, Bytes, KVLog
+from kvp_edge.cache.kv_log import Block, Bytes, InMemory, KVLog
 from kvp_edge.cache.log_file import LogFile, read_log
 from kvp_edge.errors import OptionError
 from support.properties import examples
@@ -465,6 +465,25 @@ def test_a_link_is_followed(path: Path) -> None:
     assert path.is_symlink()
     with pytest.raises(OptionError, match="in use"):
         LogFile(path.parent / "target", LAYOUT)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_a_span_that_ends_after_the_cut_is_forgotten(path: Path, kind: str) -> None:
+    """It may begin in a block that stays whole; other tokens will follow."""
+    log = KVLog(LAYOUT, InMemory(LAYOUT) if kind == "memory" else LogFile(path, LAYOUT))
+    scores = np.zeros((LAYERS, HEADS, 10), np.float32)
+    for spans in ([(2, 4, 0), (8, 12, 0)], [(13, 15, 0)]):
+        log.append(10, log.end, scores, np.array(spans, np.int32), lambda rows: rows.fill(3))
+    whole = log.held
+    log.cut(12)
+    assert log.spans().tolist() == [[2, 4, 0], [8, 12, 0]]
+    log.cut(11)
+    assert log.spans().tolist() == [[2, 4, 0]]
+    assert [(b.first, b.n) for b in log.blocks] == [(0, 10), (10, 1)]
+    log.restore(whole)
+    assert log.spans().tolist() == [[2, 4, 0], [8, 12, 0], [13, 15, 0]]
+    log.cut(10)
+    assert log.spans().tolist() == [[2, 4, 0]]
 
 
 # -- any history ----------------------------------------------------------------------------------

@@ -26,6 +26,51 @@ def fifo(tmp_path: Path) -> Path:
     return tmp_path / "fifo"
 
 
+def test_a_file_opened_to_be_written_is_not_waited_for_either_and_is_not_buffered(
+    tmp_path: Path, fifo: Path
+) -> None:
+    with pytest.raises(OSError, match="it is not a regular file"):
+        open_regular(fifo, write=True)
+    (tmp_path / "a").write_text("abc")
+    with open_regular(tmp_path / "a", write=True) as file:
+        file.write(b"x")
+        assert (tmp_path / "a").read_text() == "xbc"
+
+
+def test_a_locked_file_is_nobody_elses_until_it_is_let_go(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    one, other = (open_regular(tmp_path / "a", write=True) for _ in range(2))
+    with one, other:
+        assert files.lock(one)
+        assert not files.lock(other)
+        copy = os.dup(one.fileno())
+        one.close()
+        assert not files.lock(other)
+        os.close(copy)
+        assert files.lock(other)
+    one, other = (open_regular(tmp_path / "a", write=True) for _ in range(2))
+    with one, other:
+        assert files.lock(one)
+        files.unlock(one)
+        assert files.lock(other)
+        assert files.is_at(other, tmp_path / "a")
+        (tmp_path / "a").rename(tmp_path / "b")
+        assert not files.is_at(other, tmp_path / "a")
+        assert files.is_at(other, tmp_path / "b")
+
+
+def test_what_need_not_outlive_a_power_cut_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for durable, most in ((False, 0), (True, 2)):
+        with replacing(tmp_path / "a", durable=durable) as file:
+            file.write(b"x")
+        assert len(synced) == most
+        assert (tmp_path / "a").read_bytes() == b"x"
+
+
 def parts(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.part"))
 
