@@ -626,7 +626,9 @@ class Llama(BaseLlama):
     def save_session(self, path: str | os.PathLike[str], extra: Any = None) -> None:
         """Write the conversation and its cache to one file, which ``load_session`` reads.
 
-        The file is replaced at once or not at all. It holds the conversation's tokens in the clear.
+        The file is replaced at once or not at all; saved again, to the file that was saved or
+        loaded last, it grows by what is new. It holds the conversation's tokens in the clear, and
+        the KV log.
 
         Args:
             extra: anything JSON can hold (a chat's messages, say), returned by ``load_session``.
