@@ -69,6 +69,7 @@ def any_history(
         "reserve": draw(st.integers(100, 200)),
         "policy": draw(st.sampled_from([Noise, CacheNoise]))(),
         "logits_all": True,
+        "recall": "off",
         "verbose": False,
         "n_threads": 1,
         "n_threads_batch": 1,
