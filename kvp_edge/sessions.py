@@ -249,7 +249,7 @@ def require_bounded(llm: Llama, name: str) -> EvictionManager:
 
 def _without_queries(llm: Llama, name: str) -> EvictionManager:
     kv = require_bounded(llm, name)
-    if kv.query_log is not None:
+    if kv.policy.n_queries:
         raise SessionError(
             f"{name} is not possible with policy '{kv.policy.name}': its queries are not "
             "saved. Choose a policy that does not need queries"
