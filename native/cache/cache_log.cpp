@@ -9,7 +9,7 @@ using namespace kvp;
 
 namespace {
 
-constexpr int32_t MAX_POSITIONS = 1 << 24;
+constexpr kvp_llama_position MAX_POSITIONS = 1 << 24;
 
 } // namespace
 
@@ -30,7 +30,7 @@ void kvp_cache::fill(const fill_plan & plan) {
     if (named != newest) {
         fail(KVP_ERR_ARGUMENT, "the newest token is at position %d, not %d: the table of kept tokens is out of date", newest, named);
     }
-    // Tables of what lies at each position, here and in llama.cpp, are as long as the largest one.
+    // The table of where each position lies is as long as the largest one.
     if (last > newest && last >= MAX_POSITIONS) {
         fail(KVP_ERR_ARGUMENT, "new positions are below %d, but the newest is %d", MAX_POSITIONS, last);
     }

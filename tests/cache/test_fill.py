@@ -648,6 +648,10 @@ HOSTILE: dict[str, tuple[Callable[[Plan], None], str]] = {
     "token far away": (put("source", (0, 0, 39), -(2**31)), "token 2147483647, which is in none"),
     "position twice": (put("positions", 7, 6), "must ascend from 0, but entry 7 is 6"),
     "negative position": (put("positions", 0, -1), "must ascend from 0, but entry 0 is -1"),
+    "position far away": (
+        put("positions", 39, 2**24),
+        "below 16777216, but the newest is 16777216",
+    ),
     "newest elsewhere": (put("present", 39, 41), "newest token is at position 39, not 41"),
     "one present less": (lambda p: setattr(p, "present", p.present[:-1]), "row 39, which is none"),
     "oldest unnamed": (lambda p: setattr(p, "present", p.present[1:]), "row 39, which is none of"),
