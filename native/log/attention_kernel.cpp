@@ -1,6 +1,7 @@
 #include "log/attention_kernel.h"
 
 #include "log/lanes.h"
+#include "state/half.h"
 
 #include <cmath>
 #include <limits>
@@ -116,6 +117,7 @@ KVP_INLINE void reduce(const float * weights, size_t n, size_t width, const floa
 
 // One kernel: lanes, keys and vectors of columns multiplied at once, and what the processor must have.
 #define KVP_KERNEL(name, n_lanes, rows, vectors, target)                                                                          \
+    target void from_halves_##name(const uint8_t * halves, size_t n, float * out) { half_to_float(halves, out, n); }              \
     target void weigh_##name(const float * keys, size_t n, size_t head_size, const float * queries, size_t width,                \
                              const int32_t * last, int32_t first, float * weights, float * largest, float * sum) {               \
         weigh<lanes<n_lanes>, rows, vectors>(keys, n, head_size, queries, width, last, first, weights, largest, sum);             \
@@ -123,7 +125,7 @@ KVP_INLINE void reduce(const float * weights, size_t n, size_t width, const floa
     target void reduce_##name(const float * weights, size_t n, size_t width, const float * factor, float * largest, float * sum) { \
         reduce<lanes<n_lanes>>(weights, n, width, factor, largest, sum);                                                          \
     }                                                                                                                             \
-    constexpr attention_kernel KERNEL_##name = { #name, weigh_##name, reduce_##name };
+    constexpr attention_kernel KERNEL_##name = { #name, from_halves_##name, weigh_##name, reduce_##name };
 
 KVP_KERNEL(baseline, 4, 6, 2, )
 #if defined(__x86_64__)

@@ -14,6 +14,9 @@ constexpr size_t COLUMNS = 16;
 struct attention_kernel {
     const char * name;
 
+    // n halves at any address as floats.
+    void (*from_halves)(const uint8_t * halves, size_t n, float * out);
+
     // One step of a softmax over more keys than there are at once.
     //   keys     [n, head_size]
     //   queries  [head_size, width], times what q.k is multiplied by

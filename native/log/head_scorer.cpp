@@ -74,7 +74,7 @@ void head_scorer::turn_queries(const double * turn) {
     }
 }
 
-// Rows may lie at any address, so each passes through aligned memory.
+// Rows may lie at any address; ggml reads a row from where its values may lie.
 void head_scorer::read_keys(const tile & at) {
     const kvp_log_layout & layout = job.layout;
     const kvp_log_block &  block  = job.blocks[at.block];
@@ -85,12 +85,10 @@ void head_scorer::read_keys(const tile & at) {
     for (uint32_t i = 0; i < at.n; ++i, row += layout.k_row, out += layout.head_size_k) {
         if (type == GGML_TYPE_F32) {
             std::memcpy(out, row, head_bytes);
-            continue;
-        }
-        std::memcpy(stored.data(), row, head_bytes);
-        if (type == GGML_TYPE_F16) {
-            half_to_float(reinterpret_cast<const uint16_t *>(stored.data()), out, layout.head_size_k);
+        } else if (type == GGML_TYPE_F16) {
+            job.kernel.from_halves(row, layout.head_size_k, out);
         } else {
+            std::memcpy(stored.data(), row, head_bytes);
             convert(stored.data(), out, int64_t(layout.head_size_k));
         }
     }
