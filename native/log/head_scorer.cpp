@@ -22,9 +22,9 @@ head_scorer::head_scorer(const score_job & job)
       last(job.width),
       stored(head_bytes),
       keys(TILE_ROWS * job.layout.head_size_k),
+      logits(TILE_ROWS * job.width),
       weights(job.tiles.empty() ? 0 : (job.tiles.back().token + job.tiles.back().n) * job.width),
-      references(job.tiles.size() * job.width),
-      factor(job.width),
+      factors(job.tiles.size() * job.width),
       largest(job.width),
       sum(job.width),
       unwanted(job.largest && job.mean ? 0 : job.n_tokens) {}
@@ -33,7 +33,8 @@ head_scorer::head_scorer(const score_job & job)
 void head_scorer::choose_columns(size_t first) {
     first_column = first;
     n_chosen     = std::min(n_columns - first, job.width);
-    for (size_t c = 0; c < job.width; ++c) {
+    width        = (n_chosen + COLUMNS - 1) / COLUMNS * COLUMNS;
+    for (size_t c = 0; c < width; ++c) {
         last[c] = c < n_chosen ? job.queries.indices[(first + c) % job.queries.n_queries] : INT32_MAX;
     }
 }
@@ -50,7 +51,7 @@ void head_scorer::turn_queries(const double * turn) {
             sine[p]            = std::sin(angle);
         }
     }
-    for (size_t c = 0; c < job.width; ++c) {
+    for (size_t c = 0; c < width; ++c) {
         if (c < n_chosen) {
             const size_t number = first_column + c, of_head = number / from.n_queries, m = number % from.n_queries;
             const float * q = from.queries + ((size_t(layer) * from.n_head + head * group + of_head) * from.n_queries + m) * size;
@@ -69,7 +70,7 @@ void head_scorer::turn_queries(const double * turn) {
             std::fill(query.begin(), query.end(), 0.0f);
         }
         for (size_t k = 0; k < size; ++k) {
-            columns.get()[k * job.width + c] = query[k] * from.scale[layer];
+            columns.get()[k * width + c] = query[k] * from.scale[layer];
         }
     }
 }
@@ -102,8 +103,8 @@ void head_scorer::score(uint32_t of_layer, uint32_t of_head) noexcept {
     float *      mean    = job.mean ? job.mean + at : unwanted.data();
     for (size_t first = 0; first < n_columns; first += job.width) {
         choose_columns(first);
-        std::fill_n(largest.get(), job.width, NO_LOGIT);
-        std::fill_n(sum.get(), job.width, 0.0f);
+        std::fill_n(largest.get(), width, NO_LOGIT);
+        std::fill_n(sum.get(), width, 0.0f);
         const double * turned = nullptr;
         for (size_t t = 0; t < job.tiles.size(); ++t) {
             const tile &          tile  = job.tiles[t];
@@ -116,18 +117,17 @@ void head_scorer::score(uint32_t of_layer, uint32_t of_head) noexcept {
             read_keys(tile);
             const kvp_token_index index = block.first + int32_t(tile.row);
             const bool            all   = index + int32_t(tile.n - 1) <= job.queries.indices[0]; // every query sees all
-            job.kernel.weigh(keys.get(), tile.n, job.layout.head_size_k, columns.get(), job.width, all ? nullptr : last.data(), index,
-                             weights.get() + tile.token * job.width, largest.get(), sum.get());
-            std::copy_n(largest.get(), job.width, references.get() + t * job.width);
+            job.kernel.weigh(keys.get(), tile.n, job.layout.head_size_k, columns.get(), width, all ? nullptr : last.data(), index,
+                             logits.get(), weights.get() + tile.token * width, largest.get(), sum.get());
+            std::copy_n(largest.get(), width, factors.get() + t * width);
+        }
+        for (size_t c = 0; c < width; ++c) {
+            sum.get()[c] = c < n_chosen && sum.get()[c] > 0 ? 1.0f / sum.get()[c] : 0.0f;
         }
         for (size_t t = 0; t < job.tiles.size(); ++t) {
             const tile & tile = job.tiles[t];
-            for (size_t c = 0; c < job.width; ++c) {
-                const bool  pays      = c < n_chosen && sum.get()[c] > 0;
-                const float reference = references.get()[t * job.width + c];
-                factor.get()[c]       = pays ? std::exp(reference - largest.get()[c]) / sum.get()[c] : 0.0f;
-            }
-            job.kernel.reduce(weights.get() + tile.token * job.width, tile.n, job.width, factor.get(), highest + tile.token, mean + tile.token);
+            job.kernel.reduce(weights.get() + tile.token * width, tile.n, width, largest.get(), sum.get(), factors.get() + t * width,
+                              highest + tile.token, mean + tile.token);
         }
     }
     if (job.mean) {

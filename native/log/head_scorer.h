@@ -18,7 +18,7 @@ struct tile {
     size_t   token; // number of its first token among all blocks' tokens
 };
 
-constexpr uint32_t TILE_ROWS = 64;
+constexpr uint32_t TILE_ROWS = 128;
 
 // What all threads share. Checked: see kvp_log_score.
 struct score_job {
@@ -27,7 +27,7 @@ struct score_job {
     const kvp_log_queries &  queries;
     std::vector<tile>        tiles;    // of the tokens that some query sees
     size_t                   n_tokens; // of all blocks
-    size_t                   width;    // columns at once, a multiple of COLUMNS
+    size_t                   width;    // most columns at once, a multiple of COLUMNS
     const attention_kernel & kernel;
     float *                  largest;  // [n_layer, n_head_kv, n_tokens], zero; or NULL
     float *                  mean;     // the same
@@ -65,16 +65,17 @@ private:
     const size_t      head_bytes;
     uint32_t          layer = 0, head = 0;
 
-    size_t               first_column = 0, n_chosen = 0;
-    floats               columns;    // [head_size, width]
+    size_t               first_column = 0, n_chosen = 0, width = 0; // width: n_chosen and what fills up
+    floats               columns;    // [head_size, width], these and the following with room for job.width
     std::vector<float>   query;      // [head_size]
     std::vector<double>  cosine, sine; // [n_pairs]
     std::vector<int32_t> last;       // [width], index of the column's token
     std::vector<uint8_t> stored;     // one key as it is stored, aligned
     floats               keys;       // [TILE_ROWS, head_size]
+    floats               logits;     // [TILE_ROWS, width]
     floats               weights;    // [tokens seen, width]
-    floats               references; // [tiles, width]: the largest logit when the tile was weighed
-    floats               factor, largest, sum; // [width]
+    floats               factors;    // [tiles, width]
+    floats               largest, sum; // [width]
     std::vector<float>   unwanted;   // [tokens]: in the place of a result that nobody asked for
 };
 

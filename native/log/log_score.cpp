@@ -207,6 +207,6 @@ int32_t kvp_log_score(const kvp_log_layout * layout, const kvp_log_block * block
         }
         const size_t n_columns = size_t(queries->n_head / layout->n_head_kv) * queries->n_queries;
         const size_t width     = width_for(n_columns, tiles);
-        run({ *layout, blocks, *queries, std::move(tiles), n, width, best_attention_kernel(), largest, mean }, size_t(n_threads));
+        run({ *layout, blocks, *queries, std::move(tiles), n, width, *attention_kernels()[0], largest, mean }, size_t(n_threads));
     });
 }
