@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from kvp_edge.binding.log_scores import score_log
 from kvp_edge.binding.queries import Queries
+from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.binding.structs import LogBlock, LogLayout
 
 
@@ -64,11 +65,16 @@ def row(args: Any, name: str, layout: LogLayout, blocks: list[LogBlock], m: int)
     """One line of the table."""
     n = blocks[-1].first + blocks[-1].n
     queries = random_queries(args, n, m)
+    turning: dict[str, Any] = {}
+    if args.turn:
+        radians = np.tile(10_000.0 ** -np.linspace(0, 1, args.shape[3] // 2), (args.shape[0], 1))
+        turn = -np.arange(len(blocks), dtype=np.float64)
+        turning = {"turn": turn, "frequencies": KeyFrequencies(radians, True)}
     wall, processor = [], []
-    score_log(layout, blocks, queries, args.threads)  # warm up
+    score_log(layout, blocks, queries, args.threads, **turning)  # warm up
     for _ in range(args.repeat):
         started = time.perf_counter(), time.process_time()
-        score_log(layout, blocks, queries, args.threads)
+        score_log(layout, blocks, queries, args.threads, **turning)
         wall.append(time.perf_counter() - started[0])
         processor.append(time.process_time() - started[1])
     n_layer, _, n_head, size = args.shape
@@ -90,6 +96,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--block", type=int, default=256, help="tokens of a block")
+    parser.add_argument(
+        "--turn", action="store_true", help="the keys of every block count as turned differently"
+    )
     parser.add_argument(
         "--shape",
         type=int,

@@ -292,10 +292,13 @@ def test_attention_is_that_of_the_definition(
     assert_as_defined(log, random_queries(log, group, sorted(at)), n_threads=n_threads)
 
 
-def test_as_many_queries_as_memory_does_not_hold_at_once_are_worth_the_same() -> None:
-    # 70,000 tokens' weights of sixteen columns are 4 MiB, and there are 208 columns
-    log = random_log([(0, 70_000)], n_layer=1, n_head_kv=1, head_size=4)
-    assert_as_defined(log, random_queries(log, 13, list(range(69_000, 69_016))))
+# 16 MiB hold the weights of 48 columns for 70,000 tokens; and no more than 512 are worked on at once
+@pytest.mark.parametrize(("n", "group", "n_queries"), [(70_000, 7, 16), (300, 9, 60)])
+def test_columns_that_are_scored_in_parts_are_worth_the_same(
+    n: int, group: int, n_queries: int
+) -> None:
+    log = random_log([(0, n)], n_layer=1, n_head_kv=1, head_size=4)
+    assert_as_defined(log, random_queries(log, group, list(range(n - n_queries - 50, n - 50))))
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
