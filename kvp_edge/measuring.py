@@ -63,7 +63,7 @@ class MeasuringLlama(Llama):
             kv_budget=budget,
             reserve=max(1, cells - budget),
             n_batch=min(_BATCH, cells - budget if bounded else n_ctx),
-            **engine,
+            **{"recall": "off", **engine},
         )
         transcribe_without_template(self)
         if bounded:

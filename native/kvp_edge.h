@@ -414,15 +414,15 @@ KVP_API int32_t kvp_cache_log_rows(kvp_cache * cache, const kvp_log_layout * lay
  *   source     int32 [n_layer, n_head_kv, n_new]: what row i of a layer and KV head becomes: a present row r >= 0, or
  *              -1 - t, the logged row of the conversation's token t. All are different within a head; heads
  *              may take the same ones.
- *   positions  int32 [n_new], ascending: the rows' new positions. The last is the newest, from which llama.cpp continues;
- *              n_new is at least 1, and at most the cells there are.
+ *   positions  int32 [n_new], ascending: the rows' new positions. The last is the newest, from which llama.cpp continues:
+ *              below 2^24, or not above present[n - 1]. n_new is at least 1, and at most the cells there are.
  *   shift      NULL, or how keys of either origin are turned on the way: distance is [n_layer, n_head_kv, n_new]
  * Where the cache lies in known cells of host memory, the positions are the present ones, and no keys are turned, the
  * rows that change are written to their cells. Else a state goes out and a new one back in, and row i then lies in
  * cell i.
- * A window cache of a model with sliding-window layers stays as it is, but for positions behind the newest
- * one, which it loses. It must hold the newest (KVP_ERR_UNSUPPORTED), as an empty one does not. Its model's keys
- * cannot be turned.
+ * The window cache of a model with sliding-window layers stays as it is, but for positions behind the newest one,
+ * which it loses; a state holds of it what the next token sees. KVP_ERR_UNSUPPORTED: it lacks some of that, as an empty
+ * one does, or keys shall be turned.
  * Errors as in kvp_cache_pack: only KVP_ERR_RUNTIME leaves the cache changed, and EMPTY. */
 KVP_API int32_t kvp_cache_fill(kvp_cache * cache, const kvp_llama_position * present, uint32_t n,
                                const kvp_log_layout * layout, const kvp_log_block * blocks, uint32_t n_blocks,

@@ -119,12 +119,13 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModelSha
 @pytest.fixture
 def load() -> Iterator[Callable[..., kvp_edge.Llama]]:
     """load(path, **kwargs) -> Llama, quiet, on one thread and, unless asked otherwise, at token
-    granularity, where one list of positions is all that is held; closed after the test."""
+    granularity, where one list of positions is all that is held, and without recall, so that
+    what is held is what evictions left; closed after the test."""
     loaded: list[kvp_edge.Llama] = []
 
     def make(path: str, **kwargs: Any) -> kvp_edge.Llama:
         quiet = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
-        kwargs = {**quiet, "granularity": "token", **kwargs}
+        kwargs = {**quiet, "granularity": "token", "recall": "off", **kwargs}
         loaded.append(kvp_edge.Llama(path, **kwargs))
         return loaded[-1]
 

@@ -68,7 +68,7 @@ def test_with_a_budget_never_reached_greedy_output_is_llama_cpps(
     shape: str, random_model: Maker, load: Loader, plain: Any
 ) -> None:
     path = random_model(SHAPES[shape]).path
-    bounded, reference = load(path, n_ctx=512, kv_budget=512), plain(path, n_ctx=512)
+    bounded, reference = load(path, n_ctx=512, kv_budget=512, recall="auto"), plain(path, n_ctx=512)
     for llm in (bounded, reference):
         llm.out = llm.create_completion(random_tokens(90), max_tokens=60, temperature=0.0)
     assert bounded.out["choices"] == reference.out["choices"]

@@ -98,17 +98,19 @@ class _Struct(_Argument):
 
 
 class _Structs(_Argument):
-    """Any number of structs of a kind, one after the other: an iterable of them, copied."""
+    """Structs of a kind, one after the other: an iterable of them, which are copied; or None."""
 
     def __init__(self, c: str, kind: type[structs.Struct]) -> None:
         super().__init__(f"{c} *")
         self._kind = kind
 
-    def convert(self, value: Iterable[structs.Struct]) -> Any:
+    def convert(self, value: Iterable[structs.Struct] | None) -> Any:
+        if value is None:
+            return None
         value = list(value)
         for struct in value:
             if not isinstance(struct, self._kind):
-                raise TypeError(f"{self.c} of structs belong here, not {type(struct).__name__}")
+                raise TypeError(f"{self.c} belong here, not {type(struct).__name__}")
         return ctypes.byref((self._kind * len(value))(*value))
 
 

@@ -78,8 +78,12 @@ void context_memory::reset() {
 }
 
 size_t context_memory::take(llama_seq_id seq, size_t bound, bool counted) {
-    const size_t size = bound > 0 ? bound : llama_state_seq_get_size(ctx, seq);
-    const size_t got  = llama_state_seq_get_data(ctx, buffer.room_for(size), size, seq);
+    size_t size = bound > 0 ? bound : llama_state_seq_get_size(ctx, seq);
+    size_t got  = llama_state_seq_get_data(ctx, buffer.room_for(size), size, seq);
+    if (got == 0 && bound > 0) { // it holds more than the caller expects, which is to be told
+        size = llama_state_seq_get_size(ctx, seq);
+        got  = llama_state_seq_get_data(ctx, buffer.room_for(size), size, seq);
+    }
     if (got == 0) {
         fail(KVP_ERR_RUNTIME, "llama.cpp could not write its state into %zu bytes: the cache could not be read", size);
     }

@@ -1,8 +1,9 @@
 #include "log/attention_kernel.h"
 
 #include "log/lanes.h"
+#include "state/half.h"
 
-#include <cmath>
+#include <array>
 #include <limits>
 
 namespace kvp {
@@ -49,30 +50,36 @@ KVP_INLINE void products_of_all(const float * keys, size_t n, size_t head_size, 
     }
 }
 
+// Columns from number c on: as many at once as there are vectors for, and the rest in one go, too.
+template <typename L, size_t rows, size_t vectors>
+KVP_INLINE void products_of_columns(const float * keys, size_t n, size_t head_size, const float * queries, size_t c, size_t width,
+                                    float * logits) {
+    for (; c + vectors * L::count <= width; c += vectors * L::count) {
+        products_of_all<L, rows, vectors>(keys, n, head_size, queries + c, width, logits + c);
+    }
+    if constexpr (vectors > 1) {
+        products_of_columns<L, rows, vectors - 1>(keys, n, head_size, queries, c, width, logits);
+    }
+}
+
 template <typename L, size_t rows, size_t vectors>
 KVP_INLINE void weigh(const float * keys, size_t n, size_t head_size, const float * queries, size_t width, const int32_t * last,
-                      int32_t first, float * weights, float * largest, float * sum) {
+                      int32_t first, float * logits, float * weights, float * largest, float * sum) {
     using floats = typename L::floats;
-    size_t c     = 0;
-    for (; c + vectors * L::count <= width; c += vectors * L::count) {
-        products_of_all<L, rows, vectors>(keys, n, head_size, queries + c, width, weights + c);
-    }
-    for (; c < width; c += L::count) {
-        products_of_all<L, rows, 1>(keys, n, head_size, queries + c, width, weights + c);
-    }
+    products_of_columns<L, rows, vectors>(keys, n, head_size, queries, 0, width, logits);
     if (last) {
         for (size_t i = 0; i < n; ++i) {
-            for (size_t j = 0; j < width; ++j) {
-                weights[i * width + j] = last[j] < first + int32_t(i) ? NOT_SEEN : weights[i * width + j];
+            for (size_t c = 0; c < width; ++c) {
+                logits[i * width + c] = last[c] < first + int32_t(i) ? NOT_SEEN : logits[i * width + c];
             }
         }
     }
-    for (c = 0; c < width; c += L::count) {
+    for (size_t c = 0; c < width; c += L::count) {
         floats before, most, total, x;
         L::load(before, largest + c);
         most = before;
         for (size_t i = 0; i < n; ++i) {
-            L::load(x, weights + i * width + c);
+            L::load(x, logits + i * width + c);
             most = x > most ? x : most;
         }
         L::store(largest + c, most);
@@ -80,20 +87,37 @@ KVP_INLINE void weigh(const float * keys, size_t n, size_t head_size, const floa
         exp_of_negative<L>(before);
         L::load(total, sum + c);
         total *= before;
-        for (size_t i = 0; i < n; ++i) {
-            L::load(x, weights + i * width + c);
-            x -= most;
+        L::store(sum + c, total);
+    }
+    for (size_t i = 0; i < n; ++i) { // row by row: weights go to memory that is in no cache
+        for (size_t c = 0; c < width; c += L::count) {
+            floats x, y;
+            L::load(x, logits + i * width + c);
+            L::load(y, largest + c);
+            x -= y;
             exp_of_negative<L>(x);
             L::store(weights + i * width + c, x);
-            total += x;
+            L::load(y, sum + c);
+            y += x;
+            L::store(sum + c, y);
         }
-        L::store(sum + c, total);
     }
 }
 
 template <typename L>
-KVP_INLINE void reduce(const float * weights, size_t n, size_t width, const float * factor, float * largest, float * sum) {
+KVP_INLINE void reduce(const float * weights, size_t n, size_t width, const float * top, const float * share, float * factor,
+                       float * largest, float * sum) {
     using floats = typename L::floats;
+    for (size_t c = 0; c < width; c += L::count) {
+        floats x, y;
+        L::load(x, factor + c);
+        L::load(y, top + c);
+        x -= y;
+        exp_of_negative<L>(x);
+        L::load(y, share + c);
+        x *= y;
+        L::store(factor + c, x);
+    }
     for (size_t i = 0; i < n; ++i) {
         floats most = {}, total = {};
         for (size_t c = 0; c < width; c += L::count) {
@@ -116,14 +140,16 @@ KVP_INLINE void reduce(const float * weights, size_t n, size_t width, const floa
 
 // One kernel: lanes, keys and vectors of columns multiplied at once, and what the processor must have.
 #define KVP_KERNEL(name, n_lanes, rows, vectors, target)                                                                          \
+    target void from_halves_##name(const uint8_t * halves, size_t n, float * out) { half_to_float(halves, out, n); }              \
     target void weigh_##name(const float * keys, size_t n, size_t head_size, const float * queries, size_t width,                \
-                             const int32_t * last, int32_t first, float * weights, float * largest, float * sum) {               \
-        weigh<lanes<n_lanes>, rows, vectors>(keys, n, head_size, queries, width, last, first, weights, largest, sum);             \
+                             const int32_t * last, int32_t first, float * logits, float * weights, float * largest, float * sum) { \
+        weigh<lanes<n_lanes>, rows, vectors>(keys, n, head_size, queries, width, last, first, logits, weights, largest, sum);     \
     }                                                                                                                             \
-    target void reduce_##name(const float * weights, size_t n, size_t width, const float * factor, float * largest, float * sum) { \
-        reduce<lanes<n_lanes>>(weights, n, width, factor, largest, sum);                                                          \
+    target void reduce_##name(const float * weights, size_t n, size_t width, const float * top, const float * share,             \
+                              float * factor, float * largest, float * sum) {                                                    \
+        reduce<lanes<n_lanes>>(weights, n, width, top, share, factor, largest, sum);                                              \
     }                                                                                                                             \
-    constexpr attention_kernel KERNEL_##name = { #name, weigh_##name, reduce_##name };
+    constexpr attention_kernel KERNEL_##name = { #name, from_halves_##name, weigh_##name, reduce_##name };
 
 KVP_KERNEL(baseline, 4, 6, 2, )
 #if defined(__x86_64__)
@@ -133,16 +159,22 @@ KVP_KERNEL(avx512, 16, 6, 4, __attribute__((target("avx512f"))))
 
 } // namespace
 
-const attention_kernel & best_attention_kernel() {
+const attention_kernel * const * attention_kernels() {
+    static const auto all = [] {
+        std::array<const attention_kernel *, 4> found = {};
+        size_t                                  n     = 0;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) {
-        return KERNEL_avx512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        return KERNEL_avx2;
-    }
+        if (__builtin_cpu_supports("avx512f")) {
+            found[n++] = &KERNEL_avx512;
+        }
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+            found[n++] = &KERNEL_avx2;
+        }
 #endif
-    return KERNEL_baseline;
+        found[n] = &KERNEL_baseline;
+        return found;
+    }();
+    return all.data();
 }
 
 } // namespace kvp

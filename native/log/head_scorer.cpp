@@ -1,7 +1,5 @@
 #include "log/head_scorer.h"
 
-#include "state/rows.h"
-
 #include "ggml.h"
 
 #include <algorithm>
@@ -10,87 +8,98 @@
 
 namespace kvp {
 
+namespace {
+
+// hadamard() of state/rows.h for every column of y [n, width].
+void hadamard_of_columns(float * y, size_t n, size_t width, uint32_t block) {
+    const float scale = 1.0f / std::sqrt(float(block));
+    for (size_t half = 1; half < block; half *= 2) {
+        for (size_t i = 0; i < n; i += 2 * half) {
+            for (size_t j = i * width; j < (i + half) * width; ++j) {
+                const float lo = y[j], hi = y[j + half * width];
+                y[j]                = lo + hi;
+                y[j + half * width] = lo - hi;
+            }
+        }
+    }
+    for (size_t j = 0; j < n * width; ++j) {
+        y[j] *= scale;
+    }
+}
+
+} // namespace
+
 head_scorer::head_scorer(const score_job & job)
     : job(job),
       group(job.queries.n_head / job.layout.n_head_kv),
       n_columns(group * job.queries.n_queries),
       head_bytes(job.layout.k_row / job.layout.n_head_kv),
+      chosen(job.layout.head_size_k * job.width),
       columns(job.layout.head_size_k * job.width),
-      query(job.layout.head_size_k),
-      cosine(job.queries.turn ? job.queries.n_pairs : 0),
-      sine(cosine.size()),
       last(job.width),
       stored(head_bytes),
       keys(TILE_ROWS * job.layout.head_size_k),
-      weights(job.tiles.empty() ? 0 : (job.tiles.back().token + job.tiles.back().n) * job.width),
-      references(job.tiles.size() * job.width),
-      factor(job.width),
+      logits(TILE_ROWS * job.width),
+      weights((job.tiles.back().token + job.tiles.back().n) * job.width),
+      factors(job.tiles.size() * job.width),
       largest(job.width),
       sum(job.width),
       unwanted(job.largest && job.mean ? 0 : job.n_tokens) {}
 
 // Columns from number `first` on, as many as there is room for: of each query head all queries, one after the other.
 void head_scorer::choose_columns(size_t first) {
-    first_column = first;
-    n_chosen     = std::min(n_columns - first, job.width);
-    for (size_t c = 0; c < job.width; ++c) {
-        last[c] = c < n_chosen ? job.queries.indices[(first + c) % job.queries.n_queries] : INT32_MAX;
-    }
-}
-
-// The columns' queries, times the scale. A key that counts as turned by so many positions is multiplied as it is
-// stored: its query is turned back instead. The Hadamard rotation is that of the stored keys, so it comes last.
-void head_scorer::turn_queries(const double * turn) {
     const kvp_log_queries & from = job.queries;
     const size_t            size = job.layout.head_size_k;
-    if (turn) {
-        for (size_t p = 0; p < from.n_pairs; ++p) {
-            const double angle = *turn * from.frequency[size_t(layer) * from.n_pairs + p];
-            cosine[p]          = std::cos(angle);
-            sine[p]            = std::sin(angle);
-        }
-    }
-    for (size_t c = 0; c < job.width; ++c) {
-        if (c < n_chosen) {
-            const size_t number = first_column + c, of_head = number / from.n_queries, m = number % from.n_queries;
-            const float * q = from.queries + ((size_t(layer) * from.n_head + head * group + of_head) * from.n_queries + m) * size;
-            std::copy_n(q, size, query.begin());
-            for (size_t p = 0; turn && p < from.n_pairs; ++p) {
-                float &      a = query[from.neox ? p : 2 * p];
-                float &      b = query[from.neox ? p + from.n_pairs : 2 * p + 1];
-                const double a1 = a * cosine[p] + b * sine[p], b1 = b * cosine[p] - a * sine[p];
-                a = float(a1);
-                b = float(b1);
-            }
-            if (job.layout.k_hadamard_block) {
-                hadamard(query.data(), size, job.layout.k_hadamard_block);
-            }
-        } else {
-            std::fill(query.begin(), query.end(), 0.0f);
-        }
+    n_chosen                     = std::min(n_columns - first, job.width);
+    width                        = (n_chosen + COLUMNS - 1) / COLUMNS * COLUMNS;
+    for (size_t c = 0; c < width; ++c) {
+        const size_t of_head = (first + c) / from.n_queries, m = (first + c) % from.n_queries;
+        const bool   filling = c >= n_chosen;
+        const size_t at      = (size_t(layer) * from.n_head + head * group + of_head) * from.n_queries + m;
+        last[c]              = filling ? INT32_MAX : from.indices[m];
         for (size_t k = 0; k < size; ++k) {
-            columns.get()[k * job.width + c] = query[k] * from.scale[layer];
+            chosen[k * width + c] = filling ? 0.0f : from.queries[at * size + k] * from.scale[layer];
         }
     }
 }
 
-// Rows may lie at any address, so each passes through aligned memory.
-void head_scorer::read_keys(const tile & at) {
-    const kvp_log_layout & layout = job.layout;
-    const kvp_log_block &  block  = job.blocks[at.block];
-    const auto             type   = ggml_type(layout.type_k);
+// A key that counts as turned by so many positions is multiplied as it is stored: the queries are turned back instead.
+// The Hadamard rotation is that of the stored keys, so it comes last.
+void head_scorer::turn_columns(const double * turn) {
+    const kvp_log_queries & how  = job.queries;
+    const size_t            size = job.layout.head_size_k;
+    std::copy_n(&chosen[0], size * width, &columns[0]);
+    for (size_t p = 0; turn && p < how.n_pairs; ++p) {
+        const double angle = *turn * how.frequency[size_t(layer) * how.n_pairs + p];
+        const float  cos = float(std::cos(angle)), sin = float(std::sin(angle));
+        float *      a = columns + (how.neox ? p : 2 * p) * width;
+        float *      b = columns + (how.neox ? p + how.n_pairs : 2 * p + 1) * width;
+        for (size_t c = 0; c < width; ++c) {
+            const float before = a[c];
+            a[c]               = before * cos + b[c] * sin;
+            b[c]               = b[c] * cos - before * sin;
+        }
+    }
+    if (job.layout.k_hadamard_block) {
+        hadamard_of_columns(columns, size, width, job.layout.k_hadamard_block);
+    }
+}
+
+// Rows may lie at any address; ggml reads a row from where its values may lie.
+void head_scorer::read_keys(const log_tile & tile) {
+    const kvp_log_layout & layout  = job.layout;
+    const kvp_log_block &  block   = job.blocks[tile.block];
+    const auto             type    = ggml_type(layout.type_k);
     const ggml_to_float_t  convert = ggml_get_type_traits(type)->to_float;
-    const uint8_t *        row = block.rows + size_t(layer) * block.n * (layout.k_row + layout.v_row) + at.row * layout.k_row + head * head_bytes;
-    float *                out = keys.get();
-    for (uint32_t i = 0; i < at.n; ++i, row += layout.k_row, out += layout.head_size_k) {
+    const uint8_t *        row     = block.rows + size_t(layer) * block.n * (layout.k_row + layout.v_row) + tile.row * layout.k_row + head * head_bytes;
+    float *                out     = keys;
+    for (uint32_t i = 0; i < tile.n; ++i, row += layout.k_row, out += layout.head_size_k) {
         if (type == GGML_TYPE_F32) {
             std::memcpy(out, row, head_bytes);
-            continue;
-        }
-        std::memcpy(stored.data(), row, head_bytes);
-        if (type == GGML_TYPE_F16) {
-            half_to_float(reinterpret_cast<const uint16_t *>(stored.data()), out, layout.head_size_k);
+        } else if (type == GGML_TYPE_F16) {
+            job.kernel.from_halves(row, layout.head_size_k, out);
         } else {
+            std::memcpy(stored.data(), row, head_bytes);
             convert(stored.data(), out, int64_t(layout.head_size_k));
         }
     }
@@ -104,32 +113,31 @@ void head_scorer::score(uint32_t of_layer, uint32_t of_head) noexcept {
     float *      mean    = job.mean ? job.mean + at : unwanted.data();
     for (size_t first = 0; first < n_columns; first += job.width) {
         choose_columns(first);
-        std::fill_n(largest.get(), job.width, NO_LOGIT);
-        std::fill_n(sum.get(), job.width, 0.0f);
+        std::fill_n(&largest[0], width, NO_LOGIT);
+        std::fill_n(&sum[0], width, 0.0f);
         const double * turned = nullptr;
         for (size_t t = 0; t < job.tiles.size(); ++t) {
-            const tile &          tile  = job.tiles[t];
+            const log_tile &      tile  = job.tiles[t];
             const kvp_log_block & block = job.blocks[tile.block];
             const double *        turn  = job.queries.turn ? job.queries.turn + tile.block : nullptr;
             if (t == 0 || (turn && *turn != *turned)) {
-                turn_queries(turn);
+                turn_columns(turn);
                 turned = turn;
             }
             read_keys(tile);
-            const kvp_token_index index = block.first + int32_t(tile.row);
-            const bool            all   = index + int32_t(tile.n - 1) <= job.queries.indices[0]; // every query sees all
-            job.kernel.weigh(keys.get(), tile.n, job.layout.head_size_k, columns.get(), job.width, all ? nullptr : last.data(), index,
-                             weights.get() + tile.token * job.width, largest.get(), sum.get());
-            std::copy_n(largest.get(), job.width, references.get() + t * job.width);
+            const kvp_token_index index    = block.first + int32_t(tile.row);
+            const bool            all_seen = index + int32_t(tile.n - 1) <= job.queries.indices[0];
+            job.kernel.weigh(keys, tile.n, job.layout.head_size_k, columns, width, all_seen ? nullptr : last.data(), index, logits,
+                             weights + tile.token * width, largest, sum);
+            std::copy_n(&largest[0], width, factors + t * width);
+        }
+        for (size_t c = 0; c < width; ++c) {
+            sum[c] = c < n_chosen && sum[c] > 0 ? 1.0f / sum[c] : 0.0f;
         }
         for (size_t t = 0; t < job.tiles.size(); ++t) {
-            const tile & tile = job.tiles[t];
-            for (size_t c = 0; c < job.width; ++c) {
-                const bool  pays      = c < n_chosen && sum.get()[c] > 0;
-                const float reference = references.get()[t * job.width + c];
-                factor.get()[c]       = pays ? std::exp(reference - largest.get()[c]) / sum.get()[c] : 0.0f;
-            }
-            job.kernel.reduce(weights.get() + tile.token * job.width, tile.n, job.width, factor.get(), highest + tile.token, mean + tile.token);
+            const log_tile & tile = job.tiles[t];
+            job.kernel.reduce(weights + tile.token * width, tile.n, width, largest, sum, factors + t * width, highest + tile.token,
+                              mean + tile.token);
         }
     }
     if (job.mean) {

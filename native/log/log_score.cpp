@@ -20,8 +20,10 @@ namespace {
 
 constexpr uint64_t MOST = std::numeric_limits<size_t>::max() / 2; // bytes
 
-// Weights of one thread: as many columns at once as fit, but never less than COLUMNS.
+// Weights of one thread: as many columns at once as fit, but never less than COLUMNS; more than a few hundred are no
+// faster. Fewer bytes are slower: keys are read again for every part of the columns.
 constexpr size_t MOST_WEIGHT_BYTES = size_t(16) << 20;
+constexpr size_t MOST_COLUMNS      = 512;
 
 // a * b, unless it is more than `most`.
 uint64_t product(uint64_t a, uint64_t b, const char * of, uint64_t most = MOST) {
@@ -126,9 +128,9 @@ void check(const kvp_log_queries & q, const kvp_log_layout & layout, uint32_t n_
 }
 
 // The tokens up to number `last` of the conversation.
-std::vector<tile> tiles_of(const kvp_log_block * blocks, uint32_t n_blocks, kvp_token_index last) {
-    std::vector<tile> tiles;
-    size_t            token = 0;
+std::vector<log_tile> tiles_of(const kvp_log_block * blocks, uint32_t n_blocks, kvp_token_index last) {
+    std::vector<log_tile> tiles;
+    size_t                token = 0;
     for (uint32_t b = 0; b < n_blocks && blocks[b].first <= last; ++b) {
         const auto seen = uint32_t(std::min<int64_t>(blocks[b].n, int64_t(last) - blocks[b].first + 1));
         for (uint32_t row = 0; row < seen; row += TILE_ROWS) {
@@ -139,11 +141,12 @@ std::vector<tile> tiles_of(const kvp_log_block * blocks, uint32_t n_blocks, kvp_
     return tiles;
 }
 
-size_t width_for(size_t n_columns, const std::vector<tile> & tiles) {
+// Columns at once: parts of about the same size.
+size_t width_for(size_t n_columns, const std::vector<log_tile> & tiles) {
     const size_t n_seen = tiles.back().token + tiles.back().n;
-    const size_t most   = MOST_WEIGHT_BYTES / ((n_seen + tiles.size()) * sizeof(float)) / COLUMNS;
+    const size_t most   = std::clamp(MOST_WEIGHT_BYTES / ((n_seen + tiles.size()) * sizeof(float)), COLUMNS, MOST_COLUMNS) / COLUMNS;
     const size_t all    = (n_columns + COLUMNS - 1) / COLUMNS;
-    const size_t parts  = (all + std::max<size_t>(most, 1) - 1) / std::max<size_t>(most, 1);
+    const size_t parts  = (all + most - 1) / most;
     return (all + parts - 1) / parts * COLUMNS;
 }
 
@@ -207,6 +210,6 @@ int32_t kvp_log_score(const kvp_log_layout * layout, const kvp_log_block * block
         }
         const size_t n_columns = size_t(queries->n_head / layout->n_head_kv) * queries->n_queries;
         const size_t width     = width_for(n_columns, tiles);
-        run({ *layout, blocks, *queries, std::move(tiles), n, width, best_attention_kernel(), largest, mean }, size_t(n_threads));
+        run({ *layout, blocks, *queries, std::move(tiles), n, width, *attention_kernels()[0], largest, mean }, size_t(n_threads));
     });
 }

@@ -58,50 +58,6 @@ template <typename T> void gather_columns(const std::vector<slice_at> & slices, 
     }
 }
 
-// The cells of a window cache that are not behind position `newest`. All a window cache's tokens must be there.
-std::vector<uint32_t> cells_up_to(const blob_cache & window, int32_t newest) {
-    std::vector<uint32_t> cells;
-    int32_t               last = -1;
-    for (uint32_t cell = 0; cell < window.pos.size(); ++cell) {
-        if (window.pos[cell] <= newest) {
-            cells.push_back(cell);
-            last = std::max(last, window.pos[cell]);
-        }
-    }
-    if (last != newest) {
-        fail(KVP_ERR_UNSUPPORTED,
-             "the sliding-window layers hold no token at position %d, where the cache shall end, and a KV log has none of their "
-             "rows: the conversation must be read again",
-             newest);
-    }
-    return cells;
-}
-
-void put_window(blob_writer & out, int32_t seq_id, const blob_cache & window, const std::vector<uint32_t> & cells) {
-    std::vector<int32_t> positions;
-    for (const uint32_t cell : cells) {
-        positions.push_back(window.pos[cell]);
-    }
-    const auto rows = [&](const uint8_t * from, size_t row, uint8_t * to) {
-        for (const uint32_t cell : cells) {
-            std::memcpy(to, from + cell * row, row);
-            to += row;
-        }
-    };
-    const auto put_k = [&](size_t il, uint8_t * to) { rows(window.layers[il].k, window.layers[il].k_row, to); };
-    const auto put_v = [&](size_t il, uint8_t * to) {
-        const layer_rows & layer = window.layers[il];
-        if (!window.v_trans) {
-            return rows(layer.v, layer.v_row, to);
-        }
-        const size_t value = ggml_type_size(layer.type_v);
-        for (size_t j = 0; j < layer.v_row / value; ++j) {
-            rows(layer.v + j * layer.v_column, value, to + j * cells.size() * value);
-        }
-    };
-    out.put_cache(seq_id, positions.data(), positions.size(), window.v_trans, window.layers, put_k, put_v);
-}
-
 } // namespace
 
 new_state fill_state(const uint8_t * blob, size_t size, int32_t seq_id, const fill_plan & plan, fill_sources & sources) {
@@ -111,10 +67,6 @@ new_state fill_state(const uint8_t * blob, size_t size, int32_t seq_id, const fi
     const size_t     n_head = plan.cache.n_head_kv, n = plan.n_new;
     const bool       columns = plan.cache.v_transposed != 0;
 
-    std::vector<uint32_t> window;
-    if (state.has_window) {
-        window = cells_up_to(state.window, plan.positions[n - 1]);
-    }
     new_state made;
     size_t    bound = HEADER + 16 + 12 * n + state.window_size; // counts, cells; and a layer's types and sizes
     for (const layer_rows & layer : layers) {
@@ -145,13 +97,23 @@ new_state fill_state(const uint8_t * blob, size_t size, int32_t seq_id, const fi
         }
     };
     out.put_cache(seq_id, plan.positions, n, columns, layers, put_k, put_v);
-    if (state.has_window && window.size() == state.window.pos.size()) {
+    made.base_size = size_t(out.cur - made.bytes.get());
+    if (state.has_window) {
         out.put(state.window_bytes, state.window_size);
-    } else if (state.has_window) {
-        put_window(out, seq_id, state.window, window);
     }
     made.size = size_t(out.cur - made.bytes.get());
     return made;
+}
+
+new_state with_window(const new_state & made, const state_blob & of) {
+    new_state changed;
+    changed.base_size = made.base_size;
+    changed.size      = made.base_size + of.window_size;
+    changed.bytes.reset(new uint8_t[changed.size]);
+    blob_writer out(changed.bytes.get());
+    out.put(made.bytes.get(), made.base_size);
+    out.put(of.window_bytes, of.window_size);
+    return changed;
 }
 
 } // namespace kvp

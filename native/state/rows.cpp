@@ -1,6 +1,7 @@
 #include "state/rows.h"
 
 #include "error.h"
+#include "state/half.h"
 
 #include <algorithm>
 #include <cmath>
@@ -45,26 +46,6 @@ void hadamard(float * y, size_t n, uint32_t block) {
     }
 }
 
-// Without branches or subnormal arithmetic, so that compilers vectorise it. ggml's conversion through the type traits
-// is a scalar one that took most of a scoring pass.
-void half_to_float(const uint16_t * __restrict src, float * __restrict out, size_t n) {
-    constexpr uint32_t BIAS = (127 - 15) << 23; // between the two formats' exponents
-    for (size_t i = 0; i < n; ++i) {
-        const uint32_t h         = src[i];
-        const uint32_t magnitude = (h & 0x7fffu) << 13;
-        const uint32_t normal    = magnitude + BIAS + (magnitude >= 0x0f800000u ? BIAS : 0u); // infinity, NaN
-        // a subnormal is its fraction times 2^-14: give it that exponent, then take away the hidden one
-        const uint32_t with_one = magnitude + BIAS + (1u << 23);
-        float          value;
-        std::memcpy(&value, &with_one, sizeof(value));
-        value -= 0x1p-14f;
-        uint32_t subnormal;
-        std::memcpy(&subnormal, &value, sizeof(subnormal));
-        const uint32_t bits = (magnitude < (1u << 23) ? subnormal : normal) | (h & 0x8000u) << 16;
-        std::memcpy(&out[i], &bits, sizeof(bits));
-    }
-}
-
 namespace {
 
 // A converter of rows of n_values values of any ggml type to f32. Source rows may be unaligned (blobs
@@ -89,7 +70,7 @@ public:
         } else {
             std::memcpy(aligned.data(), src, aligned.size());
             if (type == GGML_TYPE_F16) {
-                half_to_float(reinterpret_cast<const uint16_t *>(aligned.data()), out, n_values);
+                half_to_float(aligned.data(), out, n_values);
             } else {
                 convert(aligned.data(), out, (int64_t) n_values);
             }

@@ -20,9 +20,6 @@ hadamard_blocks hadamard_blocks_of(ggml_type type_k, ggml_type type_v, uint32_t 
 // y <- H y in blocks of `block` values, H the orthonormal Sylvester matrix, which is its own inverse.
 void hadamard(float * y, size_t n, uint32_t block);
 
-// IEEE half to single, exact.
-void half_to_float(const uint16_t * __restrict src, float * __restrict out, size_t n);
-
 // The rows of one layer in the order asked for: out[i] = row of cell order[i], f32 [n, n_values], where cells
 // are counted as they lie there; n_values = n_head_kv * head_size. Throws KVP_ERR_LAYOUT when a row does not hold n_values values.
 void read_k(const layer_rows & layer, const std::vector<uint32_t> & order, size_t n_values, uint32_t hadamard_block, float * out);

@@ -209,6 +209,9 @@ def test_arrays_of_another_type_are_refused() -> None:
             library.call("kvp_choose_tokens", wrong, 1, unit, flags, 3, 2, keep)
     with pytest.raises(ctypes.ArgumentError, match="expected a kvp_capture_plan \\*, not"):
         library.call("kvp_capture_begin", None, structs.RopeShift())
+    blocks = [structs.LogBlock(keep, 0, 3, 0), structs.RopeShift()]
+    with pytest.raises(ctypes.ArgumentError, match="expected kvp_log_block \\*, not RopeShift"):
+        library.call("kvp_cache_fill", None, None, 0, None, blocks, 2, None, None, 0, None)
     with pytest.raises(TypeError, match="expected a contiguous array of int32, not"):
         structs.RopeShift(distance=np.zeros(3, np.int64))
 

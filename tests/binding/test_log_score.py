@@ -212,12 +212,12 @@ def test_every_query_head_of_a_group_counts(group: int, n_queries: int) -> None:
     "sizes",
     [
         [(0, 1)],
-        [(0, 63)],
-        [(0, 64)],
-        [(0, 65)],
+        [(0, 127)],
+        [(0, 128)],
+        [(0, 129)],
         [(7, 300)],
         [(i, 1) for i in range(70)],
-        [(0, 64), (64, 64), (128, 64)],
+        [(0, 128), (128, 128), (256, 128)],
         [(2, 5), (40, 1), (41, 129), (1000, 6)],
         [(0, 20), (20, 0), (20, 3)],
     ],
@@ -292,10 +292,13 @@ def test_attention_is_that_of_the_definition(
     assert_as_defined(log, random_queries(log, group, sorted(at)), n_threads=n_threads)
 
 
-def test_as_many_queries_as_memory_does_not_hold_at_once_are_worth_the_same() -> None:
-    # 70,000 tokens' weights of sixteen columns are 4 MiB, and there are 208 columns
-    log = random_log([(0, 70_000)], n_layer=1, n_head_kv=1, head_size=4)
-    assert_as_defined(log, random_queries(log, 13, list(range(69_000, 69_016))))
+# 16 MiB hold the weights of 48 columns for 70,000 tokens; and no more than 512 are worked on at once
+@pytest.mark.parametrize(("n", "group", "n_queries"), [(70_000, 7, 16), (300, 9, 60)])
+def test_columns_that_are_scored_in_parts_are_worth_the_same(
+    n: int, group: int, n_queries: int
+) -> None:
+    log = random_log([(0, n)], n_layer=1, n_head_kv=1, head_size=4)
+    assert_as_defined(log, random_queries(log, group, list(range(n - n_queries - 50, n - 50))))
 
 
 def test_the_number_of_threads_changes_nothing() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import RandomModel, random_tokens
 from kvp_edge import Llama
+from kvp_edge.cache.recall import RecallSettings
 from makers.gguf_models import ModelShape
 from support.closeness import difference
 from support.noise import CacheNoise, Noise
@@ -42,12 +43,26 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     )
 
 
+@st.composite
+def any_recall(draw: st.DrawFn) -> RecallSettings:
+    return RecallSettings(
+        n_queries=draw(st.integers(1, 64)),
+        after=draw(st.integers(0, 20)),
+        before=draw(st.integers(0, 3)),
+        floor=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        passes=draw(st.integers(1, 3)),
+        threshold=draw(st.sampled_from([0.0, 0.1])),
+        whole_tokens=draw(st.booleans()),
+    )
+
+
 def any_history(
     random_model: Maker,
     data: st.DataObject,
     way: str,
     shape: ModelShape | None = None,
     most: int = 700,
+    recall: bool = False,
     **more: Any,
 ) -> None:
     """Reads, rewinds, saves and loads in any order; then every logit must be what the reference
@@ -56,6 +71,7 @@ def any_history(
     Args:
         shape: of the model; None: any.
         most: tokens that are read at most, or a few more.
+        recall: also recall at any moment, and go back to any length.
         more: arguments of Llama.
     """
     draw = data.draw
@@ -69,6 +85,7 @@ def any_history(
         "reserve": draw(st.integers(100, 200)),
         "policy": draw(st.sampled_from([Noise, CacheNoise]))(),
         "logits_all": True,
+        "recall": "reply" if recall else "off",
         "verbose": False,
         "n_threads": 1,
         "n_threads_batch": 1,
@@ -80,9 +97,15 @@ def any_history(
         file = Path(folder) / "session"
         watch = Watch(llm, model.shape)
         saved: tuple[Any, Any] | None = None
+        actions = ["read", "read", "write", "rewind", "save", "load"]
+        if recall:
+            actions += ["recall", "recall", "go back"]
+            llm.eval(random_tokens(330, seed=99)[1:])
         try:
             for step in range(draw(st.integers(2, 7))):
-                action = draw(st.sampled_from(["read", "read", "write", "rewind", "save", "load"]))
+                action = draw(st.sampled_from(actions))
+                if recall and llm.kv is not None:
+                    llm.kv.recall_settings = draw(any_recall())
                 room = most - llm.n_tokens
                 if action == "read":
                     n = max(0, min(room, draw(st.integers(1, 250))))
@@ -94,6 +117,13 @@ def any_history(
                     back = draw(st.integers(0, min(llm.n_tokens - 1, 25)))
                     if llm.kv is not None and llm.kv.can_rewind(llm.n_tokens - back):
                         llm.n_tokens -= back
+                        llm.eval([11])
+                elif action == "recall":
+                    llm.recall()
+                elif action == "go back" and llm.n_tokens:
+                    length = draw(st.integers(1, llm.n_tokens))
+                    if llm.kv is not None and llm.kv.can_return(length):
+                        llm.n_tokens = length
                         llm.eval([11])
                 elif action == "save" and llm.n_tokens:
                     llm.save_session(file)
