@@ -260,7 +260,7 @@ HOSTILE: list[tuple[str, Change]] = [
             ("eviction_ms", 10**400),
             ("eviction_ms", -0.5),
             ("log", 1),
-            ("log", {}),
+            ("log", []),
         ]
     ),
     *(

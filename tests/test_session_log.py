@@ -34,7 +34,7 @@ Loader = Callable[..., Llama]
 LLAMA = ModelShape("llama")
 BOUND: dict[str, Any] = {
     "n_ctx": 3000, "kv_budget": 100, "recent": 20, "reserve": 60, "granularity": "head",
-    "policy": "keydiff",
+    "policy": "keydiff", "recall": "reply",
 }  # fmt: skip
 
 
