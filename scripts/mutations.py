@@ -226,7 +226,10 @@ class RecordParts:
 
 
 def of_array(rng: Random, array: Any) -> Any:
-    """An array with a few other numbers, or of another size."""
+    """An array with a few other numbers, or of another size or shape."""
+    if rng.random() < 0.05:
+        one = array.reshape(-1)[: rng.choice((1, None))]
+        return rng.choice((one, array[None], one.reshape(()) if one.size == 1 else one[:, None]))
     if rng.random() < 0.2:
         return array[tuple(slice(rng.randrange(n + 1)) for n in array.shape)]
     array = array.copy()

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from conftest import RandomModel, random_tokens
-from kvp_edge import Llama, SessionError, sessions
+from kvp_edge import Llama, OptionError, SessionError, sessions
 from kvp_edge.cache import kv_log, log_file, manager, session_file
 from kvp_edge.cache.kv_log import Block, Bytes, InMemory, KVLog
 from kvp_edge.cache.log_file import read_log
@@ -542,6 +542,28 @@ def test_a_policy_that_looks_at_queries_has_no_session_and_one_that_does_not_has
     llm.save_session(tmp_path / "s")
 
 
+def test_a_model_is_not_loaded_with_a_file_that_cannot_be_its_log(
+    opened: Opened, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    first = opened(kv_log=tmp_path / "log")
+    for name, says in (
+        ("log", "in use by another Llama"),
+        ("mine", "not a KV log"),
+        ("none/log", "No such file"),
+    ):
+        with pytest.raises(OptionError, match=f"kv_log='.*{says}"):
+            opened(kv_log=tmp_path / name)
+    assert (tmp_path / "mine").read_text() == "mine"
+    first.eval(random_tokens(400))
+    state = first.save_state()
+    first.close()
+    second = opened(kv_log=tmp_path / "log")
+    second.load_state(state)  # its rows lie in a file that has no name any more
+    assert log_of(second).n_tokens > 250
+    answer(second, 5)
+
+
 # -- hostile --------------------------------------------------------------------------------------
 
 
@@ -594,6 +616,7 @@ HOSTILE: dict[str, Callable[[list[Parts], Parts], Any]] = {
     "scores of integers": _arrays(scores=lambda a: a.view(np.int32)),
     "spans of two columns": _arrays(spans=lambda a: a[:, :2]),
     "spans of one axis": _arrays(spans=lambda a: a.reshape(-1)),
+    "spans of no axis": _arrays(spans=lambda a: np.array(5, np.int32)),
     "one array more": _arrays(more=lambda a: np.zeros(1, np.int32)),
     "no spans": lambda blocks, header: blocks[1]["arrays"].pop("spans"),
     "a span before it": _spans((49, 51, 0)),

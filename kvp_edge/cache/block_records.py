@@ -59,13 +59,13 @@ class StoredBlock:
         self.record = record
         self._reader = Reader(file, record)
         first, n, rope_first = _numbers(self._reader.header)
-        k = self._reader.arrays[1].shape[0] if len(self._reader.arrays) == 3 else 0
+        found = [(a.name, a.dtype.name, a.shape) for a in self._reader.arrays]
+        k = sum(found[1][2][:1]) if len(found) == 3 else 0
         wanted: list[tuple[str, str, tuple[int, ...]]] = [
             ("scores", "float32", (layout.n_layer, layout.n_head_kv, n)),
             ("spans", "int32", (k, 3)),
             ("rows", "uint8", (n * layout.bytes_per_token,)),
         ]
-        found = [(a.name, a.dtype.name, a.shape) for a in self._reader.arrays]
         if found != wanted or k > n:
             raise ValueError(f"its block of {n} tokens has the arrays {shortened(found)}")
         scores, spans = self._reader.read(), self._reader.read()
