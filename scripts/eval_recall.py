@@ -50,6 +50,9 @@ from recall_eval.ways import (
     require_policy,
 )
 
+#: Times that a conversation is made to come near its length.
+_FITTINGS = 3
+
 TASKS = ("fact", "count", "all", "dialogue")
 
 _EPILOG = f"""\
@@ -132,10 +135,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         names = [way.name for way in (OFF, RECALL, *args.tried)]
         if len(set(names)) < len(names):
             raise ValueError(f"two ways of the same name among {', '.join(names)}")
+        if args.facts < 2:
+            raise ValueError("--facts must be 2 or more: one question is asked beside another")
         if min(args.lengths) // max(args.shares) < 16:
             raise ValueError(
-                f"1/{max(args.shares)} of {min(args.lengths)} tokens is less than 16: ask for longer "
-                "conversations or larger shares"
+                f"1/{max(args.shares)} of {min(args.lengths)} tokens is less than 16: ask for "
+                "longer conversations or larger shares"
             )
     except ValueError as error:
         parser.error(str(error))
@@ -255,8 +260,8 @@ class Evaluation:
             "length": job.length,
             "facts": self.args.facts,
             "share": b and b.share,
-            "reserve": b and b.reserve,
-            "recent": b and b.recent,
+            "reserve": b and self.args.reserve,  # as asked for; "cells" says what came of it
+            "recent": b and self.args.recent,
             "policy": job.policy,
             "way": FULL if way is None else way.name,
             "task": task,
@@ -291,9 +296,13 @@ class Evaluation:
         return random.Random(f"{self.args.seed} {number} {length}")
 
     def _conversation(self, job: Job) -> Conversation:
-        a = self.args
-        rng = self._rng(job.number, job.length)
-        return make_conversation(job.kind, a.facts, job.length, self.prose, self.count, rng)
+        """Of the length asked for, but for less than a sentence or two: these are not cut."""
+        filler = job.length
+        for _ in range(_FITTINGS):
+            rng = self._rng(job.number, job.length)
+            made = make_conversation(job.kind, self.args.facts, max(1, filler), self.prose, rng)
+            filler -= len(_prompt(self.full.llm, made, made.questions[0].text)) - job.length
+        return made
 
     def _foreign(self, job: Job, conversation: Conversation) -> str:
         """A question of the next conversation of this kind about something that is not in this."""
@@ -391,6 +400,7 @@ class Evaluation:
             "score": question.score(reply),
             "n_prompt": n_prompt,
             "budget": b and b.budget,
+            "cells": b and b.budget + b.reserve,
             "threads": self.args.threads,
             "first_ms": round(answer.first_ms, 1),
             "seconds": round(answer.seconds, 3),
@@ -434,7 +444,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"eval_recall.py: {error}") from None
     records.drop_unfinished_line(args.out)
-    evaluation.run()
+    try:
+        evaluation.run()
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvp_edge.cli.demo_tasks import (
@@ -129,20 +129,17 @@ def make_facts(kind: str, n: int, rng: random.Random) -> list[Fact]:
 def make_conversation(
     kind: str,
     n_facts: int,
-    n_tokens: int,
+    filler: int,
     prose: Prose,
-    count: Callable[[str], int],
     rng: random.Random,
 ) -> Conversation:
-    """A conversation of about ``n_tokens`` tokens.
+    """A conversation with ``n_facts`` facts and about ``filler`` tokens of prose.
 
     Args:
         kind: of KINDS.
-        count: how many tokens the model makes of a text.
         rng: the facts are drawn first, so they are those of ``make_facts``.
     """
     told = make_facts(kind, n_facts, rng)
-    filler = max(1, n_tokens - sum(count(" " + fact.statement) for fact in told))
     messages = (
         _hidden(told, filler, prose, rng) if kind == "prose" else _told(told, filler, prose, rng)
     )

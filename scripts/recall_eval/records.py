@@ -29,7 +29,7 @@ def read(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    *lines, last = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")[:-1]
     found = []
     for number, line in enumerate(lines, 1):
         try:

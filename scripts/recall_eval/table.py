@@ -15,6 +15,7 @@ from kvp_edge.evaluation.statistics import ItemId, Scores, mean, ratio, wilson
 from recall_eval.records import Record
 
 FULL = "full cache"
+_NONE = "none"
 
 _TASKS = {
     "fact": "Facts, each question by itself",
@@ -24,7 +25,7 @@ _TASKS = {
 }
 
 Column = tuple[int, int]  # length, share
-Row = tuple[str, str]  # policy, way
+Row = tuple[str, str, int, int]  # policy, way, reserve, recent
 
 
 def render(records: Sequence[Record]) -> Iterator[str]:
@@ -43,18 +44,22 @@ def _about(records: Sequence[Record]) -> str:
     conversations = {(r["seed"], r["conversation"], r["length"]) for r in records}
     sizes = defaultdict(set)
     for record in records:
-        sizes[record["length"]].add(record["n_prompt"])
+        if record["task"] != "dialogue":
+            sizes[record["length"]].add(record["n_prompt"])
     read = "; ".join(
-        f"{n:,}: {min(sizes[n]):,} to {max(sizes[n]):,} tokens with the question"
-        for n in sorted(sizes)
+        f"{n:,}: {min(found):,} to {max(found):,} tokens with the question"
+        for n, found in sorted(sizes.items())
     )
     return (
-        f"{len(conversations)} {markdown.plural('conversation', len(conversations))} of "
-        f"{', '.join(sorted({r['kind'] for r in records}))}, facts "
-        f"{', '.join(map(str, sorted({r['facts'] for r in records})))} each. By length asked for: {read}. "
-        "Intervals are 95 %: of right answers Wilson's, of shares a bootstrap of conversations, "
-        "paired."
+        f"{len(conversations)} {markdown.plural('conversation', len(conversations))}, "
+        f"{_list(r['facts'] for r in records)} facts in each. By the length asked for: {read}. "
+        "Right answers: Wilson's 95 % interval. Shares: a bootstrap of conversations, paired with "
+        "the full cache's."
     )
+
+
+def _list(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(numbers))))
 
 
 def _task(task: str, records: Sequence[Record]) -> Iterator[str]:
@@ -64,12 +69,12 @@ def _task(task: str, records: Sequence[Record]) -> Iterator[str]:
         length: [r for r in records if r["share"] is None and r["length"] == length]
         for length in dict.fromkeys(length for length, _ in columns)
     }
-    rows = list(dict.fromkeys((r["policy"], r["way"]) for r in bounded))
+    rows = list(dict.fromkeys(map(_row, bounded)))
+    limits = len({row[2:] for row in rows}) > 1  # rows must be told apart by them, too
+    names = {row: _name(row, limits) for row in rows}
     cells = {
         (row, column): [
-            r
-            for r in bounded
-            if (r["policy"], r["way"]) == row and (r["length"], r["share"]) == column
+            r for r in bounded if _row(r) == row and (r["length"], r["share"]) == column
         ]
         for row in rows
         for column in columns
@@ -79,14 +84,14 @@ def _task(task: str, records: Sequence[Record]) -> Iterator[str]:
         ["named" if task == "all" else "right", *heads],
         [
             [FULL, *(_right(task, full[length]) for length, _ in columns)],
-            *([_name(row), *(_right(task, cells[row, c]) for c in columns)] for row in rows),
+            *([names[row], *(_right(task, cells[row, c]) for c in columns)] for row in rows),
         ],
     )
     yield ""
     yield from markdown.table(
         ["% of the full cache's", *heads],
         (
-            [_name(row), *(_share(cells[row, column], full[column[0]]) for column in columns)]
+            [names[row], *(_share(cells[row, column], full[column[0]]) for column in columns)]
             for row in rows
         ),
     )
@@ -95,14 +100,21 @@ def _task(task: str, records: Sequence[Record]) -> Iterator[str]:
         ["median: first token after; recall took; tokens recalled", *heads],
         [
             [FULL, *(_time(full[length]) for length, _ in columns)],
-            *([_name(row), *(_time(cells[row, c]) for c in columns)] for row in rows),
+            *([names[row], *(_time(cells[row, c]) for c in columns)] for row in rows),
         ],
     )
     yield ""
 
 
-def _name(row: Row) -> str:
-    return markdown.escape(f"{row[0]}, {row[1]}")
+def _row(record: Record) -> Row:
+    # reserve and recent grow with the budget, so the names of a row are those asked for
+    return record["policy"], record["way"], record["reserve"], record["recent"]
+
+
+def _name(row: Row, limits: bool) -> str:
+    policy, way, reserve, recent = row
+    name = f"{policy}, {way}"
+    return markdown.escape(f"{name} (reserve {reserve}, recent {recent})" if limits else name)
 
 
 def by_conversation(records: Iterable[Record]) -> Scores:
@@ -118,7 +130,7 @@ def by_conversation(records: Iterable[Record]) -> Scores:
 
 def _right(task: str, records: Sequence[Record]) -> str:
     if not records:
-        return "–"
+        return _NONE
     if task == "all":
         return markdown.percent(mean(by_conversation(records)))
     right = sum(r["score"] for r in records)
@@ -131,14 +143,14 @@ def _share(records: Sequence[Record], full: Sequence[Record]) -> str:
     keys = [{tuple(r[name] for name in item) for r in group} for group in (records, full)]
     both = keys[0] & keys[1]
     if not both:
-        return "–"
+        return _NONE
     shared = [[r for r in group if tuple(r[n] for n in item) in both] for group in (records, full)]
     return markdown.percent(ratio(by_conversation(shared[0]), by_conversation(shared[1])))
 
 
 def _time(records: Sequence[Record]) -> str:
     if not records:
-        return "–"
+        return _NONE
     parts = [f"{median(r['first_ms'] for r in records):,.0f} ms"]
     took = [r["recall_ms"] for r in records if r["recall_ms"] is not None]
     if took:
