@@ -145,7 +145,7 @@ def make_conversation(
     )
     asked = rng.sample(told, n_facts)
     questions = [Question("fact", i, f.question, (f.value,)) for i, f in enumerate(asked)]
-    questions.append(_word_count(messages, rng))
+    questions.append(_word_count(messages, told, rng))
     questions.append(Question("all", 0, _ALL[kind], tuple(f.value for f in told)))
     return Conversation(kind, messages, questions)
 
@@ -174,10 +174,12 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _word_count(messages: Sequence[Message], rng: random.Random) -> Question:
-    """About a word that occurs a few times, so that no one place tells how often."""
+def _word_count(messages: Sequence[Message], told: Sequence[Fact], rng: random.Random) -> Question:
+    """About a word of the prose that occurs a few times, so that no one place tells how often."""
     text = " ".join(message["content"] for message in messages).lower()
-    counts = Counter(word for word in re.findall(r"\b[a-z]+\b", text) if len(word) > 4)
-    few = [word for word, n in counts.items() if 3 <= n <= 8]
+    said = " ".join(fact.statement for fact in told).lower()
+    counts = Counter(word for word in re.findall(r"\b[a-z]{5,}\b", text) if word not in said)
+    # small models like to answer 3
+    few = [word for word, n in counts.items() if 4 <= n <= 9]
     word = rng.choice(few or [counts.most_common(1)[0][0]])
     return Question("count", 0, _COUNT.format(word=word), (str(counts[word]),))

@@ -97,7 +97,7 @@ def _task(task: str, records: Sequence[Record]) -> Iterator[str]:
     )
     yield ""
     yield from markdown.table(
-        ["median: first token after; recall took; tokens recalled", *heads],
+        ["median: first token after; recall took; tokens (rows of all heads) recalled", *heads],
         [
             [FULL, *(_time(full[length]) for length, _ in columns)],
             *([names[row], *(_time(cells[row, c]) for c in columns)] for row in rows),
@@ -156,5 +156,6 @@ def _time(records: Sequence[Record]) -> str:
     if took:
         parts.append(f"{median(took):,.0f} ms")
     if any(r["settings"] for r in records):
-        parts.append(f"{median(r['recalled'] for r in records):,.0f}")
+        tokens, rows = (median(r[name] for r in records) for name in ("recalled", "recalled_rows"))
+        parts.append(f"{tokens:,.0f} ({rows:,.0f})")
     return "; ".join(parts)
