@@ -179,6 +179,25 @@ def test_a_snapshot_is_the_same_for_every_question(cache: BoundedCache) -> None:
     assert not np.array_equal(first[0], first[1])
 
 
+def test_off_is_a_model_that_was_loaded_without_recall(cache: BoundedCache) -> None:
+    gate = prompt(cache, "Is the gate old?")
+    without = held(cache, gate, OFF, [])
+    plain = Llama(
+        bundled_model(), n_ctx=1024, kv_budget=60, reserve=64, recent=8, policy="keydiff",
+        recall="off", n_threads=1, verbose=False,
+    )  # fmt: skip
+    assert plain.kv is not None
+    assert cache.llm.kv is not None
+    plain.kv.replace_limits(cache.llm.kv.limits)
+    cache.go_back()
+    n_context = cache.llm.n_tokens
+    assert plain.kv.log is None
+    plain.eval(gate[:n_context])
+    plain.evict()
+    plain.eval(gate[n_context:])
+    np.testing.assert_array_equal(plain.kv_indices, without)
+
+
 def test_a_questions_own_queries_by_hand_recall_what_the_model_recalls(cache: BoundedCache) -> None:
     dog, gate = prompt(cache, "What is my dog called?"), prompt(cache, "Is the gate old?")
     foreign = CONTROLS["foreign question"]
@@ -193,12 +212,15 @@ def test_random_rows_leave_what_the_policy_ranks_first(cache: BoundedCache) -> N
     drawn = held(cache, dog, CONTROLS["random rows"], [])
     assert drawn.shape == before.shape
     cache.go_back()
+    cache.llm.eval(dog[cache.llm.n_tokens :])
     assert cache.llm.kv is not None
+    cache.llm.kv.score()
     table = cache.llm.kv.snapshot()
     old = table.indices()[..., 4 : table.n_packed]  # but for the sinks
     best = np.argsort(-table.scores[..., 4 : table.n_packed], axis=-1)
     # half of these stay, but some may give way to what was recent before the question
     best = np.take_along_axis(old, best[..., : old.shape[-1] // 2 - 8], axis=-1)
+    assert best.shape[-1] == 16
     for head in np.ndindex(*before.shape[:2]):
         now = set(drawn[head].tolist())
         assert {0, 1, 2, 3, *best[head].tolist()} <= now
