@@ -95,6 +95,7 @@ class Llama(BaseLlama):
     _own_handlers: Sequence[Any] = ()  # those of llama_cpp's that render the file's templates
     _lends_to: int | None = None  # the thread that gets the token memory's own list next
     _token_memory: TokenMemory | None = None
+    _asks_from: int | None = None  # tokens from here on ask for older ones: see _logging_queries
     _decoding = False  # so the end of a batch was not reached: see EvictionManager.follow
     _completing = False  # inside create_completion
 
@@ -295,6 +296,9 @@ class Llama(BaseLlama):
         at = 0
         while at < len(tokens):
             n = kv.make_room(len(tokens) - at)
+            if self._asks_from is not None:
+                kv.watch_queries(kv.seen >= self._asks_from)
+                n = n if kv.seen >= self._asks_from else min(n, self._asks_from - kv.seen)
             self._decoding = True
             self.read_batch(list(tokens[at : at + n]), kv.seen - kv.shift)
             kv.append(n)
@@ -358,15 +362,22 @@ class Llama(BaseLlama):
     def _read_prompt(self, kv: EvictionManager, tokens: Sequence[int]) -> None:
         """Read the rest of a prompt, and bring back what its newest tokens ask for."""
         if self.n_tokens + len(tokens) <= kv.limits.cells and kv.complete:
-            self._eval(kv, tokens)  # nothing is dropped
+            self.eval(tokens)  # nothing is dropped
             return
-        ask = kv.recall_settings.n_queries
-        self._eval(kv, tokens[:-ask])
-        kv.watch_queries(True)
-        try:
-            self._eval(kv, tokens[-ask:])
+        end = int(self.n_tokens) + len(tokens)
+        with self._logging_queries(kv, end - min(kv.recall_settings.n_queries, len(tokens))):
+            self.eval(tokens)
             self._recall(kv, len(tokens))
+
+    @contextlib.contextmanager
+    def _logging_queries(self, kv: EvictionManager, first: int) -> Iterator[None]:
+        """Inside, the queries of the tokens from number ``first`` on are logged when they are
+        read."""
+        self._asks_from = first
+        try:
+            yield
         finally:
+            self._asks_from = None
             kv.watch_queries(False)
 
     def recall(self) -> Recall | None:
@@ -384,11 +395,8 @@ class Llama(BaseLlama):
             if self._kv is None or self._kv.log is None:
                 return None
             self.sync()
-            self._kv.watch_queries(True)
-            try:
+            with self._logging_queries(self._kv, int(self.n_tokens)):
                 return self._recall(self._kv, self._kv.recall_settings.n_queries)
-            finally:
-                self._kv.watch_queries(False)
 
     def _recall(self, kv: EvictionManager, n_new: int) -> Recall | None:
         """The same, of a prompt whose last ``n_new`` tokens were read just now, while queries are
@@ -398,6 +406,7 @@ class Llama(BaseLlama):
             return None
         end = int(self.n_tokens)
         tokens = self._input_ids[end - n :].tolist()
+        self._asks_from = end - n
         before, found, ms = kv.indices, list[Choice](), 0.0
         if not kv.logged_queries(n):
             self._go_back_to(kv, end - n)
