@@ -254,6 +254,8 @@ class Session:
             if begin != records.start(MAGIC, VERSION):
                 raise ValueError("its first bytes are wrong")
             self._find(size, most_bytes)
+        except SessionError:
+            raise
         except ValueError as error:
             raise self.damaged(error) from error
 
