@@ -477,7 +477,7 @@ def test_a_length_is_compared_with_the_file_before_anything_is_made_of_it(
         file.seek(64 + length - 16)
         file.write(struct.pack("<Q4sI", length, b"conv", 0))
     with pytest.raises(
-        SessionError, match="^the session .* does not fit: it has 1099511627776 bytes"
+        SessionError, match="^the session '[^']*' does not fit: it has 1099511627776 bytes"
     ):
         llm.load_session(path)
     assert llm.kv_stats.seen == 300
