@@ -120,15 +120,16 @@ class LogFile:
         Raises:
             OSError: it cannot be written; nothing has changed.
         """
-        with files.replacing(self._path, private=True, durable=False) as part:
-            # a second descriptor, as this one ends with the block; the lock is common to both
-            file = io.FileIO(os.dup(part.fileno()), "r+b")
-            try:
-                grown = _Growing(file, self._about)
+        grown = None
+        try:
+            with files.replacing(self._path, private=True, durable=False) as part:
+                # a second descriptor, as this one ends with the block; the lock is common to both
+                grown = _Growing(io.FileIO(os.dup(part.fileno()), "r+b"), self._about)
                 moved = [grown.add(block) for block in blocks]
-            except BaseException:
-                file.close()
-                raise
+        except BaseException:
+            if grown is not None:
+                grown.close()
+            raise
         return grown, moved
 
     # -- LogStore ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import io
@@ -193,6 +194,30 @@ def test_where_there_is_no_room_for_another_file_the_old_one_stays_in_use(
     assert same(put(store, more), more)
     assert store.keep(()) == []
     assert_same(read_log(path, LAYOUT)[1], [])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), KeyboardInterrupt()])
+def test_a_file_that_does_not_take_the_place_leaves_all_as_it_was(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    store, blocks = LogFile(path, LAYOUT), [block_of(50 * i, 50) for i in range(10)]
+    got = [put(store, block) for block in blocks]
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", fails)
+        assert all(a is b for a, b in zip(store.keep(got[7:]), got[7:], strict=True))
+    assert os.listdir(path.parent) == ["log"]
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(OptionError, match="in use"):
+        LogFile(path, LAYOUT)
+    got.append(put(store, block_of(500, 5)))
+    assert_same(got, [*blocks, block_of(500, 5)])
+    assert_same(store.keep(got[8:]), [*blocks[8:], block_of(500, 5)])
 
 
 def test_a_file_that_somebody_put_there_meanwhile_is_not_replaced(path: Path) -> None:
