@@ -662,18 +662,22 @@ class EvictionManager:
         log, t = self.log, self._table
         if log is None or not self.trusted or not 0 < length <= min(log.end, t.seen):
             return False
-        n = min(length, self.limits.budget)
+        n = self._held_after(length)
         held = log.holds(length)
         start = 0 if n == length else max(0, length - self.limits.recent)
         kept = held[: self._protected_prefix].all() and held[start:].all() and held.sum() >= n
         return bool(kept) and self.cache.can_continue_at(length - t.shift)
+
+    def _held_after(self, length: int) -> int:
+        """How many tokens a cache holds that has gone back to this length: all, if they fit."""
+        return length if length <= self.limits.cells else self.limits.budget
 
     def _bring_back(self, length: int) -> None:
         """Go back to the first ``length`` tokens, all of them logged: the best by what the policy
         said of them then, and the newest."""
         log, t = self.log, self._table
         assert log is not None
-        n = min(length, self.limits.budget)
+        n = self._held_after(length)
         tail = 0 if n == length else max(0, length - self.limits.recent)
         tokens = np.arange(tail, dtype=np.int32)
         groups = t.packed_indices.shape[:-1]
