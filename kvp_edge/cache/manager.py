@@ -501,7 +501,7 @@ class EvictionManager:
 
     def choose_by_queries(self, n: int, asked: Queries | None = None) -> Choice | None:
         """Let the queries of the newest ``n`` tokens choose what every head holds of the tokens
-        before them. Nothing changes: the owner goes back by ``n`` tokens, calls ``bring`` and reads
+        before them. The cache does not change: the owner goes back by ``n`` tokens, calls ``bring`` and reads
         them again.
 
         Args:
@@ -520,14 +520,15 @@ class EvictionManager:
         if asked is None or not len(asked):
             return None
         self._asked_last = asked.queries.mean(axis=2)
+        now = t.cut(t.seen - n)
+        tail = max(now.tail, now.seen - self.limits.recent)
+        self._log_until(t, tail)  # first, as the oldest may be given up for it
         unlogged = self._unlogged(t, t.seen)
         rows = np.empty(unlogged.n * int(log.layout.bytes_per_token), np.uint8)
         self._read_rows(unlogged, rows)
         blocks = [*log.blocks, replace(unlogged, rows=rows)]
         largest, mean = self._attention(t, blocks, asked)
 
-        now = t.cut(t.seen - n)
-        tail = max(now.tail, now.seen - self.limits.recent)
         resident = filling.rows_of(now) >= 0
         share = float(np.where(resident, 0, mean[:, :, : now.seen]).sum(axis=-1).mean())
         if share < s.threshold:
@@ -555,7 +556,6 @@ class EvictionManager:
         assert self.log is not None
         started = time.perf_counter()
         t = choice.table
-        self._log_until(t, choice.tail)
         n_scored = t.n_packed + choice.tail - t.tail
         filled = filling.fill(
             replace(t, scores=self._final(t.scores, n_scored, t.kept)),
