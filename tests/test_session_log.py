@@ -453,6 +453,42 @@ def test_of_a_session_without_a_log_the_tokens_before_the_tail_are_lost(
     assert log_of(llm).lost == tail
 
 
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_tokens_that_are_lost_are_not_asked_to_come_back(
+    opened: Opened, tmp_path: Path, granularity: str
+) -> None:
+    """Not even those that would be protected."""
+    without = opened(recall="off", granularity=granularity)
+    without.eval(random_tokens(450))
+    without.evict()
+    without.save_session(tmp_path / "s")
+    llm = opened(granularity=granularity)
+    llm.load_session(tmp_path / "s")
+    came = 0
+    for seed in range(1, 8):
+        llm.eval(random_tokens(37, seed=seed))
+        llm.evict()
+        came += llm.recall() is not None
+    assert came > 0
+    assert log_of(llm).lost > 0
+
+
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_a_long_protected_beginning_leaves_room_for_what_comes_back(
+    opened: Opened, granularity: str
+) -> None:
+    """Right after an eviction the tokens asked with are taken back, so that fewer are recent."""
+    llm = opened(granularity=granularity)
+    assert llm.kv is not None
+    llm.kv.protect_prefix(79)
+    llm.eval(random_tokens(300))
+    for seed in range(1, 5):
+        llm.eval(random_tokens(50, seed=seed))
+        llm.evict()
+        assert llm.recall() is not None
+        assert (llm.kv_indices[..., :79] == np.arange(79)).all()
+
+
 def test_a_log_of_another_type_is_refused_by_name(opened: Opened, tmp_path: Path) -> None:
     first, llm = opened(), opened(kv_log_type="q8_0")
     first.eval(random_tokens(500))
