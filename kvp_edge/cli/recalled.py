@@ -53,7 +53,7 @@ def line(share: FloatArray, by_head: bool) -> str:
 
 
 def passages(share: FloatArray, text_of: Callable[[int, int], str]) -> list[str]:
-    """The longest passages that many heads took back, as they stand in the text, one line each.
+    """What many heads took back most of, as it stands in the text, one line for each passage.
 
     Args:
         share: see ``shares``.
@@ -61,8 +61,8 @@ def passages(share: FloatArray, text_of: Callable[[int, int], str]) -> list[str]
     """
     many = np.flatnonzero(share >= min(_MANY, share.max())) if share.any() else np.empty(0)
     found = spans(many.astype(np.int32))
-    longest = sorted(found, key=lambda one: one[0] - one[1])[:_PASSAGES]
-    return [f'  "{_shortened(text_of(*one))}"' for one in sorted(longest)]
+    most = sorted(found, key=lambda one: -float(share[slice(*one)].sum()))[:_PASSAGES]
+    return [f'  "{_shortened(text_of(*one))}"' for one in sorted(most)]
 
 
 def _shortened(text: str) -> str:
