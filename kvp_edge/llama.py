@@ -45,6 +45,9 @@ from kvp_edge.text.retokenize import begin_as_known
 from kvp_edge.text.spans import Span
 from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, marks
 
+#: A reply writes so many tokens at least between two recalls.
+_LEAST_WRITTEN = 16
+
 
 class Llama(BaseLlama):
     """A llama_cpp.Llama whose KV cache never holds more than a fixed number of cells.
@@ -96,6 +99,7 @@ class Llama(BaseLlama):
     _lends_to: int | None = None  # the thread that gets the token memory's own list next
     _token_memory: TokenMemory | None = None
     _asks_from: int | None = None  # tokens from here on ask for older ones: see _logging_queries
+    _written: int | None = None  # tokens of a reply since the last recall, with recall="always"
     _decoding = False  # so the end of a batch was not reached: see EvictionManager.follow
     _completing = False  # inside create_completion
 
@@ -306,6 +310,8 @@ class Llama(BaseLlama):
             at += n
             if on_batch is not None:
                 on_batch(kv.seen - n, kv.seen)
+        if self._written is not None and len(tokens) == 1:
+            self._recall_while_writing(kv)
 
     def sync(self) -> None:
         """Bring table and cells to ``n_tokens``, which the base class sets freely.
@@ -355,7 +361,15 @@ class Llama(BaseLlama):
                 if self._kv.log is not None:
                     self._read_prompt(self._kv, how["tokens"])
                     how["tokens"] = []
-        yield from super().generate(**how)
+        if self._kv is None or self._kv.log is None or self.options.recall != "always":
+            yield from super().generate(**how)
+            return
+        with self._logging_queries(self._kv, int(self.n_tokens)):
+            self._written = 0
+            try:
+                yield from super().generate(**how)
+            finally:
+                self._written = None
 
     # -- recall ------------------------------------------------------------------------------
 
@@ -397,6 +411,17 @@ class Llama(BaseLlama):
             self.sync()
             with self._logging_queries(self._kv, int(self.n_tokens)):
                 return self._recall(self._kv, self._kv.recall_settings.n_queries)
+
+    def _recall_while_writing(self, kv: EvictionManager) -> None:
+        """With recall="always": what the reply asks for by now, every ``recall_every`` tokens, or
+        when its queries have turned away from those that asked last."""
+        assert self._written is not None
+        self._written += 1
+        enough = self._written >= self.options.recall_every
+        if enough or (self._written >= _LEAST_WRITTEN and kv.queries_turned_away()):
+            n, self._written = self._written, None  # what is read again is not written
+            self._recall(kv, n)
+            self._written = 0
 
     def _recall(self, kv: EvictionManager, n_new: int) -> Recall | None:
         """The same, of a prompt whose last ``n_new`` tokens were read just now, while queries are

@@ -451,7 +451,7 @@ typedef struct kvp_log_queries {
  *   mean     the same of the mean over them; or NULL
  * Tokens that no query sees have 0; a query that sees none pays nothing. A q.k that is no number counts as not seen.
  * Keys are read from where they lie, which may be any address, also in a read-only memory map. They may be of every
- * type that ggml converts to f32, and are multiplied in f32. Memory for each thread: 16 MiB, or 64 bytes for every
+ * type that ggml converts to f32, and are multiplied in f32. Memory for each thread: 32 MiB, or 128 bytes for every
  * token where that is more, and a little. */
 KVP_API int32_t kvp_log_score(const kvp_log_layout * layout, const kvp_log_block * blocks, uint32_t n_blocks,
                               const kvp_log_queries * queries, int32_t n_threads, float * largest, float * mean,

@@ -110,7 +110,7 @@ class _Structs(_Argument):
         value = list(value)
         for struct in value:
             if not isinstance(struct, self._kind):
-                raise TypeError(f"{self.c} belong here, not {type(struct).__name__}")
+                raise TypeError(f"expected {self.c}, not {type(struct).__name__}")
         return ctypes.byref((self._kind * len(value))(*value))
 
 

@@ -33,7 +33,7 @@ def score_log(
         layout: of the log.
         blocks: ascending by token; gaps between them are allowed.
         queries: f32 [n_layer, n_head, m, head_size_k] of m tokens.
-        n_threads: 1 or more; each needs 16 MiB, or 64 bytes for every token where that is more.
+        n_threads: 1 or more; each needs 32 MiB, or 128 bytes for every token if that is more.
         turn: f64 [n_blocks], RoPE positions by which the keys of each block count as turned, whole
             or not. None: keys are seen as they are stored.
         frequencies: of RoPE; needed with ``turn``.

@@ -103,6 +103,7 @@ class EvictionManager:
         self.log = log
         self.recall_settings = recall_settings or RecallSettings()
         self._n_threads = n_threads
+        self._asked_last: FloatArray | None = None  # [n_layer, n_head, head_size], their mean
         self._log_shift = 0  # the table's when the logged queries were computed
         self._find_spans = find_spans
         self._isolate_turns = isolate_turns
@@ -226,6 +227,10 @@ class EvictionManager:
             return False
         return True
 
+    def _count_from_zero(self) -> None:
+        self.restore_counts(0, 0, 0.0)
+        self.recalls, self.recalled, self.recall_ms = 0, 0, 0.0
+
     def restore_counts(self, evictions: int, evictions_as_state: int, eviction_ms: float) -> None:
         """Take over what was counted when the table was stored."""
         self.evictions = evictions
@@ -297,8 +302,7 @@ class EvictionManager:
     def clear(self) -> None:
         """Forget every token and start counting again. The owner removes the cells
         (llama_memory_seq_rm from 0 on)."""
-        self.restore_counts(0, 0, 0.0)
-        self.recalls, self.recalled, self.recall_ms = 0, 0, 0.0
+        self._count_from_zero()
         if self.log is not None:
             self.log.clear()
         self.restore(self.empty_table())
@@ -497,7 +501,7 @@ class EvictionManager:
 
     def choose_by_queries(self, n: int, asked: Queries | None = None) -> Choice | None:
         """Let the queries of the newest ``n`` tokens choose what every head holds of the tokens
-        before them. Nothing changes: the owner goes back by ``n`` tokens, calls ``bring`` and reads
+        before them. The cache does not change: the owner goes back by ``n`` tokens, calls ``bring`` and reads
         them again.
 
         Args:
@@ -515,14 +519,16 @@ class EvictionManager:
         asked = self._asked(t, n) if asked is None else asked
         if asked is None or not len(asked):
             return None
+        self._asked_last = asked.queries.mean(axis=2)
+        now = t.cut(t.seen - n)
+        tail = max(now.tail, now.seen - self.limits.recent)
+        self._log_until(t, tail)  # first, as the oldest may be given up for it
         unlogged = self._unlogged(t, t.seen)
         rows = np.empty(unlogged.n * int(log.layout.bytes_per_token), np.uint8)
         self._read_rows(unlogged, rows)
         blocks = [*log.blocks, replace(unlogged, rows=rows)]
         largest, mean = self._attention(t, blocks, asked)
 
-        now = t.cut(t.seen - n)
-        tail = max(now.tail, now.seen - self.limits.recent)
         resident = filling.rows_of(now) >= 0
         share = float(np.where(resident, 0, mean[:, :, : now.seen]).sum(axis=-1).mean())
         if share < s.threshold:
@@ -550,7 +556,6 @@ class EvictionManager:
         assert self.log is not None
         started = time.perf_counter()
         t = choice.table
-        self._log_until(t, choice.tail)
         n_scored = t.n_packed + choice.tail - t.tail
         filled = filling.fill(
             replace(t, scores=self._final(t.scores, n_scored, t.kept)),
@@ -569,6 +574,18 @@ class EvictionManager:
         self.recalls += 1
         self.recalled += event.n_tokens
         self.recall_ms += event.ms
+
+    def queries_turned_away(self) -> bool:
+        """Whether the newest token's queries are so unlike those that asked last that they may want
+        other rows: by the mean cosine of the two (LouisKV, arXiv:2510.11292)."""
+        if self.query_log is None or self._asked_last is None or not len(self.query_log):
+            return False
+        newest = self.query_log.read(1).queries[:, :, 0]
+        last = self._asked_last
+        product = (newest * last).sum(axis=-1)
+        norms = np.linalg.norm(newest, axis=-1) * np.linalg.norm(last, axis=-1)
+        cosine = float((product / np.maximum(norms, 1e-30)).mean())
+        return cosine < self.recall_settings.turned_away
 
     def _asked(self, t: Table, n: int) -> Queries | None:
         """The queries of the newest ``n`` tokens, but for the chat template's own."""
@@ -645,18 +662,22 @@ class EvictionManager:
         log, t = self.log, self._table
         if log is None or not self.trusted or not 0 < length <= min(log.end, t.seen):
             return False
-        n = min(length, self.limits.budget)
+        n = self._held_after(length)
         held = log.holds(length)
         start = 0 if n == length else max(0, length - self.limits.recent)
         kept = held[: self._protected_prefix].all() and held[start:].all() and held.sum() >= n
         return bool(kept) and self.cache.can_continue_at(length - t.shift)
+
+    def _held_after(self, length: int) -> int:
+        """How many tokens a cache holds that has gone back to this length: all, if they fit."""
+        return length if length <= self.limits.cells else self.limits.budget
 
     def _bring_back(self, length: int) -> None:
         """Go back to the first ``length`` tokens, all of them logged: the best by what the policy
         said of them then, and the newest."""
         log, t = self.log, self._table
         assert log is not None
-        n = min(length, self.limits.budget)
+        n = self._held_after(length)
         tail = 0 if n == length else max(0, length - self.limits.recent)
         tokens = np.arange(tail, dtype=np.int32)
         groups = t.packed_indices.shape[:-1]
@@ -685,6 +706,8 @@ class EvictionManager:
         )
         log.cut(length)
         self._fill(t, filled)
+        if tail == 0:  # as it was before the first eviction
+            self._count_from_zero()
         if self.query_log is not None:
             self.query_log.rewind(length)
 

@@ -32,6 +32,8 @@ class RecallSettings:
         threshold: nothing is moved while tokens that are not resident would get less than this
             share of the attention.
         decay: by this a row's attention fades from one recall to the next.
+        turned_away: while a reply is written, queries ask again when their mean cosine with those
+            that asked last is below this.
         whole_tokens: all heads take the same tokens.
     """
 
@@ -42,6 +44,7 @@ class RecallSettings:
     passes: int = 2
     threshold: float = 0.02
     decay: float = 0.7
+    turned_away: float = 0.5
     whole_tokens: bool = False
 
 

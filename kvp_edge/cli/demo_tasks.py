@@ -80,17 +80,23 @@ class Prose:
         return taken
 
 
-def _value(pool: str, rng: random.Random) -> str:
+def draw_value(pool: str, rng: random.Random) -> str:
+    """A value of the kind that a Wording names."""
     if pool == "numbers":
         return str(rng.randrange(100_000, 1_000_000))
     return rng.choice((WORDS if pool == "words" else NAMES).split())
+
+
+def things() -> list[tuple[str, facts.Wording]]:
+    """What facts in chat turns can be about, with the sentences for it."""
+    return [(key, fact) for keys, fact in PERSONAL.items() for key in keys.split()]
 
 
 def hidden_in_prose(n_facts: int, n_tokens: int, prose: Prose, rng: random.Random) -> Item:
     """``n_facts`` facts spread over one message of prose, the question about one of them."""
     fact = rng.choice(facts.IN_PROSE)
     keys = rng.sample(WORDS.split(), n_facts)
-    values = [_value(fact.values, rng) for _ in keys]
+    values = [draw_value(fact.values, rng) for _ in keys]
     sentences = prose.sentences(n_tokens, rng)
     for key, value in zip(keys, values, strict=True):
         place = rng.randrange(len(sentences))
@@ -102,8 +108,9 @@ def hidden_in_prose(n_facts: int, n_tokens: int, prose: Prose, rng: random.Rando
 
 def told_in_chat(n_facts: int, n_tokens: int, prose: Prose, rng: random.Random) -> Item:
     """``n_facts`` facts told in turns of their own, prose between them, the question at the end."""
-    things = [(key, fact) for keys, fact in PERSONAL.items() for key in keys.split()]
-    told = [(key, fact, _value(fact.values, rng)) for key, fact in rng.sample(things, n_facts)]
+    told = [
+        (key, fact, draw_value(fact.values, rng)) for key, fact in rng.sample(things(), n_facts)
+    ]
     turns = [
         [fact.statement.format(key=key, value=value), rng.choice(ACKNOWLEDGEMENTS)]
         for key, fact, value in told

@@ -20,9 +20,10 @@ namespace {
 
 constexpr uint64_t MOST = std::numeric_limits<size_t>::max() / 2; // bytes
 
-// Weights of one thread: as many columns at once as fit, but never less than COLUMNS; more than a few hundred are no
+// Weights of one thread: as many columns at once as fit, within limits. More than a few hundred are no
 // faster. Fewer bytes are slower: keys are read again for every part of the columns.
-constexpr size_t MOST_WEIGHT_BYTES = size_t(16) << 20;
+constexpr size_t MOST_WEIGHT_BYTES = size_t(32) << 20;
+constexpr size_t LEAST_COLUMNS     = 2 * COLUMNS;
 constexpr size_t MOST_COLUMNS      = 512;
 
 // a * b, unless it is more than `most`.
@@ -144,7 +145,7 @@ std::vector<log_tile> tiles_of(const kvp_log_block * blocks, uint32_t n_blocks, 
 // Columns at once: parts of about the same size.
 size_t width_for(size_t n_columns, const std::vector<log_tile> & tiles) {
     const size_t n_seen = tiles.back().token + tiles.back().n;
-    const size_t most   = std::clamp(MOST_WEIGHT_BYTES / ((n_seen + tiles.size()) * sizeof(float)), COLUMNS, MOST_COLUMNS) / COLUMNS;
+    const size_t most   = std::clamp(MOST_WEIGHT_BYTES / ((n_seen + tiles.size()) * sizeof(float)), LEAST_COLUMNS, MOST_COLUMNS) / COLUMNS;
     const size_t all    = (n_columns + COLUMNS - 1) / COLUMNS;
     const size_t parts  = (all + most - 1) / most;
     return (all + parts - 1) / parts * COLUMNS;

@@ -292,8 +292,8 @@ def test_attention_is_that_of_the_definition(
     assert_as_defined(log, random_queries(log, group, sorted(at)), n_threads=n_threads)
 
 
-# 16 MiB hold the weights of 48 columns for 70,000 tokens; at most 512 are worked on at once
-@pytest.mark.parametrize(("n", "group", "n_queries"), [(70_000, 7, 16), (300, 9, 60)])
+# 32 MiB hold the weights of 112 columns for 70,000 tokens; no more than 512 columns go at once
+@pytest.mark.parametrize(("n", "group", "n_queries"), [(70_000, 13, 16), (300, 9, 60)])
 def test_columns_that_are_scored_in_parts_are_worth_the_same(
     n: int, group: int, n_queries: int
 ) -> None:

@@ -135,7 +135,7 @@ def any_history(
                         watch = Watch(llm, model.shape)
                     llm.load_session(file)
                     watch.held = dict(saved[0])
-                    llm.scores[: llm.n_tokens] = saved[1]
+                    llm.keep_logits(0, saved[1])
                 stats = llm.kv_stats
                 assert stats.kept + stats.dropped == stats.seen == llm.n_tokens
                 assert stats.kept <= stats.cells
