@@ -54,9 +54,10 @@ def test_a_chat_answers_from_what_was_dropped_and_says_that_it_came_back(
     assert len(without.err.splitlines()) == len(without.replies) + 1  # with that of /stats
 
 
-def test_the_line_stands_before_the_reply(talk: list[str]) -> None:
+@pytest.mark.parametrize("how", [[], ["--recall", "always", "--recall-every", "2"]])
+def test_the_line_stands_before_the_reply_and_none_within(talk: list[str], how: list[str]) -> None:
     done = subprocess.run(
-        [*COMMAND, "chat", *SHORT],
+        [*COMMAND, "chat", *SHORT, *how],
         input="\n".join([*talk, QUESTIONS[0]]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,6 +91,17 @@ def test_json_of_run_has_it_as_numbers_alone(kvp: Type, talk: list[str]) -> None
     cache = json.loads(got.out)["kv_cache"]
     assert (cache["recall"], cache["recalls"]) == ("reply", 1)
     assert cache["recalled"] > 0
+
+
+def test_always_recalls_while_the_reply_is_written(kvp: Type, talk: list[str]) -> None:
+    options = ["run", *SHORT, "--json", "--recall", "always", "-f", "-", "-p", QUESTIONS[0]]
+    seldom, often = (
+        json.loads(kvp(*options, "--recall-every", n, typed=" ".join(talk)).out)["kv_cache"]
+        for n in ("64", "2")
+    )
+    assert seldom["recall"] == often["recall"] == "always"
+    assert seldom["recalls"] == 1
+    assert often["recalls"] > 1
 
 
 def test_nothing_is_said_where_nothing_was_dropped(kvp: Type) -> None:
