@@ -117,7 +117,7 @@ def test_the_command_prints_table_reading_and_where_to_go_next(
     assert main(["demo", "--items", "1", "--length", "700", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
     for name in (FULL, SHIFT, *HEURISTICS):
-        assert sum(line.startswith(name) for line in out.splitlines()) == 1
+        assert sum(line.startswith(f"{name}  ") for line in out.splitlines()) == 1
     assert out.splitlines()[-1].startswith("Try it: kvp-edge chat")
     assert "512 cells" in err
     assert "This takes up to" in err
