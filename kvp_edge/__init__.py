@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvp_edge.cache.options import CacheOptions
+    from kvp_edge.cache.recall import Recall
     from kvp_edge.cache.stats import Eviction, KVStats
     from kvp_edge.errors import (
         BudgetError,
@@ -47,6 +48,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PolicyFileError",
+    "Recall",
     "RecordError",
     "SessionError",
     "TraceError",
@@ -77,6 +79,7 @@ _FROM = {
     "POLICIES": "policies",
     "Policy": "policies",
     "Eviction": "cache.stats",
+    "Recall": "cache.recall",
     "KVStats": "cache.stats",
 }
 

@@ -34,8 +34,8 @@ _DESCRIPTION = """\
 Long conversations in a small KV cache, with stock llama.cpp.
 
 The cache has a fixed number of cells. When it is full, a policy decides which tokens to drop,
-and the conversation continues. The first tokens (--sinks), the newest tokens (--recent) and your
-system prompt are never dropped."""
+and the conversation continues. Dropped tokens come back when a prompt asks for them (--recall). The
+first tokens (--sinks), the newest tokens (--recent) and your system prompt are never dropped."""
 
 _EPILOG = """\
 examples:

@@ -57,6 +57,8 @@ conversation as a transcript, in lines that begin with "User:" and "Assistant:",
 it begins a line of the user's.
 
 The first --sinks tokens, the newest --recent tokens and the text of --system are never dropped.
+What is dropped stays in a log, and what your message asks for comes back before the reply
+(--recall).
 
 {STATUS_LINE_HELP}
 
@@ -93,6 +95,7 @@ def _main(args: Options) -> int:
     path = options.model_path(args)
     llm = options.load(path, args.n_ctx, args)
     options.warn_beyond_training(llm.n_ctx(), path, args)
+    llm.on_came_back = note
     chat = Chat(llm, args)
     command = start_again(llm.model_path if _names_model(args) else None)
     # closed here, and not when Python ends: a device that failed meanwhile may say so only then

@@ -33,18 +33,22 @@ _REPLY_TOKENS = 32
 _MEASURE_SECONDS = 2.0  # how long to read, to tell how long it will take
 
 FULL, SHIFT = "full context", "drop oldest half"
+RECALL = " + recall"  # after a policy's name
 
 _INTRO = """\
 {conversations} of about {length} tokens with {model}. Facts are hidden in a novel's prose or
 told in earlier chat turns, and the question comes last. The first row keeps every token. The others
 have {cells} cells; when these are full, they drop tokens before the question is known: by
-llama.cpp's own rule (the oldest half), or by a policy."""
+llama.cpp's own rule (the oldest half), or by a policy. With recall, dropped tokens that the
+question asks for come back."""
 
 _EPILOG = """\
 The rows of the table:
   full context      every token stays in the cache
   drop oldest half  llama.cpp's context shift, in as many cells as the policies
                     have
+  ... + recall      what kvp-edge chat does: a policy drops tokens, which stay
+                    in a log outside the cells, and some come back for the reply
   learned           the policy that was trained for this model, if there is one
   the others        policies that need no training (see kvp-edge policies)
 Replies are greedy, and right if they name the value asked for. "dropped" is the
@@ -87,17 +91,23 @@ class Row:
     tokens: int = 0
     seconds: float = 0.0
     dropped: int = 0
+    log_bytes: int = 0
     right_by_kind: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model with a way of handling a full cache."""
+    """A model with a way of handling a full cache.
+
+    Attributes:
+        recall: called when a prompt was read, before the reply.
+    """
 
     llm: Llama
     read: Callable[[Sequence[int]], None]
     reset: Callable[[], None]
     dropped: Callable[[], int]
+    recall: Callable[[], object] = lambda: None
 
 
 def _main(args: Options) -> int:
@@ -135,9 +145,10 @@ class Demo:
         self._budget = parse_budget(args.kv_budget)
         # sentences are not cut, so a conversation may become somewhat longer than asked for
         self._n_ctx = 2 * args.length + 1024
-        with self._bounded("auto") as reader:
+        with self._bounded("auto", recall="auto") as reader:
             llm = reader.llm
-            self._has_own = llm.kv_stats.policy == Learned.name
+            self._own = str(llm.kv_stats.policy)
+            self._recalls = llm.kv_stats.recall != "off"
             self.as_transcripts = transcribe_without_template(llm)
             self.cells = llm.kv_stats.cells
             self._items = make_items(
@@ -159,7 +170,9 @@ class Demo:
         """Of reading, in the order of the table."""
         ways: dict[str, Callable[[], AbstractContextManager[Reader]]]
         ways = {FULL: self._full, SHIFT: self._shift}
-        if self._has_own:
+        if self._recalls:
+            ways[self._own + RECALL] = partial(self._bounded, "auto", recall="reply")
+        if self._own == Learned.name:
             ways[Learned.name] = partial(self._bounded, "auto")
         return ways | {name: partial(self._bounded, name) for name in HEURISTICS}
 
@@ -198,6 +211,7 @@ class Demo:
             row.seconds += time.perf_counter() - started
             row.tokens += n_read
             row.dropped += reader.dropped()
+            row.log_bytes = max(row.log_bytes, reader.llm.kv_stats.log_bytes)
             right = item.is_right(reply)
             row.items += 1
             row.right += right
@@ -226,13 +240,18 @@ class Demo:
             llm.close()
 
     @contextmanager
-    def _bounded(self, policy: str) -> Iterator[Reader]:
+    def _bounded(self, policy: str, recall: str = "off") -> Iterator[Reader]:
         llm = Llama(
-            self.path, n_ctx=self._n_ctx, kv_budget=self._budget, policy=policy, **self._engine
+            self.path,
+            n_ctx=self._n_ctx,
+            kv_budget=self._budget,
+            policy=policy,
+            recall=recall,
+            **self._engine,
         )
         try:
             transcribe_without_template(llm)
-            yield Reader(llm, llm.eval, llm.reset, lambda: llm.kv_stats.dropped)
+            yield Reader(llm, llm.eval, llm.reset, lambda: llm.kv_stats.dropped, llm.recall)
         finally:
             llm.close()
 
@@ -241,6 +260,7 @@ def greedy(reader: Reader, prompt: Sequence[int]) -> tuple[str, int]:
     """Read a prompt and write the likeliest reply: its text, and the tokens read and written."""
     llm = reader.llm
     reader.read(prompt)
+    reader.recall()
     reply: list[int] = []
     while len(reply) < _REPLY_TOKENS:
         token = llm.sample(temp=0.0)
@@ -275,7 +295,8 @@ def table(rows: list[Row]) -> list[str]:
 
 def reading(rows: list[Row]) -> list[str]:
     """What the table says, and what it does not say."""
-    full, shift, *policies = rows
+    full, shift, *bounded = rows
+    policies = [row for row in bounded if not row.log_bytes]
     n, cells = full.items, shift.cells
     best = max(policies, key=lambda row: row.right)
     # two proportions near one half differ by this much in one of twenty comparisons of equals
@@ -298,6 +319,12 @@ def reading(rows: list[Row]) -> list[str]:
             lines.append(f"Not clearly better than dropping the oldest half: {', '.join(others)}.")
     else:
         lines.append("No policy is clearly better than that here.")
+    for row in bounded:
+        if row.log_bytes:
+            lines.append(
+                f"With {row.cache} it answers {row.right}: what the question asks for comes back "
+                f"from a log of {row.log_bytes / 2**20:.1f} MiB, beside the cells."
+            )
     lines.append(
         f"With {n} {plural('question', n)}, rows less than {chance} answers apart may differ by "
         "chance (raise --items for more)."

@@ -140,6 +140,11 @@ class CacheOptions:
     recent: int | None = llama_option("recent", _CACHE)
     reserve: int | None = llama_option("reserve", _CACHE)
     pack: str = llama_option("pack", _CACHE)
+    recall: str = llama_option("recall", _CACHE)
+    recall_every: int = llama_option("recall_every", _CACHE)
+    kv_log: str | None = llama_option("kv_log", _CACHE)
+    kv_log_limit: str = llama_option("kv_log_limit", _CACHE)
+    kv_log_type: str = llama_option("kv_log_type", _CACHE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ _TEMPLATE_ROOM = 1024  # tokens that a chat template may add to the text
 
 _EPILOG = f"""\
 The texts and the question form one user message. While they are read, the cache holds a few hundred
-tokens, so the policy decides what is left when the question comes.
+tokens, and the policy decides which. What it drops stays in a log, and what the question asks for
+comes back before the reply (--recall).
 
 A model file without a chat template is usually a base model, which continues texts. It reads the
 texts and the question as with --raw, so write the question as the beginning of the answer.
@@ -88,6 +89,7 @@ def _main(args: Options) -> int:
         chat_format.check(llm, _system(args))
     elif not args.raw:
         _tell_that_it_continues(llm, args)
+    llm.on_came_back = None if args.json else note
     options.warn_beyond_training(len(llm.tokenize(text.encode())) + args.max_tokens, path, args)
     show = args.progress or sys.stderr.isatty()
     with closing(llm):

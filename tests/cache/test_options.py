@@ -32,8 +32,9 @@ def test_the_signature_of_llama_has_every_option() -> None:
 
 def test_llama_keeps_the_options_it_was_given(bundled_model: str, load: Loader) -> None:
     others = {"kv_budget": 80, "n_ctx": 900, "recent": 7, "granularity": "token", "sinks": 2}
+    others["recall"] = "reply"
     assert load(bundled_model, **others).options == CacheOptions(**others)
-    llm = load(bundled_model, granularity="head")
+    llm = load(bundled_model, granularity="head", recall="auto")
     assert llm.options == CacheOptions()
     with pytest.raises(dataclasses.FrozenInstanceError):
         llm.options.sinks = 1  # type: ignore[misc]

@@ -91,6 +91,8 @@ def test_regen_answers_again_in_place_of_the_last_reply(kvp: Type) -> None:
     got = kvp("chat", *GREEDY, typed=typed)
     assert got.replies[1] == got.replies[2]  # greedy
     assert got.stats[1]["seen"] == got.stats[2]["seen"]
+    assert got.stats[2]["read"] == 1  # for its logits
+    assert got.stats[1]["wrote"] == got.stats[2]["wrote"]
 
 
 def test_regen_says_something_else_unless_greedy(kvp: Type) -> None:

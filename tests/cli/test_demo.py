@@ -79,7 +79,19 @@ def test_there_is_a_row_for_every_way_of_reading(
     rows: list[dict[str, object]], bundled_model: str
 ) -> None:
     own = ["learned"] if own_policy(bundled_model) else []
-    assert [row["cache"] for row in rows] == [FULL, SHIFT, *own, *HEURISTICS]
+    recalls = f"{(own or HEURISTICS)[0]} + recall"
+    assert [row["cache"] for row in rows] == [FULL, SHIFT, recalls, *own, *HEURISTICS]
+
+
+def test_the_row_with_recall_alone_has_a_log_and_answers_more(
+    rows: list[dict[str, object]],
+) -> None:
+    (recalls,) = (row for row in rows if row["log_bytes"])
+    assert str(recalls["cache"]).endswith(" + recall")
+    without = next(row for row in rows if f"{row['cache']} + recall" == recalls["cache"])
+    assert int(str(recalls["right"])) >= int(str(without["right"]))
+    (recency,) = (row for row in rows if row["cache"] == "recency")
+    assert int(str(recalls["right"])) > int(str(recency["right"]))
 
 
 def test_the_full_context_is_at_least_as_good_as_any_other(rows: list[dict[str, object]]) -> None:
@@ -105,7 +117,7 @@ def test_the_command_prints_table_reading_and_where_to_go_next(
     assert main(["demo", "--items", "1", "--length", "700", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
     for name in (FULL, SHIFT, *HEURISTICS):
-        assert sum(line.startswith(name) for line in out.splitlines()) == 1
+        assert sum(line.startswith(f"{name}  ") for line in out.splitlines()) == 1
     assert out.splitlines()[-1].startswith("Try it: kvp-edge chat")
     assert "512 cells" in err
     assert "This takes up to" in err
@@ -152,6 +164,16 @@ def test_the_reading_says_when_the_model_itself_fails() -> None:
     assert "with llama.cpp's rule, it answers 4: the old tokens are gone." in "\n".join(
         reading(made_up(full=20, shift=4, keydiff=5))
     )
+
+
+def test_the_reading_tells_what_recall_answers_and_what_its_log_takes() -> None:
+    rows = made_up(full=20, shift=4, keydiff_plus_recall=19, keydiff=12)
+    rows[2].log_bytes = 5 * 2**19
+    text = "\n".join(reading(rows))
+    assert "With keydiff plus recall it answers 19" in text
+    assert "a log of 2.5 MiB" in text
+    assert "with keydiff, it answers 12, in 25%" in text  # its memory is told of those without
+    assert "recall" not in "\n".join(reading(made_up(full=20, shift=4, keydiff=12)))
 
 
 def test_the_columns_of_the_table_line_up() -> None:

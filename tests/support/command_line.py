@@ -27,7 +27,8 @@ GREEDY = ["--temperature", "0"]
 
 STATUS = re.compile(
     r"\[kvp: (?P<seen>\d+) tokens seen, (?P<kept>\d+) kept, (?P<dropped>\d+) dropped by "
-    r"(?P<policy>[\w-]+) \((?P<evictions>\d+) evictions\), (?P<mib>[\d.]+) MiB \| "
+    r"(?P<policy>[\w-]+) \((?P<evictions>\d+) evictions\), (?P<mib>[\d.]+) MiB"
+    r"(, log (?P<log>[\d.]+) MiB)? \| "
     r"read (?P<read>\d+) at [\d.-]+ t/s, wrote (?P<wrote>\d+) at [\d.-]+ t/s\]"
 )
 
@@ -39,7 +40,7 @@ class Output:
         self.status, self.out, self.err = status, out, err
         self.replies = out.splitlines()
         self.stats = [
-            {k: v if k == "policy" else float(v) for k, v in m.groupdict().items()}
+            {k: v if k == "policy" else float(v) for k, v in m.groupdict("0").items()}
             for m in STATUS.finditer(err)
         ]
 
