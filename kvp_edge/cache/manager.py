@@ -642,19 +642,21 @@ class EvictionManager:
         n_packed = t.n_packed + tail - t.tail
         first, newest = self._protected_borders(t)
         tokens = np.arange(tail, dtype=np.int32)
-        protected = (tokens < first) | (tokens >= newest)
+        available = resident | self.log.holds(tail)
+        protected = available & ((tokens < first) | (tokens >= newest))
+        if protected.sum(axis=-1).max() > n_packed:  # after going back, others are the newest
+            protected &= resident
         worth = self.policy.worth(t.scores, t.seen - t.indices())[..., :n_packed]
         whole = self.policy.whole_tokens(worth) if self.granularity == "token" else None
         if self.granularity == "token":
             worth = worth.mean(axis=(0, 1), keepdims=True) if whole is None else whole[None, None]
         held = t.indices()[..., :n_packed]
-        competing = ~np.take_along_axis(np.broadcast_to(protected, resident.shape), held, axis=-1)
+        competing = ~np.take_along_axis(protected, held, axis=-1)
         n_floor = int(self.recall_settings.floor * int(competing.sum(axis=-1).min()))
         floor = np.zeros(wanted.shape, np.bool_)
         np.put_along_axis(floor, held, recall.best_of(worth, competing, n_floor), axis=-1)
         spans = filling.spans_of(t, self.log)
         unit = tokens if self.log.lost else units(tokens, clipped(spans, first, newest))
-        available = resident | self.log.holds(tail)
         return recall.choose(wanted, floor, available, protected, unit, n_packed)
 
     def _can_bring_back(self, length: int) -> bool:

@@ -145,14 +145,15 @@ def choose(
         wanted: f32 [*groups, n], widened attention to the first n tokens.
         floor: bool [*groups, n], what stays by the policy's ranking.
         available: bool [*groups, n], resident or logged.
-        protected: bool [n]
+        protected: bool [n] or [*groups, n], of those available; at most n_keep in each group.
         unit: int32 [n], see ranking.choose_rows.
 
     Returns:
         int32 [*groups, n_keep], ascending.
     """
     scores = np.where(floor, np.float32(2.0), wanted)  # attention is at most 1
-    scores = np.where(available, scores, np.float32(-np.inf))
+    # a row that is resident and lost from the log was not asked: the last of those that may stay
+    scores = np.where(available, np.maximum(scores, np.float32(-1.0)), np.float32(-np.inf))
     shape = scores.shape
     unit = np.broadcast_to(unit, shape)
     rows: Rows = ranking.choose_rows(scores, unit, np.broadcast_to(protected, shape), n_keep)
