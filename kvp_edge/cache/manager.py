@@ -501,8 +501,8 @@ class EvictionManager:
 
     def choose_by_queries(self, n: int, asked: Queries | None = None) -> Choice | None:
         """Let the queries of the newest ``n`` tokens choose what every head holds of the tokens
-        before them. The cache does not change: the owner goes back by ``n`` tokens, calls ``bring`` and reads
-        them again.
+        before them. The cache does not change: the owner goes back by ``n`` tokens, calls ``bring``
+        and reads them again.
 
         Args:
             n: at most ``n_asking``.
@@ -625,13 +625,13 @@ class EvictionManager:
         return largest, mean
 
     def _wanted(self, t: Table, attention: FloatArray) -> FloatArray:
-        """How much every head, or all together, want the first tokens: f32 [*groups, n]."""
+        """How much every head, or all together, want the first tokens, now or before: f32 [*groups,
+        n]."""
         s = self.recall_settings
-        wanted = recall.widen(attention, s.after, s.before)
-        if s.whole_tokens or self.granularity == "token":
-            wanted = np.broadcast_to(wanted.mean(axis=(0, 1)), wanted.shape)
+        wanted = recall.share(attention, 1.0 if self.granularity == "token" else s.shared)
         if self.granularity == "token":
             wanted = wanted[:1, :1]
+        wanted = recall.widen(wanted, s.after, s.before)
         faded = np.zeros(wanted.shape, np.float32)
         np.put_along_axis(faded, t.packed_indices, t.wanted * np.float32(s.decay), axis=-1)
         return np.maximum(wanted, faded, where=np.isfinite(wanted), out=wanted.copy())
@@ -895,7 +895,7 @@ class EvictionManager:
         if not t.wanted.any():
             return worth
         s, wanted = self.recall_settings, t.wanted_rows()
-        eligible = ~protected & (wanted >= s.threshold)
+        eligible = ~protected & (wanted >= s.faded)
         room = self.limits.budget - int(protected.sum(axis=-1).max())
         recalled = recall.best_of(wanted, eligible, int((1 - s.floor) * max(0, room)))
         top = np.where(np.isfinite(worth), worth, -np.inf).max(axis=-1, keepdims=True)

@@ -31,10 +31,12 @@ class RecallSettings:
             layers ask better.
         threshold: nothing is moved while tokens that are not resident would get less than this
             share of the attention.
-        decay: by this a row's attention fades from one recall to the next.
+        shared: how much all heads together decide; 0: each head for itself, 1: all hold the same.
+            A few heads find a fact, and the others need its rows when it is told.
+        decay: by this what a row is wanted fades from one recall to the next.
+        faded: a recalled row that is wanted less than this is treated like all others.
         turned_away: while a reply is written, queries ask again when their mean cosine with those
             that asked last is below this.
-        whole_tokens: all heads take the same tokens.
     """
 
     n_queries: int = 64
@@ -43,9 +45,10 @@ class RecallSettings:
     floor: float = 0.5
     passes: int = 2
     threshold: float = 0.02
+    shared: float = 0.5
     decay: float = 0.7
+    faded: float = 0.1
     turned_away: float = 0.5
-    whole_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,28 @@ class Choice:
     share: float
     n_asked: int
     ms: float
+
+
+def share(attention: FloatArray, shared: float) -> FloatArray:
+    """How much each head wants every token: 1 is as much as any.
+
+    Args:
+        attention: f32 [n_layer, n_head_kv, n]; minus infinity for what is lost.
+        shared: see RecallSettings.
+
+    Returns:
+        f32 [n_layer, n_head_kv, n]
+    """
+    most = np.maximum(attention.max(axis=-1, keepdims=True), np.float32(1e-9))
+    own: FloatArray = attention / most
+    if not shared:
+        return own
+    together: FloatArray = own.mean(axis=(0, 1), keepdims=True)
+    if shared == 1:
+        return np.broadcast_to(together, own.shape)
+    own *= np.float32(1 - shared)
+    own += np.float32(shared) * together
+    return own
 
 
 def widen(attention: FloatArray, after: int, before: int) -> FloatArray:

@@ -42,8 +42,8 @@ class Table:
             them carries. The same as ``packed_indices`` unless positions were compacted.
         packed_llama_positions: int32 [n_packed], llama.cpp's position of each packed row,
             ascending. At head granularity merely a row's name: attention never looks at it.
-        wanted: f32 [*groups, n_packed], the attention that questions have paid to the rows that
-            they recalled (kvp_edge.cache.recall), fading; 0 for all others.
+        wanted: f32 [*groups, n_packed], how much questions have wanted the rows that they recalled
+            (kvp_edge.cache.recall), fading; 0 for all others.
         scores: f32 [n_layer, n_head_kv, n] of the first n rows, n <= kept.
         spans: int32 [k, 3], (start, end, kind) of tokens that stay or go together (whole_spans);
             ascending, disjoint. Before the tail, only of what is held, and the newest that begins a

@@ -89,10 +89,12 @@ def choice_of(
     chosen = []
     for il, h in np.ndindex(held.shape[:2]):
         wanted = np.zeros(tail)
+        own = attention[..., :tail] / attention[..., :tail].max(-1, keepdims=True)
+        mixed = (1 - s.shared) * own[il, h] + s.shared * own.mean((0, 1))
         for t in range(tail):
-            reach = [(attention[il, h, t - d] * 0.999**d) for d in range(s.after + 1) if d <= t]
+            reach = [(mixed[t - d] * 0.999**d) for d in range(s.after + 1) if d <= t]
             reach += [
-                attention[il, h, t + d] * 0.999 ** (d + s.after)
+                mixed[t + d] * 0.999 ** (d + s.after)
                 for d in range(1, s.before + 1)
                 if t + d < tail
             ]
@@ -106,9 +108,9 @@ def choice_of(
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-@pytest.mark.parametrize("floor", [0.0, 0.5])
+@pytest.mark.parametrize(("floor", "shared"), [(0.0, 0.5), (0.5, 0.0), (0.25, 1.0)])
 def test_the_rows_that_come_back_are_those_that_the_queries_attend_to(
-    arch: Any, floor: float, random_model: Maker, load: Loader
+    arch: Any, floor: float, shared: float, random_model: Maker, load: Loader
 ) -> None:
     shape = ModelShape(arch, n_embd=128 if arch == "qwen2" else 64)
     llm = load(
@@ -120,7 +122,9 @@ def test_the_rows_that_come_back_are_those_that_the_queries_attend_to(
     llm.eval(random_tokens(15, seed=3)[1:])
     kv = llm.kv
     assert kv is not None
-    s = kv.recall_settings = RecallSettings(floor=floor, passes=1, threshold=0.0, after=5)
+    s = kv.recall_settings = RecallSettings(
+        floor=floor, passes=1, threshold=0.0, after=5, shared=shared
+    )
     kv.watch_queries(True)
     n, end = 8, llm.n_tokens
     llm.n_tokens -= n

@@ -268,7 +268,7 @@ def test_facts_are_about_different_things_and_all_are_said(kind: str) -> None:
 
 
 def test_settings_are_read_from_a_line() -> None:
-    wide, whole = parse_ways("wide:after=20,floor=0.25; whole:whole_tokens=true")
+    wide, whole = parse_ways("wide:after=20,floor=0.25; whole:shared=1,passes=1")
     assert (wide.name, wide.settings.after, wide.settings.floor) == ("wide", 20, 0.25)
-    assert whole.settings.whole_tokens is True
+    assert (whole.settings.shared, whole.settings.passes) == (1.0, 1)
     assert whole.settings.after == BASE.after

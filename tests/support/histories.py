@@ -52,7 +52,7 @@ def any_recall(draw: st.DrawFn) -> RecallSettings:
         floor=draw(st.sampled_from([0.0, 0.5, 1.0])),
         passes=draw(st.integers(1, 3)),
         threshold=draw(st.sampled_from([0.0, 0.1])),
-        whole_tokens=draw(st.booleans()),
+        shared=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
 
 
