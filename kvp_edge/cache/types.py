@@ -1,7 +1,7 @@
 """The types that the keys and values of a cache can have.
 
-A type that ggml gains needs a name here, a row in ``keys_can_be_shifted``
-(native/state/pack_state.cpp) if ggml can quantise to it, and tests (tests/support/cache_types.py).
+A type that ggml gains needs a name here, a row in ``can_be_written``
+(native/state/convert.cpp) if ggml can quantise to it, and tests (tests/support/cache_types.py).
 All else follows from ggml.
 """
 

@@ -23,6 +23,7 @@ from kvp_edge.errors import BudgetError, ContextLengthError, SessionError
 from kvp_edge.text import transcript
 from kvp_edge.text.chat_prompt import Message, prompt_tokens
 
+# To add a command: a line here, and a branch in ``Chat.hear``.
 _COMMAND_LIST = """\
   /stats   show the state of the cache
   /regen   write another reply to your last message

@@ -1,6 +1,7 @@
 """Policies: one scoring rule per file, named after it.
 
-To add one: a file here, its class in ``POLICIES``, a row in docs/how-eviction-works.md. The first
+To add one: a file here, its class in ``POLICIES``, a row in docs/how-eviction-works.md, and
+README's table of options made anew (scripts/options_table.py), which names all of them. The first
 line of its docstring is what ``kvp-edge policies`` shows. ``score`` in numpy is its definition; to
 run it in place as well, see native/cache/rules.cpp.
 """
@@ -12,13 +13,13 @@ import os
 from kvp_edge.errors import PolicyError
 from kvp_edge.policies.base import Policy
 from kvp_edge.policies.expected_attention import ExpectedAttention
-from kvp_edge.policies.find_policy import own_policy
 from kvp_edge.policies.h2o import H2O
 from kvp_edge.policies.keydiff import KeyDiff
 from kvp_edge.policies.knorm import KNorm
 from kvp_edge.policies.lagkv import LagKV
 from kvp_edge.policies.learned import Learned
 from kvp_edge.policies.onnx import Onnx
+from kvp_edge.policies.own_policy import own_policy
 from kvp_edge.policies.random import Random
 from kvp_edge.policies.recency import Recency
 from kvp_edge.policies.snapkv import SnapKV

@@ -1,5 +1,8 @@
 """The tasks of ``kvp-edge eval``.
 
+To add one: a ``DrawnTask`` in a file here (lookup.py is the shortest), a line in ``TASKS``, a row
+in docs/evaluation.md.
+
 One idea per module. ``needles``, ``variable_tracking``, ``word_counts`` and ``paragraphs`` are
 those of RULER (``ruler`` lists the differences); ``lookup`` and ``recall`` also have questions; in
 ``quiz``, ``chains``, ``copying`` and ``sums`` the model writes a long reply (``generation``).
