@@ -14,7 +14,7 @@ def bundled_model() -> str:
     # GGUF files are mapped into memory by name, so the package must be installed as plain files
     folder = resources.files("kvp_edge") / "models"
     files = folder.iterdir() if folder.is_dir() else iter(())
-    # kvp-*.gguf are policies (kvp_edge.policies.own_policy)
+    # kvp-*.gguf are policies (kvp_edge.policies.policy_of_model)
     names = (file for file in files if not file.name.startswith("kvp-"))
     found = [str(file) for file in names if file.name.endswith(".gguf")]
     if len(found) != 1:

@@ -55,7 +55,7 @@ from kvp_edge.evaluation.records import (  # noqa: E402
     append_record,
     read_records,
 )
-from kvp_edge.policies import ArrayView, Learned, own_policy  # noqa: E402
+from kvp_edge.policies import ArrayView, Learned, policy_of_model  # noqa: E402
 from kvp_edge.policy_file import PolicyInfo, write_policy  # noqa: E402
 from kvp_edge.traces.format import TraceSet  # noqa: E402
 from kvp_edge.traces.sources import TextFile  # noqa: E402
@@ -303,10 +303,10 @@ class Beside(_PolicyTarget):
         self.path.unlink()
         self.path = folder / "kvp-input.gguf"
         # those of the package are not damaged, and to read them takes as long again
-        own_policy._shipped = lambda: folder
+        policy_of_model._shipped = lambda: folder
 
     def read(self) -> None:
-        found = own_policy.own_policy(self.model)
+        found = policy_of_model.own_policy(self.model)
         if found is not None:
             Learned(found)
 

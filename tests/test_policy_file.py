@@ -19,7 +19,7 @@ from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli import main
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.policies import ArrayView, Learned, get_policy
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.policy_file import (
     FEATURES,
     PolicyInfo,

@@ -147,7 +147,7 @@ def _model(path: str | None) -> Found:
     from kvp_edge.llama import Llama  # noqa: PLC0415
     from kvp_edge.llamacpp.log import listen  # noqa: PLC0415
     from kvp_edge.policies import FALLBACK  # noqa: PLC0415
-    from kvp_edge.policies.own_policy import own_policy  # noqa: PLC0415
+    from kvp_edge.policies.policy_of_model import own_policy  # noqa: PLC0415
 
     assert path is not None
     with listen(pass_on=False):

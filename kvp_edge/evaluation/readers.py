@@ -19,7 +19,7 @@ from kvp_edge.evaluation.records import GOLDEN, ORACLE, PARTS, SHIFT
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.measuring import Bookmark, MeasuringLlama, Shifted
 from kvp_edge.policies import Learned, Policy, get_policy
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.traces.format import Trace
 from kvp_edge.traces.tracer import Tracer
 

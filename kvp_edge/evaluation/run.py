@@ -29,7 +29,7 @@ from kvp_edge.evaluation.records import FULL, GOLDEN, ORACLE, SHIFT, Key, Record
 from kvp_edge.evaluation.setting import Prompt, Setting
 from kvp_edge.llama import Llama
 from kvp_edge.policies import POLICIES, get_policy
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.processor import repack
 from kvp_edge.text.chat_prompt import (
     last_begin,

@@ -19,7 +19,7 @@ from kvp_edge.policies.knorm import KNorm
 from kvp_edge.policies.lagkv import LagKV
 from kvp_edge.policies.learned import Learned
 from kvp_edge.policies.onnx import Onnx
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.policies.random import Random
 from kvp_edge.policies.recency import Recency
 from kvp_edge.policies.snapkv import SnapKV

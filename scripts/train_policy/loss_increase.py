@@ -23,7 +23,7 @@ from kvp_edge.evaluation.oracle import Oracle
 from kvp_edge.evaluation.readers import OWN
 from kvp_edge.evaluation.records import GOLDEN, ORACLE
 from kvp_edge.evaluation.statistics import Scores
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.training.rollouts import Reading, Rollouts
 from kvp_edge.training.settings import Settings

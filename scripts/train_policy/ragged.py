@@ -20,7 +20,7 @@ from kvp_edge.evaluation import statistics
 from kvp_edge.evaluation.markdown import signed_nats
 from kvp_edge.evaluation.statistics import Scores
 from kvp_edge.policies import ArrayView, Learned
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.traces.format import Trace, TraceSet
 from kvp_edge.training.simulator import equal_counts, ragged_counts, simulated_loss
 from kvp_edge.training.twin import Twin

@@ -14,7 +14,7 @@ from kvp_edge.cli import main
 from kvp_edge.cli.demo import FULL, SHIFT, Row, prompt_tokens, reading, table
 from kvp_edge.cli.demo_tasks import Item, make_items
 from kvp_edge.policies import HEURISTICS
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 
 
 def count_words(text: str) -> int:

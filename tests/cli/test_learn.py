@@ -17,7 +17,7 @@ needs("safetensors", "train")
 
 
 from kvp_edge.cli import main  # noqa: E402
-from kvp_edge.policies.own_policy import own_policy  # noqa: E402
+from kvp_edge.policies.policy_of_model import own_policy  # noqa: E402
 from kvp_edge.policy_file import read_info  # noqa: E402
 
 
@@ -40,7 +40,7 @@ def test_a_model_learns_a_policy_and_chats_use_it(
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
     # there is no shipped policy for a copy of the small model, as for a model of one's own
-    monkeypatch.setattr("kvp_edge.policies.own_policy._shipped", lambda: tmp_path / "nothing")
+    monkeypatch.setattr("kvp_edge.policies.policy_of_model._shipped", lambda: tmp_path / "nothing")
     assert own_policy(model) is None
     assert main(learn(model, tmp_path / "out")) == 0
     policy = capsys.readouterr().out.splitlines()[-1]

@@ -22,7 +22,7 @@ from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli import main
 from kvp_edge.doctor import examination as doctor
 from kvp_edge.doctor.examination import Finding
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.processor import machine, repack, trial
 from makers.gguf_models import write_mamba
 from support.buffer_type_child import SIGILL, Child

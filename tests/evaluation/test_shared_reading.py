@@ -25,7 +25,7 @@ from kvp_edge.llama import Llama
 from kvp_edge.llamacpp.context_shift import ContextShift
 from kvp_edge.measuring import MeasuringLlama
 from kvp_edge.policies import H2O, CacheView, SnapKV
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.policy_file import read_policy, write_policy
 from kvp_edge.traces.tracer import Tracer
 from makers.gguf_models import ModelShape

@@ -19,7 +19,7 @@ needs("onnx", "onnx")
 from kvp_edge import Llama  # noqa: E402
 from kvp_edge.cli import main  # noqa: E402
 from kvp_edge.policies import get_policy  # noqa: E402
-from kvp_edge.policies.own_policy import own_policy  # noqa: E402
+from kvp_edge.policies.policy_of_model import own_policy  # noqa: E402
 from support.real_models import ALL, GEMMA, newest_logits, tokens_of  # noqa: E402
 
 pytestmark = pytest.mark.real

@@ -18,7 +18,7 @@ from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli.demo import Demo
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.policies import FALLBACK, ArrayView, get_policy
-from kvp_edge.policies.own_policy import own_policy
+from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
 from makers.gguf_models import ModelShape
 from support.policy_files import ARRAY_OF_2_TO_THE_40
