@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from kvp_edge.arrays import BoolArray, FloatArray, TokenIndices
+from kvp_edge.arrays import FloatArray, TokenIndices
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.library import call, create, lib
 from kvp_edge.binding.observer import Observer
@@ -40,11 +40,6 @@ class Queries:
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def of(self, tokens: BoolArray) -> Queries:
-        """Those of the tokens marked: bool [m]."""
-        queries = np.ascontiguousarray(self.queries[:, :, tokens])
-        return Queries(queries, self.indices[tokens], self.scale)
 
     def __getitem__(self, tokens: slice) -> Queries:
         return Queries(self.queries[:, :, tokens], self.indices[tokens], self.scale)

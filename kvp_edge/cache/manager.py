@@ -516,7 +516,7 @@ class EvictionManager:
         assert log is not None
         started = time.perf_counter()
         t = self._scored()
-        asked = self._asked(t, n) if asked is None else asked
+        asked = self._asked(n) if asked is None else asked
         if asked is None or not len(asked):
             return None
         self._asked_last = asked.queries.mean(axis=2)
@@ -587,16 +587,12 @@ class EvictionManager:
         cosine = float((product / np.maximum(norms, 1e-30)).mean())
         return cosine < self.recall_settings.turned_away
 
-    def _asked(self, t: Table, n: int) -> Queries | None:
-        """The queries of the newest ``n`` tokens, but for the chat template's own."""
+    def _asked(self, n: int) -> Queries | None:
+        """The queries of the newest ``n`` tokens, the chat template's among them: the last of these
+        write the reply, and without them fewer answers come back (docs/recall.md)."""
         if self.query_log is None or not self.logged_queries(n):
             return None
-        asked = self.query_log.read(n)
-        markers = t.spans[t.spans[:, 2] != TEXT]
-        its_own = np.zeros(n, np.bool_)
-        for start, end, _ in markers[markers[:, 1] > t.seen - n].tolist():
-            its_own[max(0, start - (t.seen - n)) : end - (t.seen - n)] = True
-        return asked if its_own.all() else asked.of(~its_own)
+        return self.query_log.read(n)
 
     def _attention(
         self, t: Table, blocks: list[Block], asked: Queries

@@ -21,7 +21,6 @@ from kvp_edge.cache.recall import Choice, Recall, RecallSettings
 from kvp_edge.cache.selection import no_longer_held, spans
 from kvp_edge.policies import get_policy
 from kvp_edge.text.chat_prompt import ends_reply
-from kvp_edge.text.spans import TEXT
 
 #: Recalls by hand: whose queries choose, or nobody's.
 PREVIOUS, FOREIGN, RANDOM = "previous", "foreign", "random"
@@ -268,23 +267,13 @@ class BoundedCache:
         found: list[Queries] = []
 
         def choose(n: int, _: int) -> Choice | None:
-            found.append(self._text_queries(n))
+            assert self._kv.query_log is not None
+            found.append(self._kv.query_log.read(n))
             return self._kv.choose_by_queries(n)
 
         self.go_back()
         self._recall(prompt, choose)
         return found
-
-    def _text_queries(self, n: int) -> Queries:
-        """The logged queries of the newest ``n`` tokens, but for the chat template's own."""
-        assert self._kv.query_log is not None
-        end = self._kv.seen
-        text = np.ones(n, np.bool_)
-        for start, stop, kind in self.llm.find_spans(end - n, end):
-            if kind != TEXT:
-                text[max(0, start - (end - n)) : stop - (end - n)] = False
-        queries = self._kv.query_log.read(n)
-        return queries.of(text) if text.any() else queries
 
     def _recall(
         self, prompt: Sequence[int], choose: Callable[[int, int], Choice | None]

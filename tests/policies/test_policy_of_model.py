@@ -181,7 +181,7 @@ def test_one_of_too_few_layers_beside_a_model_with_windows_is_passed_over_when_i
         load(model, policy=str(path), **bound)
     with pytest.warns(UserWarning, match="policy skipped"):
         demo = Demo(Namespace(**DEMO, model=str(model)))
-    assert "6 rows" in demo.how_long()  # none for it
+    assert "7 rows" in demo.how_long()  # none for it
 
 
 def test_at_token_granularity_heads_count_by_their_learned_weights(
