@@ -618,6 +618,8 @@ class EvictionManager:
             turn=turn,
             frequencies=None if turn is None else self._frequencies,
         )
+        if found[0].shape[2] == t.seen:  # nothing is lost
+            return found
         at = np.concatenate([np.arange(b.first, b.end) for b in blocks])
         shape = (*found[0].shape[:2], t.seen)
         largest, mean = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
@@ -629,12 +631,12 @@ class EvictionManager:
         s = self.recall_settings
         wanted = recall.widen(attention, s.after, s.before)
         if s.whole_tokens or self.granularity == "token":
-            wanted = np.broadcast_to(wanted.mean(axis=(0, 1)), wanted.shape)
-        if self.granularity == "token":
-            wanted = wanted[:1, :1]
-        faded = np.zeros(wanted.shape, np.float32)
-        np.put_along_axis(faded, t.packed_indices, t.wanted * np.float32(s.decay), axis=-1)
-        return np.maximum(wanted, faded, where=np.isfinite(wanted), out=wanted.copy())
+            groups = t.packed_indices.shape[:-1]
+            wanted = np.tile(wanted.mean(axis=(0, 1)), (*groups, 1))
+        held = np.take_along_axis(wanted, t.packed_indices, axis=-1)
+        faded = np.maximum(held, t.wanted * np.float32(s.decay), where=np.isfinite(held), out=held)
+        np.put_along_axis(wanted, t.packed_indices, faded, axis=-1)
+        return wanted
 
     def _choose(self, t: Table, tail: int, wanted: FloatArray, resident: BoolArray) -> TokenIndices:
         """The tokens before ``tail`` that every head holds next: as many as now."""
