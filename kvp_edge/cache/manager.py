@@ -614,6 +614,8 @@ class EvictionManager:
             turn=turn,
             frequencies=None if turn is None else self._frequencies,
         )
+        if found[0].shape[2] == t.seen:  # nothing is lost
+            return found
         at = np.concatenate([np.arange(b.first, b.end) for b in blocks])
         shape = (*found[0].shape[:2], t.seen)
         largest, mean = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
@@ -628,9 +630,10 @@ class EvictionManager:
         if self.granularity == "token":
             wanted = wanted[:1, :1]
         wanted = recall.widen(wanted, s.after, s.before)
-        faded = np.zeros(wanted.shape, np.float32)
-        np.put_along_axis(faded, t.packed_indices, t.wanted * np.float32(s.decay), axis=-1)
-        return np.maximum(wanted, faded, where=np.isfinite(wanted), out=wanted.copy())
+        held = np.take_along_axis(wanted, t.packed_indices, axis=-1)
+        faded = np.maximum(held, t.wanted * np.float32(s.decay), where=np.isfinite(held), out=held)
+        np.put_along_axis(wanted, t.packed_indices, faded, axis=-1)
+        return wanted
 
     def _choose(self, t: Table, tail: int, wanted: FloatArray, resident: BoolArray) -> TokenIndices:
         """The tokens before ``tail`` that every head holds next: as many as now."""
@@ -886,14 +889,13 @@ class EvictionManager:
 
     def _with_recalled(self, t: Table, worth: FloatArray, protected: BoolArray) -> FloatArray:
         """The worth of all rows, of which those that questions have recalled come first, while the
-        attention that these paid to them has not faded, in all but the floor's share of the
-        room."""
+        attention that these paid to them has not faded, in their share of the room."""
         if not t.wanted.any():
             return worth
         s, wanted = self.recall_settings, t.wanted_rows()
         eligible = ~protected & (wanted >= s.faded)
         room = self.limits.budget - int(protected.sum(axis=-1).max())
-        recalled = recall.best_of(wanted, eligible, int((1 - s.floor) * max(0, room)))
+        recalled = recall.best_of(wanted, eligible, int(s.stay * max(0, room)))
         top = np.where(np.isfinite(worth), worth, -np.inf).max(axis=-1, keepdims=True)
         top = np.where(np.isfinite(top), top, 0)
         return np.where(recalled, top + (np.abs(top) + 1) * (1 + wanted), worth).astype(np.float32)

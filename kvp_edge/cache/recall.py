@@ -35,6 +35,7 @@ class RecallSettings:
             A few heads find a fact, and the others need its rows when it is told.
         decay: by this what a row is wanted fades from one recall to the next.
         faded: a recalled row that is wanted less than this is treated like all others.
+        stay: share of a head's unprotected rows that recalled ones keep when others are evicted.
         turned_away: while a reply is written, queries ask again when their mean cosine with those
             that asked last is below this.
     """
@@ -42,12 +43,13 @@ class RecallSettings:
     n_queries: int = 64
     after: int = 12
     before: int = 2
-    floor: float = 0.5
+    floor: float = 0.0
     passes: int = 2
     threshold: float = 0.02
     shared: float = 0.5
     decay: float = 0.7
     faded: float = 0.1
+    stay: float = 0.5
     turned_away: float = 0.5
 
 
@@ -132,14 +134,17 @@ def widen(attention: FloatArray, after: int, before: int) -> FloatArray:
     Returns:
         f32 [..., n]
     """
-    widened = attention.copy()
+    widened = np.array(attention)
     n = attention.shape[-1]
-    for steps in range(1, min(after, n - 1) + 1):
-        less = np.float32(0.999**steps)
-        np.maximum(widened[..., steps:], attention[..., :-steps] * less, out=widened[..., steps:])
-    for steps in range(1, min(before, n - 1) + 1):
-        less = np.float32(0.999 ** (steps + after))
-        np.maximum(widened[..., :-steps], attention[..., steps:] * less, out=widened[..., :-steps])
+    reaches = [(steps, 0.999**steps) for steps in range(1, min(after, n - 1) + 1)]
+    reaches += [(-steps, 0.999 ** (steps + after)) for steps in range(1, min(before, n - 1) + 1)]
+    less = np.empty(n, np.float32)
+    for head in np.ndindex(attention.shape[:-1]):  # one by one, as that fits into the caches
+        one, wide = attention[head], widened[head]
+        for steps, factor in reaches:
+            np.multiply(one, np.float32(factor), out=less)
+            to, of = (wide[steps:], less[:-steps]) if steps > 0 else (wide[:steps], less[-steps:])
+            np.maximum(to, of, out=to)
     return widened
 
 
@@ -178,7 +183,8 @@ def choose(
     """
     scores = np.where(floor, np.float32(2.0), wanted)  # attention is at most 1
     # a row that is resident and lost from the log was not asked: the last of those that may stay
-    scores = np.where(available, np.maximum(scores, np.float32(-1.0)), np.float32(-np.inf))
+    np.maximum(scores, np.float32(-1.0), out=scores)
+    np.copyto(scores, np.float32(-np.inf), where=~available)
     shape = scores.shape
     unit = np.broadcast_to(unit, shape)
     rows: Rows = ranking.choose_rows(scores, unit, np.broadcast_to(protected, shape), n_keep)
