@@ -99,6 +99,7 @@ class Llama(BaseLlama):
     _lends_to: int | None = None  # the thread that gets the token memory's own list next
     _token_memory: TokenMemory | None = None
     _asks_from: int | None = None  # tokens from here on ask for older ones: see _logging_queries
+    _question = range(0)  # the tokens of the last prompt that were new then
     _written: int | None = None  # tokens of a reply since the last recall, with recall="always"
     _decoding = False  # so the end of a batch was not reached: see EvictionManager.follow
     _completing = False  # inside create_completion
@@ -328,6 +329,7 @@ class Llama(BaseLlama):
         """Forget the conversation."""
         with self._calls.own("reset"):
             super().reset()
+            self._question = range(0)
             self.sync()
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
@@ -361,15 +363,30 @@ class Llama(BaseLlama):
                 if self._kv.log is not None:
                     self._read_prompt(self._kv, how["tokens"])
                     how["tokens"] = []
+        writing = super().generate(**how)
         if self._kv is None or self._kv.log is None or self.options.recall != "always":
-            yield from super().generate(**how)
-            return
-        with self._logging_queries(self._kv, int(self.n_tokens)):
-            self._written = 0
-            try:
-                yield from super().generate(**how)
-            finally:
-                self._written = None
+            yield from writing
+        else:
+            yield from self._write(self._kv, writing)
+
+    def _write(
+        self, kv: EvictionManager, writing: Generator[int, Sequence[int] | None, None]
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """``writing``, with what it recalls. Between two tokens others may use the model."""
+        written, given = 0, None
+        try:
+            while True:
+                with self._logging_queries(kv, int(self.n_tokens)):
+                    self._written = written
+                    try:
+                        token = writing.send(given)
+                    except StopIteration:
+                        return
+                    finally:
+                        written, self._written = self._written or 0, None
+                given = yield token
+        finally:
+            writing.close()
 
     # -- recall ------------------------------------------------------------------------------
 
@@ -378,10 +395,13 @@ class Llama(BaseLlama):
         if self.n_tokens + len(tokens) <= kv.limits.cells and kv.complete:
             self.eval(tokens)  # nothing is dropped
             return
-        end = int(self.n_tokens) + len(tokens)
+        start, end = int(self.n_tokens), int(self.n_tokens) + len(tokens)
         with self._logging_queries(kv, end - min(kv.recall_settings.n_queries, len(tokens))):
+            if self._question.stop == end:  # most likely the same once more
+                start = min(start, self._question.start)
+            self._question = range(start, end)
             self.eval(tokens)
-            self._recall(kv, len(tokens))
+            self._recall(kv, end - start)
 
     @contextlib.contextmanager
     def _logging_queries(self, kv: EvictionManager, first: int) -> Iterator[None]:
@@ -432,17 +452,17 @@ class Llama(BaseLlama):
         end = int(self.n_tokens)
         tokens = self._input_ids[end - n :].tolist()
         self._asks_from = end - n
-        before, found, ms = kv.indices, list[Choice](), 0.0
+        before, found = kv.indices, list[Choice]()
         if not kv.logged_queries(n):
-            self._go_back_to(kv, end - n)
-            self._eval(kv, tokens)
-        while len(found) < kv.recall_settings.passes:
-            choice = kv.choose_by_queries(n)
+            self._go_back_to(end - n)
+            self.eval(tokens)
+        # a window may have moved on too far to go back again
+        while len(found) < kv.recall_settings.passes and kv.can_rewind(end - n):
+            choice = self._bring(kv, n)
+            if self.n_tokens < end:
+                self.eval(tokens)
             if choice is None:
                 break
-            self._go_back_to(kv, end - n)
-            ms += kv.bring(choice)
-            self._eval(kv, tokens)
             found.append(choice)
         if not found:
             return None
@@ -454,14 +474,31 @@ class Llama(BaseLlama):
             share=found[0].share,
             n_asked=found[0].n_asked,
             passes=len(found),
-            ms=ms + sum(one.ms for one in found),
+            ms=sum(one.ms for one in found),
         )
         kv.count_recall(event)
         if self.options.on_recall is not None:
             self._calls.lent(self.options.on_recall)(event)
         return event
 
-    def _go_back_to(self, kv: EvictionManager, length: int) -> None:
+    def _bring(self, kv: EvictionManager, n: int) -> Choice | None:
+        """Go back by ``n`` tokens, and bring what their queries choose.
+
+        Returns:
+            None: nothing was brought, though these tokens may have to be read again.
+        """
+        try:
+            choice = kv.choose_by_queries(n)
+            if choice is None:
+                return None
+            self._go_back_to(self.n_tokens - n)
+            return replace(choice, ms=choice.ms + kv.bring(choice))
+        except (MemoryError, UnsupportedModelError) as error:  # the cache holds what it held
+            reason = str(error) or "out of memory"
+            warnings.warn(f"no older tokens are recalled for this reply: {reason}", stacklevel=2)
+            return None
+
+    def _go_back_to(self, length: int) -> None:
         self.n_tokens = length
         self._requires_eval = True
         self.sync()

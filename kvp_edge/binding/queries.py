@@ -62,6 +62,7 @@ class QueryLog:
         self._observer = observer
         self.frequencies: KeyFrequencies | None = None
         self._watching = True
+        self._asked_to_watch: bool | None = True  # None: an interrupt came in between
         self._shape = QueriesShape()
         self._scale = np.empty(0, np.float32)
         self._handle = create("kvp_queries", "kvp_queries_create", observer.handle)
@@ -112,12 +113,12 @@ class QueryLog:
 
     def watch(self, on: bool) -> None:
         """See ``watching``; at first it is True."""
-        if on == self._watching:
+        if on == self._asked_to_watch:
             return
         # an interrupt must not leave a log that believes to see what it is not shown
-        self._watching = False
+        self._watching, self._asked_to_watch = False, None
         call("kvp_queries_watch", self._handle, int(on))
-        self._watching = on
+        self._watching = self._asked_to_watch = on
 
     def append(self, first: int, n: int) -> None:
         """The ``n`` tokens decoded last are number ``first``, ... of the conversation.

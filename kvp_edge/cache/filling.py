@@ -57,7 +57,8 @@ def fill(
         chosen: int32 [*groups, n_packed], tokens before ``tail``, ascending.
         wanted: f32 [*groups, n_packed], see Table.
         tail: at most t.seen.
-        frequencies: of RoPE, where positions are compacted; else None.
+        frequencies: of RoPE, to compact positions and turn keys to them; None: keys stay as they
+            are.
         scored: whether the policy's scores of the rows are kept.
     """
     newest = np.arange(tail, t.seen, dtype=np.int32)
@@ -71,7 +72,7 @@ def fill(
     ropes = np.where(resident, ropes, log.rope_positions(t.seen)[tokens])
 
     shift, turn = t.shift, None
-    if frequencies is not None and t.shift:
+    if frequencies is not None:
         llama_positions = np.arange(n, dtype=np.int32)
         shift = tail - n_packed
         heads = (log.layout.n_layer, log.layout.n_head_kv, n)

@@ -28,7 +28,7 @@ from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.cache.table import Granularity, Table
 from kvp_edge.cache.turns import choose_rows, choose_tokens, settled_before
 from kvp_edge.cache.view import LiveView
-from kvp_edge.errors import BudgetError, KVCacheError, PolicyError
+from kvp_edge.errors import BudgetError, KVCacheError, PolicyError, UnsupportedModelError
 from kvp_edge.policies import Policy
 from kvp_edge.text.spans import TEXT, Span
 
@@ -103,6 +103,7 @@ class EvictionManager:
         self.log = log
         self.recall_settings = recall_settings or RecallSettings()
         self._n_threads = n_threads
+        self._logs_all_queries = query_log is not None and policy.n_queries > 0
         self._asked_last: FloatArray | None = None  # [n_layer, n_head, head_size], their mean
         self._log_shift = 0  # the table's when the logged queries were computed
         self._find_spans = find_spans
@@ -278,7 +279,7 @@ class EvictionManager:
         Raises:
             PolicyError: it needs queries, and none are logged.
         """
-        if policy.n_queries and self.query_log is None:
+        if policy.n_queries and not self._logs_all_queries:
             raise PolicyError(
                 f"policy '{policy.name}' needs queries, and none are logged: load the model "
                 "with a policy that needs queries, too"
@@ -358,7 +359,14 @@ class EvictionManager:
                 "conversation again"
             )
         if not self.can_rewind(length) and self._can_bring_back(length):
-            self._bring_back(length)
+            try:
+                self._bring_back(length)
+            except (MemoryError, UnsupportedModelError) as error:
+                raise KVCacheError(
+                    f"the cache cannot be taken back to {length} tokens "
+                    f"({str(error) or 'out of memory'}). Call reset() and read the conversation "
+                    "again"
+                ) from error
         if not self.can_rewind(length):
             raise KVCacheError(
                 f"the cache cannot be rewound to {length} tokens: of {self.seen} tokens seen, "
@@ -433,10 +441,13 @@ class EvictionManager:
                 f"all {self.limits.cells} cells contain protected tokens: raise kv_budget or "
                 "protect fewer tokens"
             )
+        self._forget_turned_queries()
+        return min(n, free)
+
+    def _forget_turned_queries(self) -> None:
         if self.query_log is not None and self.shift != self._log_shift:
             self.query_log.clear()  # the keys held were turned, each by another angle
             self._log_shift = self.shift
-        return min(n, free)
 
     # -- the log, and what comes back from it ------------------------------------------------
 
@@ -484,9 +495,9 @@ class EvictionManager:
         return self.query_log is not None and self.query_log.has(self.seen - n, self.seen)
 
     def watch_queries(self, on: bool) -> None:
-        """Log the queries of what is read next, for recall; a policy that looks at queries has them
-        logged always."""
-        if self.query_log is not None and not self.policy.n_queries:
+        """Log the queries of what is read next, for recall; where a policy that looks at queries was
+        opened with, all are logged."""
+        if self.query_log is not None and not self._logs_all_queries:
             self.query_log.watch(on)
 
     def n_asking(self, n_new: int) -> int:
@@ -495,6 +506,8 @@ class EvictionManager:
         t = self._table
         if self.log is None or not self.trusted or self.log.n_tokens == 0 or t.tail == 0:
             return 0
+        if self._turns(t) and self.cache.shape.has_window:
+            return 0  # the window's keys cannot be turned with the others
         n = min(self.recall_settings.n_queries, max(n_new, _FEW), t.seen - t.rewind_from)
         start = t.seen - n
         return n if n > 0 and self.can_rewind(start) else 0
@@ -563,7 +576,7 @@ class EvictionManager:
             choice.wanted,
             choice.tail,
             self.log,
-            self._frequencies if self._compact_at is not None else None,
+            self._frequencies if self._turns(t) else None,
             scored=self.policy.scope != "cache",
         )
         self._fill(self._table, filled)
@@ -601,7 +614,7 @@ class EvictionManager:
         n_head_kv, seen]; minus infinity, and 0, for tokens that are lost."""
         assert self.log is not None
         turn = None
-        if t.shift:  # keys of the log stand where they were read, those of the cells further ahead
+        if self._turns(t):  # keys of the log stand where they were read, those of the cells further ahead
             nearer = (t.tail - t.shift) / t.tail
             middle = np.array([(b.first + b.end) / 2 for b in blocks])
             turn = middle * nearer - middle + [b.first - b.rope_first for b in blocks]
@@ -667,7 +680,10 @@ class EvictionManager:
         held = log.holds(length)
         start = 0 if n == length else max(0, length - self.limits.recent)
         kept = held[: self._protected_prefix].all() and held[start:].all() and held.sum() >= n
-        return bool(kept) and self.cache.can_continue_at(length - t.shift)
+        if self.cache.shape.has_window and (self._turns(t) or self.granularity == "token"):
+            return False  # the log has no rows of the window, which must be as it was, and complete
+        as_read = self.cache.newest_position() == t.seen - 1 - t.shift
+        return bool(kept) and as_read and self.cache.can_continue_at(length - t.shift)
 
     def _held_after(self, length: int) -> int:
         """How many tokens a cache holds that has gone back to this length: all, if they fit."""
@@ -694,7 +710,7 @@ class EvictionManager:
         chosen = recall.choose(
             ranked.astype(np.float32), floor, available, protected, tokens, n_packed
         )
-        gone = replace(self.empty_table(), seen=length, tail=length, marked=length)
+        gone = replace(self.empty_table(), seen=length, tail=length)
         none = np.zeros(chosen.shape, np.float32)
         filled = filling.fill(
             replace(gone, shift=t.shift),
@@ -702,30 +718,49 @@ class EvictionManager:
             none,
             tail,
             log,
-            self._frequencies if self._compact_at is not None else None,
+            self._frequencies if self._turns(t) else None,
             scored=self.policy.scope != "cache",
         )
-        log.cut(length)
-        self._fill(t, filled)
+        back = filled.table
+        # what follows will be other tokens: scores may look at those, spans may end there
+        back = replace(back, scores=self._final(back.scores, back.n_packed, back.kept))
+        self._fill(t, replace(filled, table=replace(back, spans=gone.spans, marked=0)))
         if tail == 0:  # as it was before the first eviction
             self._count_from_zero()
-        if self.query_log is not None:
-            self.query_log.rewind(length)
+
+    def _turns(self, t: Table) -> bool:
+        """Whether rows that come back take other positions than they were read at: once any were
+        compacted, those of the log too."""
+        assert self.log is not None
+        if self._compact_at is None:
+            return False
+        return t.shift > 0 or any(block.first != block.rope_first for block in self.log.blocks)
 
     def _fill(self, t: Table, filled: filling.Filling) -> None:
-        """Let the cache, which holds the rows of ``t``, hold others."""
+        """Let the cache, which holds the rows of ``t``, hold others.
+
+        Raises:
+            MemoryError, UnsupportedModelError: the cache is what it was.
+            KVCacheError: it is empty, and not trusted.
+        """
         assert self.log is not None
         blocks = [block.native() for block in self.log.blocks]
+        present = t.llama_positions()
         with self._changing():
-            self.cache.fill(
-                t.llama_positions(),
-                self.log.layout,
-                blocks,
-                filled.source,
-                filled.llama_positions,
-                filled.rope_shift,
-            )
+            try:
+                self.cache.fill(
+                    present,
+                    self.log.layout,
+                    blocks,
+                    filled.source,
+                    filled.llama_positions,
+                    filled.rope_shift,
+                )
+            except (MemoryError, UnsupportedModelError):
+                self.trusted = True
+                raise
             self._table = filled.table
+            self._forget_turned_queries()
 
     # -- eviction ----------------------------------------------------------------------------
 
