@@ -97,14 +97,14 @@ def fill(llm: kvp_edge.Llama, rows: int, seen: int, state: np.ndarray | None = N
             packed, (*empty.packed_indices.shape[:2], packed_rows)
         ),
         packed_llama_positions=packed,
+        wanted=np.zeros((*empty.wanted.shape[:2], packed_rows), np.float32),
         scores=scores,
         spans=empty.spans,
         marked=marked,
-        settled=0,
     )
     llm.reset()
-    kv.restore_with(table, synthetic_state(kv.cache.shape, rows) if state is None else state)
-    llm.n_tokens = seen
+    with kv.restoring(table, synthetic_state(kv.cache.shape, rows) if state is None else state):
+        llm.n_tokens = seen
     llm.input_ids[:seen] = 7
 
 

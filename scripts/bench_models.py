@@ -91,9 +91,10 @@ class Bench:
             assert llm.kv is not None
             self._state = llm.kv.cache.state().tobytes()
 
-    def bounded(self, cells: int) -> kvp_edge.Llama:
+    def bounded(self, cells: int, **options: Any) -> kvp_edge.Llama:
         """As a user opens it; a model with a window may have more cells."""
-        return kvp_edge.Llama(self.path, n_ctx=10**6, kv_budget=kept_of(cells), **self.engine)
+        how = {**self.engine, **options}
+        return kvp_edge.Llama(self.path, n_ctx=10**6, kv_budget=kept_of(cells), **how)
 
     def plain(self, cells: int, n_batch: int = 512) -> PlainLlama:
         return PlainLlama(self.path, n_ctx=cells, n_batch=n_batch, **self.engine)
