@@ -495,7 +495,7 @@ class EvictionManager:
         return self.query_log is not None and self.query_log.has(self.seen - n, self.seen)
 
     def watch_queries(self, on: bool) -> None:
-        """Log the queries of what is read next, for recall; where a policy that looks at queries was
+        """Log the queries of what is read next, for recall; where a policy that needs queries was
         opened with, all are logged."""
         if self.query_log is not None and not self._logs_all_queries:
             self.query_log.watch(on)
@@ -614,7 +614,9 @@ class EvictionManager:
         n_head_kv, seen]; minus infinity, and 0, for tokens that are lost."""
         assert self.log is not None
         turn = None
-        if self._turns(t):  # keys of the log stand where they were read, those of the cells further ahead
+        if self._turns(
+            t
+        ):  # keys of the log stand where they were read, those of the cells further ahead
             nearer = (t.tail - t.shift) / t.tail
             middle = np.array([(b.first + b.end) / 2 for b in blocks])
             turn = middle * nearer - middle + [b.first - b.rope_first for b in blocks]
