@@ -220,7 +220,7 @@ class CacheOptions:
     kv_log_type: str = field(
         default="cache",
         metadata=_about(
-            "type of these keys and values: cache, the cache's own, or a smaller one: q8_0, q4_0",
+            "type of these keys and values: cache, the cache's own, or a smaller one, like q8_0",
             choices=("cache", *CACHE_TYPES),
             metavar="TYPE",
             session="any",
