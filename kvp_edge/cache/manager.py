@@ -304,6 +304,7 @@ class EvictionManager:
         """Forget every token and start counting again. The owner removes the cells
         (llama_memory_seq_rm from 0 on)."""
         self._count_from_zero()
+        self._asked_last = None
         if self.log is not None:
             self.log.clear()
         self.restore(self.empty_table())
@@ -495,8 +496,8 @@ class EvictionManager:
         return self.query_log is not None and self.query_log.has(self.seen - n, self.seen)
 
     def watch_queries(self, on: bool) -> None:
-        """Log the queries of what is read next, for recall; where a policy that looks at queries was
-        opened with, all are logged."""
+        """Log the queries of what is read next, for recall. A cache that was opened with a policy
+        that looks at queries logs all."""
         if self.query_log is not None and not self._logs_all_queries:
             self.query_log.watch(on)
 
@@ -514,8 +515,8 @@ class EvictionManager:
 
     def choose_by_queries(self, n: int, asked: Queries | None = None) -> Choice | None:
         """Let the queries of the newest ``n`` tokens choose what every head holds of the tokens
-        before them. The cache does not change: the owner goes back by ``n`` tokens, calls ``bring`` and reads
-        them again.
+        before them. The cache does not change: the owner goes back by ``n`` tokens, calls ``bring``
+        and reads them again.
 
         Args:
             n: at most ``n_asking``.
@@ -618,7 +619,9 @@ class EvictionManager:
         n_head_kv, seen]; minus infinity, and 0, for tokens that are lost."""
         assert self.log is not None
         turn = None
-        if self._turns(t):  # keys of the log stand where they were read, those of the cells further ahead
+        if self._turns(
+            t
+        ):  # keys of the log stand where they were read, those of the cells further ahead
             nearer = (t.tail - t.shift) / t.tail
             middle = np.array([(b.first + b.end) / 2 for b in blocks])
             turn = middle * nearer - middle + [b.first - b.rope_first for b in blocks]
