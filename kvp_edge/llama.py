@@ -29,6 +29,7 @@ from kvp_edge.cache.session_file import file_identity
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.errors import (
     ContextLengthError,
+    KVCacheError,
     SessionError,
     UnsupportedModelError,
 )
@@ -301,7 +302,7 @@ class Llama(BaseLlama):
         at = 0
         while at < len(tokens):
             n = kv.make_room(len(tokens) - at)
-            if self._asks_from is not None:
+            if self._asks_from is not None and not kv.complete:  # it asks for what was dropped
                 kv.watch_queries(kv.seen >= self._asks_from)
                 n = n if kv.seen >= self._asks_from else min(n, self._asks_from - kv.seen)
             self._decoding = True
@@ -523,12 +524,11 @@ class Llama(BaseLlama):
             return tokens  # the logits are there already
         if all_read:
             prefix -= 1  # one token is read again for its logits
-        if prefix < 1 or not kv.can_return(prefix):
-            self.reset()
-        else:
-            self.n_tokens = prefix
-            self._requires_eval = True
-            self.sync()
+        if prefix > 0 and kv.can_return(prefix):
+            with contextlib.suppress(KVCacheError):  # no memory for what was dropped since
+                self._go_back_to(prefix)
+                return tokens
+        self.reset()
         return tokens
 
     def _equal_beginning(self, tokens: list[int], start: int = 0) -> int:

@@ -304,6 +304,7 @@ class EvictionManager:
         """Forget every token and start counting again. The owner removes the cells
         (llama_memory_seq_rm from 0 on)."""
         self._count_from_zero()
+        self._asked_last = None
         if self.log is not None:
             self.log.clear()
         self.restore(self.empty_table())
@@ -495,8 +496,13 @@ class EvictionManager:
         return self.query_log is not None and self.query_log.has(self.seen - n, self.seen)
 
     def watch_queries(self, on: bool) -> None:
+<<<<<<< HEAD
         """Log the queries of what is read next, for recall; where a policy that needs queries was
         opened with, all are logged."""
+=======
+        """Log the queries of what is read next, for recall. A cache that was opened with a policy
+        that looks at queries logs all."""
+>>>>>>> w-breaker
         if self.query_log is not None and not self._logs_all_queries:
             self.query_log.watch(on)
 

@@ -46,7 +46,7 @@ class RecallSettings:
     floor: float = 0.0
     passes: int = 2
     threshold: float = 0.02
-    shared: float = 0.5
+    shared: float = 1.0
     decay: float = 0.7
     faded: float = 0.1
     stay: float = 0.5

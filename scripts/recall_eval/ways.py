@@ -55,10 +55,10 @@ CONTROLS = {
         Way("after 20", replace(BASE, after=20)),
         Way("one pass", replace(BASE, passes=1)),
         Way("three passes", replace(BASE, passes=3)),
-        Way("whole tokens", replace(BASE, shared=1.0)),
-        Way("no floor", replace(BASE, floor=0.0)),
+        Way("each head by itself", replace(BASE, shared=0.0)),
+        Way("heads by half", replace(BASE, shared=0.5)),
         Way("floor 0.25", replace(BASE, floor=0.25)),
-        Way("floor 0.75", replace(BASE, floor=0.75)),
+        Way("floor 0.5", replace(BASE, floor=0.5)),
     )
 }
 
