@@ -496,13 +496,8 @@ class EvictionManager:
         return self.query_log is not None and self.query_log.has(self.seen - n, self.seen)
 
     def watch_queries(self, on: bool) -> None:
-<<<<<<< HEAD
-        """Log the queries of what is read next, for recall; where a policy that needs queries was
-        opened with, all are logged."""
-=======
         """Log the queries of what is read next, for recall. A cache that was opened with a policy
-        that looks at queries logs all."""
->>>>>>> w-breaker
+        that needs queries logs all."""
         if self.query_log is not None and not self._logs_all_queries:
             self.query_log.watch(on)
 
