@@ -24,7 +24,6 @@ from kvp_edge.cache.opening import Opening, queries_needed
 from kvp_edge.cache.options import CacheOptions
 from kvp_edge.cache.recall import Choice, Recall
 from kvp_edge.cache.saved_state import SavedState
-from kvp_edge.cache.selection import no_longer_held, spans
 from kvp_edge.cache.session_file import file_identity
 from kvp_edge.cache.stats import Eviction, KVStats
 from kvp_edge.errors import (
@@ -467,16 +466,7 @@ class Llama(BaseLlama):
             found.append(choice)
         if not found:
             return None
-        came = no_longer_held(kv.indices, before)
-        event = Recall(
-            spans=spans(came),
-            n_tokens=len(came),
-            n_rows=sum(one.n_rows for one in found),
-            share=found[0].share,
-            n_asked=found[0].n_asked,
-            passes=len(found),
-            ms=sum(one.ms for one in found),
-        )
+        event = Recall.of(before, kv.indices, kv.seen, found)
         kv.count_recall(event)
         if self.options.on_recall is not None:
             self._calls.lent(self.options.on_recall)(event)

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray, Rows, TokenIndices
 from kvp_edge.binding import ranking
+from kvp_edge.cache.selection import spans
 from kvp_edge.cache.table import Table
 
 
@@ -54,31 +55,6 @@ class RecallSettings:
 
 
 @dataclass(frozen=True)
-class Recall:
-    """What came back before a reply, as handed to ``on_recall``.
-
-    Attributes:
-        spans: [start, end) spans of tokens, by index in the conversation, that some head holds now
-            and no head held before.
-        n_tokens: tokens in these spans.
-        n_rows: rows that came back, in all heads.
-        share: of the attention of the tokens that asked, how much would have gone to tokens that
-            their heads did not hold.
-        n_asked: tokens whose queries asked.
-        passes: how often they did.
-        ms: milliseconds it took, without reading the question again.
-    """
-
-    spans: tuple[tuple[int, int], ...]
-    n_tokens: int
-    n_rows: int
-    share: float
-    n_asked: int
-    passes: int
-    ms: float
-
-
-@dataclass(frozen=True)
 class Choice:
     """Rows that queries have chosen, to be brought into the cells (EvictionManager.bring).
 
@@ -99,6 +75,75 @@ class Choice:
     share: float
     n_asked: int
     ms: float
+
+
+#: A passage came back if this share of the heads took it, or as many as took any.
+_MANY = 0.25
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What came back before a reply, as handed to ``on_recall``.
+
+    Each head holds its own tokens, so hardly any token of a large model is dropped by all of them
+    at once.
+
+    Attributes:
+        heads: f32 [seen], the share of the heads that took each token back.
+        n_rows: rows that came back, in all heads.
+        share: of the attention of the tokens that asked, how much would have gone to tokens that
+            their heads did not hold.
+        n_asked: tokens whose queries asked.
+        passes: how often they did.
+        ms: milliseconds it took, without reading the question again.
+    """
+
+    heads: FloatArray
+    n_rows: int
+    share: float
+    n_asked: int
+    passes: int
+    ms: float
+
+    @classmethod
+    def of(cls, before: TokenIndices, now: TokenIndices, seen: int, found: list[Choice]) -> Recall:
+        """What came of choices, one after the other.
+
+        Args:
+            before, now: what was and what is held: EvictionManager.indices.
+            seen: tokens of the conversation.
+            found: at least one.
+        """
+        came = _held(now, seen) & ~_held(before, seen)
+        return cls(
+            heads=came.mean(axis=0, dtype=np.float32),
+            n_rows=int(came.sum()),
+            share=found[0].share,
+            n_asked=found[0].n_asked,
+            passes=len(found),
+            ms=sum(one.ms for one in found),
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that came back, on average over the heads."""
+        return round(float(self.heads.sum()))
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """[start, end) spans of tokens, by index in the conversation, that many heads took back."""
+        if not self.heads.any():
+            return ()
+        many = np.flatnonzero(self.heads >= min(_MANY, self.heads.max()))
+        return spans(many.astype(np.int32))
+
+
+def _held(indices: TokenIndices, seen: int) -> BoolArray:
+    """bool [heads, seen]; at token granularity all heads are one."""
+    rows = indices.reshape(-1, indices.shape[-1])
+    held = np.zeros((len(rows), seen), np.bool_)
+    np.put_along_axis(held, rows, True, axis=1)
+    return held
 
 
 def share(attention: FloatArray, shared: float) -> FloatArray:

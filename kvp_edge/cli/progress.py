@@ -10,7 +10,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kvp_edge.arrays import TokenIndices
 from kvp_edge.cache.recall import Recall
 from kvp_edge.cli import recalled
 from kvp_edge.llama import Llama
@@ -58,7 +57,6 @@ class WatchedLlama(Llama):
         self.on_came_back: Callable[[str], None] | None = None
         self._reading_since: float | None = None
         self._writing = False
-        self._held_before: TokenIndices | None = None  # what a recall starts from
         super().__init__(model_path, **{"on_recall": self._tell_recall, **options})
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -74,8 +72,6 @@ class WatchedLlama(Llama):
             self.pace.read += len(batch)
             if self.on_read is not None:
                 self.on_read(at + len(batch), len(tokens))
-        if self.on_came_back is not None:
-            self._held_before = self.kv_indices
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         self._end_reading()
@@ -87,17 +83,12 @@ class WatchedLlama(Llama):
             self.pace.read_s += time.perf_counter() - self._reading_since
             self._reading_since = None
 
-    def _tell_recall(self, _: Recall) -> None:
-        before, self._held_before = self._held_before, None
-        if self.on_came_back is None or before is None or self._writing:
+    def _tell_recall(self, event: Recall) -> None:
+        if self.on_came_back is None or self._writing or not event.n_rows:
             return
-        now = self.kv_indices
-        share = recalled.shares(before, now, int(self.n_tokens))
-        if not share.any():
-            return
-        lines = [recalled.line(share, by_head=now.ndim > 1)]
+        lines = [recalled.line(event, by_head=self.kv_stats.granularity == "head")]
         if self.verbose:
-            lines += recalled.passages(share, self._text_of)
+            lines += recalled.passages(event, self._text_of)
         self.on_came_back("\n".join(lines))
 
     def _text_of(self, start: int, end: int) -> str:

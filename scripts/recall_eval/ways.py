@@ -18,7 +18,6 @@ from kvp_edge import Llama
 from kvp_edge.binding.queries import Queries
 from kvp_edge.cache import filling, recall
 from kvp_edge.cache.recall import Choice, Recall, RecallSettings
-from kvp_edge.cache.selection import no_longer_held, spans
 from kvp_edge.policies import get_policy
 from kvp_edge.text.chat_prompt import ends_reply
 
@@ -305,17 +304,8 @@ class BoundedCache:
             kv.watch_queries(False)
         if not found:
             return None
-        came = no_longer_held(kv.indices, before)
-        came = came[came < end - n]
-        return Recall(
-            spans=spans(came),
-            n_tokens=len(came),
-            n_rows=sum(one.n_rows for one in found),
-            share=found[0].share,
-            n_asked=found[0].n_asked,
-            passes=len(found),
-            ms=float("nan"),
-        )
+        event = Recall.of(before, kv.indices, kv.seen, found)
+        return replace(event, ms=float("nan"))
 
     def _random(self, choice: Choice, rng: np.random.Generator) -> Choice:
         """The same number of rows: the policy's floor stays, and chance takes the others."""

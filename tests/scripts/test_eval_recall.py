@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -209,7 +210,10 @@ def test_a_questions_own_queries_by_hand_recall_what_the_model_recalls(cache: Bo
 def test_random_rows_leave_what_the_policy_ranks_first(cache: BoundedCache) -> None:
     dog = prompt(cache, "What is my dog called?")
     before = held(cache, dog, OFF, [])
-    drawn = held(cache, dog, CONTROLS["random rows"], [])
+    random_rows = CONTROLS["random rows"]
+    assert random_rows.settings is not None
+    with_floor = dataclasses.replace(random_rows.settings, floor=0.5)
+    drawn = held(cache, dog, dataclasses.replace(random_rows, settings=with_floor), [])
     assert drawn.shape == before.shape
     cache.go_back()
     cache.llm.eval(dog[cache.llm.n_tokens :])
