@@ -274,6 +274,11 @@ class CacheOptions:
         if self.recall_every < 1:
             raise BudgetError(f"recall_every must be at least 1 token, not {self.recall_every}")
         memory_bytes("kv_log_limit", self.kv_log_limit)
+        if self.kv_log is not None and self.recall == "off":
+            raise OptionError(
+                f"kv_log='{self.kv_log}' is for what recall brings back, and recall='off' brings "
+                "nothing back: leave one of them out"
+            )
         check_callable(on_evict=self.on_evict, on_recall=self.on_recall)
 
     @property

@@ -59,6 +59,15 @@ def test_numbers_are_checked(name: str) -> None:
         CacheOptions(**{name: 1.5})
 
 
+def test_a_log_that_nobody_asks_is_refused() -> None:
+    with pytest.raises(OptionError, match="kv_log='chat.kvlog' is for what recall brings back"):
+        CacheOptions(kv_log="chat.kvlog", recall="off")
+    with pytest.raises(BudgetError, match="recall_every must be at least 1 token, not 0"):
+        CacheOptions(recall_every=0)
+    with pytest.raises(BudgetError, match="kv_log_limit is memory, a text like '256MiB', not '2'"):
+        CacheOptions(kv_log_limit="2")
+
+
 def test_functions_are_checked() -> None:
     wrong: Any = "print"
     with pytest.raises(TypeError, match="on_evict must be a function, not 'print'"):
