@@ -47,7 +47,7 @@ from kvp_edge import Llama
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.bundled import bundled_model
-from kvp_edge.cache import filling, manager
+from kvp_edge.cache import asking, filling
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.recall import Recall
 
@@ -175,7 +175,7 @@ def clocks() -> Iterator[list[tuple[str, float]]]:
     """Notes in order of their ends what recall calls, and the milliseconds that it took."""
     noted: list[tuple[str, float]] = []
     watched = (
-        (manager, "score_log"),
+        (asking, "score_log"),
         (EvictionManager, "choose_by_queries"),
         (EvictionManager, "bring"),
         (NativeCache, "fill"),

@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from kvp_edge.arrays import BoolArray, FloatArray, IntArray, TokenIndices
 from kvp_edge.binding.cache import NativeCache, RopeShift
-from kvp_edge.binding.log_scores import score_log
 from kvp_edge.binding.queries import Queries, QueryLog
 from kvp_edge.binding.rope import KeyFrequencies
-from kvp_edge.cache import filling, recall
-from kvp_edge.cache.kv_log import Block, KVLog, Logged
+from kvp_edge.cache import asking, filling, recall
+from kvp_edge.cache.asking import Asking
+from kvp_edge.cache.kv_log import KVLog, Logged
 from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.recall import Choice, Recall, RecallSettings
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
@@ -102,9 +102,8 @@ class EvictionManager:
         self.query_log = query_log
         self.log = log
         self.recall_settings = recall_settings or RecallSettings()
-        self._n_threads = n_threads
+        self._asking = None if log is None else Asking(cache, log, query_log, n_threads)
         self._logs_all_queries = query_log is not None and policy.n_queries > 0
-        self._asked_last: FloatArray | None = None  # [n_layer, n_head, head_size], their mean
         self._log_shift = 0  # the table's when the logged queries were computed
         self._find_spans = find_spans
         self._isolate_turns = isolate_turns
@@ -304,7 +303,8 @@ class EvictionManager:
         """Forget every token and start counting again. The owner removes the cells
         (llama_memory_seq_rm from 0 on)."""
         self._count_from_zero()
-        self._asked_last = None
+        if self._asking is not None:
+            self._asking.forget()
         if self.log is not None:
             self.log.clear()
         self.restore(self.empty_table())
@@ -452,40 +452,6 @@ class EvictionManager:
 
     # -- the log, and what comes back from it ------------------------------------------------
 
-    def _log_until(self, t: Table, end: int) -> None:
-        """Log the tokens before ``end`` that are not logged yet. They are in the tail, so all heads
-        hold them.
-
-        Args:
-            t: the table, with the scores of all rows.
-        """
-        if self.log is None or self.log.end >= end:
-            return
-        block = self._unlogged(t, end)
-        self.log.append(
-            block.n,
-            block.rope_first,
-            block.scores,
-            block.spans,
-            lambda rows: self._read_rows(block, rows),
-            pinned=self._protected_prefix,
-        )
-
-    def _unlogged(self, t: Table, end: int) -> Block:
-        """The tokens from the log's end to ``end``, without rows."""
-        assert self.log is not None
-        first = self.log.end
-        row, n = t.n_packed + first - t.tail, end - first
-        starts = t.spans[:, 0]
-        spans = t.spans[(first <= starts) & (starts < end)]
-        none = np.empty(0, np.uint8)
-        return Block(first, n, first - t.shift, none, t.scores[:, :, row : row + n], spans)
-
-    def _read_rows(self, block: Block, rows: npt.NDArray[np.uint8]) -> None:
-        assert self.log is not None
-        first = block.rope_first  # in the tail it is llama.cpp's position, too
-        self.cache.log_rows(self.log.layout, first, first + block.n, block.n, out=rows)
-
     @property
     def complete(self) -> bool:
         """Whether nothing was ever dropped."""
@@ -526,28 +492,25 @@ class EvictionManager:
             None: too little of their attention would go to tokens that are not resident, or their
             queries were not logged.
         """
-        log, s = self.log, self.recall_settings
-        assert log is not None
+        s = self.recall_settings
+        assert self._asking is not None
         started = time.perf_counter()
         t = self._scored()
-        asked = self._asked(n) if asked is None else asked
+        asked = self._asking.queries(t.seen, n) if asked is None else asked
         if asked is None or not len(asked):
             return None
-        self._asked_last = asked.queries.mean(axis=2)
         now = t.cut(t.seen - n)
         tail = max(now.tail, now.seen - self.limits.recent)
-        self._log_until(t, tail)  # first, as the oldest may be given up for it
-        unlogged = self._unlogged(t, t.seen)
-        rows = np.empty(unlogged.n * int(log.layout.bytes_per_token), np.uint8)
-        self._read_rows(unlogged, rows)
-        blocks = [*log.blocks, replace(unlogged, rows=rows)]
-        largest, mean = self._attention(t, blocks, asked)
-
+        # first, as the oldest may be given up for it
+        self._asking.log_until(t, tail, self._protected_prefix)
+        turned = self._frequencies if self._turns(t) else None
+        largest, mean = self._asking.attention(t, asked, turned)
         resident = filling.rows_of(now) >= 0
         share = float(np.where(resident, 0, mean[:, :, : now.seen]).sum(axis=-1).mean())
         if share < s.threshold:
             return None
-        wanted = self._wanted(now, largest[:, :, :tail])
+        together = self.granularity == "token"
+        wanted = asking.wanted(now, largest[:, :, :tail], s, together)
         chosen = self._choose(now, tail, wanted, resident[..., :tail])
         fresh = ~np.take_along_axis(resident, chosen, axis=-1)
         return Choice(
@@ -590,66 +553,10 @@ class EvictionManager:
         self.recall_ms += event.ms
 
     def queries_turned_away(self) -> bool:
-        """Whether the newest token's queries are so unlike those that asked last that they may want
-        other rows: by the mean cosine of the two (LouisKV, arXiv:2510.11292)."""
-        if self.query_log is None or self._asked_last is None or not len(self.query_log):
-            return False
-        newest = self.query_log.read(1).queries[:, :, 0]
-        last = self._asked_last
-        product = (newest * last).sum(axis=-1)
-        norms = np.linalg.norm(newest, axis=-1) * np.linalg.norm(last, axis=-1)
-        cosine = float((product / np.maximum(norms, 1e-30)).mean())
-        return cosine < self.recall_settings.turned_away
-
-    def _asked(self, n: int) -> Queries | None:
-        """The queries of the newest ``n`` tokens, the chat template's among them: the last of these
-        write the reply, and without them fewer answers come back (docs/recall.md)."""
-        if self.query_log is None or not self.logged_queries(n):
-            return None
-        return self.query_log.read(n)
-
-    def _attention(
-        self, t: Table, blocks: list[Block], asked: Queries
-    ) -> tuple[FloatArray, FloatArray]:
-        """The largest and the mean attention that the queries pay to each token: f32 [n_layer,
-        n_head_kv, seen]; minus infinity, and 0, for tokens that are lost."""
-        assert self.log is not None
-        turn = None
-        if self._turns(
-            t
-        ):  # keys of the log stand where they were read, those of the cells further ahead
-            nearer = (t.tail - t.shift) / t.tail
-            middle = np.array([(b.first + b.end) / 2 for b in blocks])
-            turn = middle * nearer - middle + [b.first - b.rope_first for b in blocks]
-            turn[-1] = 0.0
-        found = score_log(
-            self.log.layout,
-            [block.native() for block in blocks],
-            asked,
-            self._n_threads,
-            turn=turn,
-            frequencies=None if turn is None else self._frequencies,
+        """Whether the newest token's queries may want other rows than those that asked last."""
+        return self._asking is not None and self._asking.turned_away(
+            self.recall_settings.turned_away
         )
-        if found[0].shape[2] == t.seen:  # nothing is lost
-            return found
-        at = np.concatenate([np.arange(b.first, b.end) for b in blocks])
-        shape = (*found[0].shape[:2], t.seen)
-        largest, mean = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
-        largest[:, :, at], mean[:, :, at] = found
-        return largest, mean
-
-    def _wanted(self, t: Table, attention: FloatArray) -> FloatArray:
-        """How much every head, or all together, want the first tokens, now or before: f32 [*groups,
-        n]."""
-        s = self.recall_settings
-        wanted = recall.share(attention, 1.0 if self.granularity == "token" else s.shared)
-        if self.granularity == "token":
-            wanted = wanted[:1, :1]
-        wanted = recall.widen(wanted, s.after, s.before)
-        held = np.take_along_axis(wanted, t.packed_indices, axis=-1)
-        faded = np.maximum(held, t.wanted * np.float32(s.decay), where=np.isfinite(held), out=held)
-        np.put_along_axis(wanted, t.packed_indices, faded, axis=-1)
-        return wanted
 
     def _choose(self, t: Table, tail: int, wanted: FloatArray, resident: BoolArray) -> TokenIndices:
         """The tokens before ``tail`` that every head holds next: as many as now."""
@@ -784,7 +691,8 @@ class EvictionManager:
         first, newest = self._protected_borders(before)
         protected = (indices < first) | (indices >= newest)
         unit = units(indices, clipped(before.spans, first, newest))
-        self._log_until(before, self._next_tail())
+        if self._asking is not None:
+            self._asking.log_until(before, self._next_tail(), self._protected_prefix)
         if self.granularity == "head":
             self._pack(before, indices, protected, unit)
         else:

@@ -184,7 +184,8 @@ class Opening:
             log.start(context, cache, n)
         kv_log = None
         if self._recalls and self.limits.cells < self.limits.n_ctx:  # else nothing is ever dropped
-            log = log or self._queries_for_recall(context, cache)
+            if log is None:
+                log = self._queries_for_recall(context, cache)
             kv_log = None if log is None else self._open_log(cache, closing)
         return EvictionManager(
             self.limits,

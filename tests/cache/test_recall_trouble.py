@@ -13,7 +13,7 @@ import kvp_edge
 from conftest import random_tokens
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.queries import QueryLog
-from kvp_edge.cache import manager
+from kvp_edge.cache import asking, manager
 from kvp_edge.cache.recall import Recall, RecallSettings
 from kvp_edge.measuring import MeasuringLlama
 from kvp_edge.policies import get_policy
@@ -86,7 +86,7 @@ def test_a_window_without_its_dropped_tokens_is_not_taken_back(
 ) -> None:
     """At token granularity the layers with a window lose what the others lose."""
     path = random_model(windowed(24)).path
-    llm = open_with(load, path, granularity="token")
+    llm = open_with(load, path, RecallSettings(threshold=1.0), granularity="token")  # moves nothing
     tokens = random_tokens(400)
     llm.eval(tokens)
     llm.evict()
@@ -134,7 +134,7 @@ def without_memory(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("part", "function"),
     [
-        (manager, "score_log"),
+        (asking, "score_log"),
         (NativeCache, "log_rows"),
         (NativeCache, "fill"),
         (manager.filling, "fill"),
