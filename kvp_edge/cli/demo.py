@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kvp_edge.bundled import bundled_model
 from kvp_edge.cache.limits import CELL_UNIT, parse_budget
+from kvp_edge.cache.recall import RecallSettings
 from kvp_edge.cli import options, tables
 from kvp_edge.cli.chat_format import AS_TRANSCRIPTS
 from kvp_edge.cli.demo_tasks import make_items
@@ -177,9 +178,11 @@ class Demo:
         return ways | {name: partial(self._bounded, name) for name in HEURISTICS}
 
     def work(self) -> estimate.Work:
-        """All that will be read, and written at most."""
+        """All that will be read and written, at most: a recall may read a question again."""
         n, read = len(self._ways()), sum(map(len, self._prompts))
-        return estimate.Work(n * read, n * len(self._items) * _REPLY_TOKENS)
+        settings = RecallSettings()
+        again = settings.passes * settings.n_queries * len(self._items) if self._recalls else 0
+        return estimate.Work(n * read + again, n * len(self._items) * _REPLY_TOKENS)
 
     def how_long(self) -> str:
         """What the user should know before it begins."""

@@ -427,7 +427,7 @@ def test_types_that_cannot_be_read_are_refused(ready: tuple[Log, Queries, np.nda
         (1, "first", 39, "block 1 holds tokens 39 to 78, but must begin at 40"),
         (1, "first", 2**31 - 40, "end by 2147483647"),
         (1, "n", 2**32 - 1, "end by 2147483647"),
-        (1, "rows", None, "block 1 has 40 tokens, but no rows"),
+        (1, "_rows", None, "block 1 has 40 tokens, but no rows"),
     ],
 )
 def test_blocks_that_are_not_possible_are_refused(

@@ -85,7 +85,7 @@ def test_impossible_sizes_and_arrays_are_refused() -> None:
         NativePolicy(random_weights(replace(INFO, context=35)))
     policy = NativePolicy(random_weights(INFO))
     keys, values, tokens = random_tokens(INFO, 4)
-    with pytest.raises(ValueError, match=r"an array \(2, 3, 4, 64\) where \(2, 3, 4, 32\)"):
+    with pytest.raises(ValueError, match=r"the shape \(2, 3, 4, 64\) instead of \(2, 3, 4, 32\)"):
         policy.score(values, values, tokens)
     for wrong in ([0, 1, 1, 2], [-1, 0, 1, 2]):
         with pytest.raises(ValueError, match="tokens must ascend"):
