@@ -68,7 +68,9 @@ class Watched(Llama):
     def __init__(self, **how: Any) -> None:
         self.steps: list[tuple[Any, ...]] = []
         quiet = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
-        limits = {"n_ctx": 9000, "kv_budget": 128, "reserve": 128, "n_batch": 64}
+        limits: dict[str, Any] = {"n_ctx": 9000, "kv_budget": 128, "reserve": 128, "n_batch": 64}
+        # a twin replays what was read; rows that a recall brings, it would not
+        limits["recall"] = "off"
         super().__init__(bundled_model(), **{**quiet, **limits, **how})
         self.on_batch = self.note
 

@@ -181,7 +181,9 @@ class Demo:
         """All that will be read and written, at most: a recall may read a question again."""
         n, read = len(self._ways()), sum(map(len, self._prompts))
         settings = RecallSettings()
-        again = settings.passes * settings.n_queries * len(self._items) if self._recalls else 0
+        # once to see its queries, and after each choice
+        again = (1 + settings.passes) * settings.n_queries * len(self._items)
+        again = again if self._recalls else 0
         return estimate.Work(n * read + again, n * len(self._items) * _REPLY_TOKENS)
 
     def how_long(self) -> str:

@@ -230,5 +230,5 @@ def test_the_demo_counts_what_it_reads_and_writes(
     work, counted.read, counted.written = demo.work(), 0, 0
     assert f"{work.read:,} tokens to read" in demo.how_long()
     demo.rows()
-    assert 0 <= work.read - counted.read <= 2 * 64, "but for what the recall read again"
+    assert 0 <= work.read - counted.read <= 3 * 64, "but for what the recall read again"
     assert 0 < counted.written <= work.written
