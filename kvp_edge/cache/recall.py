@@ -47,7 +47,7 @@ class RecallSettings:
     floor: float = 0.0
     passes: int = 2
     threshold: float = 0.02
-    shared: float = 1.0
+    shared: float = 0.8
     decay: float = 0.7
     faded: float = 0.1
     stay: float = 0.5
@@ -156,16 +156,23 @@ def share(attention: FloatArray, shared: float) -> FloatArray:
     Returns:
         f32 [n_layer, n_head_kv, n]
     """
-    most = np.maximum(attention.max(axis=-1, keepdims=True), np.float32(1e-9))
-    own: FloatArray = attention / most
+    own = _of_most(attention)
     if not shared:
         return own
-    together: FloatArray = own.mean(axis=(0, 1), keepdims=True)
+    # heads that look at one place count more than those that look everywhere
+    together = _of_most(attention.mean(axis=(0, 1), keepdims=True))
     if shared == 1:
         return np.broadcast_to(together, own.shape)
     own *= np.float32(1 - shared)
     own += np.float32(shared) * together
     return own
+
+
+def _of_most(attention: FloatArray) -> FloatArray:
+    """As a share of the largest number of its row."""
+    most = np.maximum(attention.max(axis=-1, keepdims=True), np.float32(1e-9))
+    of_most: FloatArray = attention / most
+    return of_most
 
 
 def widen(attention: FloatArray, after: int, before: int) -> FloatArray:

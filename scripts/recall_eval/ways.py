@@ -56,6 +56,7 @@ CONTROLS = {
         Way("three passes", replace(BASE, passes=3)),
         Way("each head by itself", replace(BASE, shared=0.0)),
         Way("heads by half", replace(BASE, shared=0.5)),
+        Way("all heads the same", replace(BASE, shared=1.0)),
         Way("floor 0.25", replace(BASE, floor=0.25)),
         Way("floor 0.5", replace(BASE, floor=0.5)),
     )

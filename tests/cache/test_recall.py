@@ -90,7 +90,8 @@ def choice_of(
     for il, h in np.ndindex(held.shape[:2]):
         wanted = np.zeros(tail)
         own = attention[..., :tail] / attention[..., :tail].max(-1, keepdims=True)
-        mixed = (1 - s.shared) * own[il, h] + s.shared * own.mean((0, 1))
+        all_heads = attention[..., :tail].mean((0, 1))
+        mixed = (1 - s.shared) * own[il, h] + s.shared * all_heads / all_heads.max()
         for t in range(tail):
             reach = [(mixed[t - d] * 0.999**d) for d in range(s.after + 1) if d <= t]
             reach += [
