@@ -180,7 +180,9 @@ class Opening:
             log = QueryLog(self._observer)
             if policy.needs_frequencies:
                 log.frequencies = frequencies or _frequencies_for(policy, context, params)
-            n = max(query_count(policy, self.limits), RecallSettings().n_queries)
+            n = query_count(policy, self.limits)
+            if self._recalls:
+                n = max(n, RecallSettings().n_queries)
             log.start(context, cache, n)
         kv_log = None
         if self._recalls and self.limits.cells < self.limits.n_ctx:  # else nothing is ever dropped

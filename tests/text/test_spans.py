@@ -204,6 +204,7 @@ def test_spans_of_which_nothing_is_held_are_forgotten_but_not_the_newest_turns()
         packed_indices=packed,
         packed_rope_positions=packed,
         packed_llama_positions=packed[0, 0],
+        wanted=np.zeros((1, 1, 3), np.float32),
         scores=np.empty((1, 1, 0), np.float32),
         spans=np.array(spans[:4], np.int32),
         marked=9,
