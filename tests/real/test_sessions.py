@@ -104,7 +104,9 @@ def test_a_saved_text_of_a_model_with_a_window_goes_on_token_for_token(
 def test_an_edited_message_is_answered_as_if_it_had_been_read_first(
     name: str, evicted: bool, opened: Opened, book: str
 ) -> None:
-    llm, fresh = (opened(name, **({} if evicted else {"kv_budget": 900})) for _ in range(2))
+    """Without recall; with it, what the edit leaves of the conversation comes from the log."""
+    how: dict[str, Any] = {"recall": "off"} if evicted else {"kv_budget": 900}
+    llm, fresh = (opened(name, **how) for _ in range(2))
     if evicted:
         messages = long_chat(llm, book)
     else:
