@@ -105,7 +105,7 @@ def test_a_border_outside_the_text_is_refused(random_model: Maker, border: int) 
 
 def test_keeping_in_another_model_s_heads_is_refused(random_model: Maker) -> None:
     twin = Twin.load(random_model(SHAPE).path)
-    with pytest.raises(ValueError, match=r"\(3, 2, 40\) where \(2, 2, 40\) belongs"):
+    with pytest.raises(ValueError, match=r"the shape \(3, 2, 40\) instead of \(2, 2, 40\)"):
         simulated_loss(twin, TOKENS, BORDER, np.ones((3, 2, BORDER), bool))
 
 
