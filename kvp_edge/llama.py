@@ -342,7 +342,8 @@ class Llama(BaseLlama):
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama. Equal beginnings are not read again, if the cache can go back to
-        what it was where the texts part; if tokens were dropped since then, all is read again."""
+        where the texts part: if no token was dropped since then, or those that were are in the KV
+        log. Otherwise all is read again."""
         how = generate_arguments(self, tokens, args, kwargs)
         return self._calls.steps("generate", self._generate(how))
 

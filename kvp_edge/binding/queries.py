@@ -145,10 +145,10 @@ class QueryLog:
         """The number of the newest token whose queries there are, -1 if there are none."""
         return int(self.read(1).indices[0]) if len(self) else -1
 
-    def has(self, start: int, end: int) -> bool:
-        """Whether the newest queries are those of the tokens [start, end)."""
-        indices = self.read(end - start).indices
-        return np.array_equal(indices, np.arange(start, end))
+    def of(self, start: int, end: int) -> Queries | None:
+        """The queries of the tokens [start, end), if these are the newest ones; None if not."""
+        found = self.read(end - start)
+        return found if np.array_equal(found.indices, np.arange(start, end)) else None
 
     def read(self, newest: int) -> Queries:
         """The queries of the ``newest`` tokens, of fewer if there are not so many."""

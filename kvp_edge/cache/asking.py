@@ -76,9 +76,7 @@ class Asking:
         """The queries of the newest ``n`` tokens; None if they were not logged. The chat template's
         tokens are among them: the last of these write the reply, and without them fewer answers
         come back (docs/recall.md)."""
-        if self._query_log is None or not self._query_log.has(seen - n, seen):
-            return None
-        return self._query_log.read(n)
+        return None if self._query_log is None else self._query_log.of(seen - n, seen)
 
     def attention(
         self, t: Table, asked: Queries, turned: KeyFrequencies | None

@@ -459,7 +459,7 @@ class EvictionManager:
 
     def logged_queries(self, n: int) -> bool:
         """Whether the queries of the newest ``n`` tokens are logged."""
-        return self.query_log is not None and self.query_log.has(self.seen - n, self.seen)
+        return self._asking is not None and self._asking.queries(self.seen, n) is not None
 
     def watch_queries(self, on: bool) -> None:
         """Log the queries of what is read next, for recall. A cache that was opened with a policy
@@ -574,9 +574,7 @@ class EvictionManager:
             worth = worth.mean(axis=(0, 1), keepdims=True) if whole is None else whole[None, None]
         held = t.indices()[..., :n_packed]
         competing = ~np.take_along_axis(protected, held, axis=-1)
-        n_floor = int(self.recall_settings.floor * int(competing.sum(axis=-1).min()))
-        floor = np.zeros(wanted.shape, np.bool_)
-        np.put_along_axis(floor, held, recall.best_of(worth, competing, n_floor), axis=-1)
+        floor = recall.floor_of(worth, held, competing, self.recall_settings.floor, tail)
         spans = filling.spans_of(t, self.log)
         unit = tokens if self.log.lost else units(tokens, clipped(spans, first, newest))
         return recall.choose(wanted, floor, available, protected, unit, n_packed)

@@ -2,9 +2,8 @@
 
 A score that does not know what will be asked cannot keep what will be asked for. The question's
 queries do know. They are asked of every token of the conversation, resident or in the KV log, in
-one softmax; each head takes the rows that they attend to most, and what follows these: an answer
-stands behind the words that match. After RepairKV (OpenReview LsrmZrp7tW), for every head by
-itself.
+one softmax; heads take the rows that they attend to most, mostly together, and what follows these:
+an answer stands behind the words that match. After RepairKV (OpenReview LsrmZrp7tW).
 """
 
 from __future__ import annotations
@@ -211,6 +210,23 @@ def best_of(worth: FloatArray, unprotected: BoolArray, n: int) -> BoolArray:
         np.put_along_axis(chosen, best, True, axis=-1)
         chosen &= np.isfinite(ranked)
     return chosen
+
+
+def floor_of(
+    worth: FloatArray, held: TokenIndices, competing: BoolArray, share: float, n: int
+) -> BoolArray:
+    """Of the first ``n`` tokens, those that heads keep by the policy's ranking: bool [*groups, n].
+
+    Args:
+        worth: f32 [*groups, rows], the policy's, of the rows held.
+        held: int32 [*groups, rows], their tokens.
+        competing: bool [*groups, rows], those not protected.
+        share: how much of the competing rows, see RecallSettings.floor.
+    """
+    floor = np.zeros((*held.shape[:-1], n), np.bool_)
+    best = best_of(worth, competing, int(share * int(competing.sum(axis=-1).min())))
+    np.put_along_axis(floor, held, best, axis=-1)
+    return floor
 
 
 def choose(

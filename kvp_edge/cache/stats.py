@@ -40,7 +40,7 @@ class KVStats:
         lost: tokens that the log had no room for, so that they cannot come back.
         log_bytes: bytes of the log.
         recalls: replies (with "always": and moments while writing) before which tokens came back.
-        recalled: tokens that came back in these recalls, to some head at least.
+        recalled: tokens that came back in these recalls, on average over the heads.
         recall_ms: milliseconds spent on scoring the log and filling the cells.
     """
 

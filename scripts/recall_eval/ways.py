@@ -316,9 +316,7 @@ class BoundedCache:
         held = t.indices()[..., :n]
         competing = held >= kv.protected_prefix
         worth = kv.policy.worth(t.scores, t.seen - t.indices())[..., :n]
-        n_floor = int(kv.recall_settings.floor * int(competing.sum(axis=-1).min()))
-        floor = np.zeros(shape, np.bool_)
-        np.put_along_axis(floor, held, recall.best_of(worth, competing, n_floor), axis=-1)
+        floor = recall.floor_of(worth, held, competing, kv.recall_settings.floor, tail)
         tokens = np.arange(tail, dtype=np.int32)
         chosen = recall.choose(
             rng.random(shape, np.float32),
