@@ -15,7 +15,7 @@ from kvp_edge.cli.shown import note, say
 from kvp_edge.cli.subcommands import Command
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.traces.sources import ChatFile, Source, Tasks, TextFile
-from kvp_edge.traces.writer import capture_traces
+from kvp_edge.traces.writer import FUTURES, capture_traces
 
 _EPILOG = """\
 A policy learns from the attention of the model which tokens to drop. For each text, this command
@@ -38,9 +38,16 @@ what the future is:
   --future greedy  the model's own continuation: closer to a chat, but
                    slower, because tokens are written one by one
 
+what follows asks for few of the tokens. Labels say what may be asked for (see kvp-edge train
+--importance); they can be added to text or greedy, and take longer:
+  --future repeat     the model repeats the text: the most attention that the
+                      repetition pays to each token. Twice the reading
+  --future questions  the model writes up to --future-tokens (128) tokens of
+                      questions and answers about the text
+
 The cache may have any type. Quantised values (--type-v q8_0) turn flash attention on. Attention is
 then computed from queries and keys, which takes longer; a model with soft caps, attention sinks or
-ALiBi is refused.
+ALiBi is refused. Labels are always computed so.
 
 A trace takes at most twice the bytes of its keys and values in float16. To fit, attention is summed
 over blocks of queries (--block): larger blocks for longer traces and for models with fewer numbers
@@ -54,7 +61,9 @@ examples:
   kvp-edge trace model.gguf --out traces --chats chats.jsonl --tasks 200 \\
       --length 4096
   kvp-edge trace model.gguf --out traces --chats chats.jsonl --future greedy \\
-      --future-tokens 300"""
+      --future-tokens 300
+  kvp-edge trace model.gguf --out traces --text books/*.txt \\
+      --future repeat questions"""
 
 
 _SOURCES, _TRACES = "what is read", "traces"
@@ -88,16 +97,22 @@ class Options(SourceOptions, options.ModelOptions):
     out: str = option(
         ..., panel=_TRACES, metavar="DIR", help="folder for the traces; created if missing"
     )
-    future: str = option(
-        "text", panel=_TRACES, choices=("text", "greedy"), help="what the future is made of"
+    future: list[str] = option(
+        (),
+        panel=_TRACES,
+        metavar="NAME ...",
+        choices=tuple(FUTURES),
+        help="what the future is made of: text (the default) or greedy; labels of tokens that may "
+        "be asked for: repeat, questions",
     )
     future_tokens: int | None = option(
         None,
         panel=_TRACES,
         metavar="N",
         least=1,
-        shown="a quarter of --length",
-        help="tokens of a text, or of the model's continuation, that are the future",
+        shown="a quarter of --length; questions: 128",
+        help="tokens of a text, or of the model's continuation, that are the future; most tokens "
+        "of questions",
     )
     block: int | None = option(
         None,
@@ -164,7 +179,7 @@ def _main(args: Options) -> int:
         length=args.length,
         n_traces=args.traces,
         seed=args.seed,
-        future=args.future,
+        future=args.future or "text",
         future_tokens=args.future_tokens,
         block=args.block,
         **options.engine_options(args),

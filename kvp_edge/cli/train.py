@@ -50,7 +50,9 @@ _HELP: dict[str, str] = {
     "states": "texts per step, cut at random (global: whole)",
     "tokens": "most tokens that compete in a text",
     "rankings": "rankings sampled for each text",
-    "importance": "sum: attention of all later queries; peak: of the block of these with the most",
+    "importance": "sum: attention of all later queries; peak: of the block of these with the most; "
+    "repeated, questioned: labels (kvp-edge trace --future repeat questions; not for global); "
+    "peak+repeated: both, each relative to its mean",
     "rank_weights": "i-1: budgets from 1 on (the paper); i: budget 0 as well (its code)",
     "advantage": "loo: reward minus the other rankings' mean; zscore: also scaled and clamped",
     "effort": "share of the heads trained in a step; those that lose most are drawn most often",

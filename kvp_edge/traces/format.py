@@ -15,14 +15,19 @@ values      float16  [L, H, T, dv]
 positions   int32    [T]            ascending
 tokens      int32    [T]            the model's token ids
 attention   float16  [L, H, P]      sums over blocks of queries, times ``scale``
+repeated    float16  [L, H, T]      a label (kvp_edge.traces.labels), if it was asked for
+questioned  float16  [L, H, T]      another
 ==========  =======  ============  ================================================================
 
 and, in its metadata under the one key "kvp_trace", JSON with run, index, source, n_prompt, block,
-first, scale. Queries are gathered in blocks: the first has ``first`` queries, the others ``block``,
-the last what is left; ``n_prompt`` is always a border. ``attention`` holds the blocks one after the
-other. A block of queries [s, e) has e values, one for each token 0 to e - 1 that it can see: the
-sum over the block's queries of the largest attention among the query heads of the group
-(Learning to Evict from Key-Value Cache, arXiv:2602.10238: the maximum comes before the sum).
+first, scale, and labels, where there are any. Queries are gathered in blocks: the first has
+``first`` queries, the others ``block``, the last what is left; ``n_prompt`` is always a border.
+``attention`` holds the blocks one after the other. A block of queries [s, e) has e values, one for
+each token 0 to e - 1 that it can see: the sum over the block's queries of the largest attention
+among the query heads of the group (Learning to Evict from Key-Value Cache, arXiv:2602.10238: the
+maximum comes before the sum).
+
+Version 2 of the format has labels. Traces without them are of version 1.
 
 The same command makes the same bytes, whether it was interrupted or not.
 """
@@ -47,9 +52,11 @@ from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.errors import TraceError
 from kvp_edge.files import open_regular, read_regular, size_of
 from kvp_edge.files.json_values import parse, require, shortened
+from kvp_edge.traces.labels import LABELS
 
 FORMAT = "kvp-traces"
-FORMAT_VERSION = 1
+#: Without labels, and with labels.
+PLAIN_VERSION, FORMAT_VERSION = 1, 2
 MANIFEST = "manifest.json"
 _MOST_MANIFEST_BYTES = 2**28
 MOST_TRACE_BYTES = 2**40
@@ -111,6 +118,9 @@ class Trace:
         blocks: how queries were gathered.
         scale: what ``attention`` was multiplied by.
         source: where the text is from.
+        repeated: float16 [L, H, T], the largest attention that a repetition of the text pays to
+            each token; None if it was not asked for (kvp_edge.traces.labels).
+        questioned: the same of the model's own questions and answers about the text.
     """
 
     keys: HalfArray
@@ -122,6 +132,8 @@ class Trace:
     blocks: Blocks
     scale: float
     source: str
+    repeated: HalfArray | None = None
+    questioned: HalfArray | None = None
 
     def __len__(self) -> int:
         """Tokens."""
@@ -312,11 +324,11 @@ def read_manifest(folder: Path) -> Json | None:
         raise TraceError(
             f'\'{path}\' is not the manifest of traces: it has no "format": "{FORMAT}"'
         )
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in (PLAIN_VERSION, FORMAT_VERSION):
         raise TraceError(
             f"the traces in '{folder}' have format version "
             f"{shortened(manifest.get('format_version'))}, but this kvp_edge reads "
-            f"{FORMAT_VERSION}: record them again with kvp-edge trace"
+            f"{PLAIN_VERSION} and {FORMAT_VERSION}: record them again with kvp-edge trace"
         )
     missing = _MANIFEST.keys() - manifest.keys()
     if missing:
@@ -355,6 +367,9 @@ def _load(path: Path, entry: Json) -> Trace:
             raise ValueError(f"blocks of {about['block']} queries, the first of {about['first']}")
         if about["scale"] <= 0:
             raise ValueError(f"the scale {about['scale']}")
+        labels = about.get("labels", [])
+        if not isinstance(labels, list) or any(name not in LABELS for name in labels):
+            raise ValueError(f"the labels {shortened(labels)}")
         trace = Trace(
             keys=arrays["keys"],
             values=arrays["values"],
@@ -365,6 +380,7 @@ def _load(path: Path, entry: Json) -> Trace:
             blocks=Blocks(about["block"], about["first"]),
             scale=float(about["scale"]),
             source=about["source"],
+            **{name: arrays[name] for name in labels},
         )
     except ImportError:
         raise
@@ -373,6 +389,8 @@ def _load(path: Path, entry: Json) -> Trace:
     heads, n = trace.keys.shape[:2], len(trace.tokens) if trace.tokens.ndim else -1
     fits = (
         all(arrays[name].dtype == dtype for name, dtype in _DTYPES.items())
+        and all(arrays[name].dtype == np.float16 for name in labels)
+        and all(arrays[name].shape == (*heads, n) for name in labels)
         and trace.keys.shape == (*heads, n, trace.keys.shape[-1])
         and trace.values.shape == (*heads, n, trace.values.shape[-1])
         and trace.indices.shape == trace.tokens.shape == (n,)

@@ -29,6 +29,7 @@ from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
 from kvp_edge.traces.attention_from_queries import AttentionFromQueries
+from kvp_edge.traces.labels import Labeller, tokens_needed
 
 #: Bytes of a trace file beside its arrays of numbers per head: header, and 8 for every token.
 _FILE_OVERHEAD = 1024
@@ -50,6 +51,8 @@ class Captured:
     sums: HalfArray
     """float16 [L, H, P], times blocks.scale: see kvp_capture_end in native/kvp_edge.h"""
     blocks: Blocks
+    labels: dict[str, HalfArray]
+    """float16 [L, H, T] each, see kvp_edge.traces.labels"""
 
 
 class Tracer(Llama):
@@ -60,6 +63,8 @@ class Tracer(Llama):
         length: most tokens of a text.
         block: queries per sum; None: the fewest with which a trace takes at most twice the bytes of
             its keys and values.
+        labels: of its tokens, that every text is to get (kvp_edge.traces.labels.LABELS).
+        written: most tokens of the questions that the model writes for them.
         engine: arguments of llama_cpp.Llama. Values in a quantised ``type_v`` turn flash attention
             on.
 
@@ -70,10 +75,19 @@ class Tracer(Llama):
 
     Raises:
         UnsupportedModelError: no model file, or one that cannot be traced (recurrent, hybrid...),
-            or not with flash attention (soft caps, attention sinks, ALiBi).
+            or not with flash attention or with labels (soft caps, attention sinks, ALiBi).
     """
 
-    def __init__(self, model_path: str, length: int, block: int | None = None, **engine: Any):
+    def __init__(
+        self,
+        model_path: str,
+        length: int,
+        block: int | None = None,
+        *,
+        labels: Sequence[str] = (),
+        written: int = 0,
+        **engine: Any,
+    ):
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
         self.native: NativeCache | None = None
         # llama.cpp has quantised values only with flash attention, which never stores the
@@ -88,7 +102,7 @@ class Tracer(Llama):
             engine["n_batch"] = max(n_ubatch, engine.get("n_batch") or 0)
             super().__init__(
                 model_path,
-                n_ctx=round_up(max(1, length)),
+                n_ctx=round_up(max(1, tokens_needed(length, labels, written))),
                 swa_full=False,
                 flash_attn=self.flash_attn,
                 **engine,
@@ -97,13 +111,18 @@ class Tracer(Llama):
             self._attention = attention(self._observer)
             self.native = NativeCache(self.ctx)
             self._attention.start(self.ctx, self.native, self.n_batch)
+            self._labeller = Labeller(self._observer, labels, written) if labels else None
+            if self._labeller is not None:
+                self._labeller.start(self, self.native)
         except BaseException:
             self.close()
             raise
         transcribe_without_template(self)
         self.length = length
         self.shape: CacheShape = self.native.shape
-        self.block = smallest_block(self.shape, length) if block is None else block
+        if block is None:
+            block = smallest_block(self.shape, length, len(labels))
+        self.block = block
 
     def adjust_context(self, params: Any) -> None:
         params.n_seq_max, params.kv_unified = 2, True  # see native/kvp_edge.h
@@ -163,6 +182,7 @@ class Tracer(Llama):
             values=_half(values, "values"),
             sums=sums,
             blocks=blocks,
+            labels={} if self._labeller is None else self._labeller.labels(),
         )
 
     def _read(self, batch: Sequence[int]) -> None:
@@ -176,12 +196,13 @@ class Tracer(Llama):
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), True)
 
 
-def smallest_block(shape: CacheShape, length: int) -> int:
-    """The fewest queries per block with which a trace of ``length`` tokens is no larger than twice
-    its keys and values in float16: a power of two."""
+def smallest_block(shape: CacheShape, length: int, n_labels: int = 0) -> int:
+    """The fewest queries per block with which a trace of ``length`` tokens, with its labels, is no
+    larger than twice its keys and values in float16: a power of two."""
     n_heads = shape.n_layer * shape.n_head_kv
     keys_and_values = 2 * n_heads * length * (shape.head_size_k + shape.head_size_v)
-    left = keys_and_values - _FILE_OVERHEAD - _BYTES_PER_TOKEN * length
+    labels = 2 * n_heads * length * n_labels
+    left = keys_and_values - labels - _FILE_OVERHEAD - _BYTES_PER_TOKEN * length
     block = 1
     # a first block of one query makes the most blocks
     while block < length and 2 * n_heads * Blocks(block, 1).n_sums(length) > left:

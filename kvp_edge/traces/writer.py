@@ -19,16 +19,27 @@ from kvp_edge.traces.format import (
     FORMAT_VERSION,
     MANIFEST,
     MOST_TRACE_BYTES,
+    PLAIN_VERSION,
     Json,
     metadata_of,
     read_manifest,
     safetensors_numpy,
 )
+from kvp_edge.traces.labels import LABELS, QUESTIONED, REPEATED
 from kvp_edge.traces.sources import Cut, Piece, Source, plan
 from kvp_edge.traces.tracer import Captured, Tracer
 
 #: The manifest is rewritten after this many traces; files that it does not list yet are found, too.
 _SAVE_EVERY = 16
+#: Most tokens of the model's questions about a text.
+_WRITTEN = 128
+#: Of what the model, or the source, makes of a text -> the label that it adds.
+FUTURES: dict[str, str | None] = {
+    "text": None,
+    "greedy": None,
+    "repeat": REPEATED,
+    "questions": QUESTIONED,
+}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,7 +54,7 @@ def capture_traces(
     length: int = 1024,
     n_traces: int | None = None,
     seed: int = 0,
-    future: str = "text",
+    future: str | Sequence[str] = "text",
     future_tokens: int | None = None,
     block: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
@@ -58,9 +69,10 @@ def capture_traces(
         length: most tokens of a trace.
         n_traces: how many, drawn by ``seed`` from all that the sources make; None: all.
         seed: draws tasks and traces.
-        future: "text": what follows in the source; "greedy": what the model writes, greedily.
+        future: one or several of FUTURES. "text": what follows in the source; "greedy": what the
+            model writes, greedily. "repeat" and "questions" add labels (kvp_edge.traces.labels).
         future_tokens: tokens of a text, or of the model's own, that are the future; None: a
-            quarter of ``length``.
+            quarter of ``length``. Also the most tokens of "questions"; None: 128.
         block: queries per block; None: the fewest with which a file has at most twice the bytes of
             its keys and values.
         progress: called with (traces done, traces planned, tokens of the last one).
@@ -76,8 +88,8 @@ def capture_traces(
         OSError: the folder cannot be written, or the disk is full. Finished traces are kept.
     """
     safetensors_numpy()
-    if future not in ("text", "greedy"):
-        raise TraceError(f"the future must be 'text' or 'greedy', not '{future}'")
+    future, labels = _parted((future,) if isinstance(future, str) else future)
+    written = _WRITTEN if future_tokens is None else future_tokens
     future_tokens = length // 4 if future_tokens is None else future_tokens
     if not 1 <= future_tokens <= length - 8:
         raise TraceError(
@@ -87,9 +99,9 @@ def capture_traces(
     model_path, folder = os.fspath(model_path), Path(out_dir)
     engine.setdefault("verbose", False)
     about = [source.about() for source in sources]
-    tracer = Tracer(model_path, length, block, **engine)
+    tracer = Tracer(model_path, length, block, labels=labels, written=written, **engine)
     try:
-        settings = {
+        settings: Json = {
             "length": length,
             "n_traces": n_traces,
             "seed": seed,
@@ -101,7 +113,10 @@ def capture_traces(
             "flash_attn": tracer.flash_attn,
             "n_batch": tracer.n_batch,
             "n_gpu_layers": tracer.model_params.n_gpu_layers,
+            "labels": labels,
         }
+        if QUESTIONED in labels:
+            settings["written"] = written
         manifest = _manifest(model_path, tracer, about, settings)
         _make_folder(folder)
         _refuse_another_run(folder, manifest)
@@ -111,6 +126,25 @@ def capture_traces(
     finally:
         tracer.close()
     return folder
+
+
+def _parted(futures: Sequence[str]) -> tuple[str, list[str]]:
+    """What follows the text, "text" or "greedy", and the labels besides.
+
+    Raises:
+        TraceError: these futures are none, or not for one run.
+    """
+    unknown = [name for name in futures if name not in FUTURES]
+    if unknown or not futures:
+        known = ", ".join(FUTURES)
+        raise TraceError(
+            f"the future must be one or several of {known}, not '{' '.join(unknown or futures)}'"
+        )
+    following = {name for name in futures if FUTURES[name] is None}
+    if len(following) > 1:
+        raise TraceError("the future is either text, which the source has, or greedy: choose one")
+    wanted = {FUTURES[name] for name in futures}
+    return (following or {"text"}).pop(), [name for name in LABELS if name in wanted]
 
 
 def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) -> Json:
@@ -128,14 +162,16 @@ def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) ->
         "head_size_k": shape.head_size_k,
         "head_size_v": shape.head_size_v,
     }
-    # Runs older than this entry were made without flash attention, and resume so.
-    settled = {name: value for name, value in settings.items() if name != "flash_attn" or value}
+    # Runs older than these entries were made without flash attention and labels, and resume so.
+    version = FORMAT_VERSION if settings["labels"] else PLAIN_VERSION
+    newer = ("flash_attn", "labels")
+    settled = {name: value for name, value in settings.items() if name not in newer or value}
     # the file's name is for people; the fingerprint identifies the model
-    what = [FORMAT_VERSION, LLAMA_VERSION, {**model, "file": ""}, sources, settled]
+    what = [version, LLAMA_VERSION, {**model, "file": ""}, sources, settled]
     run = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "complete": False,
         "planned": 0,
         "run": run,
@@ -236,7 +272,10 @@ def _file_bytes(got: Captured, about: Json) -> bytes:
         "positions": got.indices,
         "tokens": got.tokens,
         "attention": got.sums,
+        **got.labels,
     }
+    if got.labels:
+        about |= {"labels": sorted(got.labels)}
     # one key: safetensors writes several in any order
     data: bytes = safetensors_numpy().save(arrays, {"kvp_trace": json.dumps(about, sort_keys=True)})
     return data

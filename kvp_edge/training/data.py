@@ -40,7 +40,7 @@ class TraceLike(Protocol):
 
     @property
     def splits(self) -> IntArray:
-        """The numbers n for which ``importance`` is exact, ascending."""
+        """The numbers n <= T for which ``importance`` is exact, ascending."""
 
     def importance(self, n: int) -> npt.NDArray[np.float32]:
         """f32 [L, H, n]: attention that the first n tokens receive from the later ones; the maximum
@@ -76,10 +76,10 @@ class Protected:
 def cut_points(trace: TraceLike, protected: Protected) -> IntArray:
     """The numbers of tokens n at which this trace can be cut; empty if it is too short.
 
-    At least a few tokens must compete, and later queries must follow.
+    At least a few tokens must compete.
     """
     least = protected.sinks + protected.recent + _MIN_COMPETING
-    cuts: IntArray = trace.splits[(trace.splits >= least) & (trace.splits < trace.keys.shape[2])]
+    cuts: IntArray = trace.splits[trace.splits >= least]
     return cuts
 
 
@@ -109,36 +109,6 @@ class InMemory:
         self._room -= 2 * (trace.keys.nbytes + trace.values.nbytes)
         if self._room > 0:
             self._kept[index] = trace
-        return trace
-
-
-@dataclass(frozen=True)
-class _PeakTrace:
-    """A trace (kvp_edge.traces.format.Trace) whose importance is its peak."""
-
-    trace: Any
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.trace, name)
-
-    def importance(self, n: int) -> npt.NDArray[np.float32]:
-        peak: npt.NDArray[np.float32] = self.trace.peak(n)
-        return peak
-
-
-class Peaks:
-    """Traces whose importance is the largest attention from any one block of later queries, instead
-    of the sum over all."""
-
-    def __init__(self, traces: TraceSetLike) -> None:
-        self._traces = traces
-        self.model = getattr(traces, "model", None)
-
-    def __len__(self) -> int:
-        return len(self._traces)
-
-    def __getitem__(self, index: int, /) -> TraceLike:
-        trace: TraceLike = _PeakTrace(self._traces[index])
         return trace
 
 

@@ -20,7 +20,6 @@ from kvp_edge.arrays import FloatArray
 from kvp_edge.errors import TrainingError
 from kvp_edge.policies.retention import BIAS
 from kvp_edge.training.data import Protected, TraceLike, gather
-from kvp_edge.training.settings import Importance
 
 _TIMES = 12  # moments of a trace at which a step looks at what is retained
 
@@ -46,7 +45,7 @@ class Lesson:
 def lesson(
     trace: TraceLike,
     index: int,
-    importance: Importance,
+    importance: str,
     protected: Protected,
     rng: np.random.Generator,
 ) -> Lesson:
@@ -60,12 +59,14 @@ def lesson(
     return Lesson(torch.from_numpy(features), torch.from_numpy(paid), torch.from_numpy(times))
 
 
-def wanted(
-    trace: TraceLike, index: int, importance: Importance, protected: Protected
-) -> FloatArray:
+def wanted(trace: TraceLike, index: int, importance: str, protected: Protected) -> FloatArray:
     """Attention that tokens receive when they are no longer protected, times their age then: f32
     [N, T]. Attention is brought to a sum of 1 per head, mean over heads: its scale is that of no
     head in particular, so that heads which receive more may retain more.
+
+    Args:
+        importance: "sum" or "peak", see settings.Importance. Labels do not say when a token is
+            wanted.
 
     Raises:
         TrainingError: the trace holds attention that is negative or not a number.

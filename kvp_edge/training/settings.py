@@ -35,8 +35,28 @@ RankWeights = Literal["i-1", "i"]
 Advantage = Literal["loo", "zscore"]
 
 #: "sum": attention of all later queries (KVP). "peak": that of the one block of later queries with
-#: the most attention to the token (as in ForesightKV's labels, arXiv:2602.03203).
-Importance = Literal["sum", "peak"]
+#: the most attention to the token (as in ForesightKV's labels, arXiv:2602.03203). "repeated",
+#: "questioned": labels of the traces (kvp_edge.traces.labels). Several, joined by "+": each divided
+#: by its mean over the head's competing tokens, then added.
+Importance = Literal["sum", "peak", "repeated", "questioned"]
+
+#: Importance that not every trace has -> what kvp-edge trace --future records it.
+LABELLED: dict[str, str] = {"repeated": "repeat", "questioned": "questions"}
+
+
+def importance_parts(importance: str) -> tuple[str, ...]:
+    """The importances that one like "peak+repeated" is made of.
+
+    Raises:
+        TrainingError: it is none.
+    """
+    parts = tuple(importance.split("+"))
+    if len(set(parts)) < len(parts) or not set(parts) <= set(get_args(Importance)):
+        raise TrainingError(
+            f"importance must be {' or '.join(get_args(Importance))}, or several of them joined by "
+            f"+, not '{importance}'"
+        )
+    return parts
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,7 @@ class Settings:
         effort: share of the heads in a step.
         eval_every: steps between validations; each writes a checkpoint.
         validation: share of the traces kept out for it, and at most so many states.
+        importance: one of Importance, or several of them joined by "+".
         precision: "f32" or "bf16" (autocast).
         budget, every: (foresight) tokens that each head keeps after an eviction, and tokens read
             between two evictions (L).
@@ -85,7 +106,7 @@ class Settings:
     states: int = 4
     tokens: int = 512
     rankings: int = 8
-    importance: Importance = "peak"
+    importance: str = "peak"
     rank_weights: RankWeights = "i-1"
     advantage: Advantage = "zscore"
     effort: float = 1.0
@@ -121,7 +142,6 @@ class Settings:
     def __post_init__(self) -> None:
         for name, known in (
             ("objective", Objective),
-            ("importance", Importance),
             ("rank_weights", RankWeights),
             ("advantage", Advantage),
             ("pairs", Pairs),
@@ -131,7 +151,14 @@ class Settings:
                 raise TrainingError(
                     f"{name} must be {' or '.join(get_args(known))}, not '{getattr(self, name)}'"
                 )
+        importance_parts(self.importance)
         self._refuse_settings_of_others()
+        if self.objective == "global" and self.importance not in ("sum", "peak"):
+            raise TrainingError(
+                "objective global learns when attention is paid, which labels do not say: its "
+                f"importance must be sum or peak, not '{self.importance}'. Choose objective kvp "
+                "or foresight for it"
+            )
         if self.rankings < 2:
             raise TrainingError("the baseline needs at least 2 rankings of a state")
         if min(self.steps, self.states, self.tokens, self.eval_every) < 1:

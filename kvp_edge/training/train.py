@@ -34,7 +34,6 @@ from kvp_edge.training.agent import Agents, AgentShape
 from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
 from kvp_edge.training.data import (
     InMemory,
-    Peaks,
     Protected,
     Sampler,
     States,
@@ -45,6 +44,7 @@ from kvp_edge.training.data import (
     standardisation,
 )
 from kvp_edge.training.foresight import GoldenEvictions
+from kvp_edge.training.importance import Judged
 from kvp_edge.training.learner import Learner, Worker
 from kvp_edge.training.phases import Distil, Gates, Heads, InModel, Phase, Texts, Tokens
 from kvp_edge.training.rollouts import Rollouts
@@ -128,10 +128,12 @@ def _worker(device: str | None) -> Iterator[Worker]:
 class _Run:
     def __init__(self, traces: TraceSetLike, out: Path, settings: Settings, worker: Worker) -> None:
         self.facts = model_facts(traces)
-        traces = InMemory(Peaks(traces) if settings.importance == "peak" else traces)
-        self.traces, self.out, self.settings, self.worker = traces, out, settings, worker
         s = settings
         self.protected = Protected(s.sinks, s.recent)
+        if s.importance != "sum":
+            traces = Judged(traces, s.importance, self.protected)
+        traces = InMemory(traces)
+        self.traces, self.out, self.settings, self.worker = traces, out, settings, worker
         usable, (n_layer, n_head_kv, dk, dv) = check_traces(traces, self.protected)
         # every n-th trace is held out for validation; a single trace does both
         apart = max(2, round(1 / s.validation))

@@ -20,6 +20,7 @@ from kvp_edge.training.data import (
     gather,
     importance_of,
 )
+from kvp_edge.training.importance import loss_unit
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -43,7 +44,8 @@ class Quality:
     Attributes:
         cost: f64 [N], all budgets, relative to the oracle's (the paper's measure; 1 is best).
         lost: f64 [N], share of a later query's attention lost beyond what the oracle loses, mean
-            over BUDGETS; also near 0 if there is nothing to lose.
+            over BUDGETS; also near 0 if there is nothing to lose. Where labels are part of the
+            importance: the mean loss of a competing token.
         token_cost, token_lost: the same for whole tokens, ranked by all heads together.
     """
 
@@ -93,10 +95,10 @@ def measure(
         first, end = protected.competing(state.n)
         scores = scorer(trace, state.n)[:, first:end]
         received = importance_of(trace, state.n, np.arange(len(scores)), state.trace)[:, first:end]
-        queries = trace.keys.shape[2] - state.n
-        rows.append(costs(scores, received, queries))
+        unit = loss_unit(trace, state.n, protected)
+        rows.append(costs(scores, received, unit))
         together = (whole or standardised)(scores)
-        token_rows.append(costs(together[None], received.mean(0)[None], queries))
+        token_rows.append(costs(together[None], received.mean(0)[None], unit))
     cost, lost = (np.mean(column, axis=0) for column in zip(*rows, strict=True))
     token_cost, token_lost = (float(np.mean(column)) for column in zip(*token_rows, strict=True))
     return Quality(cost, lost, token_cost, token_lost)
@@ -116,13 +118,13 @@ def weighted(weights: npt.NDArray[np.floating[Any]]) -> Whole:
 
 
 def costs(
-    scores: npt.NDArray[np.float32], importance: npt.NDArray[np.float32], queries: int
+    scores: npt.NDArray[np.float32], importance: npt.NDArray[np.float32], unit: int
 ) -> tuple[FloatArray, FloatArray]:
     """Relative cost and excess attention lost of ranking by descending score: f64 [N] each.
 
     Args:
         scores, importance: [N, m].
-        queries: number of later queries in the importance.
+        unit: what the sum of the importance lost is divided by.
     """
     m = scores.shape[1]
     ranked = np.take_along_axis(importance, np.argsort(-scores, axis=1, kind="stable"), axis=1)
@@ -130,7 +132,7 @@ def costs(
     weights = np.arange(m, dtype=np.float64)
     relative = np.minimum((ranked @ weights) / np.maximum(best @ weights, 1e-8), _WORST)
     kept = [max(1, round(share * m)) for share in BUDGETS]
-    lost = np.mean([(best[:, :b] - ranked[:, :b]).sum(1) for b in kept], axis=0) / queries
+    lost = np.mean([(best[:, :b] - ranked[:, :b]).sum(1) for b in kept], axis=0) / unit
     return relative, lost.astype(np.float64)
 
 

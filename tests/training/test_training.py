@@ -22,13 +22,13 @@ from kvp_edge.errors import TrainingError  # noqa: E402
 from kvp_edge.training import checkpoint  # noqa: E402
 from kvp_edge.training.agent import Agents, AgentShape  # noqa: E402
 from kvp_edge.training.data import (  # noqa: E402
-    Peaks,
     Protected,
     Sampler,
     check_traces,
     cut_points,
 )
 from kvp_edge.training.head_adamw import HeadAdamW  # noqa: E402
+from kvp_edge.training.importance import Judged  # noqa: E402
 from kvp_edge.training.train import Settings, train  # noqa: E402
 from kvp_edge.training.validate import State, agent_scorer, costs, measure  # noqa: E402
 from makers.synthetic_traces import SyntheticTraces  # noqa: E402
@@ -86,13 +86,14 @@ def test_context_shows_its_worth_where_a_neighbour_tells(tmp_path: Path) -> None
 
 def test_a_policy_trained_for_peaks_keeps_what_one_block_wants(tmp_path: Path) -> None:
     traces = SyntheticTraces(16, "key")
+    peaks = Judged(traces, "peak", Protected())
     states = [State(i, 96) for i in range(16)]
-    for importance, best in (("sum", traces), ("peak", Peaks(traces))):
+    for importance, best in (("sum", traces), ("peak", peaks)):
         settings = Settings(**{**QUICK, "context": 1, "importance": importance})
         result = train(traces, tmp_path / importance, settings, progress=False)
         assert (result.quality.cost < 1.2).all()  # by what it was trained for
         agents, _ = checkpoint.load_agents(tmp_path / importance)
-        for judge in (traces, Peaks(traces)):
+        for judge in (traces, peaks):
             cost = measure(agent_scorer(agents), judge, states, Protected()).cost
             assert (cost < 1.2).all() if type(judge) is type(best) else (cost > 1.5).all()
 

@@ -1,0 +1,188 @@
+"""Labels of tokens that may be asked for: the most attention that a later use of the text pays.
+
+What follows in a text asks for few of its tokens. Here the model itself goes on to use the text. A
+token's label is the largest attention that any position of this use pays to it, with any query head
+of the KV head's group:
+
+- ``repeated``: the model repeats the text, word for word (KVzip, arXiv:2505.23416: the text is fed
+  again, in pieces, each after the instruction to repeat). What a repetition looks at, any later
+  request may need.
+- ``questioned``: the model writes questions about the text, with their answers, greedily.
+
+Only the positions of the repetition, or of what the model writes, ask; those of the instructions do
+not. All is read one after the other in the same context: a cache with a sliding window cannot go
+back. Each position's softmax goes over all tokens that it sees, also those after the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvp_edge.arrays import FloatArray, HalfArray
+from kvp_edge.binding.log_scores import score_log
+from kvp_edge.binding.queries import QueryLog
+from kvp_edge.binding.structs import LogBlock
+from kvp_edge.errors import KVCacheError
+from kvp_edge.text.chat_prompt import ends_reply, next_turn
+
+if TYPE_CHECKING:
+    from kvp_edge.binding.cache import NativeCache
+    from kvp_edge.binding.observer import Observer
+    from kvp_edge.llama import Llama
+
+REPEATED, QUESTIONED = "repeated", "questioned"
+#: All labels. Questions come first, so that they are about the text and not about its repetition.
+LABELS = (QUESTIONED, REPEATED)
+
+#: Tokens that are repeated after one instruction.
+PIECE = 512
+#: Tokens before a piece that its instruction names.
+_REMINDER = 8
+#: Most tokens of an instruction, with what the chat template writes around it.
+_INSTRUCTION = 192
+
+_REPEAT = "Repeat the text from its beginning, exactly as it is."
+_GO_ON = "Go on repeating the text exactly as it is, starting after: {reminder}"
+_QUESTIONS = "Write questions about the text, each with a short answer."
+
+
+def tokens_needed(length: int, labels: Sequence[str], written: int) -> int:
+    """The most tokens that a text of ``length`` and the uses that make its ``labels`` take.
+
+    Args:
+        written: most tokens of the questions.
+    """
+    needed = length
+    if QUESTIONED in labels:
+        needed += _INSTRUCTION + written
+    if REPEATED in labels:
+        needed += length + _INSTRUCTION * -(-length // PIECE)
+    return needed
+
+
+class Labeller:
+    """Lets a model use the texts that it has read.
+
+    Args:
+        observer: of the model's context.
+        labels: those wanted, of LABELS.
+        written: most tokens of the questions.
+    """
+
+    def __init__(self, observer: Observer, labels: Sequence[str], written: int) -> None:
+        self._log = QueryLog(observer)
+        self._labels, self._written = labels, written
+
+    def start(self, llm: Llama, cache: NativeCache) -> None:
+        """Find the model's queries.
+
+        Args:
+            llm: the model; its context is empty, and has room for ``tokens_needed``.
+            cache: the context's.
+
+        Raises:
+            UnsupportedModelError: they are not found, or attention is more than softmax(scale q.k).
+        """
+        self._llm, self._cache = llm, cache
+        self._layout = cache.log_layout()
+        instead = "Trace it with --future text or --future greedy alone"
+        self._log.start(llm.ctx, cache, llm.n_batch, instead)
+        self._log.watch(False)
+
+    def labels(self) -> dict[str, HalfArray]:
+        """The labels of the text that the model has read: float16 [n_layer, n_head_kv, T] each.
+
+        The model has read more afterwards.
+
+        Raises:
+            KVCacheError: an instruction in the model's chat template is too long.
+        """
+        self._n_text = int(self._llm.n_tokens)
+        self._blocks: list[LogBlock] = []
+        self._log.clear()
+        self._remember()
+        uses: dict[str, Callable[[], None]] = {QUESTIONED: self._ask, REPEATED: self._repeat}
+        found = {}
+        for name in (name for name in LABELS if name in self._labels):
+            shape = self._cache.shape
+            self._largest = np.zeros((shape.n_layer, shape.n_head_kv, self._n_text), np.float32)
+            uses[name]()
+            found[name] = self._largest.astype(np.float16)
+        return found
+
+    def _ask(self) -> None:
+        """The model writes questions and answers, until it ends its reply."""
+        self._instruct(_QUESTIONS)
+        self._log.watch(True)
+        end = self._llm.n_tokens + self._written
+        while self._llm.n_tokens < end:
+            token = self._llm.likeliest()
+            if ends_reply(self._llm, token):
+                break
+            self._llm.eval([token])
+            if self._llm.n_tokens - self._remembered == self._llm.n_batch:
+                self._pay()
+        self._pay()
+        self._log.watch(False)
+
+    def _repeat(self) -> None:
+        """The text again, without the token that begins it."""
+        text = [int(token) for token in self._llm.input_ids[: self._n_text]]
+        first = 1 if text[0] == self._llm.token_bos() else 0
+        batch = self._llm.n_batch
+        for begin in range(first, len(text), PIECE):
+            if begin == first:
+                self._instruct(_REPEAT)
+            else:
+                before = self._llm.detokenize(text[max(first, begin - _REMINDER) : begin])
+                reminder = before.decode(errors="ignore").strip()
+                self._instruct(_GO_ON.format(reminder=reminder))
+            self._log.watch(True)
+            piece = text[begin : begin + PIECE]
+            for at in range(0, len(piece), batch):
+                self._llm.eval(piece[at : at + batch])
+                self._pay()
+            self._log.watch(False)
+
+    def _instruct(self, text: str) -> None:
+        tokens = next_turn(self._llm, text)
+        if len(tokens) > _INSTRUCTION:
+            raise KVCacheError(
+                f"in this model's chat template an instruction takes {len(tokens)} tokens, more "
+                f"than the {_INSTRUCTION} there is room for: trace it with --future text or "
+                "--future greedy alone"
+            )
+        self._llm.eval(tokens)
+        self._remember()
+
+    @property
+    def _remembered(self) -> int:
+        """Tokens whose keys there are a copy of."""
+        return sum(int(block.n) for block in self._blocks)
+
+    def _remember(self) -> None:
+        """Copy the keys of what was read since the last call."""
+        first, end = self._remembered, int(self._llm.n_tokens)
+        if end > first:
+            rows = self._cache.log_rows(self._layout, first, end, end - first)
+            self._blocks.append(LogBlock(rows, first, end - first, first))
+
+    def _pay(self) -> None:
+        """The tokens read since the last call ask; at most a batch of them."""
+        first = self._remembered
+        self._remember()
+        n = self._remembered - first
+        if n == 0:
+            return
+        self._log.append(first, n)
+        paid: FloatArray = score_log(
+            self._layout,
+            self._blocks,
+            self._log.read(n),
+            self._llm.n_threads,
+            mean=False,
+        )[0]
+        np.maximum(self._largest, paid[:, :, : self._n_text], out=self._largest)
