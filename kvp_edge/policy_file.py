@@ -20,8 +20,8 @@ from kvp_edge.files.json_values import is_a, require, shortened
 
 OutType = Literal["f32", "f16", "q8_0"]
 
-#: What one network scores: "head": one KV head, by its own keys and values. "layer": all KV heads of
-#: a layer, by the keys and values of all of them.
+#: What one network scores: "head": one KV head, by its own keys and values. "layer": all KV heads
+#: of a layer, by the keys and values of all of them.
 Scope = Literal["head", "layer"]
 
 #: Of the format that a policy of each scope is written in.

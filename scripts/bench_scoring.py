@@ -5,10 +5,11 @@
 
 For policies in the shape of several models, with a network per KV head or per layer, it scores
 random keys and values, and multiplies square f32 matrices (numpy's BLAS, one thread: set
-OPENBLAS_NUM_THREADS=1) in between, so that a noisy machine slows both. "Of the peak" is the share of that which native scoring reaches, counting the
-multiplications of the first and second layer only. The last two columns set it against llama.cpp
-reading 512 tokens at once and writing one by one, with as many threads, in the bundled model and in
-one of the 0.5B shape with random weights: a token is scored once, however it came in.
+OPENBLAS_NUM_THREADS=1) in between, so that a noisy machine slows both. "Of the peak" is the share
+of that which native scoring reaches, counting the multiplications of the first and second layer
+only. The last two columns set it against llama.cpp reading 512 tokens at once and writing one by
+one, with as many threads, in the bundled model and in one of the 0.5B shape with random weights: a
+token is scored once, however it came in.
 
 Prints a Markdown table of medians on stdout.
 """

@@ -1,10 +1,10 @@
 """A gate of low-rank attention with sinks (Fast KVzip, arXiv:2601.17668), to compare agents with.
 
-The gate of a layer scores all of its KV heads. Each of them has a few queries and a key of low rank,
-made of the token; its score is the share of attention that its own key takes from learned sinks. In
-the paper they are made of the layer's hidden state. Here they are made of what an agent sees of a
-layer: keys and values, head by head, and the position (kvp_edge.training.agent). So the gate needs
-no more than the KV cache.
+The gate of a layer scores all of its KV heads. Each head has a few queries and a key of low rank,
+made of the token. The token's score is the share of attention that its own key takes from learned
+sinks. In the paper queries and keys are made of the layer's hidden state; here, of what an agent
+sees of a layer: keys and values, head by head, and the position (kvp_edge.training.agent). So the
+gate needs no more than the KV cache.
 """
 
 from __future__ import annotations
