@@ -277,7 +277,7 @@ def test_runs_score_as_whole_texts_do() -> None:
         at = torch.arange(-2, 32)
         known = ((at >= 0) & (at < 30))[None]
         padded = agents(x[:, :, at.clamp(0, 29)], known)
-        one_head = agents(x[1:], heads=torch.tensor([1]))
+        one_head = agents(x[1:], agents=torch.tensor([1]))
     torch.testing.assert_close(whole, padded)
     torch.testing.assert_close(whole[1:], one_head)
 
