@@ -26,7 +26,7 @@ Scope = Literal["head", "layer"]
 
 #: Of the format that a policy of each scope is written in.
 FORMAT_VERSIONS: dict[Scope, int] = {"head": 1, "layer": 2}
-OBJECTIVES = ("kvp", "foresight", "global")
+OBJECTIVES = ("kvp", "foresight", "global", "regression")
 N_POSITION_FEATURES = 4
 #: What a token's score is computed from, in the order of the first layer's inputs.
 FEATURES = (
@@ -53,6 +53,7 @@ _MOST_BYTES = 2**32  # those of the largest models have 2^26
 
 _AGGREGATE = "kvp_aggregate.weight"
 _SENSITIVITY = "kvp_sensitivity.weight"
+_AGEING = "kvp_ageing.weight"
 _OFF_MEAN = 1e-3  # that the mean sensitivity may be off from 1
 _Q8_0_BLOCK = 32
 
@@ -105,6 +106,8 @@ class PolicyWeights:
         aggregate [L, H]: weights of the heads' scores in the score of a whole token.
         sensitivity [L, H]: how much the model's loss rises when that head loses its rows, relative
             to the other heads: not negative, mean 1. None: the file does not say.
+        ageing [L, H]: how much of a score fades while a token's age doubles
+            (kvp_edge.policies.ageing). None: nothing.
     """
 
     key: FloatArray
@@ -117,6 +120,7 @@ class PolicyWeights:
     out: FloatArray
     aggregate: FloatArray
     sensitivity: FloatArray | None = None
+    ageing: FloatArray | None = None
 
     def arrays(self) -> dict[str, FloatArray]:
         """Those that there are, by name."""
@@ -272,8 +276,9 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
             raw = quant if kind == "q8_0" else None
             writer.add_tensor(name.format(layer), data, raw_dtype=raw)
     writer.add_tensor(_AGGREGATE, np.ascontiguousarray(weights.aggregate, np.float32))
-    if weights.sensitivity is not None:
-        writer.add_tensor(_SENSITIVITY, np.ascontiguousarray(weights.sensitivity, np.float32))
+    for name, array in ((_SENSITIVITY, weights.sensitivity), (_AGEING, weights.ageing)):
+        if array is not None:
+            writer.add_tensor(name, np.ascontiguousarray(array, np.float32))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -328,8 +333,9 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
             for attribute, name in _TENSORS.items()
         }
         arrays["aggregate"] = load(_AGGREGATE, shapes["aggregate"])
-        if _SENSITIVITY in found.tensors:
-            arrays["sensitivity"] = load(_SENSITIVITY, shapes["aggregate"])
+        for attribute, name in (("sensitivity", _SENSITIVITY), ("ageing", _AGEING)):
+            if name in found.tensors:
+                arrays[attribute] = load(name, shapes["aggregate"])
         weights = PolicyWeights(**arrays)
     _check_weights(info, weights, f"the policy file '{path}'")
     return info, weights
@@ -487,7 +493,7 @@ def _check_info(info: PolicyInfo, whose: str) -> None:
 
 def _check_weights(info: PolicyInfo, weights: PolicyWeights, whose: str) -> None:
     shapes = weight_shapes(info)
-    shapes["sensitivity"] = shapes["aggregate"]
+    shapes["sensitivity"] = shapes["ageing"] = shapes["aggregate"]
     for name, array in weights.arrays().items():
         if array.shape != shapes[name]:
             raise PolicyFileError(

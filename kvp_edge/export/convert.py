@@ -92,6 +92,7 @@ def policy_of(
         fc2_bias=per_network(w["fc2_bias"]),
         out=per_layer(out, shape.heads_each, shape.hidden),
         aggregate=per_layer(np.exp(w["log_aggregate"])),
+        ageing=per_layer(w["age"]) if shape.ageing else None,
     )
 
 

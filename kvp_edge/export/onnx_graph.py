@@ -148,6 +148,7 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
     about = {
         "kvp.info": json.dumps(_keys(info)),
         "kvp.aggregate": json.dumps(w.aggregate.tolist()),
+        **({} if w.ageing is None else {"kvp.ageing": json.dumps(w.ageing.tolist())}),
     }
     if w.sensitivity is not None:
         about["kvp.sensitivity"] = json.dumps(w.sensitivity.tolist())

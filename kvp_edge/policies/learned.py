@@ -13,6 +13,7 @@ from kvp_edge.arrays import FloatArray, IntArray, TokenIndices
 from kvp_edge.binding import rules
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.errors import PolicyFileError
+from kvp_edge.policies.ageing import faded
 from kvp_edge.policies.base import Policy
 from kvp_edge.policies.retention import log_future_use, log_total
 from kvp_edge.policies.view import CacheView
@@ -26,12 +27,14 @@ class FromFile(Policy):
     Attributes:
         path: the file.
         head_weights: f32 [n_layer, n_head_kv], of the heads in the worth of a whole token.
+        ageing: f32 [n_layer, n_head_kv], the heads' rates (kvp_edge.policies.ageing), or None.
         sensitivity: f32 [n_layer, n_head_kv], how much the model suffers when a head loses its
             rows, relative to the others (mean 1); None: the file does not say.
     """
 
     path: str
     head_weights: FloatArray
+    ageing: FloatArray | None
     sensitivity: FloatArray | None
     _info: PolicyInfo
 
@@ -49,6 +52,8 @@ class FromFile(Policy):
     def worth(self, scores: FloatArray, ages: IntArray) -> FloatArray:
         if self.info.objective == "global":
             return log_future_use(scores, ages, self.info.horizon)
+        if self.ageing is not None:
+            return faded(scores, ages, self.ageing)
         return super().worth(scores, ages)
 
     def whole_tokens(self, worth: FloatArray) -> FloatArray | None:
@@ -80,6 +85,7 @@ class Learned(FromFile):
         self.path = os.fspath(path)
         self._info, self.weights = read_policy(path)
         self.head_weights = self.weights.aggregate
+        self.ageing = self.weights.ageing
         self.sensitivity = self.weights.sensitivity
         self.network = NativePolicy(self.weights) if native else None
 

@@ -53,7 +53,9 @@ class Onnx(FromFile):
         try:
             self._info = info_of(parse(metadata["kvp.info"]))
             self.head_weights = self._per_head(metadata, "aggregate")
-            self.sensitivity = None
+            self.sensitivity = self.ageing = None
+            if "kvp.ageing" in metadata:
+                self.ageing = self._per_head(metadata, "ageing")
             if "kvp.sensitivity" in metadata:
                 self.sensitivity = self._per_head(metadata, "sensitivity")
             check_sensitivity(self.sensitivity, "it")

@@ -15,7 +15,8 @@ values      float16  [L, H, T, dv]
 positions   int32    [T]            ascending
 tokens      int32    [T]            the model's token ids
 attention   float16  [L, H, P]      sums over blocks of queries, times ``scale``
-repeated    float16  [L, H, T]      a label (kvp_edge.traces.labels), if it was asked for
+later       float16  [L, H, P']     a label (kvp_edge.traces.labels), if it was asked for
+repeated    float16  [L, H, T]      another
 questioned  float16  [L, H, T]      another
 ==========  =======  ============  ================================================================
 
@@ -26,6 +27,8 @@ first, scale, and labels, where there are any. Queries are gathered in blocks: t
 each token 0 to e - 1 that it can see: the sum over the block's queries of the largest attention
 among the query heads of the group (Learning to Evict from Key-Value Cache, arXiv:2602.10238: the
 maximum comes before the sum).
+
+``later`` is laid out like ``attention``, with blocks of 32 queries from the first token on.
 
 Version 2 of the format has labels. Traces without them are of version 1.
 
@@ -52,7 +55,7 @@ from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.errors import TraceError
 from kvp_edge.files import open_regular, read_regular, size_of
 from kvp_edge.files.json_values import parse, require, shortened
-from kvp_edge.traces.labels import LABELS
+from kvp_edge.traces.labels import LABELS, LATER, NEAR
 
 FORMAT = "kvp-traces"
 #: Without labels, and with labels.
@@ -118,6 +121,7 @@ class Trace:
         blocks: how queries were gathered.
         scale: what ``attention`` was multiplied by.
         source: where the text is from.
+        later: float16 [L, H, P'], see ``asked_later``; None if it was not asked for.
         repeated: float16 [L, H, T], the largest attention that a repetition of the text pays to
             each token; None if it was not asked for (kvp_edge.traces.labels).
         questioned: the same of the model's own questions and answers about the text.
@@ -132,6 +136,7 @@ class Trace:
     blocks: Blocks
     scale: float
     source: str
+    later: HalfArray | None = None
     repeated: HalfArray | None = None
     questioned: HalfArray | None = None
 
@@ -199,6 +204,26 @@ class Trace:
             if begin >= n:  # so the block has sums for all n tokens
                 np.maximum(out, sums[:, :, :n], out=out)
         out /= self.scale
+        return out
+
+    def asked_later(self, n: int) -> FloatArray:
+        """The largest attention that any query from ``n`` on pays to each token before ``n``, the
+        maximum over the group: float32 [L, H, n].
+
+        Args:
+            n: rounded up to a multiple of labels.NEAR.
+
+        Raises:
+            ValueError: no query comes after n, or the label was not recorded.
+        """
+        if self.later is None:
+            raise ValueError("the trace was recorded without --future later")
+        if not 1 <= n <= (len(self) - 1) // NEAR * NEAR:
+            raise ValueError(f"no piece of {NEAR} queries begins at {n} or later")
+        out = np.zeros((*self.keys.shape[:2], n), np.float32)
+        for begin, _, at in Blocks(NEAR, NEAR).spans(len(self)):
+            if begin >= n:
+                np.maximum(out, self.later[:, :, at : at + n], out=out)
         return out
 
     def received(self, start: int, stop: int, n_tokens: int | None = None) -> FloatArray:
@@ -358,6 +383,11 @@ def _read_file(path: Path, entry: Json) -> bytes:
     )
 
 
+def _label_size(name: str, n: int) -> int:
+    """Numbers of a label per head."""
+    return Blocks(NEAR, NEAR).n_sums(n) if name == LATER else n
+
+
 def _load(path: Path, entry: Json) -> Trace:
     data = _read_file(path, entry)
     try:
@@ -390,7 +420,7 @@ def _load(path: Path, entry: Json) -> Trace:
     fits = (
         all(arrays[name].dtype == dtype for name, dtype in _DTYPES.items())
         and all(arrays[name].dtype == np.float16 for name in labels)
-        and all(arrays[name].shape == (*heads, n) for name in labels)
+        and all(arrays[name].shape == (*heads, _label_size(name, n)) for name in labels)
         and trace.keys.shape == (*heads, n, trace.keys.shape[-1])
         and trace.values.shape == (*heads, n, trace.values.shape[-1])
         and trace.indices.shape == trace.tokens.shape == (n,)

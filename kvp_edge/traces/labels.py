@@ -1,14 +1,16 @@
 """Labels of tokens that may be asked for: the most attention that a later use of the text pays.
 
-What follows in a text asks for few of its tokens. Here the model itself goes on to use the text. A
-token's label is the largest attention that any position of this use pays to it, with any query head
-of the KV head's group:
+A token's label is the largest attention that any position of this use pays to it, with any query
+head of the KV head's group:
 
+- ``later``: the rest of the text. It asks in pieces of ``NEAR`` tokens, of which each has its own
+  label of every token, so that the rest may begin at any of them.
 - ``repeated``: the model repeats the text, word for word (KVzip, arXiv:2505.23416: the text is fed
   again, in pieces, each after the instruction to repeat). What a repetition looks at, any later
   request may need.
 - ``questioned``: the model writes questions about the text, with their answers, greedily.
 
+In the last two the model itself goes on to use the text, of which what follows asks for little.
 Only the positions of the repetition, or of what the model writes, ask; those of the instructions do
 not. All is read one after the other in the same context: a cache with a sliding window cannot go
 back. Each position's softmax goes over all tokens that it sees, also those after the text.
@@ -23,7 +25,7 @@ import numpy as np
 
 from kvp_edge.arrays import FloatArray, HalfArray
 from kvp_edge.binding.log_scores import score_log
-from kvp_edge.binding.queries import QueryLog
+from kvp_edge.binding.queries import Queries, QueryLog
 from kvp_edge.binding.structs import LogBlock
 from kvp_edge.errors import KVCacheError
 from kvp_edge.text.chat_prompt import ends_reply, next_turn
@@ -33,9 +35,12 @@ if TYPE_CHECKING:
     from kvp_edge.binding.observer import Observer
     from kvp_edge.llama import Llama
 
-REPEATED, QUESTIONED = "repeated", "questioned"
-#: All labels. Questions come first, so that they are about the text and not about its repetition.
-LABELS = (QUESTIONED, REPEATED)
+LATER, REPEATED, QUESTIONED = "later", "repeated", "questioned"
+#: All labels. Questions come before the repetition, so that they are not about that.
+LABELS = (LATER, QUESTIONED, REPEATED)
+
+#: Tokens of a piece (LATER).
+NEAR = 32
 
 #: Tokens that are repeated after one instruction.
 PIECE = 512
@@ -75,6 +80,7 @@ class Labeller:
     def __init__(self, observer: Observer, labels: Sequence[str], written: int) -> None:
         self._log = QueryLog(observer)
         self._labels, self._written = labels, written
+        self._blocks: list[LogBlock] = []
 
     def start(self, llm: Llama, cache: NativeCache) -> None:
         """Find the model's queries.
@@ -92,8 +98,35 @@ class Labeller:
         self._log.start(llm.ctx, cache, llm.n_batch, instead)
         self._log.watch(False)
 
+    def begin(self) -> None:
+        """The model is about to read a text, from an empty cache."""
+        self._pieces: list[FloatArray] = []
+        self._blocks = []
+        self._log.clear()
+        self._log.watch(LATER in self._labels)
+
+    def follow(self) -> None:
+        """The model has read more of the text, at most a batch."""
+        first = self._remembered
+        self._remember()
+        end = self._remembered
+        if LATER not in self._labels or end == first:
+            return
+        self._log.append(first, end - first)
+        asked = self._log.read(end - first)
+        # pieces are of the text, not of the batch, so that labels do not depend on how it was read
+        for begin in range(first - first % NEAR, end, NEAR):
+            stop = min(begin + NEAR, end)
+            paid = self._paid(asked[max(begin, first) - first : stop - first])[:, :, :stop]
+            if begin < first:
+                before = self._pieces.pop()
+                np.maximum(paid[:, :, : before.shape[2]], before, out=paid[:, :, : before.shape[2]])
+            self._pieces.append(paid)
+
     def labels(self) -> dict[str, HalfArray]:
-        """The labels of the text that the model has read: float16 [n_layer, n_head_kv, T] each.
+        """The labels of the text that the model has read: float16 [n_layer, n_head_kv, T] each, but
+        LATER [n_layer, n_head_kv, P]: one piece after the other, each with the tokens until its end
+        (those of Blocks(NEAR, NEAR)).
 
         The model has read more afterwards.
 
@@ -101,12 +134,13 @@ class Labeller:
             KVCacheError: an instruction in the model's chat template is too long.
         """
         self._n_text = int(self._llm.n_tokens)
-        self._blocks: list[LogBlock] = []
         self._log.clear()
-        self._remember()
+        self._log.watch(False)
         uses: dict[str, Callable[[], None]] = {QUESTIONED: self._ask, REPEATED: self._repeat}
         found = {}
-        for name in (name for name in LABELS if name in self._labels):
+        if LATER in self._labels:
+            found[LATER] = np.concatenate(self._pieces, axis=2, dtype=np.float16)
+        for name in (name for name in uses if name in self._labels):
             shape = self._cache.shape
             self._largest = np.zeros((shape.n_layer, shape.n_head_kv, self._n_text), np.float32)
             uses[name]()
@@ -178,11 +212,12 @@ class Labeller:
         if n == 0:
             return
         self._log.append(first, n)
-        paid: FloatArray = score_log(
-            self._layout,
-            self._blocks,
-            self._log.read(n),
-            self._llm.n_threads,
-            mean=False,
-        )[0]
+        paid = self._paid(self._log.read(n))
         np.maximum(self._largest, paid[:, :, : self._n_text], out=self._largest)
+
+    def _paid(self, asked: Queries) -> FloatArray:
+        """The largest attention that they pay to every token whose keys there are a copy of."""
+        found: FloatArray = score_log(
+            self._layout, self._blocks, asked, self._llm.n_threads, mean=False
+        )[0]
+        return found

@@ -52,7 +52,7 @@ class Captured:
     """float16 [L, H, P], times blocks.scale: see kvp_capture_end in native/kvp_edge.h"""
     blocks: Blocks
     labels: dict[str, HalfArray]
-    """float16 [L, H, T] each, see kvp_edge.traces.labels"""
+    """float16 [L, H, T] each, LATER [L, H, P']: see kvp_edge.traces.labels.Labeller.labels"""
 
 
 class Tracer(Llama):
@@ -163,6 +163,8 @@ class Tracer(Llama):
         blocks = Blocks.with_border_at(n_prompt, self.block)
         self.forget()
         self._attention.begin(blocks, most)
+        if self._labeller is not None:
+            self._labeller.begin()
         for at in range(0, len(tokens), self.n_batch):
             self._read(tokens[at : at + self.n_batch])
         while self.n_tokens < most:
@@ -189,6 +191,8 @@ class Tracer(Llama):
         """Read at most ``n_batch`` tokens."""
         self._attention.make_room(self.n_tokens, len(batch))
         self.eval(batch)
+        if self._labeller is not None:
+            self._labeller.follow()
 
     def forget(self) -> None:
         """Empty the cache, so that the next text begins in its first cell."""

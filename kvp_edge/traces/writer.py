@@ -25,7 +25,7 @@ from kvp_edge.traces.format import (
     read_manifest,
     safetensors_numpy,
 )
-from kvp_edge.traces.labels import LABELS, QUESTIONED, REPEATED
+from kvp_edge.traces.labels import LABELS, LATER, QUESTIONED, REPEATED
 from kvp_edge.traces.sources import Cut, Piece, Source, plan
 from kvp_edge.traces.tracer import Captured, Tracer
 
@@ -37,6 +37,7 @@ _WRITTEN = 128
 FUTURES: dict[str, str | None] = {
     "text": None,
     "greedy": None,
+    "later": LATER,
     "repeat": REPEATED,
     "questions": QUESTIONED,
 }
@@ -70,7 +71,7 @@ def capture_traces(
         n_traces: how many, drawn by ``seed`` from all that the sources make; None: all.
         seed: draws tasks and traces.
         future: one or several of FUTURES. "text": what follows in the source; "greedy": what the
-            model writes, greedily. "repeat" and "questions" add labels (kvp_edge.traces.labels).
+            model writes, greedily. The others add labels (kvp_edge.traces.labels).
         future_tokens: tokens of a text, or of the model's own, that are the future; None: a
             quarter of ``length``. Also the most tokens of "questions"; None: 128.
         block: queries per block; None: the fewest with which a file has at most twice the bytes of

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvp_edge.policies.ageing import YOUNG
 from kvp_edge.policy_file import N_POSITION_FEATURES, Scope, networks_of_layer
 
 
@@ -25,6 +26,7 @@ class AgentShape:
         shared_out: one last projection for all agents, which makes their scores comparable
             (arXiv:2605.09649, where an agent scores a layer, too).
         scope: what an agent scores, and sees: "head" or "layer", all heads of one.
+        ageing: whether what tokens are worth to a head fades with their age (policies.ageing).
     """
 
     n_layer: int
@@ -35,6 +37,7 @@ class AgentShape:
     context: int = 9
     shared_out: bool = False
     scope: Scope = "head"
+    ageing: bool = False
 
     @property
     def n_heads(self) -> int:
@@ -67,6 +70,7 @@ class AgentShape:
             "fc2_bias": (a, h),
             "out": (1 if self.shared_out else a, self.heads_each * h),
             "log_aggregate": (self.n_heads,),
+            **({"age": (a, self.heads_each)} if self.ageing else {}),
         }
 
     def __post_init__(self) -> None:
@@ -86,7 +90,8 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
         mean, scale [A, F]: buffers that standardise the features: (x - mean) * scale.
         fc1 [A, F, h], fc1_bias [A, h]; conv [A, h, w]; fc2 [A, h, h], fc2_bias [A, h];
         out [A, N/A * h], a row of h for each of an agent's heads, or [1, N/A * h] if shared;
-        log_aggregate [N]: log of the heads' weights in a token's score.
+        log_aggregate [N]: log of the heads' weights in a token's score;
+        age [A, N/A], if heads have one: what fades while a token's age doubles.
     """
 
     mean: Tensor
@@ -112,6 +117,8 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
         self.fc2_bias = nn.Parameter(torch.zeros(n, h))
         self.out = normal(1 if shape.shared_out else n, shape.heads_each * h, std=h**-0.5)
         self.log_aggregate = nn.Parameter(torch.full((shape.n_heads,), 1.0 / shape.n_heads).log())
+        if shape.ageing:
+            self.age = nn.Parameter(torch.zeros(n, shape.heads_each))
 
     def forward(
         self, features: Tensor, known: Tensor | None = None, agents: Tensor | None = None
@@ -149,6 +156,23 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
         out = self.out.expand(n, -1) if self.shape.shared_out else own(self.out)
         scores = torch.bmm(x, out.unflatten(1, (self.shape.heads_each, -1)).transpose(1, 2))
         return scores.transpose(1, 2).reshape(-1, b, t).float()
+
+    def worth(self, scores: Tensor, ages: Tensor, agents: Tensor | None = None) -> Tensor:
+        """What scored tokens are worth at some age: the scores, less what has faded.
+
+        Args:
+            scores: [N, ..., m], of the heads of these agents.
+            ages: [..., m], at least 1.
+            agents: int64 [a]; None: all.
+
+        Returns:
+            f32 [N, ..., m].
+        """
+        if not self.shape.ageing:
+            return scores
+        rate = (self.age if agents is None else self.age[agents]).flatten()
+        doublings = torch.log2(1 + ages.float() / YOUNG)
+        return scores - rate.view(-1, *[1] * doublings.ndim) * doublings
 
     def token_scores(self, scores: Tensor) -> Tensor:
         """Scores of whole tokens, [...] from [N, ...]: the heads' scores, weighted and summed."""

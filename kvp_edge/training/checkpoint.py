@@ -95,7 +95,8 @@ def _about(values: dict[str, Any]) -> About:
     """
     hints, of_about = {**_hints(AgentShape), "scope": str}, _hints(About)
     values = require(values, {**of_about, "shape": dict[str, Any]})
-    sizes = {"scope": AgentShape.scope, **values["shape"]}  # the first runs said nothing of it
+    # the first runs said nothing of these
+    sizes = {"scope": AgentShape.scope, "ageing": AgentShape.ageing, **values["shape"]}
     shape = AgentShape(**{name: require(sizes, hints)[name] for name in hints})
     unknown = [name for name in sizes if name not in hints and sizes[name]]
     if unknown:  # what is 0 was not used

@@ -165,12 +165,14 @@ class Batch:
         present: bool [n, B, C * S], or [1, B, C * S] if the same in all heads; the tokens that
             compete.
         importance: f32 [n, B, C * S], 0 where not present.
+        ages: int64 [B, C * S], tokens read since, at least 1.
     """
 
     features: Tensor
     known: Tensor
     present: Tensor
     importance: Tensor
+    ages: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -178,6 +180,7 @@ class Batch:
             self.known.to(device),
             self.present.to(device),
             self.importance.to(device),
+            self.ages.to(device),
         )
 
 
@@ -205,7 +208,7 @@ class Sampler:
         heads = heads_of(agents, self.heads_each)
         half = self.context // 2
         runs = max(1, self.tokens // self.run)
-        features, known, present, importance = [], [], [], []
+        features, known, present, importance, ages = [], [], [], [], []
         for _ in range(self.states):
             index = self.usable[int(rng.integers(len(self.usable)))]
             trace = self.traces[index]
@@ -224,11 +227,13 @@ class Sampler:
             features.append(found.reshape(len(agents), *at.shape, -1))
             received = importance_of(trace, n, heads, index)[:, inner.clip(0, n - 1)]
             importance.append(np.where(there, received, 0.0))
+            ages.append((n - inner).clip(1))
         return Batch(
             torch.from_numpy(np.concatenate(features, axis=1)),
             torch.from_numpy(np.concatenate(known)),
             torch.from_numpy(np.stack(present, axis=1)),
             torch.from_numpy(np.stack(importance, axis=1).astype(np.float32)),
+            torch.from_numpy(np.stack(ages)),
         )
 
     def _state(

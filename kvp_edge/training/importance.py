@@ -9,6 +9,7 @@ import numpy as np
 
 from kvp_edge.arrays import FloatArray, IntArray
 from kvp_edge.errors import TrainingError
+from kvp_edge.traces.labels import NEAR
 from kvp_edge.training.data import Protected, TraceLike, TraceSetLike
 from kvp_edge.training.settings import LABELLED, importance_parts
 
@@ -29,11 +30,14 @@ class _Judged:
     @property
     def splits(self) -> IntArray:
         """Labels do not depend on the cut, so that a trace that needs nothing else can be cut
-        anywhere."""
-        if set(self.parts) <= LABELLED.keys():
-            return np.arange(1, self.trace.keys.shape[2] + 1, dtype=np.int32)
-        splits: IntArray = self.trace.splits
-        return splits
+        anywhere; where the rest of the text asks, at the borders of its pieces."""
+        if not set(self.parts) <= LABELLED.keys():
+            splits: IntArray = self.trace.splits
+            return splits
+        n = self.trace.keys.shape[2]
+        if "later" in self.parts:
+            return np.arange(NEAR, n, NEAR, dtype=np.int32)
+        return np.arange(1, n + 1, dtype=np.int32)
 
     def importance(self, n: int) -> FloatArray:
         if len(self.parts) == 1:
@@ -55,7 +59,9 @@ class _Judged:
                     f"the traces do not say which tokens are {name}: record them with kvp-edge "
                     f"trace --future {LABELLED[name]}, or choose --importance sum or peak"
                 )
-            found: FloatArray = label[:, :, :n].astype(np.float32)
+            found: FloatArray = self.trace.asked_later(n) if name == "later" else label[:, :, :n]
+            norms = np.linalg.norm(self.trace.values[:, :, :n].astype(np.float32), axis=-1)
+            found = found.astype(np.float32) * norms
             return found
         part: FloatArray = self.trace.importance(n) if name == "sum" else self.trace.peak(n)
         return part

@@ -23,6 +23,7 @@ from kvp_edge.training.foresight import hinge_loss
 from kvp_edge.training.grpo import advantages, grpo_loss
 from kvp_edge.training.kvp import PADDING, surrogate_loss
 from kvp_edge.training.learner import Learner, under
+from kvp_edge.training.regression import regression_loss
 from kvp_edge.training.rollouts import Reading, Rollouts
 from kvp_edge.training.settings import Settings
 from kvp_edge.training.twin import Twin
@@ -66,7 +67,8 @@ class Phase(ABC):
 
 
 class Heads(Phase):
-    """Separate agents, on traces: rankings (kvp) or the order of golden evictions (foresight)."""
+    """Separate agents, on traces: rankings (kvp), the order of golden evictions (foresight), or
+    importance itself (regression)."""
 
     def __init__(self, learner: Learner, sampler: Sampler) -> None:
         s = learner.settings
@@ -81,6 +83,8 @@ class Heads(Phase):
         scores = score(learner, batch, index)
         if s.objective == "foresight":
             loss = hinge_loss(scores, batch.importance, batch.present, s.margin, generator, s.pairs)
+        elif s.objective == "regression":
+            loss = regression_loss(scores, batch.importance, batch.present)
         else:
             competing = scores.masked_fill(~batch.present, PADDING)
             loss = kvp_loss(s, competing, batch.importance, generator)
@@ -350,10 +354,11 @@ def draw(
 
 
 def score(learner: Learner, batch: Batch, agents: Tensor | None) -> Tensor:
-    """f32 [n, B, m], of the agents' n heads."""
+    """What tokens are worth to the agents' n heads: f32 [n, B, m]."""
     with learner.precision():
         scores = learner.agents(batch.features, batch.known, agents)
-    return scores.view(scores.shape[0], *batch.present.shape[1:])
+    scores = scores.view(scores.shape[0], *batch.present.shape[1:])
+    return learner.agents.worth(scores, batch.ages, agents)
 
 
 def kvp_loss(s: Settings, scores: Tensor, importance: Tensor, generator: torch.Generator) -> Tensor:

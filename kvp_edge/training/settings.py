@@ -12,7 +12,8 @@ from kvp_edge.policy_file import Scope
 #: Cache, arXiv:2602.10238). "foresight": golden evictions, imitated, then improved by evicting in
 #: the model itself (ForesightKV, arXiv:2602.03203). "global": retention gates under one capacity of
 #: all heads (Make Each Token Count, arXiv:2605.09649).
-Objective = Literal["kvp", "foresight", "global"]
+#: "regression": the logarithm of importance, predicted.
+Objective = Literal["kvp", "foresight", "global", "regression"]
 
 #: Weight of a pair of tokens in the imitation of golden eviction: "order": equal (the paper);
 #: "cost": their difference in importance, so that a mistake costs what it loses.
@@ -36,13 +37,14 @@ RankWeights = Literal["i-1", "i"]
 Advantage = Literal["loo", "zscore"]
 
 #: "sum": attention of all later queries (KVP). "peak": that of the one block of later queries with
-#: the most attention to the token (as in ForesightKV's labels, arXiv:2602.03203). "repeated",
-#: "questioned": labels of the traces (kvp_edge.traces.labels). Several, joined by "+": each divided
-#: by its mean over the head's competing tokens, then added.
-Importance = Literal["sum", "peak", "repeated", "questioned"]
+#: the most attention to the token (as in ForesightKV's labels, arXiv:2602.03203). "later",
+#: "repeated", "questioned": labels of the traces (kvp_edge.traces.labels), each times the norm of
+#: the token's value, since what a query receives is attention times value. Several, joined by "+":
+#: each divided by its mean over the head's competing tokens, then added.
+Importance = Literal["sum", "peak", "later", "repeated", "questioned"]
 
 #: Importance that not every trace has -> what kvp-edge trace --future records it.
-LABELLED: dict[str, str] = {"repeated": "repeat", "questioned": "questions"}
+LABELLED: dict[str, str] = {"later": "later", "repeated": "repeat", "questioned": "questions"}
 
 
 def importance_parts(importance: str) -> tuple[str, ...]:
@@ -233,7 +235,7 @@ class Settings:
 _USED_BY = {
     **dict.fromkeys(
         ("token_steps", "token_lr", "rankings", "rank_weights", "advantage", "effort", "tokens"),
-        ("kvp", "foresight"),
+        ("kvp", "foresight", "regression"),
     ),
     **dict.fromkeys(
         (

@@ -2,7 +2,7 @@
 
 "heads" trains the agents on traces. With the objectives kvp and foresight heads (or layers: the
 setting ``scope``) are separate agents, and each step trains a share (``effort``) of them, drawn by
-what they still lose in validation. With the objective global all are trained together. "rollouts"
+what they still lose in validation; so with regression. With the objective global all are trained together. "rollouts"
 (foresight) and "distil" (global) continue in the model itself. "tokens" trains only the heads'
 weights in a whole token's score, by the KVP objective on the importance summed over heads.
 """
@@ -142,7 +142,10 @@ class _Run:
         self.training = [i for i in usable if i not in set(self.held_out)] or usable
         self.states = choose_states(traces, self.held_out, self.protected, s.validation_states)
         together = s.objective == "global"
-        self.shape = AgentShape(n_layer, n_head_kv, dk, dv, s.hidden, s.context, together, s.scope)
+        ageing = s.objective == "regression"
+        self.shape = AgentShape(
+            n_layer, n_head_kv, dk, dv, s.hidden, s.context, together, s.scope, ageing
+        )
         agents = Agents(self.shape, s.seed)
         every, each = np.arange(self.shape.n_agents), self.shape.heads_each
         mean, scale = standardisation(traces, self.training, every, heads_each=each)

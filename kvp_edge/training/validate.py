@@ -137,7 +137,7 @@ def costs(
 
 
 def agent_scorer(agents: Agents) -> Scorer:
-    """The agents' own scores, without noise."""
+    """What tokens are worth to the agents, without noise."""
 
     def score(trace: TraceLike, n: int) -> npt.NDArray[np.float32]:
         shape, device = agents.shape, agents.mean.device
@@ -149,7 +149,10 @@ def agent_scorer(agents: Agents) -> Scorer:
             features = torch.from_numpy(found).to(device)
             with torch.no_grad():
                 parts.append(agents(features[:, None], agents=torch.from_numpy(some).to(device)))
-        return np.asarray(torch.cat(parts)[:, 0].cpu().numpy())
+        with torch.no_grad():
+            ages = n - torch.arange(n, device=device)
+            worth = agents.worth(torch.cat(parts)[:, 0], ages)
+        return np.asarray(worth.cpu().numpy())
 
     return score
 
