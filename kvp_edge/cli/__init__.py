@@ -21,7 +21,7 @@ COMMANDS = {
     "run": "read long texts and answer a question",
     "demo": "compare policies on hidden facts, in one table",
     "policies": "list the policies, one line each",
-    "learn": "train a policy for a model: trace, train and export in one command",
+    "learn": "train a policy for a model while it reads, and export it",
     "trace": "record what a model attends to, to train a policy",
     "train": "train a policy on traces",
     "export": "write a policy file from a training run",

@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
+from tqdm import tqdm
+
 from kvp_edge.bundled import bundled_model
+from kvp_edge.cache.limits import memory_bytes
 from kvp_edge.cli import options
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
 from kvp_edge.cli.subcommands import Command
-from kvp_edge.cli.trace import SourceOptions, sources_of, trace
+from kvp_edge.cli.trace import SourceOptions, sources_of, warn_beyond_training
 from kvp_edge.cli.train import comparison, require_torch
+from kvp_edge.evaluation.estimate import duration
 from kvp_edge.files import write_whole
 from kvp_edge.policy_file import Scope
-from kvp_edge.traces.sources import Source, Tasks
-from kvp_edge.training.settings import Objective, Settings
+from kvp_edge.traces.sources import Tasks
+from kvp_edge.traces.stream import TraceStream, open_stream
+from kvp_edge.traces.writer import FUTURES
+from kvp_edge.training.settings import LABELLED, Objective, Settings, importance_parts
 
 _TASKS = 300
+#: Traces on which the policy file is checked.
+_CHECKED = 8
 
 _EPILOG = """\
-Three steps, which are also commands with more options: kvp-edge trace, train and export. Finished
-work stays in --out, and the same command resumes an interrupted run. By default the model reads 300
-generated questions about facts hidden in the bundled novel. For a policy that fits your chats, give
-texts and chats like yours with --text and --chats.
+The model reads, and the policy learns from what it reads, in turns. Traces are kept in memory, in
+--buffer: when it is full, each new one replaces the oldest. Nothing is stored but checkpoints; the
+same command resumes an interrupted run from the last one, and reads again what the buffer held
+then. --estimate says how long the reading takes. kvp-edge trace, train and export do the same in
+steps, with traces on disk and more options.
+
+By default the model reads 300 generated questions about facts hidden in the bundled novel. For a
+policy that fits your chats, give texts and chats like yours with --text and --chats.
 
 The policy file is written beside the model, where kvp-edge chat and kvp_edge.Llama find it. The
 last line of the output is its path. If a rule that needs no training does better on the validation
@@ -35,7 +48,9 @@ traces, this command says so.
 examples:
   kvp-edge learn model.gguf
   kvp-edge learn model.gguf --chats chats.jsonl --text books/*.txt \\
-      --traces 500 --steps 4000"""
+      --traces 500 --steps 4000
+  kvp-edge learn model.gguf --text books/*.txt --objective kvp \\
+      --future repeat --importance peak+repeated --estimate"""
 
 
 _LEARNING = "learning"
@@ -48,7 +63,7 @@ class Options(SourceOptions, options.ModelOptions):
         panel=_LEARNING,
         metavar="DIR",
         shown="kvp-<MODEL>",
-        help="folder for traces and training",
+        help="folder for the training",
     )
     steps: int = option(
         Settings.steps, panel=_LEARNING, metavar="N", least=1, help="training steps"
@@ -66,6 +81,36 @@ class Options(SourceOptions, options.ModelOptions):
         help="what one network scores, see kvp-edge train",
     )
     seed: int = option(0, panel=_LEARNING, metavar="N", help="random seed")
+    importance: str = option(
+        Settings.importance,
+        panel=_LEARNING,
+        metavar="NAME",
+        help="what counts as a token's importance, see kvp-edge train",
+    )
+    future: list[str] = option(
+        (),
+        panel=_LEARNING,
+        metavar="NAME ...",
+        choices=tuple(FUTURES),
+        help="what the future is made of, see kvp-edge trace; repeat and questions are for "
+        "--importance repeated and questioned",
+    )
+    future_tokens: int | None = option(
+        None,
+        panel=_LEARNING,
+        metavar="N",
+        least=1,
+        shown="a quarter of --length; questions: 128",
+        help="tokens of the future, see kvp-edge trace",
+    )
+    buffer: str = option(
+        "2GiB", panel=_LEARNING, metavar="SIZE", help="memory for traces, such as 512MiB"
+    )
+    estimate: bool = option(
+        False,
+        panel=_LEARNING,
+        help="say how much will be read and how long it will take here, and stop",
+    )
     device: str | None = option(
         None, panel=_LEARNING, metavar="NAME", shown="CUDA if available", help="cpu or cuda"
     )
@@ -73,41 +118,58 @@ class Options(SourceOptions, options.ModelOptions):
 
 def _main(args: Options) -> int:
     require_torch("learning")
+    from kvp_edge.training.supply import read_for_validation  # noqa: PLC0415
     from kvp_edge.training.train import train  # noqa: PLC0415
 
     path = options.model_path(args)
-    stem = Path(path).stem
-    out = Path(args.out or f"kvp-{stem}")
-    sources: list[Source] = sources_of(args) or [Tasks(_TASKS)]
-    note("step 1 of 3: recording what the model attends to")
-    traces = trace(
+    out = Path(args.out or f"kvp-{Path(path).stem}")
+    settings = Settings(
+        objective=cast(Objective, args.objective),
+        importance=args.importance,
+        steps=args.steps,
+        seed=args.seed,
+    )
+    _refuse_unused_labels(args)
+    stream = open_stream(
         path,
-        sources,
-        str(out / "traces"),
+        sources_of(args) or [Tasks(_TASKS)],
+        buffer=memory_bytes("--buffer", args.buffer),
+        folder=None if args.estimate else out,
         length=args.length,
         n_traces=args.traces,
         seed=args.seed,
+        future=args.future or "text",
+        future_tokens=args.future_tokens,
         **options.engine_options(args),
     )
-    note("step 2 of 3: training the policy")
-    run = out / (args.objective if args.scope == "head" else f"{args.objective}-{args.scope}")
-    if not (run / "report.json").exists():
-        settings = Settings(
-            objective=cast(Objective, args.objective),
-            scope=cast(Scope, args.scope),
-            steps=args.steps,
-            seed=args.seed,
+    with closing(stream):
+        warn_beyond_training(path, args.length, args.future or "text", args.future_tokens)
+        if args.estimate:
+            say(_estimate(stream))
+            return 0
+        run = out / (
+            args.objective if args.scope == "head" else f"{args.objective}-{args.scope}"
         )
-        engine = {
-            "n_threads": args.threads,
-            "n_threads_batch": args.threads,
-            "repack": args.repack,
-        }
-        note(
-            comparison(train(traces, run, settings, device=args.device, model=path, engine=engine))
+        if not (run / "report.json").exists():
+            note(
+                f"step 1 of 2: learning from {len(stream)} traces while they are read; after an "
+                "interruption the same command resumes"
+            )
+            engine = {
+                "n_threads": args.threads,
+                "n_threads_batch": args.threads,
+                "repack": args.repack,
+            }
+            with tqdm(total=len(stream), unit=" traces", disable=None) as bar:
+                stream.on_read = lambda: bar.update() and None
+                result = train(stream, run, settings, device=args.device, model=path, engine=engine)
+            note(comparison(result))
+        note("step 2 of 2: writing and checking the policy file")
+        checked = read_for_validation(len(stream), settings)[:_CHECKED]
+        stream.hold(checked)
+        made = importlib.import_module("kvp_edge.export").export(
+            run, traces=[stream[i] for i in checked]
         )
-    note("step 3 of 3: writing and checking the policy file")
-    made = importlib.import_module("kvp_edge.export").export(run, traces=traces)
     policy = _beside(Path(path), Path(made.gguf))
     rule = _better_rule(run / "report.json")
     if rule is not None:
@@ -118,6 +180,32 @@ def _main(args: Options) -> int:
         )
     say(str(policy))
     return 0
+
+
+def _refuse_unused_labels(args: Options) -> None:
+    """Raises:
+    ValueError: labels would be read and not used, or used and not read.
+    """
+    for label, future in LABELLED.items():
+        used, read = label in importance_parts(args.importance), future in args.future
+        if used and not read:
+            raise ValueError(f"--importance {args.importance} needs --future {future}")
+        if read and not used:
+            raise ValueError(
+                f"--future {future} is not used: it is for --importance {label}, or a mixture "
+                f"like peak+{label}"
+            )
+
+
+def _estimate(stream: TraceStream) -> str:
+    """What a run reads, and how long that takes here."""
+    n, total = stream.n_tokens, sum(map(stream.size, range(len(stream))))
+    seconds = n * stream.measure()
+    return (
+        f"{len(stream)} traces, {n} tokens: reading them takes about {duration(seconds)} here, "
+        f"and training its time besides\n{total / 2**20:.1f} MiB of traces, of which "
+        f"{min(total, stream.buffer) / 2**20:.1f} MiB are in memory at a time and none on disk"
+    )
 
 
 def _better_rule(report: Path) -> str | None:
@@ -157,6 +245,6 @@ def _beside(model: Path, policy: Path) -> Path:
 COMMAND = Command(
     _main,
     Options,
-    "Record what a model attends to, train a policy on it, and write the policy beside the model.",
+    "Train a policy on what a model attends to while it reads, and write it beside the model.",
     _EPILOG,
 )

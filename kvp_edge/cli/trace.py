@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvp_edge.cli.shown import note, say
 from kvp_edge.cli.subcommands import Command
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.traces.sources import ChatFile, Source, Tasks, TextFile
-from kvp_edge.traces.writer import FUTURES, capture_traces
+from kvp_edge.traces.writer import FUTURES, capture_traces, reach
 
 _EPILOG = """\
 A policy learns from the attention of the model which tokens to drop. For each text, this command
@@ -136,11 +137,14 @@ def sources_of(args: SourceOptions) -> list[Source]:
     return sources
 
 
-def warn_beyond_training(length: int, path: str) -> None:
-    trained = options.trained_context(path)
-    if length > trained:
+def warn_beyond_training(
+    path: str, length: int, future: str | Sequence[str], future_tokens: int | None
+) -> None:
+    trained, read = options.trained_context(path), reach(length, future, future_tokens)
+    if read > trained:
+        more = "" if read == length else f" (with their labels up to {read})"
         warnings.warn(
-            f"traces of {length} tokens are longer than the {trained} that the model was "
+            f"traces of {length} tokens{more} are longer than the {trained} that the model was "
             "trained for: its attention beyond these may mean little",
             stacklevel=2,
         )
@@ -148,7 +152,7 @@ def warn_beyond_training(length: int, path: str) -> None:
 
 def trace(path: str, sources: list[Source], out: str, **how: Any) -> TraceSet:
     """Capture traces with a progress bar, and say what came of it."""
-    warn_beyond_training(how["length"], path)
+    warn_beyond_training(path, how["length"], how["future"], how["future_tokens"])
     note(f"tracing into '{out}'; after an interruption the same command resumes")
     with tqdm(unit=" traces", disable=None) as bar:
 

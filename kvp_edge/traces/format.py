@@ -145,6 +145,13 @@ class Trace:
         return len(self.tokens)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        arrays = (self.keys, self.values, self.indices, self.tokens, self.attention)
+        labels = (self.repeated, self.questioned)
+        return sum(array.nbytes for array in (*arrays, *labels) if array is not None)
+
+    @property
     def block(self) -> int:
         """Queries in a block."""
         return self.blocks.size

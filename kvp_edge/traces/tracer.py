@@ -72,6 +72,7 @@ class Tracer(Llama):
         native: the cache.
         shape: of the cache.
         flash_attn: whether llama.cpp runs with flash attention.
+        labels: that every text gets.
 
     Raises:
         UnsupportedModelError: no model file, or one that cannot be traced (recurrent, hybrid...),
@@ -118,7 +119,7 @@ class Tracer(Llama):
             self.close()
             raise
         transcribe_without_template(self)
-        self.length = length
+        self.length, self.labels = length, tuple(labels)
         self.shape: CacheShape = self.native.shape
         if block is None:
             block = smallest_block(self.shape, length, len(labels))

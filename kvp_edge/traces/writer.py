@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from kvp_edge.traces.format import (
     read_manifest,
     safetensors_numpy,
 )
-from kvp_edge.traces.labels import LABELS, LATER, QUESTIONED, REPEATED
+from kvp_edge.traces.labels import LABELS, LATER, QUESTIONED, REPEATED, tokens_needed
 from kvp_edge.traces.sources import Cut, Piece, Source, plan
 from kvp_edge.traces.tracer import Captured, Tracer
 
@@ -89,6 +90,64 @@ def capture_traces(
         OSError: the folder cannot be written, or the disk is full. Finished traces are kept.
     """
     safetensors_numpy()
+    folder = Path(out_dir)
+    plan = planned(
+        model_path,
+        sources,
+        length=length,
+        n_traces=n_traces,
+        seed=seed,
+        future=future,
+        future_tokens=future_tokens,
+        block=block,
+        **engine,
+    )
+    try:
+        manifest = plan.manifest
+        _make_folder(folder)
+        _refuse_another_run(folder, manifest)
+        pieces = plan.pieces()
+        manifest["planned"] = len(pieces)
+        _trace_all(plan.tracer, pieces, folder, manifest, progress)
+    finally:
+        plan.tracer.close()
+    return folder
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model that is ready to trace, and what it will trace.
+
+    Attributes:
+        manifest: that of the traces, without any of them.
+    """
+
+    tracer: Tracer
+    manifest: Json
+    sources: Sequence[Source]
+    cut: Cut
+    n_traces: int | None
+
+    def pieces(self) -> list[Piece]:
+        """Raises:
+        TraceError: the sources do not make so many.
+        """
+        return plan(self.sources, self.tracer, self.cut, self.n_traces)
+
+
+def planned(
+    model_path: str | os.PathLike[str],
+    sources: Sequence[Source],
+    *,
+    length: int = 1024,
+    n_traces: int | None = None,
+    seed: int = 0,
+    future: str | Sequence[str] = "text",
+    future_tokens: int | None = None,
+    block: int | None = None,
+    **engine: Any,
+) -> Planned:
+    """Load the model; see ``capture_traces``. The caller closes the tracer."""
     future, labels = _parted((future,) if isinstance(future, str) else future)
     written = _WRITTEN if future_tokens is None else future_tokens
     future_tokens = length // 4 if future_tokens is None else future_tokens
@@ -97,7 +156,7 @@ def capture_traces(
             f"a trace of {length} tokens cannot have {future_tokens} of them in its future: at "
             "least 8 must come before, and 1 after"
         )
-    model_path, folder = os.fspath(model_path), Path(out_dir)
+    model_path = os.fspath(model_path)
     engine.setdefault("verbose", False)
     about = [source.about() for source in sources]
     tracer = Tracer(model_path, length, block, labels=labels, written=written, **engine)
@@ -119,14 +178,22 @@ def capture_traces(
         if QUESTIONED in labels:
             settings["written"] = written
         manifest = _manifest(model_path, tracer, about, settings)
-        _make_folder(folder)
-        _refuse_another_run(folder, manifest)
-        pieces = plan(sources, tracer, Cut(length, future, future_tokens, seed), n_traces)
-        manifest["planned"] = len(pieces)
-        _trace_all(tracer, pieces, folder, manifest, progress)
-    finally:
+    except BaseException:
         tracer.close()
-    return folder
+        raise
+    return Planned(tracer, manifest, sources, Cut(length, future, future_tokens, seed), n_traces)
+
+
+def claim_folder(folder: Path, manifest: Json) -> None:
+    """Make a folder for a run that keeps no traces: it has their manifest alone.
+
+    Raises:
+        TraceError: it is another run's.
+        OSError: it cannot be written.
+    """
+    _make_folder(folder)
+    _refuse_another_run(folder, manifest)
+    _save_manifest(folder, manifest)
 
 
 def _parted(futures: Sequence[str]) -> tuple[str, list[str]]:
@@ -146,6 +213,12 @@ def _parted(futures: Sequence[str]) -> tuple[str, list[str]]:
         raise TraceError("the future is either text, which the source has, or greedy: choose one")
     wanted = {FUTURES[name] for name in futures}
     return (following or {"text"}).pop(), [name for name in LABELS if name in wanted]
+
+
+def reach(length: int, future: str | Sequence[str], future_tokens: int | None) -> int:
+    """The most tokens that the model reads in a row for a trace; see ``capture_traces``."""
+    _, labels = _parted((future,) if isinstance(future, str) else future)
+    return tokens_needed(length, labels, _WRITTEN if future_tokens is None else future_tokens)
 
 
 def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) -> Json:

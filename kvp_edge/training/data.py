@@ -7,7 +7,7 @@ receives after the cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,15 +112,21 @@ class InMemory:
         return trace
 
 
-def check_traces(traces: TraceSetLike, protected: Protected) -> tuple[list[int], tuple[int, ...]]:
+def check_traces(
+    traces: TraceSetLike, protected: Protected, indices: Sequence[int] | None = None
+) -> tuple[list[int], tuple[int, ...]]:
     """Which traces can be used, and the shape (L, H, head_size_k, head_size_v) of all of them.
+
+    Args:
+        indices: of the traces that are looked at; None: all.
 
     Raises:
         TrainingError: none can be, or they are of different models.
     """
     usable: list[int] = []
     shape: tuple[int, ...] | None = None
-    for i in range(len(traces)):
+    looked_at = range(len(traces)) if indices is None else indices
+    for i in looked_at:
         trace = traces[i]
         found = (*trace.keys.shape[:2], trace.keys.shape[3], trace.values.shape[3])
         if trace.values.shape[:3] != trace.keys.shape[:3]:
@@ -136,7 +142,7 @@ def check_traces(traces: TraceSetLike, protected: Protected) -> tuple[list[int],
         raise TrainingError("no traces to train on: record some with kvp-edge trace")
     if not usable:
         raise TrainingError(
-            f"all {len(traces)} traces are too short: besides {protected.sinks} sinks and "
+            f"all {len(looked_at)} traces are too short: besides {protected.sinks} sinks and "
             f"{protected.recent} recent tokens, they need {_MIN_COMPETING} more tokens and a "
             "block of later ones"
         )
@@ -187,7 +193,10 @@ class Batch:
 @dataclass(frozen=True)
 class Sampler:
     """Draws states at random. In long ones only some runs of neighbouring tokens compete, drawn at
-    random too, so that every batch has the same size however long the traces are."""
+    random too, so that every batch has the same size however long the traces are.
+
+    ``usable``, the traces to draw from, may change between two draws.
+    """
 
     traces: TraceSetLike
     usable: list[int]

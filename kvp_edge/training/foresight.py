@@ -7,6 +7,7 @@ in a long generation, and it orders the tokens in them; a scorer learns that ord
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +36,10 @@ class GoldenEvictions:
     every: int
     protected: Protected
     _known: dict[int, list[tuple[int, npt.NDArray[np.uint8]]]] = field(default_factory=dict)
+
+    def forget(self, *, but: Iterable[int]) -> None:
+        """Forget the states of all traces ``but`` these."""
+        self._known = {i: self._known[i] for i in but if i in self._known}
 
     def times(self, trace: TraceLike) -> list[int]:
         """How many tokens have been read at each eviction: borders between blocks."""

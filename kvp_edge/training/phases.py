@@ -17,7 +17,7 @@ from torch import Tensor
 from kvp_edge.errors import TrainingError
 from kvp_edge.training import gates
 from kvp_edge.training.agent import Agents, position_features, side_by_side
-from kvp_edge.training.data import Batch, Sampler, TraceSetLike
+from kvp_edge.training.data import Batch, Sampler
 from kvp_edge.training.distillation import distillation_loss
 from kvp_edge.training.foresight import hinge_loss
 from kvp_edge.training.grpo import advantages, grpo_loss
@@ -26,6 +26,7 @@ from kvp_edge.training.learner import Learner, under
 from kvp_edge.training.regression import regression_loss
 from kvp_edge.training.rollouts import Reading, Rollouts
 from kvp_edge.training.settings import Settings
+from kvp_edge.training.supply import Supply
 from kvp_edge.training.twin import Twin
 from kvp_edge.training.validate import Quality
 
@@ -143,10 +144,19 @@ class Gates(Phase):
 
 
 class Texts:
-    """The texts of traces, as tokens."""
+    """The texts of a run's traces, as tokens: int32 [T] by index.
 
-    def __init__(self, traces: TraceSetLike, indices: list[int], longer_than: int) -> None:
-        self._traces = traces
+    Args:
+        supply: the traces.
+        indices: of those that are wanted.
+        longer_than: tokens; shorter texts are left out.
+
+    Raises:
+        TrainingError: none is long enough.
+    """
+
+    def __init__(self, supply: Supply, indices: list[int], longer_than: int) -> None:
+        self._supply = supply
         self.indices = [i for i in indices if self[i].size > longer_than]
         if not self.indices:
             raise TrainingError(
@@ -155,10 +165,7 @@ class Texts:
             )
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        tokens: npt.NDArray[np.int32] | None = getattr(self._traces[index], "tokens", None)
-        if tokens is None:
-            raise TrainingError("the traces have no token ids: record them again")
-        return tokens
+        return self._supply.text(index)
 
 
 class Distil(Phase):

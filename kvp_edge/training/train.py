@@ -22,33 +22,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.errors import TrainingError
 from kvp_edge.files import write_whole
 from kvp_edge.policies.retention import log_future_use, log_total
+from kvp_edge.traces.stream import TraceStream
 from kvp_edge.training import checkpoint
 from kvp_edge.training.agent import Agents, AgentShape
 from kvp_edge.training.attention_baselines import ATTENTION_BASELINES
 from kvp_edge.training.data import (
-    InMemory,
     Protected,
     Sampler,
     States,
     TraceLike,
     TraceSetLike,
-    check_traces,
     model_facts,
     standardisation,
 )
 from kvp_edge.training.foresight import GoldenEvictions
-from kvp_edge.training.importance import Judged
 from kvp_edge.training.learner import Learner, Worker
 from kvp_edge.training.phases import Distil, Gates, Heads, InModel, Phase, Texts, Tokens
 from kvp_edge.training.rollouts import Rollouts
 from kvp_edge.training.settings import PhaseName, Settings
+from kvp_edge.training.supply import supply_of
 from kvp_edge.training.twin import Twin
 from kvp_edge.training.validate import (
     Quality,
@@ -80,7 +79,7 @@ class Result:
 
 
 def train(
-    traces: TraceSetLike,
+    traces: TraceSetLike | TraceStream,
     out: str | os.PathLike[str],
     settings: Settings | None = None,
     *,
@@ -93,6 +92,8 @@ def train(
     """Train a policy, or resume the run in ``out``.
 
     Args:
+        traces: of one model: those of a folder, or a stream, which is read meanwhile
+            (kvp_edge.training.supply).
         model: the traced GGUF file, in which rollouts evict.
         engine: llama_cpp.Llama's arguments for it.
         device: "cpu", "cuda" or None: CUDA where there is one.
@@ -126,34 +127,37 @@ def _worker(device: str | None) -> Iterator[Worker]:
 
 
 class _Run:
-    def __init__(self, traces: TraceSetLike, out: Path, settings: Settings, worker: Worker) -> None:
+    def __init__(
+        self, traces: TraceSetLike | TraceStream, out: Path, settings: Settings, worker: Worker
+    ) -> None:
         self.facts = model_facts(traces)
+        self.out, self.settings, self.worker = out, settings, worker
         s = settings
         self.protected = Protected(s.sinks, s.recent)
-        if s.importance != "sum":
-            traces = Judged(traces, s.importance, self.protected)
-        traces = InMemory(traces)
-        self.traces, self.out, self.settings, self.worker = traces, out, settings, worker
-        usable, (n_layer, n_head_kv, dk, dv) = check_traces(traces, self.protected)
-        # every n-th trace is held out for validation; a single trace does both
-        apart = max(2, round(1 / s.validation))
-        held_out = usable[apart // 2 :: apart] if len(usable) >= 2 else usable
-        self.held_out = held_out or usable[-1:]
-        self.training = [i for i in usable if i not in set(self.held_out)] or usable
-        self.states = choose_states(traces, self.held_out, self.protected, s.validation_states)
+        self.supply = supply_of(traces, s)
+        self.traces = self.supply.traces
+        n_layer, n_head_kv, dk, dv = self.supply.shape
         together = s.objective == "global"
         ageing = s.objective == "regression"
         self.shape = AgentShape(
             n_layer, n_head_kv, dk, dv, s.hidden, s.context, together, s.scope, ageing
         )
-        agents = Agents(self.shape, s.seed)
-        every, each = np.arange(self.shape.n_agents), self.shape.heads_each
-        mean, scale = standardisation(traces, self.training, every, heads_each=each)
-        agents.mean.copy_(mean)
-        agents.scale.copy_(scale)
-        self.learner = Learner(agents, s, worker)
-        self.phases: dict[PhaseName, Phase] = {}
         self.step = 0
+        # another run's folder is refused before anything is read
+        self.saved = self._find_saved()
+        self.supply.advance(self.step)
+        self.training, self.held_out = self.supply.training, self.supply.held_out
+        self.states = choose_states(self.traces, self.held_out, self.protected, s.validation_states)
+        agents = Agents(self.shape, s.seed)
+        if self.saved is None:  # a saved run has its own
+            every, each = np.arange(self.shape.n_agents), self.shape.heads_each
+            mean, scale = standardisation(self.traces, self.training, every, heads_each=each)
+            agents.mean.copy_(mean)
+            agents.scale.copy_(scale)
+        self.learner = Learner(agents, s, worker)
+        self.golden: GoldenEvictions | None = None
+        self.long: list[int] = []
+        self.phases: dict[PhaseName, Phase] = {}
         self.best = math.inf
         self.seconds = 0.0
 
@@ -167,7 +171,7 @@ class _Run:
             TrainingError: a phase needs a model and there is none, or it is not the traced one, or
                 texts are too short.
         """
-        s, traces, learner = self.settings, self.traces, self.learner
+        s, supply, learner = self.settings, self.supply, self.learner
         sampler = self._sampler(self.training)
         counts = dict(s.phases)
         if any(counts.get(name) for name in ("rollouts", "distil")):
@@ -180,12 +184,12 @@ class _Run:
                 self.phases["heads"] = Heads(learner, golden)
                 self.phases["tokens"] = Tokens(learner, sampler)
             if counts.get("distil"):
-                texts, held_out = (Texts(traces, i, 1) for i in (self.training, self.held_out))
+                texts, held_out = (Texts(supply, i, 1) for i in (supply.texts, self.held_out))
                 twin = Twin.load(str(model), str(self.worker.device))
                 self.phases["distil"] = Distil(learner, twin, texts, held_out)
             if counts.get("rollouts"):
                 long = s.budget + 2 * s.every
-                texts, held_out = (Texts(traces, i, long) for i in (self.training, self.held_out))
+                texts, held_out = (Texts(supply, i, long) for i in (supply.texts, self.held_out))
                 longest = max(t[i].size for t in (texts, held_out) for i in t.indices)
                 rollouts = Rollouts(str(model), longest, s, engine)
                 stack.callback(rollouts.close)
@@ -194,15 +198,23 @@ class _Run:
 
     def _golden(self) -> Sampler:
         s = self.settings
-        golden = GoldenEvictions(s.budget, s.every, self.protected)
-        long = [i for i in self.training if golden.times(self.traces[i])]
-        if not long:
+        self.golden = GoldenEvictions(s.budget, s.every, self.protected)
+        self._find_long()
+        return self._sampler(self.long, self.golden)
+
+    def _find_long(self) -> None:
+        """The traces long enough for an eviction; states of those that are gone are forgotten."""
+        golden, s = self.golden, self.settings
+        if golden is None:
+            return
+        golden.forget(but=self.training)
+        self.long[:] = [i for i in self.training if golden.times(self.traces[i])]
+        if not self.long:
             raise TrainingError(
                 f"no trace is long enough for an eviction: with a budget of {s.budget} and "
                 f"{s.every} tokens between evictions, more than {s.budget + s.every} are needed. "
                 "Lower budget, or trace longer texts"
             )
-        return self._sampler(long, golden)
 
     def _sampler(self, usable: list[int], states_of: States | None = None) -> Sampler:
         s = self.settings
@@ -235,19 +247,24 @@ class _Run:
     # -- the folder --------------------------------------------------------------------------
 
     def _about(self, quality: Quality | None = None) -> checkpoint.About:
-        settings = {**asdict(self.settings), "n_traces": len(self.traces)}
+        settings = {**asdict(self.settings), **self.supply.about}
         return checkpoint.About(
             self.shape, settings, self.facts, self.step, plain(quality) if quality else {}
         )
 
-    def _resume(self) -> None:
+    def _find_saved(self) -> dict[str, Tensor] | None:
+        """What an earlier run has left to resume from, if any; ``step`` becomes its step.
+
+        Raises:
+            TrainingError: it had other settings or traces, or is finished, or damaged.
+        """
         path = self.out / checkpoint.LAST
         if not path.exists():
             if (self.out / checkpoint.BEST).exists():
                 raise TrainingError(
                     f"'{self.out}' already has a finished policy: choose another folder"
                 )
-            return
+            return None
         state, about = checkpoint.load(path)
         mine = self._about()
         theirs, ours = about.settings | about.model, mine.settings | mine.model
@@ -259,6 +276,13 @@ class _Run:
                 f"'{self.out}' has a run with other settings ({key}{detail}): choose another "
                 "folder, or use the same settings to resume it"
             )
+        self.step = about.step
+        return state
+
+    def _resume(self) -> None:
+        if self.saved is None:
+            return
+        state, self.saved = self.saved, None
         try:
             self.learner.load(state)
             for phase in self.phases.values():
@@ -267,9 +291,9 @@ class _Run:
             self.seconds = float(state["seconds"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's and safetensors'
             raise TrainingError(
-                f"the checkpoint '{path}' is damaged ({error}): choose another folder"
+                f"the checkpoint '{self.out / checkpoint.LAST}' is damaged ({error}): choose "
+                "another folder"
             ) from error
-        self.step = about.step
 
     def _save(self) -> None:
         if self.worker.rank:
@@ -299,6 +323,8 @@ class _Run:
         bar.set_description(_beside(baselines))
         with bar:
             while self.step < stop:
+                if self.supply.advance(self.step):
+                    self._find_long()
                 name, first, last = self._phase()
                 phase = self.phases[name]
                 if self.step == first:
@@ -337,7 +363,7 @@ class _Run:
         found = {
             name: measure(heuristic_scorer(name), traces, states, protected) for name in BASELINES
         }
-        if hasattr(traces[0], "received"):
+        if hasattr(traces[self.held_out[0]], "received"):
             for name, scorer in ATTENTION_BASELINES.items():
                 found[name] = measure(scorer, traces, states, protected)
         equal = weighted(np.ones(self.shape.n_heads))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,3 +118,46 @@ def test_learning_with_other_traces_in_the_same_folder_is_refused(
     assert main(learn(model, tmp_path / "out")) == 0
     assert main(learn(model, tmp_path / "out", "--seed", "1")) == 2
     assert "has traces of another run (seed 0 instead of 1)" in capsys.readouterr().err
+
+
+def test_an_estimate_counts_what_is_read_and_leaves_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(learn(model, tmp_path / "out", "--estimate", "--buffer", "1MiB")) == 0
+    told = capsys.readouterr().out
+    assert re.match(
+        r"6 traces, 1\d\d\d tokens: reading them takes about \d+ seconds? here, .*\n"
+        r"\d\.\d MiB of traces, of which 1\.0 MiB are in memory at a time and none on disk$",
+        told,
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_checkpoints_is_stored_and_labels_can_be_learned(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(1)
+    labels = ["--objective", "kvp", "--future", "repeat", "--importance", "peak+repeated"]
+    assert main(learn(model, tmp_path / "out", *labels)) == 0
+    found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
+    assert {"manifest.json", "kvp/best.safetensors", "kvp/last.safetensors"} <= found
+    assert not [name for name in found if "trace" in name]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--objective", "kvp", "--importance", "repeated"], "needs --future repeat"),
+        (["--future", "questions"], "--future questions is not used"),
+        (["--importance", "repeated", "--future", "repeat"], "must be sum or peak"),
+        (["--importance", "some"], "importance must be sum or peak or repeated"),
+        (["--buffer", "much"], "--buffer is memory"),
+        (["--buffer", "1KiB"], "a buffer of 0.0 MiB is too small"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_at_once(
+    options: list[str], says: str, model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(learn(model, tmp_path / "out", *options)) == 2
+    assert says in capsys.readouterr().err
