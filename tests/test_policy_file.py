@@ -113,6 +113,7 @@ def test_how_sensitive_heads_are_comes_back_if_a_file_says_it(
     silent = Learned(path).identity()
     write_policy(path, info, replace(random_weights(info), sensitivity=found), "f16")
     policy = Learned(path)
+    assert policy.sensitivity is not None
     np.testing.assert_array_equal(policy.sensitivity, found)
     assert policy.identity() != silent
 

@@ -185,5 +185,5 @@ def forward(
         x = mixed[:, :, there]
     x = silu(x)
     x = silu(x @ w.fc2.swapaxes(2, 3) + w.fc2_bias[:, :, None])
-    scores = x @ w.out.swapaxes(2, 3)  # [n_layer, G, n, H/G]
+    scores: FloatArray = x @ w.out.swapaxes(2, 3)  # [n_layer, G, n, H/G]
     return scores.swapaxes(2, 3).reshape(keys.shape[:3])

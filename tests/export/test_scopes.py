@@ -22,6 +22,7 @@ from kvp_edge.export import export, policy_of  # noqa: E402
 from kvp_edge.export.onnx_graph import write_onnx  # noqa: E402
 from kvp_edge.policies import ArrayView, Learned, get_policy  # noqa: E402
 from kvp_edge.policies.learned import with_gaps  # noqa: E402
+from kvp_edge.policies.onnx import Onnx  # noqa: E402
 from kvp_edge.policy_file import read_policy, write_policy  # noqa: E402
 from kvp_edge.training import checkpoint  # noqa: E402
 from kvp_edge.training.agent import (  # noqa: E402
@@ -156,9 +157,11 @@ def test_onnx_says_how_sensitive_heads_are_and_old_files_say_nothing_of_a_scope(
     info, weights = policy_of(random_agents(shape), checkpoint.About(shape, {}, ABOUT, 0))
     path, found = tmp_path / "p.onnx", random_sensitivity(info)
     write_onnx(path, info, weights)
-    assert get_policy(path).sensitivity is None
+    assert Onnx(path).sensitivity is None
     write_onnx(path, info, replace(weights, sensitivity=found))
-    np.testing.assert_allclose(get_policy(path).sensitivity, found, rtol=1e-6)
+    sensitivity = Onnx(path).sensitivity
+    assert sensitivity is not None
+    np.testing.assert_allclose(sensitivity, found, rtol=1e-6)
     model = onnx.load(path)
     about = {one.key: one.value for one in model.metadata_props}
 

@@ -367,7 +367,11 @@ def test_whatever_is_wrong_with_a_checkpoint_is_refused(tmp_path: Path) -> None:
         *({k: v for k, v in good.items() if k != name} for name in good),
         *(said(**{name: v}) for name in asdict(about) for v in (None, "x", 2.5, [], [1])),
         *(said(shape=sizes | {name: v}) for name in sizes for v in (None, "2", 2.5, 2**40, -1)),
-        *(said(shape={k: v for k, v in sizes.items() if k != name}) for name in sizes),
+        *(
+            said(shape={k: v for k, v in sizes.items() if k != name})
+            for name in sizes
+            if name != "scope"  # older runs have none
+        ),
         said(step=-1),
         said(settings={"objective": 1}),
         said(settings={"sinks": "4"}),
