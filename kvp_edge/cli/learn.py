@@ -24,7 +24,7 @@ _TASKS = 300
 _EPILOG = """\
 Three steps, which are also commands with more options: kvp-edge trace, train and export. Finished
 work stays in --out, and the same command resumes an interrupted run. By default the model reads 300
-generated questions about facts hidden in the bundled novel. For a policy that fits your chats, give
+generated questions about facts hidden in bundled prose. For a policy that fits your chats, give
 texts and chats like yours with --text and --chats.
 
 The policy file is written beside the model, where kvp-edge chat and kvp_edge.Llama find it. The
