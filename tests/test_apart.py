@@ -331,6 +331,15 @@ def test_there_are_words_enough_for_six_facts_of_a_frame() -> None:
         assert len(set(entries)) == len(entries)
 
 
+def test_no_statement_begins_with_a_word_that_a_sentence_would_capitalise() -> None:
+    """The answer is what was told, letter for letter."""
+    for frame in FRAMES:
+        for way in (way for part in frame.parts for way in part if way.startswith("{")):
+            kind = next(iter(slots(way).values()))
+            for word in vocabulary.WORDS.get(kind, ()):
+                assert word[0].isupper() or not word.split()[0].isalpha(), way
+
+
 def test_every_value_can_be_drawn() -> None:
     rng = random.Random(0)
     for kind in (*vocabulary.VALUES, *vocabulary.WORDS):

@@ -388,7 +388,7 @@ FRAMES = (
         """
         {person} prefers {pastime} to {pastime2}
         if there is a choice, {person} takes {pastime} over {pastime2}
-        {pastime2} bores {person}, who would rather do {pastime}
+        to {person} {pastime2} is a bore, while {pastime} is not
         """,
         pastime="Which pastime does {person} like better?\nWhat would {person} rather do?",
         pastime2="What does {person} find boring?\nWhich hobby comes second for {person}?",
@@ -397,7 +397,7 @@ FRAMES = (
         "preferences",
         """
         {person} wants the hall painted {shade} and the stairs {shade2}
-        {shade} for the hall and {shade2} for the stairs, that is the wish of {person}
+        it shall be {shade} in the hall and {shade2} on the stairs, says {person}
         """,
         shade="Which paint does {person} want in the hall?",
         shade2="What colour shall the stairs be, if {person} decides?",
@@ -490,7 +490,7 @@ FRAMES = (
         "reasons",
         """
         {person} came late because of {reason}
-        {reason} was why {person} did not come in time
+        the delay of {person} was down to {reason}
         as {person} put it, {reason} was to blame for being late
         """,
         reason="Why was {person} late?\nWhat excuse did {person} give?\nWhat held {person} up?",

@@ -23,8 +23,10 @@ import kvp_edge.traces.format
 from conftest import DATA, RandomModel
 from kvp_edge.binding.blocks import Blocks
 from kvp_edge.cli import main
+from kvp_edge.cli.trace import SourceOptions, sources_of
 from kvp_edge.corpora import evaluation_prose, training_prose
 from kvp_edge.errors import TraceError, UnsupportedModelError
+from kvp_edge.evaluation.item import names
 from kvp_edge.llama import Llama
 from kvp_edge.traces.format import Trace, TraceSet
 from kvp_edge.traces.frames import FRAMES, LISTINGS, PAIRS_OF_QUESTIONS
@@ -207,7 +209,7 @@ def test_the_answer_of_a_task_is_told_before_its_question_and_not_in_it() -> Non
         parts = [task.answer] if task.answer in told else task.answer.split(" and ")
         for part in parts:
             assert part in told
-            assert part not in task.question
+            assert not names(task.question, part)
 
 
 def test_tasks_are_told_in_prose_in_listings_in_turns_and_inside_of_sentences() -> None:
@@ -283,6 +285,18 @@ def test_a_bad_chat_is_named(line: str, says: str, llm: Llama, tmp_path: Path) -
     path.write_text(line)
     with pytest.raises(TraceError, match=says):
         plan([ChatFile(str(path))], llm, Cut(300, "text", 64, 0), None)
+
+
+def test_books_kept_for_evaluation_are_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out, mine = str(tmp_path / "Doyle_Hound_1902.txt"), str(tmp_path / "mine.txt")
+    both = [held_out, mine]
+    made = sources_of(SourceOptions(text=both, tasks=2, task_prose=both))
+    assert made == [TextFile(mine), Tasks(2, (mine,))]
+    assert "policies are measured on them: Doyle_Hound_1902.txt" in capsys.readouterr().err
+    sources_of(SourceOptions(text=[mine]))
+    assert not capsys.readouterr().err
 
 
 # -- interruptions -------------------------------------------------------------------------------
