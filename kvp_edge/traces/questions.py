@@ -28,7 +28,7 @@ _TALK = 200
 
 
 def fingerprint() -> str:
-    """Differs if other questions are drawn from the same seed and prose."""
+    """Of frames and words: other ones make other tasks of the same seed."""
     made = repr((FRAMES, LISTINGS, frames.ASIDES, frames.TELLINGS, frames.HANDINGS, frames.REPLIES,
                  frames.REQUESTS, frames.PAIRS_OF_QUESTIONS, vocabulary.WORDS))  # fmt: skip
     return hashlib.sha256(made.encode()).hexdigest()[:16]
