@@ -1,6 +1,6 @@
 """The demo's questions: facts hidden in a novel's prose or told in earlier chat turns.
 
-Everything is drawn from a seed. The sentences are in kvp_edge/traces/facts.py.
+Everything is drawn from a seed. The sentences are in kvp_edge/evaluation/facts.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 
-from kvp_edge.traces import facts
+from kvp_edge.corpora import evaluation_prose
+from kvp_edge.evaluation import facts
 
 Message = dict[str, str]
 
@@ -65,8 +65,7 @@ class Prose:
     """The shipped novel as a source of filler, measured in tokens of the model at hand."""
 
     def __init__(self, count_tokens: Callable[[str], int]) -> None:
-        text = (resources.files("kvp_edge") / "data" / "prose.txt").read_text(encoding="utf-8")
-        self._sentences = re.split(r"(?<=[.!?]) +", " ".join(text.split()))
+        self._sentences = re.split(r"(?<=[.!?]) +", " ".join(evaluation_prose().split()))
         self._sizes = [count_tokens(" " + s) for s in self._sentences]
 
     def sentences(self, n_tokens: int, rng: random.Random) -> list[str]:

@@ -38,8 +38,8 @@ same command resumes an interrupted run from the last one, and reads again what 
 then. --estimate says how long the reading takes. kvp-edge trace, train and export do the same in
 steps, with traces on disk and more options.
 
-By default the model reads 300 generated questions about facts hidden in the bundled novel. For a
-policy that fits your chats, give texts and chats like yours with --text and --chats.
+By default the model reads 300 generated questions about facts hidden in bundled prose. For a policy
+that fits your chats, give texts and chats like yours with --text and --chats.
 
 The policy file is written beside the model, where kvp-edge chat and kvp_edge.Llama find it. The
 last line of the output is its path. If a rule that needs no training does better on the validation
@@ -125,6 +125,7 @@ def _main(args: Options) -> int:
     out = Path(args.out or f"kvp-{Path(path).stem}")
     settings = Settings(
         objective=cast(Objective, args.objective),
+        scope=cast(Scope, args.scope),
         importance=args.importance,
         steps=args.steps,
         seed=args.seed,

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from kvp_edge.cli import options
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
 from kvp_edge.cli.subcommands import Command
+from kvp_edge.corpora import for_training
 from kvp_edge.traces.format import TraceSet
 from kvp_edge.traces.sources import ChatFile, Source, Tasks, TextFile
 from kvp_edge.traces.writer import FUTURES, capture_traces, reach
@@ -30,7 +32,7 @@ what to read (may be combined):
   --chats  JSON lines, each a list of {"role": ..., "content": ...}; the last
            reply that fits into --length tokens is the future
   --tasks  generated questions about facts hidden in prose (that of
-           --task-prose, or the bundled novel); the question and its answer are
+           --task-prose, or the bundled one); the question and its answer are
            the future
 Give texts on the topics and in the language of your chats.
 
@@ -128,13 +130,24 @@ class Options(SourceOptions, options.ModelOptions):
 
 def sources_of(args: SourceOptions) -> list[Source]:
     """The sources that the options ask for; none if none was named."""
-    sources: list[Source] = [TextFile(path) for path in args.text]
+    sources: list[Source] = [TextFile(path) for path in _for_training(args.text)]
     sources += [ChatFile(path) for path in args.chats]
     if args.tasks:
-        sources.append(Tasks(args.tasks, tuple(args.task_prose)))
+        sources.append(Tasks(args.tasks, _for_training(args.task_prose)))
     elif args.task_prose:
         raise ValueError("--task-prose needs --tasks N, whose facts are hidden in it")
     return sources
+
+
+def _for_training(paths: Sequence[str]) -> tuple[str, ...]:
+    """The paths without the books that policies are measured on."""
+    left_out = [Path(path).name for path in paths if not for_training(path)]
+    if left_out:
+        note(
+            f"left out, because policies are measured on them: {', '.join(left_out)} "
+            "(kvp_edge/corpora.py)"
+        )
+    return tuple(filter(for_training, paths))
 
 
 def warn_beyond_training(

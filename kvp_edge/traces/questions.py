@@ -1,45 +1,37 @@
-"""Questions for traces: facts hidden in prose or told in chat turns, asked for at the end.
+"""Questions for traces: facts told in prose, in listings or in chat turns, asked for at the end.
 
-The sentences are those of the demo (kvp_edge/traces/facts.py); the words are others, so that
-the demo's questions remain new to a policy that was trained on these.
+Frames (frames.py), words (vocabulary.py) and prose are training's own: the evaluation and the demo
+have others, so what a policy learns of them here cannot help it there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 from kvp_edge.text.chat_prompt import Message
-from kvp_edge.traces import facts
+from kvp_edge.traces import frames, vocabulary
+from kvp_edge.traces.frames import FRAMES, LISTINGS, Frame, Listing
 
-_TOLD = {
-    "aunt goat pony cousin nephew niece tutor cook gardener tailor landlord captain": facts.CALLED,
-    "dish game month smell toy cake shop river street chair stone dance poem plant": (
-        facts.FAVOURITE
-    ),
-    "trunk cabinet vault drawer chest cellar workshop stable boat account desk tent": facts.CODE,
-}
+#: Facts in a text: the one asked for, and others of the same frame or of any frame.
+_FACTS = (1, 4, 6)
 
-_REPLIES = ("Okay.", "Thank you.", "I will remember.", "Understood.")
-_TALK = ("Read me something.", "What comes next?", "Please continue.", "And then?")
+#: Lines of a listing; and no more than one for so many tokens.
+_LINES = (4, 20)
+_TOKENS_PER_LINE = 24
 
-_WORDS = (
-    "acorn apron barrel bell berry blade bone border brass bread brick brush button cabin camel "
-    "canal candy canvas cave chalk chapel cherry cliff cloud coach coal comet coral crane crown "
-    "dagger dragon drum eagle fence ferry field flame flute fountain glove grape harp hawk hazel "
-    "hill ivory jewel kite lake lamp leaf lily maple mask mill moon nest oak oar olive orchid owl "
-    "palace parrot pearl pine plum pond prism pyramid quill rope sail sand shell shield sugar "
-    "sword temple tiger vase wheel willow wolf"
-)
-_NAMES = (
-    "Albert Andrew Bella Bernard Cecil Charles Diana Edith Emma Ernest Esther Felix Fiona Gerald "
-    "Grace Harold Hilda Irene Ivan Jane Joan Joseph Judith Karl Kate Lena Leonard Lilian Louis "
-    "Mabel Mark Miriam Nancy Neil Nora Olive Oscar Owen Patrick Pauline Quentin Roland Ruth "
-    "Samuel Sophia Stella Theodore Ursula Victor Vera Wilfred Winifred"
-)
+#: Tokens of prose in a turn between facts.
+_TALK = 200
+
+
+def fingerprint() -> str:
+    """Of frames and words: other ones make other tasks of the same seed."""
+    made = repr((FRAMES, LISTINGS, frames.ASIDES, frames.TELLINGS, frames.HANDINGS, frames.REPLIES,
+                 frames.REQUESTS, frames.PAIRS_OF_QUESTIONS, vocabulary.WORDS))  # fmt: skip
+    return hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -51,9 +43,19 @@ class Task:
     answer: str
 
 
-def shipped_prose() -> str:
-    """The bundled novel."""
-    return (resources.files("kvp_edge") / "data" / "prose.txt").read_text(encoding="utf-8")
+@dataclass(frozen=True)
+class Fact:
+    """What is told, piece by piece (one or more sentences' worth each), and what can be asked.
+
+    Attributes:
+        pieces: clauses, or whole listings if ``listed``.
+        asked: questions and their answers.
+        listed: the only piece is a listing.
+    """
+
+    pieces: tuple[str, ...]
+    asked: tuple[tuple[str, str], ...]
+    listed: bool = False
 
 
 class TaskMaker:
@@ -70,11 +72,116 @@ class TaskMaker:
         self._count = count_tokens
         self._sizes: dict[int, int] = {}
         self._rng = random.Random(seed)
+        self._taken: set[str] = set()
 
     def make(self, n_tokens: int) -> Task:
         """A conversation of about ``n_tokens`` tokens of prose beside its facts."""
-        kind = self._rng.choice((1, 4, 0))
-        return self._told(6, n_tokens) if kind == 0 else self._hidden(kind, n_tokens)
+        self._taken = set()
+        facts = self._facts(n_tokens)
+        question, answer = self._question(facts)
+        self._rng.shuffle(facts)
+        tell = self._rng.choice((self._in_prose, self._in_prose, self._in_turns))
+        *before, last = tell(facts, n_tokens)
+        if last["role"] == "user":
+            joint = "\n\n" if facts[0].listed else self._rng.choice((" ", "\n\n"))
+            messages = [*before, {"role": "user", "content": last["content"] + joint + question}]
+        else:
+            messages = [*before, last, {"role": "user", "content": question}]
+        return Task(messages, question, answer)
+
+    # -- facts
+
+    def _facts(self, n_tokens: int) -> list[Fact]:
+        """The first is asked for."""
+        if self._rng.random() < 0.2:
+            return [self._listing(self._rng.choice(LISTINGS), n_tokens)]
+        n_facts = self._rng.choice(_FACTS)
+        first = self._rng.choice(FRAMES)
+        if self._rng.random() < 0.5:
+            chosen = [first] * n_facts
+        else:
+            others = [frame for frame in FRAMES if frame is not first]
+            chosen = [first, *self._rng.sample(others, n_facts - 1)]
+        return [self._fact(frame) for frame in chosen]
+
+    def _fact(self, frame: Frame) -> Fact:
+        filled = {slot: self._new(kind) for slot, kind in frame.slots.items()}
+        pieces = tuple(self._rng.choice(part).format(**filled) for part in frame.parts)
+        return Fact(pieces, self._asked(frame.questions, filled))
+
+    def _listing(self, listing: Listing, n_tokens: int) -> Fact:
+        fewest, most = _LINES
+        room = max(fewest, min(most, n_tokens // _TOKENS_PER_LINE))
+        kinds = (listing.key, listing.value)
+        free = min(len(vocabulary.WORDS.get(kind, range(most))) for kind in kinds)
+        n_lines = self._rng.randint(fewest, min(room, free))
+        rows = [{kind: self._new(kind) for kind in kinds} for _ in range(n_lines)]
+        line = self._rng.choice(listing.lines)
+        text = "\n".join([self._rng.choice(listing.headings), *(line.format(**r) for r in rows)])
+        return Fact((text,), self._asked(listing.questions, self._rng.choice(rows)), listed=True)
+
+    def _asked(
+        self, questions: dict[str, tuple[str, ...]], filled: dict[str, str]
+    ) -> tuple[tuple[str, str], ...]:
+        """A question for every slot that can be asked for, with its answer."""
+        return tuple(
+            (self._rng.choice(ways).format(**filled), filled[slot])
+            for slot, ways in questions.items()
+        )
+
+    def _new(self, kind: str) -> str:
+        """A word or value that this task does not have yet."""
+        while (drawn := vocabulary.draw(kind, self._rng)) in self._taken:
+            pass
+        self._taken.add(drawn)
+        return drawn
+
+    def _question(self, facts: Sequence[Fact]) -> tuple[str, str]:
+        """About the first fact, or about two facts at once."""
+        first, answer = self._rng.choice(facts[0].asked)
+        if len(facts) == 1 or self._rng.random() < 0.8:
+            return first, answer
+        second, other = self._rng.choice(facts[1].asked)
+        both = self._rng.choice(frames.PAIRS_OF_QUESTIONS).format(first=first, second=second)
+        return both, f"{answer} and {other}"
+
+    # -- telling them
+
+    def _in_prose(self, facts: Sequence[Fact], n_tokens: int) -> list[Message]:
+        """In one message of prose. The question follows in the same message, or in the next."""
+        text = self._prose(n_tokens)
+        for fact in facts:
+            for piece in fact.pieces:
+                told = f"\n\n{piece}\n\n" if fact.listed else self._sentence(piece)
+                text.insert(self._rng.randrange(len(text) + 1), told)
+        read = re.sub(r" *\n\n *", "\n\n", " ".join(text)).strip()
+        if self._rng.random() < 0.5:
+            return [_user(read)]
+        handed = f"{self._rng.choice(frames.HANDINGS)}\n\n{read}"
+        return [_user(handed), _assistant(self._rng.choice(frames.REPLIES))]
+
+    def _in_turns(self, facts: Sequence[Fact], n_tokens: int) -> list[Message]:
+        """In turns of their own, with turns of prose between them."""
+        turns: list[tuple[str, str]] = []
+        for fact in facts:
+            for piece in fact.pieces:
+                if fact.listed:
+                    said = f"{self._rng.choice(frames.HANDINGS)}\n{piece}"
+                else:
+                    said = _capital(self._rng.choice(frames.TELLINGS).format(fact=piece))
+                turns.append((said, self._rng.choice(frames.REPLIES)))
+        n_talk = max(1, n_tokens // _TALK)
+        for _ in range(n_talk):
+            talk = " ".join(self._prose(n_tokens // n_talk)) or "There is nothing left of it."
+            place = self._rng.randrange(len(turns) + 1)
+            turns.insert(place, (self._rng.choice(frames.REQUESTS), talk))
+        return [message for said, reply in turns for message in (_user(said), _assistant(reply))]
+
+    def _sentence(self, clause: str) -> str:
+        """The clause as a sentence, or in the middle of one."""
+        if self._rng.random() < 0.4:
+            return self._rng.choice(frames.ASIDES).format(fact=clause)
+        return _capital(f"{clause}.")
 
     def _prose(self, n_tokens: int) -> list[str]:
         """Consecutive sentences of at most ``n_tokens`` tokens, from a random place on."""
@@ -90,41 +197,16 @@ class TaskMaker:
             at = (at + 1) % len(self._sentences)
         return taken
 
-    def _value(self, pool: str) -> str:
-        if pool == "numbers":
-            return str(self._rng.randrange(100_000, 1_000_000))
-        return self._rng.choice((_WORDS if pool == "words" else _NAMES).split())
 
-    def _hidden(self, n_facts: int, n_tokens: int) -> Task:
-        statement, question, pool = self._rng.choice(facts.IN_PROSE)
-        keys = self._rng.sample(_WORDS.split(), n_facts)
-        values = [self._value(pool) for _ in keys]
-        sentences = self._prose(n_tokens)
-        for key, value in zip(keys, values, strict=True):
-            place = self._rng.randrange(len(sentences) + 1)
-            sentences.insert(place, statement.format(key=key, value=value))
-        question = question.format(key=keys[0])
-        text = " ".join([*sentences, question])
-        return Task([{"role": "user", "content": text}], question, values[0])
+def _capital(sentence: str) -> str:
+    """With a capital letter, unless it begins with an identifier."""
+    plain = sentence.split(maxsplit=1)[0].isalpha()
+    return sentence[0].upper() + sentence[1:] if plain else sentence
 
-    def _told(self, n_facts: int, n_tokens: int) -> Task:
-        things = [(key, told) for keys, told in _TOLD.items() for key in keys.split()]
-        stated = [
-            (key, told, self._value(told.values)) for key, told in self._rng.sample(things, n_facts)
-        ]
-        turns = [
-            (told.statement.format(key=key, value=value), self._rng.choice(_REPLIES))
-            for key, told, value in stated
-        ]
-        n_talk = max(1, n_tokens // 200)
-        for _ in range(n_talk):
-            talk = " ".join(self._prose(n_tokens // n_talk)) or "Nothing."
-            turns.insert(self._rng.randrange(len(turns) + 1), (self._rng.choice(_TALK), talk))
-        key, told, value = stated[0]
-        question = told.question.format(key=key)
-        messages = [
-            {"role": role, "content": text}
-            for turn in turns
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
-        return Task([*messages, {"role": "user", "content": question}], question, value)
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}

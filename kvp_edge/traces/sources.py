@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from kvp_edge.corpora import TRAINING_PROSE, training_prose
 from kvp_edge.errors import TraceError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import Message, last_begin, prompt_tokens
-from kvp_edge.traces.questions import TaskMaker, shipped_prose
+from kvp_edge.traces.questions import TaskMaker, fingerprint
 
 #: A trace has at least this many tokens before its future.
 MIN_PROMPT = 8
@@ -123,14 +124,16 @@ class Tasks:
 
     count: int
     prose: Sequence[str] = ()
-    """Text files to hide the facts in; none: the bundled novel."""
+    """Text files to hide the facts in; none: the bundled prose."""
 
     def about(self) -> dict[str, Any]:
         prose = [_file(path, _read(path)) for path in self.prose]
-        return {"kind": "tasks", "count": self.count, "prose": prose}
+        prose = prose or [_file(TRAINING_PROSE, training_prose().encode())]
+        made = fingerprint()
+        return {"kind": "tasks", "count": self.count, "prose": prose, "questions": made}
 
     def pieces(self, llm: Llama, cut: Cut) -> Iterator[Piece]:
-        prose = "\n".join(map(_text, self.prose)) if self.prose else shipped_prose()
+        prose = "\n".join(map(_text, self.prose)) if self.prose else training_prose()
         maker = TaskMaker(
             prose, lambda text: len(llm.tokenize(text.encode(), add_bos=False)), cut.seed
         )

@@ -20,7 +20,7 @@ from kvp_edge.cli.demo_tasks import (
     draw_value,
     things,
 )
-from kvp_edge.traces import facts
+from kvp_edge.evaluation import facts
 
 #: Facts hidden in one long message, and facts told in turns of their own.
 KINDS = ("prose", "chat")

@@ -9,18 +9,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-# Never read during training. One book per author, spread over the corpus, so that perplexity is
-# measured on stories whose names and places the model has not met.
-HELD_OUT_BOOKS = (
-    "Burnett_Garden_1911",
-    "Chesterton_Thursday_1908",
-    "Doyle_Hound_1902",
-    "Eliot_Felix_1866",
-    "Forster_View_1908",
-    "Hardy_Madding_1874",
-    "Stevenson_Treasure_1883",
-    "Wcollins_Woman_1860",
-)
+from kvp_edge.corpora import EVALUATION_BOOKS
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,11 @@ def clean(raw: str) -> str:
 
 
 def read_library(folder: Path, max_books: int | None = None) -> Library:
-    """Read every `*.txt` of `folder`; `max_books` keeps that many training books (smoke runs)."""
+    """Read every `*.txt` of `folder`; `max_books` keeps that many training books (smoke runs).
+
+    Held out, and never read during training, are the books for evaluation (kvp_edge/corpora.py):
+    perplexity is measured on stories whose names and places the model has not met.
+    """
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise SystemExit(
@@ -69,7 +62,7 @@ def read_library(folder: Path, max_books: int | None = None) -> Library:
         )
     texts: dict[str, dict[str, str]] = {"train": {}, "held_out": {}}
     for file in files:
-        part = "held_out" if file.stem in HELD_OUT_BOOKS else "train"
+        part = "held_out" if file.stem in EVALUATION_BOOKS else "train"
         if part == "train" and max_books is not None and len(texts["train"]) >= max_books:
             continue
         texts[part][file.stem] = clean(file.read_text(encoding="utf-8", errors="ignore"))

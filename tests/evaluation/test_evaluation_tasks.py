@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from kvp_edge.corpora import PAIR_FILES, QUESTION_FILE, TRAINING_BOOKS, evaluation_prose
 from kvp_edge.evaluation.item import Continuation, CountTokens, Item, Reading, Task, names
-from kvp_edge.evaluation.tasks import RULER, TASKS, data_tasks, novel, paragraphs, words
+from kvp_edge.evaluation.tasks import RULER, TASKS, data_tasks, episodes, novel, words
 from kvp_edge.evaluation.tasks.dialogues import exchanges
 from kvp_edge.evaluation.tasks.filling import Draft, conversation, fill
-from kvp_edge.traces import questions as trace_tasks
+from kvp_edge.traces import vocabulary
 
 
 def words_and_signs(text: str) -> int:
@@ -33,7 +34,7 @@ COUNTS = (words_and_signs, thirds)
 
 READINGS = ("books", "continuation", "story")
 QUESTIONS = [name for name in TASKS if name not in READINGS]
-DATA = ("qa_1", "qa_2", "books", "dialogues", "meetings")
+DATA = ("qa_1", "qa_2", "kv_75", "kv_140", "books", "dialogues", "meetings")
 
 #: What answers of one place in the text are; in the others they are spread over it, or made of it.
 HIDDEN = [name for name in QUESTIONS if name not in ("cwe", "fwe", "copy", "edits", "sums")]
@@ -94,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for title in ("First", "Second"):
         (root / "books" / f"{title}.txt").write_text("\n\n".join(text(5) for _ in range(200)))
 
-    path = root / paragraphs.FILE
+    path = root / QUESTION_FILE
     path.parent.mkdir(parents=True)
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for i in range(200):
@@ -103,6 +104,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             gold = {"title": f"Title {i}", "text": f"{sentence()} It was {answer}. {sentence()}"}
             entry = {"question": f"who was it in case {i}", "answers": answers, "ctxs": [gold]}
             file.write(json.dumps(entry) + "\n")
+
+    for n_pairs, file_name in PAIR_FILES.items():
+        path = root / file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            for _ in range(20):
+                uuids = words.draw("uuids", 2 * n_pairs, rng)
+                pairs = list(zip(uuids[::2], uuids[1::2], strict=True))
+                key, value = rng.choice(pairs)
+                entry = {"ordered_kv_records": pairs, "key": key, "value": value}
+                file.write(json.dumps(entry) + "\n")
 
     def tree(i: int) -> dict[str, object]:
         last = {"role": "prompter", "text": f"thanks {i}", "replies": [], "rank": None}
@@ -330,6 +342,47 @@ def test_the_json_of_lookup_has_the_value_under_the_key() -> None:
         assert len(told) > 5
 
 
+def told_pairs(item: Item) -> list[tuple[str, str]]:
+    return list(json.loads(before_question(item).split("JSON data:\n")[1]).items())
+
+
+@pytest.mark.parametrize("n_pairs", PAIR_FILES)
+def test_published_pairs_are_as_many_as_fit_in_their_order(folder: Path, n_pairs: int) -> None:
+    with gzip.open(folder / PAIR_FILES[n_pairs], "rt", encoding="utf-8") as file:
+        objects = [json.loads(line)["ordered_kv_records"] for line in file]
+    for length, fewest, most in ((512, 5, 20), (1024, 20, 40), (65536, n_pairs, n_pairs)):
+        for item in data_tasks(folder)[f"kv_{n_pairs}"].make(5, length, words_and_signs, 0):
+            assert isinstance(item, Item)
+            told = told_pairs(item)
+            assert fewest <= len(told) <= most
+            whole = [[tuple(pair) for pair in pairs] for pairs in objects]
+            (whole_object,) = [pairs for pairs in whole if told[0] in pairs]
+            assert told == [pair for pair in whole_object if pair in told]
+            assert dict(told)[item.question.split('"')[1]] == item.answers[0]
+
+
+def test_the_pair_asked_for_lies_anywhere(folder: Path) -> None:
+    depths = []
+    for item in data_tasks(folder)["kv_140"].make(40, 1024, words_and_signs, 0):
+        assert isinstance(item, Item)
+        told = told_pairs(item)
+        depths.append([value for _, value in told].index(item.answers[0]) / len(told))
+    assert min(depths) < 0.2
+    assert max(depths) > 0.8
+
+
+def test_a_file_of_pairs_without_the_one_asked_for_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / PAIR_FILES[75]
+    path.parent.mkdir(parents=True)
+    for content, says in (
+        (json.dumps({"ordered_kv_records": [["a", "b"]], "key": "a", "value": "c"}), "object 0"),
+        ("", "it is empty"),
+    ):
+        path.write_bytes(gzip.compress(content.encode()))
+        with pytest.raises(ValueError, match=rf"{path} cannot be read .*{says}"):
+            data_tasks(tmp_path)["kv_75"].make(1, 512, words_and_signs, 0)
+
+
 def test_the_list_of_pairs_has_one_value_for_the_key() -> None:
     for item in items("pairs", 5):
         told = dict(re.findall(r"(\S+): (\d{7})\.", before_question(item)))
@@ -358,8 +411,7 @@ def test_recall_tells_six_facts_in_turns_of_their_own() -> None:
 
 
 def test_no_key_or_value_is_one_that_policies_are_trained_on() -> None:
-    trained = {*trace_tasks._WORDS.split(), *trace_tasks._NAMES.split()}
-    trained |= {key for keys in trace_tasks._TOLD for key in keys.split()}
+    trained = {entry for entries in vocabulary.WORDS.values() for entry in entries}
     assert not trained & set(words.WORDS)
     for item in items("recall", 60, 512):
         assert item.answers[0] not in trained
@@ -374,6 +426,39 @@ def test_words_are_different_and_plain() -> None:
 @pytest.mark.parametrize("kind", ["words", "numbers", "uuids"])
 def test_no_value_is_drawn_twice(kind: words.Kind) -> None:
     assert len(set(words.draw(kind, words.MOST, random.Random(0)))) == words.MOST
+
+
+# -- episodes -------------------------------------------------------------------------------------
+
+
+def test_episodes_have_many_wordings_and_every_question_can_be_answered_from_its_own() -> None:
+    assert len(episodes.WORDINGS) >= 12
+    for told, asked in episodes.WORDINGS:
+        known = set(re.findall(r"\{(\w+)\}", told))
+        for question, slot in asked:
+            assert slot in known
+            assert set(re.findall(r"\{(\w+)\}", question)) <= known - {slot}
+
+
+@pytest.mark.parametrize(("name", "count"), [("episode", 1), ("episodes", 6)])
+def test_an_answer_is_what_its_episode_says_and_no_other_episode_names_it(
+    name: str, count: int
+) -> None:
+    slot = re.compile(r"\\\{\w+\\\}")
+    forms = {
+        slot.sub(lambda _: r"([\w-]+)", re.escape(told)): asked for told, asked in episodes.WORDINGS
+    }
+    seen = set()
+    for item in items(name, 40):
+        before = before_question(item)
+        told = {form: found for form in forms if (found := re.findall(form, before))}
+        assert len(told) == count
+        naming = [form for form in told if any(names(str(f), item.answers[0]) for f in told[form])]
+        assert len(naming) == 1
+        seen.add(naming[0])
+        asked = [slot.sub(".+", re.escape(question)) for question, _ in forms[naming[0]]]
+        assert any(re.fullmatch(question, item.question) for question in asked)
+    assert len(seen) >= 12
 
 
 # -- questions about paragraphs -------------------------------------------------------------------
@@ -404,7 +489,7 @@ def test_two_questions_are_half_right_with_one_answer(folder: Path) -> None:
 
 
 def test_a_books_ending_goes_on_where_its_context_ends() -> None:
-    novel_words = " ".join(trace_tasks.shipped_prose().split())
+    novel_words = " ".join(evaluation_prose().split())
     for reading in TASKS["books"].make(4, 1024, words_and_signs, 0):
         assert isinstance(reading, Reading)
         assert isinstance(reading.context, str)
@@ -425,6 +510,17 @@ def test_books_take_turns_and_short_ones_are_passed_over(tmp_path: Path) -> None
     made = data_tasks(tmp_path)["books"].make(4, 512, words_and_signs, 0)
     read = [reading.ending.split()[0] for reading in made if isinstance(reading, Reading)]
     assert Counter(read) == {"long": 2, "longer": 2}
+
+
+def test_books_to_train_on_are_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    trained = sorted(TRAINING_BOOKS)[0]
+    (tmp_path / "books" / f"{trained}.txt").write_text("trained " * 2000)
+    assert data_tasks(tmp_path) == {}
+    (tmp_path / "books" / "mine.txt").write_text("mine " * 2000)
+    for reading in data_tasks(tmp_path)["books"].make(3, 512, words_and_signs, 0):
+        assert isinstance(reading, Reading)
+        assert "trained" not in reading.ending
 
 
 def test_dialogues_end_in_a_reply_and_come_from_all_collections(folder: Path) -> None:
@@ -492,7 +588,8 @@ def test_ruler_is_thirteen_tasks_of_which_two_need_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        (paragraphs.FILE, "qa_1"),
+        (QUESTION_FILE, "qa_1"),
+        *((file, f"kv_{n}") for n, file in PAIR_FILES.items()),
         ("dialogue/oasst_en100/en_100_tree.jsonl", "dialogues"),
         ("dialogue/topical_chat/conversations/a.json", "dialogues"),
         ("meetings/qmsum/val.jsonl", "meetings"),

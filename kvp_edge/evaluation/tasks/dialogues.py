@@ -1,12 +1,11 @@
 """Chats of people and of assistants: the loss of their last reply.
 
-Three collections in a data folder, each in turn, as far as they are there:
+Three collections in a data folder, each in turn, as far as they are there
+(kvp_edge/corpora.py names the files):
 
-- ``dialogue/oasst_en100/en_100_tree.jsonl``: OpenAssistant (arXiv:2304.07327), of every tree the
-  thread of the best-ranked replies;
-- ``dialogue/topical_chat/conversations/*.json``: Topical-Chat (arXiv:2308.11995), in which the one
-  who begins is the user;
-- ``dialogue/taskmaster4/data/*.json``: Taskmaster-4 (arXiv:2403.10704), orders of coffee.
+- OpenAssistant (arXiv:2304.07327), of every tree the thread of the best-ranked replies;
+- Topical-Chat (arXiv:2308.11995), in which the one who begins is the user;
+- Taskmaster-4 (arXiv:2403.10704), orders of coffee.
 
 Most of them are too short. So a conversation here chains several of one collection, as if a user
 changed the subject without clearing the chat; the first may lack its beginning.
@@ -21,6 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from kvp_edge.corpora import DIALOGUE_FILES
 from kvp_edge.evaluation.item import CountTokens, Reading
 from kvp_edge.evaluation.tasks.data_files import reading
 from kvp_edge.evaluation.tasks.filling import Draft, rng_of
@@ -32,11 +32,7 @@ Dialogue = list[Exchange]
 
 def collections_in(folder: Path) -> list[tuple[Path, ...]]:
     """The files of every collection that the folder has."""
-    found = [
-        sorted(folder.glob("dialogue/oasst_en100/en_100_tree.jsonl")),
-        sorted(folder.glob("dialogue/topical_chat/conversations/*.json")),
-        sorted(folder.glob("dialogue/taskmaster4/data/*.json")),
-    ]
+    found = [sorted(folder.glob(pattern)) for pattern in DIALOGUE_FILES]
     return [tuple(paths) for paths in found if paths]
 
 

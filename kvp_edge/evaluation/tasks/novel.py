@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from kvp_edge.traces.questions import shipped_prose
+from kvp_edge.corpora import evaluation_prose
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 @lru_cache
 def sentences() -> tuple[str, ...]:
     """All of the novel's."""
-    return tuple(re.split(r"(?<=[.!?]) +", " ".join(shipped_prose().split())))
+    return tuple(re.split(r"(?<=[.!?]) +", " ".join(evaluation_prose().split())))
 
 
 class Excerpt:

@@ -22,9 +22,6 @@ from kvp_edge.evaluation.tasks.data_files import reading
 from kvp_edge.evaluation.tasks.filling import Draft, DrawnTask, conversation
 from kvp_edge.evaluation.tasks.novel import spread
 
-#: Where the file lies in a data folder.
-FILE = "qa/lost_in_the_middle/qa_data/nq-open-oracle.jsonl.gz"
-
 _ORDER_ONE = (
     "Answer the question based on the given documents. Only give me the answer and do not output "
     "any other words."

@@ -11,9 +11,9 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from kvp_edge.corpora import evaluation_prose
 from kvp_edge.evaluation.item import CountTokens, Reading
 from kvp_edge.evaluation.tasks.filling import Draft, fill, length, rng_of
-from kvp_edge.traces.questions import shipped_prose
 
 #: The last quarter of an excerpt is its ending.
 _CONTEXT_SHARE = 0.75
@@ -81,7 +81,7 @@ def excerpt(words: Sequence[str], place: float) -> Draft[Reading]:
 
 @lru_cache(maxsize=4)
 def _words(path: Path | None) -> tuple[str, ...]:
-    text = path.read_text(encoding="utf-8") if path else shipped_prose()
+    text = path.read_text(encoding="utf-8") if path else evaluation_prose()
     return tuple(text.split())
 
 

@@ -1,7 +1,6 @@
 """Facts that the user tells, and asks for at the end: in a text, or in earlier turns of the chat.
 
-The sentences are those of the demo and of generated traces (kvp_edge/traces/facts.py), with other
-words than in traces.
+The sentences are those of the demo (kvp_edge/evaluation/facts.py).
 """
 
 from __future__ import annotations
@@ -9,12 +8,12 @@ from __future__ import annotations
 import random
 from functools import partial
 
+from kvp_edge.evaluation import facts
 from kvp_edge.evaluation.item import Item
 from kvp_edge.evaluation.tasks import words
 from kvp_edge.evaluation.tasks.filling import Draft, DrawnTask
 from kvp_edge.evaluation.tasks.novel import Excerpt, spread
 from kvp_edge.text.chat_prompt import Message
-from kvp_edge.traces import facts
 
 #: What facts are told about in a chat.
 _TOLD = {

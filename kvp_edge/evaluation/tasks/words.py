@@ -1,6 +1,6 @@
 """Words, numbers and identifiers for keys and values.
 
-None of the words is one that policies are trained on (kvp_edge/traces/questions.py).
+None of the words is one that policies are trained on (kvp_edge/traces/vocabulary.py).
 """
 
 from __future__ import annotations

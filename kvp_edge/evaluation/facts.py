@@ -1,7 +1,7 @@
-"""Sentences for facts and questions in the demo, in generated traces and in the evaluation.
+"""Sentences for facts and questions, shared by the evaluation and the demo.
 
-All share the sentences, because small models understand few. Keys and values are each module's own,
-so that a policy trained on traces meets new words in the others.
+They are few, and of the kind that the bundled model was trained on, because it understands no
+others. Traces have sentences of their own (kvp_edge/traces/frames.py).
 """
 
 from __future__ import annotations
