@@ -106,8 +106,10 @@ def hold(llm: Llama, n: int) -> None:
     borders = np.linspace(0, tail, n_packed + 1).astype(np.int32)
     shape = (*empty.packed_indices.shape[:2], n_packed)
     chosen = np.random.default_rng(0).integers(borders[:-1], borders[1:], shape, np.int32)
+    gone = replace(empty, seen=n, tail=n, marked=n)
     filled = filling.fill(
-        replace(empty, seen=n, tail=n, marked=n),
+        gone,
+        filling.rows_of(gone),
         chosen,
         np.zeros(shape, np.float32),
         tail,

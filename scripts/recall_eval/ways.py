@@ -16,7 +16,7 @@ import numpy as np
 
 from kvp_edge import Llama
 from kvp_edge.binding.queries import Queries
-from kvp_edge.cache import filling, recall
+from kvp_edge.cache import recall
 from kvp_edge.cache.limits import CELL_UNIT
 from kvp_edge.cache.recall import Choice, Recall, RecallSettings
 from kvp_edge.policies import get_policy
@@ -329,12 +329,12 @@ class BoundedCache:
         chosen = recall.choose(
             rng.random(shape, np.float32),
             floor,
-            (filling.rows_of(t)[..., :tail] >= 0) | kv.log.holds(tail),
+            (choice.rows[..., :tail] >= 0) | kv.log.holds(tail),
             tokens < kv.protected_prefix,
             tokens,
             n,
         )
-        fresh = np.take_along_axis(filling.rows_of(t), chosen, axis=-1) < 0
+        fresh = np.take_along_axis(choice.rows, chosen, axis=-1) < 0
         none = np.zeros(chosen.shape, np.float32)
         return replace(choice, tokens=chosen, wanted=none, n_rows=int(fresh.sum()))
 
