@@ -32,6 +32,9 @@ _OVERHEAD = 2**24
 #: Where a conversation was saved to, or loaded from, last.
 _places: weakref.WeakKeyDictionary[Llama, session_file.Place] = weakref.WeakKeyDictionary()
 
+#: The file that was loaded last, if it has a KV log and there is none here to take it.
+_logs_left_out: weakref.WeakKeyDictionary[Llama, str] = weakref.WeakKeyDictionary()
+
 #: RoPE's numbers in llama_context_params.
 _ROPE = (
     *("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor"),
@@ -44,6 +47,7 @@ def save(llm: Llama, path: str | os.PathLike[str], extra: Any) -> None:
     header, arrays, held = conversation(llm, "save_session")
     if len(arrays["tokens"]) == 0:
         raise SessionError("nothing to save: no token has been read")
+    _require_no_log_lost(llm, path)
     header["extra"] = extra
     since = _places.get(llm)
     _places[llm] = session_file.write(path, header, arrays, held.blocks, since=since)
@@ -67,7 +71,27 @@ def load(llm: Llama, path: str | os.PathLike[str], accept: Callable[[Any], objec
             place = session.place(log.stored)
             if place is not None:
                 _places[llm] = place
+        _logs_left_out.pop(llm, None)
+        if header.get("log") and require_bounded(llm, "load_session").log is None:
+            _logs_left_out[llm] = os.path.realpath(path)
     return header["extra"]
+
+
+def _require_no_log_lost(llm: Llama, path: str | os.PathLike[str]) -> None:
+    """Refuse to write over the only copy of a log.
+
+    Raises:
+        SessionError: this would.
+    """
+    left_out = _logs_left_out.get(llm)
+    if left_out is None or not os.path.exists(left_out):
+        return
+    if os.path.realpath(path) == left_out:
+        raise SessionError(
+            f"'{path}' has a KV log, which was left out when it was loaded, as recall is off here. "
+            "To save over it would lose the log: save to another file, or load it with "
+            "recall='auto'"
+        )
 
 
 def state(llm: Llama, seed: int) -> SavedState:

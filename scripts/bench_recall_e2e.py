@@ -48,6 +48,7 @@ from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.bundled import bundled_model
 from kvp_edge.cache import asking, filling
+from kvp_edge.cache.kv_log import Block
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.recall import Recall
 
@@ -73,14 +74,10 @@ def hold_read(bench: Bench, llm: Llama) -> int:
 def log_read(kv: EvictionManager, n: int) -> None:
     """Log the first n tokens that the cells hold as the next ones."""
     assert kv.log is not None
-    layout, table = kv.log.layout, kv.snapshot()
-    kv.log.append(
-        n,
-        kv.log.end,
-        table.scores[:, :, :n],
-        table.spans[:0],
-        lambda rows: kv.cache.log_rows(layout, 0, n, n, out=rows),
-    )
+    layout, table, end = kv.log.layout, kv.snapshot(), kv.log.end
+    none = np.empty(0, np.uint8)
+    block = Block(end, n, end, none, table.scores[:, :, :n], table.spans[:0])
+    kv.log.append(block, lambda rows: kv.cache.log_rows(layout, 0, n, n, out=rows))
     if kv.log.lost:
         raise SystemExit(f"no room for the log: {kv.log.failure}")
 
@@ -106,8 +103,10 @@ def hold(llm: Llama, n: int) -> None:
     borders = np.linspace(0, tail, n_packed + 1).astype(np.int32)
     shape = (*empty.packed_indices.shape[:2], n_packed)
     chosen = np.random.default_rng(0).integers(borders[:-1], borders[1:], shape, np.int32)
+    gone = replace(empty, seen=n, tail=n, marked=n)
     filled = filling.fill(
-        replace(empty, seen=n, tail=n, marked=n),
+        gone,
+        filling.rows_of(gone),
         chosen,
         np.zeros(shape, np.float32),
         tail,

@@ -2,6 +2,7 @@
 """How many answers recall brings back.
 
     python scripts/eval_recall.py --model model.gguf --out answers.jsonl
+    python scripts/eval_recall.py --model model.gguf --out answers.jsonl --one-shot
     python scripts/eval_recall.py --out answers.jsonl --table
 
 A conversation with five facts about different things is read once for every cache. Tokens are
@@ -13,6 +14,10 @@ told in earlier turns of a chat.
 The same questions are put to the full cache; and to each policy's cache of 1/8 and of 1/16 of the
 conversation, without recall ("off") and with it ("recall"). Beside the facts there are two tasks
 that ask for the whole text: how often a word occurs, and a list of all facts.
+
+With --one-shot a cache holds all of the conversation while it is read, and is cut once, at its end.
+Then all keys and values are those of the full cache: what a reply lacks, its question did not ask
+for. Without it, keys and values were also computed while tokens were missing.
 """
 
 from __future__ import annotations
@@ -70,6 +75,7 @@ examples:
   python scripts/eval_recall.py --out tiny.jsonl --lengths 600 --conversations 2
   python scripts/eval_recall.py --model m.gguf --out a.jsonl --lengths 2000,4000 --dialogue
   python scripts/eval_recall.py --model m.gguf --out a.jsonl --controls
+  python scripts/eval_recall.py --model m.gguf --out a.jsonl --one-shot
   python scripts/eval_recall.py --model m.gguf --out tune.jsonl --tasks fact \\
       --settings "wide:after=20,floor=0.25;deep:passes=3"
 """
@@ -113,6 +119,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="",
         help="also recall wrongly or otherwise, of the first policy: all controls, or those named",
     )
+    add("--one-shot", action="store_true", help="evict nothing while a conversation is read")
     add("--settings", default="", help='also recall with "name:after=20,floor=0.25;name2:passes=1"')
     add("--recent", type=int, default=32, help="newest tokens that stay (32, or a quarter)")
     add("--reserve", type=int, default=64, help="free cells at least (64); else budget / 4")
@@ -178,6 +185,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.path: Path = args.out
+        self.mode = records.ONE_SHOT if args.one_shot else records.BOUNDED
         self.model = Path(args.model).stem
         found = records.read(self.path)
         settings = {w.name: _settings(w) for w in (OFF, RECALL, *args.tried)}
@@ -213,6 +221,7 @@ class Evaluation:
                 max(b.budget for b in most),
                 max(b.reserve for b in most),
                 self.args.threads,
+                one_shot=self.args.one_shot,
             )
             transcribe_without_template(cache.llm)
             self._bounded[policy] = cache
@@ -260,6 +269,7 @@ class Evaluation:
             "length": job.length,
             "facts": self.args.facts,
             "share": b and b.share,
+            "mode": b and self.mode,
             "reserve": b and self.args.reserve,  # as asked for; "cells" says what came of it
             "recent": b and self.args.recent,
             "policy": job.policy,

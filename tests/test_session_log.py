@@ -434,6 +434,31 @@ def test_without_recall_a_session_has_no_log_and_one_with_a_log_is_taken_all_the
     assert (tmp_path / "without").stat().st_size == (tmp_path / "once").stat().st_size
 
 
+def test_without_recall_a_log_in_a_file_is_not_written_over(opened: Opened, tmp_path: Path) -> None:
+    llm, without, again = opened(), opened(recall="off"), opened()
+    llm.eval(random_tokens(500))
+    llm.save_session(tmp_path / "s")
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    logged = log_of(llm).n_tokens
+    assert logged > 0
+    before = (tmp_path / "s").read_bytes()
+    without.load_session(tmp_path / "s")
+    without.eval(random_tokens(10, seed=2))
+    for name in ("s", "link"):
+        with pytest.raises(SessionError, match="save to another file, or load it with recall"):
+            without.save_session(tmp_path / name)
+    assert (tmp_path / "s").read_bytes() == before
+    without.save_session(tmp_path / "other")
+    without.load_session(tmp_path / "other")  # has no log
+    without.save_session(tmp_path / "other")
+    again.load_session(tmp_path / "s")
+    assert log_of(again).n_tokens == logged
+    # where it is gone, nothing is lost
+    without.load_session(tmp_path / "s")
+    (tmp_path / "s").unlink()
+    without.save_session(tmp_path / "s")
+
+
 def test_of_a_session_without_a_log_the_tokens_before_the_tail_are_lost(
     opened: Opened, tmp_path: Path
 ) -> None:

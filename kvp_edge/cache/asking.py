@@ -48,14 +48,7 @@ class Asking:
         if self._log.end >= end:
             return
         block = self._unlogged(t, end)
-        self._log.append(
-            block.n,
-            block.rope_first,
-            block.scores,
-            block.spans,
-            lambda rows: self._read_rows(block, rows),
-            pinned=pinned,
-        )
+        self._log.append(block, lambda rows: self._read_rows(block, rows), pinned=pinned)
 
     def _unlogged(self, t: Table, end: int) -> Block:
         """The tokens from the log's end to ``end``, without rows."""

@@ -41,6 +41,7 @@ def rows_of(t: Table) -> IntArray:
 
 def fill(
     t: Table,
+    rows: IntArray,
     chosen: TokenIndices,
     wanted: FloatArray,
     tail: int,
@@ -54,6 +55,7 @@ def fill(
 
     Args:
         t: the table of now; the cache may hold rows of later tokens, which go.
+        rows: ``rows_of(t)``.
         chosen: int32 [*groups, n_packed], tokens before ``tail``, ascending.
         wanted: f32 [*groups, n_packed], see Table.
         tail: at most t.seen.
@@ -65,7 +67,7 @@ def fill(
     newest = np.broadcast_to(newest, (*chosen.shape[:-1], len(newest)))
     tokens = np.concatenate((chosen, newest), axis=-1)
     n_packed, n = chosen.shape[-1], tokens.shape[-1]
-    rows = np.take_along_axis(rows_of(t), tokens, axis=-1)
+    rows = np.take_along_axis(rows, tokens, axis=-1)
     resident = rows >= 0
     at = np.maximum(rows, 0)
     ropes = np.take_along_axis(t.rope_positions(), at, axis=-1) if t.kept else at

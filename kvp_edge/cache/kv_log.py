@@ -208,31 +208,27 @@ class KVLog:
         self.failure: str | None = None
         self._store.keep(())
 
-    def append(
-        self,
-        n: int,
-        rope_first: int,
-        scores: FloatArray,
-        spans: IntArray,
-        fill: Callable[[Bytes], None],
-        pinned: int = 0,
-    ) -> None:
-        """Log the tokens end .. end + n - 1. If they find no room they are lost, and ``failure``
-        says why.
+    def append(self, block: Block, fill: Callable[[Bytes], None], pinned: int = 0) -> None:
+        """Log the tokens of a block that begins at ``end``. If they find no room they are lost, and
+        ``failure`` says why.
 
         Args:
-            rope_first, scores, spans: see Block.
-            fill: writes their rows.
+            block: without rows. Its scores and spans are copied: they are views of all tokens'.
+            fill: writes its rows.
             pinned: blocks with any of the first so many tokens are not given up for the limit.
+
+        Raises:
+            ValueError: it begins elsewhere.
         """
         now = self.held
-        none = np.empty(0, np.uint8)
-        block = Block(now.end, n, rope_first, none, scores.copy(), spans.copy())
+        if block.first != now.end:
+            raise ValueError(f"a block from token {block.first} on, and the log ends at {now.end}")
+        block = replace(block, scores=block.scores.copy(), spans=block.spans.copy())
         try:
             block = self._store.add(block, fill)
         except (OSError, MemoryError) as error:
             self.failure = _reason(error)
-            self.held = Logged(now.blocks, now.end + n, now.lost + n)
+            self.held = Logged(now.blocks, block.end, now.lost + block.n)
             return
         self.held = Logged((*now.blocks, block), block.end, now.lost)
         self._keep_limit(pinned)

@@ -505,7 +505,8 @@ class EvictionManager:
         self._asking.log_until(t, tail, self._protected_prefix)
         turned = self._frequencies if self._turns(t) else None
         largest, mean = self._asking.attention(t, asked, turned)
-        resident = filling.rows_of(now) >= 0
+        rows = filling.rows_of(now)
+        resident = rows >= 0
         share = float(np.where(resident, 0, mean[:, :, : now.seen]).sum(axis=-1).mean())
         if share < s.threshold:
             return None
@@ -515,6 +516,7 @@ class EvictionManager:
         fresh = ~np.take_along_axis(resident, chosen, axis=-1)
         return Choice(
             table=now,
+            rows=rows,
             tail=tail,
             tokens=chosen,
             wanted=np.take_along_axis(np.maximum(wanted, 0), chosen, axis=-1),
@@ -536,6 +538,7 @@ class EvictionManager:
         n_scored = t.n_packed + choice.tail - t.tail
         filled = filling.fill(
             replace(t, scores=self._final(t.scores, n_scored, t.kept)),
+            choice.rows,
             choice.tokens,
             choice.wanted,
             choice.tail,
@@ -622,6 +625,7 @@ class EvictionManager:
         none = np.zeros(chosen.shape, np.float32)
         filled = filling.fill(
             replace(gone, shift=t.shift),
+            filling.rows_of(gone),
             chosen,
             none,
             tail,

@@ -59,6 +59,7 @@ class Choice:
 
     Attributes:
         table: of the cache before the tokens that asked, with the scores of all rows.
+        rows: int32 [*groups, seen], which of them hold each token: filling.rows_of.
         tail: all heads hold every token from here on.
         tokens: int32 [*groups, n], ascending: of the tokens before, those that every head holds.
         wanted: f32 [*groups, n], how much, see Table.
@@ -67,6 +68,7 @@ class Choice:
     """
 
     table: Table
+    rows: IntArray
     tail: int
     tokens: TokenIndices
     wanted: FloatArray

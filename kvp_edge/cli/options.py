@@ -127,8 +127,8 @@ def n_ctx_option(default: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """What bounds the cache, by the names of kvp_edge.cache.options.CacheOptions."""
+class CacheFlags:
+    """The flags that bound the cache. Each is named after a field of kvp_edge.CacheOptions."""
 
     kv_budget: str = llama_option("kv_budget", _CACHE, default=DEFAULT_BUDGET)
     policy: str = llama_option("policy", _CACHE)
@@ -189,7 +189,7 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundedOptions(SystemOptions, CacheOptions, ModelOptions):
+class BoundedOptions(SystemOptions, CacheFlags, ModelOptions):
     """A model with a bounded cache."""
 
 
@@ -251,9 +251,9 @@ def engine_options(args: ModelOptions) -> dict[str, Any]:
     }
 
 
-def cache_options(args: CacheOptions) -> dict[str, Any]:
+def cache_options(args: CacheFlags) -> dict[str, Any]:
     """Keyword arguments of kvp_edge.Llama that bound the cache, but for ``n_ctx``."""
-    given = {one.name: getattr(args, one.name) for one in fields(CacheOptions)}
+    given = {one.name: getattr(args, one.name) for one in fields(CacheFlags)}
     return {**given, "kv_budget": parse_budget(args.kv_budget)}
 
 
@@ -282,7 +282,7 @@ def trained_context(path: str) -> int:
         return read_model_shape(path).n_ctx_train
 
 
-def warn_beyond_training(n_tokens: int, path: str, args: CacheOptions) -> None:
+def warn_beyond_training(n_tokens: int, path: str, args: CacheFlags) -> None:
     """Say so if a text is longer than any that the model has been trained on."""
     if args.positions == "compact":
         return

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import re
 import secrets
@@ -26,9 +27,12 @@ from typing import Any, BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: parts are not locked, and none that was left is taken away
+except ImportError:  # Windows: none of the parts that were left is taken away
     fcntl = None  # type: ignore[assignment]
+_msvcrt: Any = importlib.import_module("msvcrt") if os.name == "nt" else None
 
+#: Windows locks bytes, and lets nobody else read or write them: the last that can be locked.
+_LOCKED_BYTE = 2**31 - 2
 #: No file is called that: it holds a NUL byte, or characters that file names here cannot have.
 _NO_NAME = "it is not a file name"
 _O_BINARY = getattr(os, "O_BINARY", 0)
@@ -198,9 +202,10 @@ def lock(file: BinaryIO) -> bool:
     of the process closes all. A map (mmap) has a copy.
 
     Returns:
-        False: somebody else has locked it. Where there are no locks (Windows, some file systems)
-        it is True.
+        False: somebody else has locked it. Where there are no locks (some file systems) it is True.
     """
+    if _msvcrt is not None:
+        return _lock_byte(file, _msvcrt.LK_NBLCK)
     if fcntl is None:
         return True
     try:
@@ -214,9 +219,25 @@ def lock(file: BinaryIO) -> bool:
 
 def unlock(file: BinaryIO) -> None:
     """Let others lock a file, although it or a map of it may stay open."""
-    if fcntl is not None:
+    if _msvcrt is not None:
+        _lock_byte(file, _msvcrt.LK_UNLCK)
+    elif fcntl is not None:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock_byte(file: BinaryIO, mode: int) -> bool:
+    """``lock`` and ``unlock`` on Windows. The place where the file is read stays."""
+    handle = file.fileno()
+    place = os.lseek(handle, 0, os.SEEK_CUR)
+    try:
+        os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+        _msvcrt.locking(handle, mode, 1)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EDEADLK)
+    finally:
+        os.lseek(handle, place, os.SEEK_SET)
+    return True
 
 
 def is_at(file: BinaryIO, path: str | os.PathLike[str]) -> bool:

@@ -10,10 +10,13 @@ from typing import Any
 Record = dict[str, Any]
 Key = tuple[Any, ...]
 
-#: These fields identify an answer.
+#: When the tokens of a conversation go: while it is read, or all at its end.
+BOUNDED, ONE_SHOT = "bounded", "one-shot"
+
+#: These fields identify an answer. Of the full cache, share, mode, reserve and recent are None.
 KEY = (
     *("model", "seed", "conversation", "kind", "length", "facts"),
-    *("share", "reserve", "recent", "policy", "way", "task", "question"),
+    *("share", "mode", "reserve", "recent", "policy", "way", "task", "question"),
 )
 
 
@@ -34,8 +37,10 @@ def read(path: Path) -> list[Record]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
+            # older files have no mode: all of their caches are bounded while they read
+            record.setdefault("mode", None if record["share"] is None else BOUNDED)
             key(record)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}, line {number} is no record ({error!r}): delete it") from None
         found.append(record)
     return found

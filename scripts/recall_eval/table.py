@@ -12,7 +12,7 @@ from statistics import fmean, median
 
 from kvp_edge.evaluation import markdown
 from kvp_edge.evaluation.statistics import ItemId, Scores, mean, ratio, wilson
-from recall_eval.records import Record
+from recall_eval.records import ONE_SHOT, Record
 
 FULL = "full cache"
 _NONE = "none"
@@ -25,7 +25,7 @@ _TASKS = {
 }
 
 Column = tuple[int, int]  # length, share
-Row = tuple[str, str, int, int]  # policy, way, reserve, recent
+Row = tuple[str, str, str, int, int]  # policy, way, mode, reserve, recent
 
 
 def render(records: Sequence[Record]) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _task(task: str, records: Sequence[Record]) -> Iterator[str]:
         for length in dict.fromkeys(length for length, _ in columns)
     }
     rows = list(dict.fromkeys(map(_row, bounded)))
-    limits = len({row[2:] for row in rows}) > 1  # rows must be told apart by them, too
+    limits = len({row[3:] for row in rows}) > 1  # rows must be told apart by them, too
     names = {row: _name(row, limits) for row in rows}
     cells = {
         (row, column): [
@@ -108,12 +108,13 @@ def _task(task: str, records: Sequence[Record]) -> Iterator[str]:
 
 def _row(record: Record) -> Row:
     # reserve and recent grow with the budget, so the names of a row are those asked for
-    return record["policy"], record["way"], record["reserve"], record["recent"]
+    r = record
+    return r["policy"], r["way"], r["mode"], r["reserve"], r["recent"]
 
 
 def _name(row: Row, limits: bool) -> str:
-    policy, way, reserve, recent = row
-    name = f"{policy}, {way}"
+    policy, way, mode, reserve, recent = row
+    name = f"{policy}, {way}" + (f", {ONE_SHOT}" if mode == ONE_SHOT else "")
     return markdown.escape(f"{name} (reserve {reserve}, recent {recent})" if limits else name)
 
 

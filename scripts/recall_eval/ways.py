@@ -16,7 +16,8 @@ import numpy as np
 
 from kvp_edge import Llama
 from kvp_edge.binding.queries import Queries
-from kvp_edge.cache import filling, recall
+from kvp_edge.cache import recall
+from kvp_edge.cache.limits import CELL_UNIT
 from kvp_edge.cache.recall import Choice, Recall, RecallSettings
 from kvp_edge.policies import get_policy
 from kvp_edge.text.chat_prompt import ends_reply
@@ -157,6 +158,7 @@ class BoundedCache:
 
     Args:
         budget: the largest that ``read`` is called with; ``reserve`` and ``recent`` likewise.
+        one_shot: the cache holds all of a conversation while it is read, up to ``n_ctx`` tokens.
     """
 
     def __init__(
@@ -168,7 +170,11 @@ class BoundedCache:
         reserve: int,
         threads: int,
         sinks: int = 4,
+        one_shot: bool = False,
     ) -> None:
+        if one_shot:  # all cells for reading; beyond them the context goes on, as it is bounded
+            budget, n_ctx = n_ctx, n_ctx + reserve + CELL_UNIT
+        self._one_shot = one_shot
         self._events: list[Recall] = []
         self.llm = Llama(
             model,
@@ -192,15 +198,17 @@ class BoundedCache:
 
     def read(self, context: Sequence[int], budget: int, reserve: int, recent: int) -> None:
         """Start a conversation with these tokens, evict, and take a snapshot. The model has more
-        cells than ``budget + reserve`` only in memory: an eviction comes when so many are taken."""
+        cells than ``budget + reserve`` only in memory, and with ``one_shot`` until all is read: an
+        eviction comes when so many are taken."""
         self.llm.reset()
-        n_batch = min(self._planned.n_batch, reserve)
-        limits = replace(
-            self._planned, budget=budget, cells=budget + reserve, recent=recent, n_batch=n_batch
-        )
-        self._kv.replace_limits(limits)
+        planned = replace(self._planned, n_batch=min(self._planned.n_batch, reserve))
+        limits = replace(planned, budget=budget, cells=budget + reserve, recent=recent)
+        self._kv.replace_limits(planned if self._one_shot else limits)
         self._kv.recall_settings = BASE
         self.llm.eval(context)
+        if self._one_shot:
+            assert self._kv.complete
+            self._kv.replace_limits(limits)
         self.llm.evict()
         self._context = list(context)
         self._snapshot = self._kv.snapshot(), self._kv.cache.state(), self._kv.log.held
@@ -321,12 +329,12 @@ class BoundedCache:
         chosen = recall.choose(
             rng.random(shape, np.float32),
             floor,
-            (filling.rows_of(t)[..., :tail] >= 0) | kv.log.holds(tail),
+            (choice.rows[..., :tail] >= 0) | kv.log.holds(tail),
             tokens < kv.protected_prefix,
             tokens,
             n,
         )
-        fresh = np.take_along_axis(filling.rows_of(t), chosen, axis=-1) < 0
+        fresh = np.take_along_axis(choice.rows, chosen, axis=-1) < 0
         none = np.zeros(chosen.shape, np.float32)
         return replace(choice, tokens=chosen, wanted=none, n_rows=int(fresh.sum()))
 

@@ -348,8 +348,7 @@ hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
 blocks = [block_of(i * 100, 100) for i in range(40)]
 def append(block):
-    log.append(100, block.rope_first, block.scores, block.spans,
-               lambda into: np.copyto(into, block.rows))
+    log.append(block, lambda into: np.copyto(into, block.rows))
 for block in blocks[:39]:
     append(block)
 n = len(log.blocks)
@@ -498,7 +497,9 @@ def test_a_span_that_ends_after_the_cut_is_forgotten(path: Path, kind: str) -> N
     log = KVLog(LAYOUT, InMemory(LAYOUT) if kind == "memory" else LogFile(path, LAYOUT))
     scores = np.zeros((LAYERS, HEADS, 10), np.float32)
     for spans in ([(2, 4, 0), (8, 12, 0)], [(13, 15, 0)]):
-        log.append(10, log.end, scores, np.array(spans, np.int32), lambda rows: rows.fill(3))
+        none = np.empty(0, np.uint8)
+        block = Block(log.end, 10, log.end, none, scores, np.array(spans, np.int32))
+        log.append(block, lambda rows: rows.fill(3))
     whole = log.held
     log.cut(12)
     assert log.spans().tolist() == [[2, 4, 0], [8, 12, 0]]
@@ -532,8 +533,7 @@ def test_any_history_of_a_log_in_a_file_is_that_of_a_list(data: st.DataObject) -
             )
             if action == "add":
                 block = block_of(log.end, draw(st.integers(1, 30)), next(seeds))
-                fill = partial(_copy, block.rows)
-                log.append(block.n, block.rope_first, block.scores, block.spans, fill)
+                log.append(block, partial(_copy, block.rows))
                 rows += list(_by_token(block))
             elif action == "cut":
                 log.cut(length := draw(st.integers(0, log.end)))

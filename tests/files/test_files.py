@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +21,21 @@ import pytest
 
 from kvp_edge import files
 from kvp_edge.files import open_regular, read_regular, replacing, write_whole
+
+
+class LikeWindows:
+    """msvcrt.locking, by locks that belong to an open file as Windows' do: fcntl(2), F_OFD_SETLK.
+    Other processes and handles may read and write the byte here, and not on Windows."""
+
+    LK_UNLCK, LK_NBLCK = 0, 2
+
+    def locking(self, handle: int, mode: int, n: int) -> None:
+        kind = fcntl.F_WRLCK if mode == self.LK_NBLCK else fcntl.F_UNLCK
+        lock = struct.pack("hhqqi4x", kind, os.SEEK_CUR, 0, n, 0)
+        try:
+            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, lock)
+        except BlockingIOError as error:
+            raise PermissionError(errno.EACCES, "Permission denied") from error
 
 
 @pytest.fixture
@@ -37,7 +55,13 @@ def test_a_file_opened_to_be_written_is_not_waited_for_either_and_is_not_buffere
         assert (tmp_path / "a").read_text() == "xbc"
 
 
-def test_a_locked_file_is_nobody_elses_until_it_is_let_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_locked_file_is_nobody_elses_until_it_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: bool
+) -> None:
+    if windows:
+        monkeypatch.setattr(files, "_msvcrt", LikeWindows())
+        monkeypatch.setattr(files, "fcntl", None)
     (tmp_path / "a").touch()
     one, other = (open_regular(tmp_path / "a", write=True) for _ in range(2))
     with one, other:
@@ -57,6 +81,11 @@ def test_a_locked_file_is_nobody_elses_until_it_is_let_go(tmp_path: Path) -> Non
         (tmp_path / "a").rename(tmp_path / "b")
         assert not files.is_at(other, tmp_path / "a")
         assert files.is_at(other, tmp_path / "b")
+        other.write(b"abc")
+        files.unlock(other)
+        assert files.lock(other)
+        other.write(b"d")
+        assert (tmp_path / "b").read_bytes() == b"abcd", "it is written on where it was"
 
 
 def test_what_need_not_outlive_a_power_cut_is_not_waited_for(

@@ -99,6 +99,42 @@ def test_the_table_counts_the_right_answers(
     assert "240 tokens, 1/4" in table
 
 
+def test_one_shot_answers_stand_beside_bounded_ones_and_share_the_full_caches(
+    answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = tmp_path / "both.jsonl"
+    both.write_bytes(answers.read_bytes())
+    assert main([*command(both), "--tasks", "fact", "--one-shot"]) == 0
+    bounded, added = read(answers), read(both)[len(read(answers)) :]
+    assert {r["mode"] for r in bounded} == {None, "bounded"}
+    assert {r["mode"] for r in added} == {"one-shot"}, "the full cache is not asked again"
+    told = ("fact", "dialogue")  # --dialogue is asked for, too
+    same = {key(r | {"mode": "one-shot"}) for r in bounded if r["mode"] and r["task"] in told}
+    assert {key(r) for r in added} == same
+    capsys.readouterr()
+    assert main(["--out", str(both), "--table"]) == 0
+    table = capsys.readouterr().out
+    for name, records in (("keydiff, recall", bounded), ("keydiff, recall, one-shot", added)):
+        facts = [r["score"] for r in records if (r["way"], r["task"]) == ("recall", "fact")]
+        assert f"| {name} | {sum(facts):.0f} of 4: " in table
+
+
+def test_a_file_without_modes_is_bounded(
+    answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = tmp_path / "older.jsonl"
+    lines = [{n: v for n, v in r.items() if n != "mode"} for r in read(answers)]
+    older.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    before = older.read_bytes()
+    capsys.readouterr()
+    assert main(command(older)) == 0
+    assert older.read_bytes() == before, "nothing is measured again"
+    assert main(["--out", str(older), "--table"]) == 0
+    table = capsys.readouterr().out
+    assert main(["--out", str(answers), "--table"]) == 0
+    assert capsys.readouterr().out == table
+
+
 def test_a_name_stands_for_one_setting_in_a_file(answers: Path) -> None:
     other = command(answers)
     other[other.index("deep:passes=3")] = "deep:passes=1"
@@ -229,6 +265,43 @@ def test_random_rows_leave_what_the_policy_ranks_first(cache: BoundedCache) -> N
         now = set(drawn[head].tolist())
         assert {0, 1, 2, 3, *best[head].tolist()} <= now
         assert now - set(before[head].tolist()), "something came"
+
+
+def rows(llm: Llama) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens that every head holds, their keys and values: [n_layer, n_head_kv, kept, ...]."""
+    assert llm.kv is not None
+    table = llm.kv.snapshot()
+    positions = table.llama_positions()
+    _, keys, values = llm.kv.cache.read(0, int(positions[-1]) + 1, len(positions))
+    return table.indices(), keys, values
+
+
+def test_one_shot_holds_rows_of_the_full_cache_also_those_that_a_question_recalls() -> None:
+    bounded, one_shot, whole = (
+        BoundedCache(bundled_model(), "keydiff", 1024, 60, 64, 1, one_shot=i > 0) for i in range(3)
+    )
+    text = " ".join(f"The {thing} of the house is old." for thing in THINGS)
+    context = whole.llm.tokenize(f"My dog is called Arthur. {text * 8}".encode())
+    whole.read(context, len(context), 64, 8)
+    tokens, *full = rows(whole.llm)
+    assert tokens.shape[-1] == len(context), "a budget of all tokens cuts nothing"
+    for cache, equal in ((one_shot, True), (bounded, False)):
+        cache.read(context, 60, 64, 8)
+        assert cache.llm.kv_stats.evictions == 1 or not equal
+        for way in (OFF, RECALL):
+            dog = prompt(cache, "What is my dog called?")
+            before = held(cache, dog, way, [])
+            tokens, *parts = rows(cache.llm)
+            assert tokens.shape == before.shape
+            # of the conversation; the question is read on what is held
+            n = int((tokens[0, 0] < len(context)).sum())
+            assert (tokens[..., :n] < len(context)).all()
+            for part, of_all in zip(parts, full, strict=True):
+                want = np.take_along_axis(of_all, tokens[..., :n, None], axis=2)
+                assert np.array_equal(part[..., :n, :], want) == equal
+        assert cache.llm.kv_stats.recalls >= 1, "recalled"
+        assert cache.llm.kv is not None
+        assert cache.llm.kv.limits.cells == 60 + 64
 
 
 # -- what is asked -------------------------------------------------------------------------------
