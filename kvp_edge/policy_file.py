@@ -53,7 +53,8 @@ _Q8_0_BLOCK = 32
 @dataclass(frozen=True)
 class PolicyInfo:
     """What a policy file says of itself. ``n_layer`` counts the layers of the base KV cache;
-    ``horizon`` is of gates (objective "global", kvp_edge.policies.retention)."""
+    ``horizon`` is of gates (objective "global", kvp_edge.policies.retention); ``fingerprint`` and
+    ``model_identity`` are of the traced model (kvp_edge.binding.fingerprint), or empty."""
 
     architecture: str
     n_layer: int
@@ -69,6 +70,7 @@ class PolicyInfo:
     horizon: int = 1024
     base_model: str = ""
     fingerprint: str = ""
+    model_identity: str = ""
     training_data: str = ""
     license: str = ""
 
@@ -140,11 +142,11 @@ def check_model(
     head_size_k: int,
     head_size_v: int,
     fingerprint: str = "",
+    model_identity: str = "",
 ) -> None:
     """Whether the policy was trained for this model; the sizes are those of its base KV cache.
 
-    Another fingerprint alone is a warning: another quantisation of the same model has one, and the
-    policy works for it.
+    Another fingerprint and another identity (kvp_edge.binding.fingerprint), or none, are a warning.
 
     Raises:
         PolicyFileError: another architecture or shape.
@@ -161,7 +163,8 @@ def check_model(
             f"the policy '{info.name}' is for a cache of {_shape_words(*ours)}, but the "
             f"model's has {_shape_words(*theirs)}"
         )
-    if info.fingerprint and fingerprint and info.fingerprint != fingerprint:
+    same_model = info.model_identity and info.model_identity == model_identity
+    if info.fingerprint and fingerprint and info.fingerprint != fingerprint and not same_model:
         warnings.warn(
             f"the policy '{info.name}' was trained with another model file "
             f"('{info.base_model}'). This is fine if that is another quantisation of the same "
@@ -224,6 +227,8 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
         writer.add_uint32("kvp.retention.horizon", info.horizon)
     writer.add_string("kvp.training.data", info.training_data)
     writer.add_string("kvp.base_model.fingerprint", info.fingerprint)
+    if info.model_identity:
+        writer.add_string("kvp.base_model.identity", info.model_identity)
 
     arrays = weights.arrays()
     for attribute, name in _TENSORS.items():
@@ -392,6 +397,7 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
         horizon=get("kvp.retention.horizon") if objective == "global" else PolicyInfo.horizon,
         base_model=optional("general.base_model.0.name", ""),
         fingerprint=optional("kvp.base_model.fingerprint", ""),
+        model_identity=optional("kvp.base_model.identity", ""),
         training_data=optional("kvp.training.data", ""),
         license=optional("general.license", ""),
     )
@@ -400,12 +406,14 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
 
 
 def info_of(values: object) -> PolicyInfo:
-    """A PolicyInfo from JSON of its fields.
+    """A PolicyInfo from JSON of its fields; files made before there was a model_identity lack it.
 
     Raises:
         ValueError: a field is missing, unknown, of another type or out of its range.
     """
     hints = get_type_hints(PolicyInfo)
+    if isinstance(values, dict):
+        values = {"model_identity": PolicyInfo.model_identity, **values}
     info = PolicyInfo(**{name: require(values, hints)[name] for name in hints})
     _check_info(info, "it")
     return info

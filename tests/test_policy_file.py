@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from kvp_edge.policy_file import (
     PolicyInfo,
     PolicyWeights,
     check_model,
+    info_of,
     read_policy,
     write_policy,
 )
@@ -44,6 +46,7 @@ INFO = PolicyInfo(
     recent=40,
     base_model="Test 3M",
     fingerprint="f00d",
+    model_identity="1dea",
     training_data="12 traces",
     license="mit",
 )
@@ -62,6 +65,18 @@ def test_what_is_written_comes_back(policy_file: Path) -> None:
     for name, array in vars(random_weights(INFO)).items():
         np.testing.assert_array_equal(getattr(weights, name), array, err_msg=name)
     assert not list(policy_file.parent.glob("*.part"))
+
+
+def test_a_file_from_before_there_was_an_identity_has_none(
+    policy_file: Path, tmp_path: Path
+) -> None:
+    older = rewrite(policy_file, tmp_path / "older.gguf", drop="kvp.base_model.identity")
+    info, _ = read_policy(older)
+    assert info == replace(INFO, model_identity="")
+    values = vars(INFO).copy()
+    assert info_of(values) == INFO
+    del values["model_identity"]
+    assert info_of(values) == info
 
 
 @pytest.mark.parametrize(("outtype", "error"), [("f16", 1e-3), ("q8_0", 1e-2)])
@@ -187,6 +202,7 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
         ({"general__name": 5}, "general.name 5, which has the wrong type"),
         ({"general__license": ["a"]}, "general.license .*, which has the wrong type"),
         ({"kvp__base_model__fingerprint": 5}, "fingerprint 5, which has the wrong type"),
+        ({"kvp__base_model__identity": 5}, "identity 5, which has the wrong type"),
         ({"drop": "kvp_aggregate.weight"}, "lacks the tensor kvp_aggregate.weight"),
     ],
 )
@@ -285,6 +301,26 @@ def test_another_architecture_or_shape_is_refused_another_quantisation_a_warning
         check_model(INFO, **{**model, "n_layer": 4})
     with pytest.warns(UserWarning, match="another quantisation"):
         check_model(INFO, **{**model, "fingerprint": "beef"})
+    with pytest.warns(UserWarning, match="trained with another model file"):
+        check_model(INFO, **{**model, "fingerprint": "beef", "model_identity": "cafe"})
+    nameless = replace(INFO, model_identity="")
+    with pytest.warns(UserWarning, match="trained with another model file"):
+        check_model(nameless, **{**model, "fingerprint": "beef", "model_identity": ""})
+
+
+def test_another_quantisation_of_the_same_model_is_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_model(
+            INFO,
+            architecture="llama",
+            n_layer=2,
+            n_head_kv=3,
+            head_size_k=32,
+            head_size_v=64,
+            fingerprint="beef",
+            model_identity="1dea",
+        )
 
 
 def test_the_bundled_policy_is_written_again_byte_for_byte(
@@ -338,7 +374,15 @@ def test_a_saved_session_can_tell_two_policies_apart(policy_file: Path, tmp_path
 def test_inspect_explains_a_file(policy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(policy_file)]) == 0
     told = capsys.readouterr().out
-    for part in ("kvp-test-w5", "llama", "Test 3M", "2 layers x 3 KV heads", "12 traces", "mit"):
+    for part in (
+        "kvp-test-w5",
+        "llama",
+        "Test 3M",
+        "2 layers x 3 KV heads",
+        "12 traces",
+        "mit",
+        "1dea",
+    ):
         assert part in told
     assert main(["inspect", "none.gguf"]) == 2
     assert "policy file 'none.gguf' not found" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvp_edge.binding.fingerprint import model_fingerprint
+from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
 from kvp_edge.binding.library import BUILT_FOR, LLAMA_VERSION
 from kvp_edge.errors import TraceError
 from kvp_edge.files import read_regular, write_whole
@@ -130,9 +130,10 @@ def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) ->
     }
     # Runs older than this entry were made without flash attention, and resume so.
     settled = {name: value for name, value in settings.items() if name != "flash_attn" or value}
-    # the file's name is for people; the fingerprint identifies the model
+    # the file's name is for people; the fingerprint tells which file it is
     what = [FORMAT_VERSION, LLAMA_VERSION, {**model, "file": ""}, sources, settled]
     run = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    identity = model_identity(path)  # not part of the run: older manifests lack it
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -142,7 +143,7 @@ def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) ->
         "kvp_edge": __version__,
         "llama_cpp": LLAMA_VERSION,
         "llama_cpp_python": BUILT_FOR,
-        "model": model,
+        "model": {**model, "identity": identity},
         "sources": sources,
         "settings": settings,
         "traces": [],
