@@ -20,7 +20,12 @@ from kvp_edge.files.json_values import is_a, require, shortened
 
 OutType = Literal["f32", "f16", "q8_0"]
 
-FORMAT_VERSION = 1
+#: What one network scores: "head": one KV head, by its own keys and values. "layer": all KV heads
+#: of a layer, by the keys and values of all of them.
+Scope = Literal["head", "layer"]
+
+#: Of the format that a policy of each scope is written in.
+FORMAT_VERSIONS: dict[Scope, int] = {"head": 1, "layer": 2}
 OBJECTIVES = ("kvp", "foresight", "global")
 N_POSITION_FEATURES = 4
 #: What a token's score is computed from, in the order of the first layer's inputs.
@@ -47,6 +52,8 @@ _MOST = 2**31 - 1
 _MOST_BYTES = 2**32  # those of the largest models have 2^26
 
 _AGGREGATE = "kvp_aggregate.weight"
+_SENSITIVITY = "kvp_sensitivity.weight"
+_OFF_MEAN = 1e-3  # that the mean sensitivity may be off from 1
 _Q8_0_BLOCK = 32
 
 
@@ -73,18 +80,33 @@ class PolicyInfo:
     model_identity: str = ""
     training_data: str = ""
     license: str = ""
+    scope: Scope = "head"
+
+    @property
+    def n_networks(self) -> int:
+        """Of each layer; each scores an equal share of its KV heads."""
+        return networks_of_layer(self.scope, self.n_head_kv)
+
+
+def networks_of_layer(scope: Scope, n_head_kv: int) -> int:
+    """How many networks score a layer's KV heads."""
+    return 1 if scope == "layer" else n_head_kv
 
 
 @dataclass(frozen=True)
 class PolicyWeights:
     """f32 arrays; L layers, H KV heads, h hidden units, w context width, standardisation folded in.
+    G networks score a layer, each H/G heads side by side: H of them (scope "head") or 1 ("layer").
 
     Attributes:
-        key [L, H, h, head_size_k], value [L, H, h, head_size_v], position [L, H, h, 4],
-        fc1_bias [L, H, h]: the first layer.
-        conv [L, H, w, h]: over tokens; conv[:, :, w // 2] is the token's own. All 1 for w = 1.
-        fc2 [L, H, h, h], fc2_bias [L, H, h], out [L, H, h].
+        key [L, G, h, H/G * head_size_k], value [L, G, h, H/G * head_size_v], position [L, G, h, 4],
+        fc1_bias [L, G, h]: the first layer, on the keys and values of the network's heads, head by
+            head.
+        conv [L, G, w, h]: over tokens; conv[:, :, w // 2] is the token's own. All 1 for w = 1.
+        fc2 [L, G, h, h], fc2_bias [L, G, h]; out [L, G, H/G, h], a row for each head.
         aggregate [L, H]: weights of the heads' scores in the score of a whole token.
+        sensitivity [L, H]: how much the model's loss rises when that head loses its rows, relative
+            to the other heads: not negative, mean 1. None: the file does not say.
     """
 
     key: FloatArray
@@ -96,10 +118,11 @@ class PolicyWeights:
     fc2_bias: FloatArray
     out: FloatArray
     aggregate: FloatArray
+    sensitivity: FloatArray | None = None
 
     def arrays(self) -> dict[str, FloatArray]:
-        """By name."""
-        return dict(vars(self))
+        """Those that there are, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
 
 
 #: attribute of PolicyWeights -> name of its tensor, one per layer
@@ -118,19 +141,29 @@ _TYPED = ("key", "value", "fc2")
 
 
 def weight_shapes(info: PolicyInfo) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of PolicyWeights for a policy of this kind."""
-    heads, h = (info.n_layer, info.n_head_kv), info.hidden
+    """The shape of every array of PolicyWeights that a policy of this kind must have."""
+    nets, h = (info.n_layer, info.n_networks), info.hidden
+    each = info.n_head_kv // info.n_networks
     return {
-        "key": (*heads, h, info.head_size_k),
-        "value": (*heads, h, info.head_size_v),
-        "position": (*heads, h, N_POSITION_FEATURES),
-        "fc1_bias": (*heads, h),
-        "conv": (*heads, info.context, h),
-        "fc2": (*heads, h, h),
-        "fc2_bias": (*heads, h),
-        "out": (*heads, h),
-        "aggregate": heads,
+        "key": (*nets, h, each * info.head_size_k),
+        "value": (*nets, h, each * info.head_size_v),
+        "position": (*nets, h, N_POSITION_FEATURES),
+        "fc1_bias": (*nets, h),
+        "conv": (*nets, info.context, h),
+        "fc2": (*nets, h, h),
+        "fc2_bias": (*nets, h),
+        "out": (*nets, each, h),
+        "aggregate": (info.n_layer, info.n_head_kv),
     }
+
+
+def _stored_shapes(info: PolicyInfo) -> dict[str, tuple[int, ...]]:
+    """The shape of a layer's tensors in the file: without an axis of networks where there is one
+    alone for all heads. ``out`` has a row for each of the layer's heads, whoever scores them."""
+    shapes = weight_shapes(info)
+    first = 2 if info.scope == "layer" else 1
+    stored = {attribute: shapes[attribute][first:] for attribute in _TENSORS}
+    return {**stored, "out": (info.n_head_kv, info.hidden)}
 
 
 def check_model(
@@ -211,7 +244,10 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
     if info.base_model:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, info.base_model)
-    writer.add_uint32("kvp.format_version", FORMAT_VERSION)
+    version = FORMAT_VERSIONS[info.scope]
+    writer.add_uint32("kvp.format_version", version)
+    if version > 1:
+        writer.add_string("kvp.scope", info.scope)
     writer.add_string("kvp.objective", info.objective)
     writer.add_uint32("kvp.block_count", info.n_layer)
     writer.add_uint32("kvp.head_count_kv", info.n_head_kv)
@@ -230,9 +266,10 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
     if info.model_identity:
         writer.add_string("kvp.base_model.identity", info.model_identity)
 
-    arrays = weights.arrays()
+    arrays, shapes = weights.arrays(), _stored_shapes(info)
     for attribute, name in _TENSORS.items():
-        for layer, array in enumerate(arrays[attribute]):
+        for layer, whole in enumerate(arrays[attribute]):
+            array = whole.reshape(shapes[attribute])
             kind = _stored_type(outtype, attribute, array.shape[-1])
             quant = gguf.GGMLQuantizationType[kind.upper()]
             data = gguf.quants.quantize(np.ascontiguousarray(array, np.float32), quant)
@@ -240,6 +277,8 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
             raw = quant if kind == "q8_0" else None
             writer.add_tensor(name.format(layer), data, raw_dtype=raw)
     writer.add_tensor(_AGGREGATE, np.ascontiguousarray(weights.aggregate, np.float32))
+    if weights.sensitivity is not None:
+        writer.add_tensor(_SENSITIVITY, np.ascontiguousarray(weights.sensitivity, np.float32))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -286,14 +325,17 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[PolicyInfo, PolicyWeights
                 )
             return found.data(tensor)
 
-        shapes = weight_shapes(info)
+        shapes, stored = weight_shapes(info), _stored_shapes(info)
         arrays = {
             attribute: np.stack(
-                [load(name.format(il), shapes[attribute][1:]) for il in range(info.n_layer)]
-            )
+                [load(name.format(il), stored[attribute]) for il in range(info.n_layer)]
+            ).reshape(shapes[attribute])
             for attribute, name in _TENSORS.items()
         }
-        weights = PolicyWeights(**arrays, aggregate=load(_AGGREGATE, shapes["aggregate"]))
+        arrays["aggregate"] = load(_AGGREGATE, shapes["aggregate"])
+        if _SENSITIVITY in found.tensors:
+            arrays["sensitivity"] = load(_SENSITIVITY, shapes["aggregate"])
+        weights = PolicyWeights(**arrays)
     _check_weights(info, weights, f"the policy file '{path}'")
     return info, weights
 
@@ -356,10 +398,12 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
             "and a policy's is an adapter of type 'kvp'"
         )
     version = get("kvp.format_version")
-    if version != FORMAT_VERSION:
+    known = FORMAT_VERSIONS.values()
+    if version not in known:
         raise PolicyFileError(
             f"the policy file '{path}' has format version {version}, but this kvp_edge reads "
-            f"version {FORMAT_VERSION}" + (": update kvp_edge" if version > FORMAT_VERSION else "")
+            f"versions {' and '.join(map(str, known))}"
+            + (": update kvp_edge" if version > max(known) else "")
         )
     features = get("kvp.features", list[str])
     if tuple(features) != FEATURES:
@@ -400,20 +444,25 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
         model_identity=optional("kvp.base_model.identity", ""),
         training_data=optional("kvp.training.data", ""),
         license=optional("general.license", ""),
+        scope=get("kvp.scope", str) if version > 1 else "head",
     )
     _check_info(info, f"the policy file '{path}'")
     return info
 
 
 def info_of(values: object) -> PolicyInfo:
-    """A PolicyInfo from JSON of its fields; files made before there was a model_identity lack it.
+    """A PolicyInfo from JSON of its fields; the first files lack some.
 
     Raises:
         ValueError: a field is missing, unknown, of another type or out of its range.
     """
-    hints = get_type_hints(PolicyInfo)
-    if isinstance(values, dict):
-        values = {"model_identity": PolicyInfo.model_identity, **values}
+    hints = get_type_hints(PolicyInfo) | {"scope": str}
+    if isinstance(values, dict):  # the first files said nothing of these
+        values = {
+            "scope": PolicyInfo.scope,
+            "model_identity": PolicyInfo.model_identity,
+            **values,
+        }
     info = PolicyInfo(**{name: require(values, hints)[name] for name in hints})
     _check_info(info, "it")
     return info
@@ -421,7 +470,7 @@ def info_of(values: object) -> PolicyInfo:
 
 def _check_info(info: PolicyInfo, whose: str) -> None:
     """Raises:
-    PolicyFileError: a number that is out of its range, or an unknown objective.
+    PolicyFileError: a number that is out of its range, an unknown objective or scope.
     """
     for name, key in _AT_LEAST_1.items():
         if not 1 <= getattr(info, name) <= _MOST:
@@ -439,10 +488,16 @@ def _check_info(info: PolicyInfo, whose: str) -> None:
             f"{whose} has the kvp.objective {shortened(info.objective)}, but this kvp_edge "
             f"knows {', '.join(OBJECTIVES)}: update kvp_edge"
         )
+    if info.scope not in FORMAT_VERSIONS:
+        raise PolicyFileError(
+            f"{whose} has the kvp.scope {shortened(info.scope)}, but this kvp_edge knows "
+            f"{', '.join(FORMAT_VERSIONS)}: update kvp_edge"
+        )
 
 
 def _check_weights(info: PolicyInfo, weights: PolicyWeights, whose: str) -> None:
     shapes = weight_shapes(info)
+    shapes["sensitivity"] = shapes["aggregate"]
     for name, array in weights.arrays().items():
         if array.shape != shapes[name]:
             raise PolicyFileError(
@@ -452,3 +507,18 @@ def _check_weights(info: PolicyInfo, weights: PolicyWeights, whose: str) -> None
             raise PolicyFileError(
                 f"{whose} has {name} weights that are not finite (NaN or infinite)"
             )
+    check_sensitivity(weights.sensitivity, whose)
+
+
+def check_sensitivity(sensitivity: FloatArray | None, whose: str) -> None:
+    """Raises:
+    PolicyFileError: sensitivities that are not relative: negative, or of another mean than 1.
+    """
+    if sensitivity is None:
+        return
+    mean = float(sensitivity.mean(dtype=np.float64))
+    if sensitivity.min() < 0 or abs(mean - 1) > _OFF_MEAN:
+        raise PolicyFileError(
+            f"{whose} has heads' sensitivities from {sensitivity.min():.3g} on, with the mean "
+            f"{mean:.3g}; they must not be negative, and their mean must be 1"
+        )

@@ -37,7 +37,7 @@ extern "C" {
 struct llama_context;
 
 /* Raised whenever a signature or a struct below changes; the Python side refuses another number. */
-#define KVP_ABI_VERSION 11
+#define KVP_ABI_VERSION 12
 
 /* llama.cpp's own limit (LLAMA_MAX_LAYERS in src/llama-hparams.h). */
 #define KVP_MAX_LAYERS 512
@@ -178,8 +178,8 @@ KVP_API int32_t kvp_cache_check_cells(kvp_cache * cache, const kvp_llama_positio
 KVP_API int32_t kvp_cache_read(kvp_cache * cache, kvp_llama_position p0, kvp_llama_position p1, uint32_t n,
                                kvp_llama_position * positions, float * keys, float * values, kvp_error * err);
 
-/* A learned policy: a small network for every (layer, KV head), whose score docs/policy-format.md defines.
- * It runs as ggml graphs: on the CPU for rows in host memory, else on the device that holds them. */
+/* A learned policy: a small network for every (layer, KV head), or one for every layer that sees all of its KV
+ * heads, whose scores docs/policy-format.md defines. It runs as ggml graphs: on the CPU for rows in host memory, else on the device that holds them. */
 typedef struct kvp_policy kvp_policy;
 
 typedef struct kvp_policy_shape {
@@ -189,19 +189,20 @@ typedef struct kvp_policy_shape {
     uint32_t head_size_v;
     uint32_t hidden;  /* h, hidden units */
     uint32_t context; /* w, tokens a score looks at: odd, at most 33; (w - 1) / 2 to either side */
+    uint32_t n_networks; /* G, of a layer: H, one for each head, or 1 for all of them */
 } kvp_policy_shape;
 
 /* Its weights, f32, as a policy file holds them; they are copied. */
 typedef struct kvp_policy_weights {
     kvp_policy_shape shape;
-    const float *    key;      /* [L, H, h, head_size_k] */
-    const float *    value;    /* [L, H, h, head_size_v] */
-    const float *    position; /* [L, H, h, 4]           */
-    const float *    fc1_bias; /* [L, H, h]              */
-    const float *    conv;     /* [L, H, w, h]           */
-    const float *    fc2;      /* [L, H, h, h]           */
-    const float *    fc2_bias; /* [L, H, h]              */
-    const float *    out;      /* [L, H, h]              */
+    const float *    key;      /* [L, G, h, H/G * head_size_k]: of the network's heads, head by head */
+    const float *    value;    /* [L, G, h, H/G * head_size_v]                                       */
+    const float *    position; /* [L, G, h, 4]                                                       */
+    const float *    fc1_bias; /* [L, G, h]                                                          */
+    const float *    conv;     /* [L, G, w, h]                                                       */
+    const float *    fc2;      /* [L, G, h, h]                                                       */
+    const float *    fc2_bias; /* [L, G, h]                                                          */
+    const float *    out;      /* [L, G, H/G, h]                                                     */
 } kvp_policy_weights;
 
 KVP_API int32_t kvp_policy_create(const kvp_policy_weights * weights, kvp_policy ** policy, kvp_error * err);

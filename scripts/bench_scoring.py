@@ -3,12 +3,13 @@
 
     python scripts/bench_scoring.py [--tokens 1024] [--repeat 9] [--threads 1]
 
-For agents in the shape of several models it scores random keys and values, and multiplies square
-f32 matrices (numpy's BLAS, one thread: set OPENBLAS_NUM_THREADS=1) in between, so that a noisy
-machine slows both. "Of the peak" is the share of that which native scoring reaches, counting the
-multiplications of the first and second layer only. The last two columns set it against llama.cpp
-reading 512 tokens at once and writing one by one, with as many threads, in the bundled model and in
-one of the 0.5B shape with random weights: a token is scored once, however it came in.
+For policies in the shape of several models, with a network per KV head or per layer, it scores
+random keys and values, and multiplies square f32 matrices (numpy's BLAS, one thread: set
+OPENBLAS_NUM_THREADS=1) in between, so that a noisy machine slows both. "Of the peak" is the share
+of that which native scoring reaches, counting the multiplications of the first and second layer
+only. The last two columns set it against llama.cpp reading 512 tokens at once and writing one by
+one, with as many threads, in the bundled model and in one of the 0.5B shape with random weights: a
+token is scored once, however it came in.
 
 Prints a Markdown table of medians on stdout.
 """
@@ -21,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +33,7 @@ from kvp_edge.binding.model import read_model_shape
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.bundled import bundled_model
 from kvp_edge.policies.learned import forward, with_gaps
-from kvp_edge.policy_file import PolicyInfo
+from kvp_edge.policy_file import PolicyInfo, Scope
 from makers.gguf_models import HALF_B, write_model
 from makers.plain_llama import PlainLlama
 from makers.policies import random_weights
@@ -59,12 +61,19 @@ def model_speed(path: str, threads: int, repeat: int) -> tuple[float, float]:
     return 1e6 * statistics.median(reading), 1e6 * statistics.median(writing)
 
 
-def row(name: str, shape: tuple[int, int, int], context: int, model: str, args: Any) -> str:
-    """One line of the table; ``model`` is a GGUF file or empty."""
+def row(
+    name: str,
+    shape: tuple[int, int, int],
+    scope: Scope,
+    context: int,
+    speeds: tuple[float, ...],
+    args: Any,
+) -> str:
+    """One line of the table; ``speeds`` are the model's or empty."""
     rng = np.random.default_rng(0)
     square = rng.standard_normal((_SQUARE, _SQUARE)).astype(np.float32)
     n_layer, n_head_kv, size = shape
-    info = PolicyInfo("", n_layer, n_head_kv, size, size, args.hidden, context)
+    info = PolicyInfo("", n_layer, n_head_kv, size, size, args.hidden, context, scope=scope)
     weights = random_weights(info)
     native = NativePolicy(weights)
     heads = (n_layer, n_head_kv, args.tokens, size)
@@ -77,15 +86,14 @@ def row(name: str, shape: tuple[int, int, int], context: int, model: str, args: 
         ours.append(seconds(lambda: native.score(keys, values, at, threads=args.threads)))
         peaks.append(2 * _SQUARE**3 / seconds(lambda: square @ square))
         theirs.append(seconds(lambda: forward(weights, keys, values, at, slots)))
-    flops = 2 * args.tokens * n_layer * n_head_kv * args.hidden * (2 * size + args.hidden)
+    multiplied = args.hidden * (2 * size * n_head_kv + args.hidden * info.n_networks)
+    flops = 2 * args.tokens * n_layer * multiplied
     speed, peak = flops / statistics.median(ours), statistics.median(peaks)
     micro = [1e6 * statistics.median(s) / args.tokens for s in (ours, theirs)]
-    shares = "| | |"
-    if model:
-        speeds = model_speed(model, args.threads, args.repeat)
-        shares = "".join(f"| {100 * micro[0] / us:.2g}% " for us in speeds) + "|"
+    shares = "".join(f"| {100 * micro[0] / us:.2g}% " for us in speeds) + "|" if speeds else "| | |"
     return (
-        f"| {name} | {context} | {micro[0]:.1f} | {micro[1]:.1f} | {speed / 1e9:.1f} "
+        f"| {name} | {scope} | {context} | {1e6 / micro[0]:.0f} | {micro[0]:.1f} | {micro[1]:.1f} "
+        f"| {speed / 1e9:.1f} "
         f"| {speed / peak:.2f} {shares}"
     )
 
@@ -98,8 +106,8 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=64)
     args = parser.parse_args()
     print(
-        "| shape | context | native, us/token | numpy, us/token | GFLOP/s | of the peak "
-        "| of reading | of writing |\n|---|---|---|---|---|---|---|---|"
+        "| shape | scope | context | native, tokens/s | us/token | numpy, us/token | GFLOP/s "
+        "| of the peak | of reading | of writing |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         small, half_b = bundled_model(), str(Path(folder) / "half-b.gguf")
@@ -111,8 +119,9 @@ def main() -> int:
             ("7B", SEVEN_B, ""),
         ]
         for name, shape, model in tqdm(cases, disable=None):
-            for context in (1, 9):
-                print(row(name, shape, context, model, args), flush=True)
+            speeds = model_speed(model, args.threads, args.repeat) if model else ()
+            for context, scope in product((1, 9), get_args(Scope)):
+                print(row(name, shape, scope, context, speeds, args), flush=True)
     return 0
 
 

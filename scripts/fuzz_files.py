@@ -34,6 +34,7 @@ import time
 import traceback
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -61,7 +62,7 @@ from kvp_edge.traces.format import TraceSet  # noqa: E402
 from kvp_edge.traces.sources import TextFile  # noqa: E402
 from kvp_edge.traces.writer import capture_traces  # noqa: E402
 from makers.gguf_models import ModelShape, write_model  # noqa: E402
-from makers.policies import random_weights  # noqa: E402
+from makers.policies import random_sensitivity, random_weights  # noqa: E402
 
 HANG, MEMORY, GROWTH = 10.0, 2**30, 2**27  # seconds; bytes for one input; bytes for a whole run
 
@@ -267,8 +268,12 @@ class _PolicyTarget(Target):
             fingerprint=model_fingerprint(self.model),
         )
         self.parts = []
-        for outtype in ("f32", "f16", "q8_0"):
-            write_policy(self.path, info, random_weights(info), outtype)  # type: ignore[arg-type]
+        layer = replace(info, scope="layer")
+        for outtype, one in (("f32", info), ("f16", info), ("q8_0", info), ("f16", layer)):
+            weights = random_weights(one)
+            if one is layer:
+                weights = replace(weights, sensitivity=random_sensitivity(one))
+            write_policy(self.path, one, weights, outtype)  # type: ignore[arg-type]
             self.parts.append(mutations.GGUFParts(self.path.read_bytes()))
             if self.parts[-1].whole() != self.path.read_bytes():
                 raise Broken("the parts of a GGUF file are not the whole")

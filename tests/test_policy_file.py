@@ -9,6 +9,7 @@ import resource
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from kvp_edge.policy_file import (
     read_policy,
     write_policy,
 )
-from makers.policies import random_weights
+from makers.policies import random_sensitivity, random_weights
 from support.policy_files import ARRAY_OF_2_TO_THE_40, rewrite
 
 INFO = PolicyInfo(
@@ -79,6 +80,97 @@ def test_a_file_from_before_there_was_an_identity_has_none(
     assert info_of(values) == info
 
 
+LAYER = replace(INFO, scope="layer")
+
+
+@pytest.fixture
+def layer_file(tmp_path: Path) -> Path:
+    """A policy whose networks see whole layers."""
+    path = tmp_path / "layer.gguf"
+    write_policy(path, LAYER, random_weights(LAYER), "f32")
+    return path
+
+
+def test_a_network_for_all_heads_of_a_layer_comes_back_as_version_2(layer_file: Path) -> None:
+    info, weights = read_policy(layer_file)
+    assert info == LAYER
+    assert weights.key.shape == (2, 1, 32, 3 * 32)
+    assert weights.value.shape == (2, 1, 32, 3 * 64)
+    assert weights.out.shape == (2, 1, 3, 32)
+    for name, array in random_weights(LAYER).arrays().items():
+        np.testing.assert_array_equal(getattr(weights, name), array, err_msg=name)
+    reader = gguf.GGUFReader(layer_file)
+    assert reader.fields["kvp.format_version"].contents() == 2
+    dimensions = {t.name: t.shape.tolist() for t in reader.tensors}
+    assert dimensions["blk.1.kvp_key.weight"] == [3 * 32, 32]
+    assert dimensions["blk.1.kvp_out.weight"] == [32, 3]
+
+
+def test_networks_of_heads_are_written_as_version_1_and_read_as_version_2(
+    policy_file: Path, tmp_path: Path
+) -> None:
+    reader = gguf.GGUFReader(policy_file)
+    assert reader.fields["kvp.format_version"].contents() == 1
+    assert "kvp.scope" not in reader.fields
+    changed = {"kvp__format_version": 2, "kvp__scope": "head"}
+    info, weights = read_policy(rewrite(policy_file, tmp_path / "2.gguf", **changed))
+    assert info == INFO
+    np.testing.assert_array_equal(weights.out, random_weights(INFO).out)
+
+
+@pytest.mark.parametrize("info", [INFO, LAYER], ids=lambda info: info.scope)
+def test_how_sensitive_heads_are_comes_back_if_a_file_says_it(
+    tmp_path: Path, info: PolicyInfo
+) -> None:
+    path, found = tmp_path / "p.gguf", random_sensitivity(info)
+    write_policy(path, info, random_weights(info), "f16")
+    assert Learned(path, native=False).sensitivity is None
+    silent = Learned(path).identity()
+    write_policy(path, info, replace(random_weights(info), sensitivity=found), "f16")
+    policy = Learned(path)
+    assert policy.sensitivity is not None
+    np.testing.assert_array_equal(policy.sensitivity, found)
+    assert policy.identity() != silent
+
+
+@pytest.mark.parametrize(
+    ("sensitivity", "sentence"),
+    [
+        (np.ones((3, 2)), r"sensitivity weights of shape \[3, 2\], not \[2, 3\]"),
+        (np.full((2, 3), 2.0), "with the mean 2; they must not be negative"),
+        (np.array([[-1.0, 1, 1], [1, 1, 3]]), "sensitivities from -1 on, with the mean 1; they"),
+        (np.full((2, 3), np.nan), "sensitivity weights that are not finite"),
+    ],
+)
+def test_sensitivities_that_are_not_relative_are_refused(
+    tmp_path: Path, sensitivity: np.ndarray, sentence: str
+) -> None:
+    wrong = replace(random_weights(INFO), sensitivity=sensitivity.astype(np.float32))
+    with pytest.raises(PolicyFileError, match=sentence):
+        write_policy(tmp_path / "p.gguf", INFO, wrong)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"drop": "kvp.scope"}, "lacks the key kvp.scope"),
+        ({"kvp__scope": "head"}, r"kvp_key.weight of shape \[32, 96\].* \[3, 32, 32\]"),
+        ({"kvp__scope": "model"}, "kvp.scope 'model', but this kvp_edge knows head, layer"),
+        ({"kvp__format_version": 1}, r"kvp_key.weight of shape \[32, 96\].* \[3, 32, 32\]"),
+        ({"kvp__head_count_kv": 4}, r"kvp_key.weight of shape \[32, 96\].* \[32, 128\]"),
+        ({"kvp__head_count_kv": 2**31 - 1}, "kvp_key.weight of shape"),
+        ({"kvp__key_length": 96}, "kvp_key.weight of shape"),
+        ({"drop": "blk.1.kvp_out.weight"}, "lacks the tensor blk.1.kvp_out.weight"),
+    ],
+)
+def test_a_layer_s_file_that_does_not_fit_is_refused_by_name(
+    layer_file: Path, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(PolicyFileError, match=sentence):
+        read_policy(rewrite(layer_file, tmp_path / "changed.gguf", **change))
+
+
 @pytest.mark.parametrize(("outtype", "error"), [("f16", 1e-3), ("q8_0", 1e-2)])
 def test_smaller_types_come_back_rounded(tmp_path: Path, outtype: Any, error: float) -> None:
     weights = random_weights(INFO)
@@ -103,8 +195,9 @@ def test_rows_that_are_no_whole_blocks_stay_f16(tmp_path: Path) -> None:
 def by_definition(
     w: PolicyWeights, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
 ) -> np.ndarray:
-    """Every token and head on its own, in f64."""
+    """Every token and head on its own, in f64. A network sees its heads side by side."""
     n_layer, n_head, n, _ = keys.shape
+    n_networks, each = w.out.shape[1:3]
     index = {int(p): i for i, p in enumerate(positions)}
     half = w.conv.shape[2] // 2
     scores = np.zeros((n_layer, n_head, n))
@@ -112,34 +205,36 @@ def by_definition(
     def silu(x: np.ndarray) -> np.ndarray:
         return x / (1 + np.exp(-x))
 
-    def first(layer: int, head: int, i: int) -> np.ndarray:
+    def first(layer: int, network: int, i: int) -> np.ndarray:
+        heads = range(network * each, (network + 1) * each)
         p = int(positions[i])
         log = math.log2(1 + p)
         position = np.array([log / 16, math.sin(log), math.cos(log), 1 / (1 + p)])
         return (
-            w.key[layer, head].astype(np.float64) @ keys[layer, head, i]
-            + w.value[layer, head].astype(np.float64) @ values[layer, head, i]
-            + w.position[layer, head] @ position
-            + w.fc1_bias[layer, head]
+            w.key[layer, network].astype(float) @ np.concatenate([keys[layer, h, i] for h in heads])
+            + w.value[layer, network] @ np.concatenate([values[layer, h, i] for h in heads])
+            + w.position[layer, network] @ position
+            + w.fc1_bias[layer, network]
         )
 
-    for layer in range(n_layer):
-        for head in range(n_head):
-            for i, p in enumerate(positions):
-                x = np.zeros(w.conv.shape[3])
-                for tap in range(-half, half + 1):
-                    if int(p) + tap in index:
-                        x += w.conv[layer, head, half + tap] * first(layer, head, index[p + tap])
-                x = silu(w.fc2[layer, head] @ silu(x) + w.fc2_bias[layer, head])
-                scores[layer, head, i] = w.out[layer, head] @ x
+    for layer, network, (i, p) in product(range(n_layer), range(n_networks), enumerate(positions)):
+        x = np.zeros(w.conv.shape[3])
+        for tap in range(-half, half + 1):
+            if int(p) + tap in index:
+                x += w.conv[layer, network, half + tap] * first(layer, network, index[p + tap])
+        x = silu(w.fc2[layer, network] @ silu(x) + w.fc2_bias[layer, network])
+        for head in range(each):
+            scores[layer, network * each + head, i] = w.out[layer, network, head] @ x
+    assert n_networks * each == n_head
     return scores
 
 
+@pytest.mark.parametrize("scope", ["head", "layer"])
 @pytest.mark.parametrize("context", [1, 3, 7])
 def test_scores_are_those_of_the_definition_also_where_tokens_are_missing(
-    tmp_path: Path, context: int
+    tmp_path: Path, context: int, scope: Any
 ) -> None:
-    info = replace(INFO, context=context)
+    info = replace(INFO, context=context, scope=scope)
     write_policy(tmp_path / "p.gguf", info, random_weights(info), "f32")
     policy = get_policy(str(tmp_path / "p.gguf"))
     assert isinstance(policy, Learned)
@@ -170,7 +265,15 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
     [
         ({"general__type": "model"}, "not a policy: it is a GGUF file of type 'model'"),
         ({"adapter__type": "lora"}, "not a policy: it is a GGUF file of type 'lora'"),
-        ({"kvp__format_version": 2}, "format version 2.*update kvp_edge"),
+        ({"kvp__format_version": 3}, "format version 3.*versions 1 and 2: update kvp_edge"),
+        ({"kvp__format_version": 0}, "format version 0, but this kvp_edge reads versions 1 and 2$"),
+        ({"kvp__format_version": 2}, "lacks the key kvp.scope"),
+        ({"kvp__format_version": 2, "kvp__scope": "token"}, "kvp.scope 'token'.*knows head, layer"),
+        ({"kvp__format_version": 2, "kvp__scope": 1}, "kvp.scope 1, which has the wrong type"),
+        (
+            {"kvp__format_version": 2, "kvp__scope": "layer"},
+            r"kvp_key.weight of shape \[3, 32, 32\], but its keys require \[32, 96\]",
+        ),
         ({"kvp__features": ["key", "query"]}, "scores by key, query"),
         ({"kvp__features": [*FEATURES, "log(1e-4+attention)"]}, r"'log\(1e-4.attention\)' is"),
         ({"kvp__features": list(FEATURES[::-1])}, "are from another version$"),
@@ -371,7 +474,9 @@ def test_a_saved_session_can_tell_two_policies_apart(policy_file: Path, tmp_path
     assert Learned(policy_file).identity() != Learned(tmp_path / "other.gguf").identity()
 
 
-def test_inspect_explains_a_file(policy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_explains_a_file(
+    policy_file: Path, layer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(policy_file)]) == 0
     told = capsys.readouterr().out
     for part in (
@@ -384,6 +489,13 @@ def test_inspect_explains_a_file(policy_file: Path, capsys: pytest.CaptureFixtur
         "1dea",
     ):
         assert part in told
+    assert "6 networks, one per KV head of 32 + 32 hidden units" in " ".join(told.split())
+    found = np.array([[0.5, 0.5, 0.5], [0.5, 3, 1]], np.float32)
+    write_policy(layer_file, LAYER, replace(random_weights(LAYER), sensitivity=found))
+    assert main(["inspect", str(layer_file)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 networks, one per layer, for all of its KV heads, of 32 + 32 hidden units" in told
+    assert "most is head 1 of layer 1, 3.0 times the mean" in told
     assert main(["inspect", "none.gguf"]) == 2
     assert "policy file 'none.gguf' not found" in capsys.readouterr().err
     assert len(FEATURES) == 6

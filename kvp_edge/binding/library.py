@@ -21,7 +21,7 @@ import numpy as np
 from kvp_edge.binding import structs
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
 
-_ABI_VERSION = 11
+_ABI_VERSION = 12
 
 _ERR_ARGUMENT, _ERR_FILE, _ERR_UNSUPPORTED, _ERR_MEMORY, _NOT_IN_PLACE = 1, 2, 3, 6, 7
 

@@ -24,9 +24,11 @@ class NativePolicy:
     def __init__(self, weights: PolicyWeights) -> None:
         # all f32 and contiguous, as PolicyWeights are read and made; a copy only where they are not
         arrays = {name: np.ascontiguousarray(a, np.float32) for name, a in weights.arrays().items()}
-        n_layer, n_head_kv, hidden, self._head_size_k = arrays["key"].shape
+        n_layer, n_networks, heads_each, hidden = arrays["out"].shape
+        n_head_kv = n_networks * heads_each
         self._heads = (n_layer, n_head_kv)
-        self._head_size_v = arrays["value"].shape[3]
+        self._head_size_k = arrays["key"].shape[3] // heads_each
+        self._head_size_v = arrays["value"].shape[3] // heads_each
         shape = structs.PolicyShape(
             n_layer=n_layer,
             n_head_kv=n_head_kv,
@@ -34,8 +36,10 @@ class NativePolicy:
             head_size_v=self._head_size_v,
             hidden=hidden,
             context=arrays["conv"].shape[2],
+            n_networks=n_networks,
         )
-        named = {name: a for name, a in arrays.items() if name != "aggregate"}
+        of_heads = ("aggregate", "sensitivity")  # which no score depends on
+        named = {name: a for name, a in arrays.items() if name not in of_heads}
         copied = structs.PolicyWeights(shape=shape, **named)
         self.handle = create("kvp_policy", "kvp_policy_create", copied)
 

@@ -167,6 +167,7 @@ class PolicyShape(Struct):
         ("head_size_v", _U32),
         ("hidden", _U32),
         ("context", _U32),
+        ("n_networks", _U32),
     ]
 
 

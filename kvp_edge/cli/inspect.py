@@ -28,7 +28,10 @@ def _main(args: Options) -> int:
 
 def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[str, str]]:
     numbers = sum(array.size for array in weights.arrays().values())
-    heads = info.n_layer * info.n_head_kv
+    networks = info.n_layer * info.n_networks
+    whose, what = "KV head", "key, value and position"
+    if info.scope == "layer":
+        whose, what = "layer, for all of its KV heads,", "keys, values and position"
     sight = (
         "each token is scored by itself"
         if info.context == 1
@@ -36,6 +39,11 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
     )
     share = weights.aggregate / max(float(weights.aggregate.sum()), 1e-12)
     layer, head = np.unravel_index(int(share.argmax()), share.shape)
+    sensitive = "not said"
+    if weights.sensitivity is not None:
+        most = np.unravel_index(int(weights.sensitivity.argmax()), share.shape)
+        sensitive = f"most is head {most[1]} of layer {most[0]}, {weights.sensitivity.max():.1f} "
+        sensitive += "times the mean"
     return [
         ("name", info.name),
         ("for the model", f"{info.base_model or 'unknown'} (architecture {info.architecture})"),
@@ -49,14 +57,15 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
         ("objective", info.objective),
         (
             "scorer",
-            f"{heads} networks, one per KV head, of {info.hidden} + {info.hidden} hidden units on "
-            "key, value and position",
+            f"{networks} networks, one per {whose} of {info.hidden} + {info.hidden} hidden units "
+            f"on {what}",
         ),
         ("context width", f"{info.context}: {sight}"),
         (
             "whole tokens",
             f"sum of the heads' scores; heaviest is head {head} of layer {layer}",
         ),
+        ("sensitive heads", sensitive),
         ("trained with", f"{info.sinks} sinks and {info.recent} recent tokens protected"),
         ("training data", info.training_data or "not said"),
         ("licence", info.license or "not said"),

@@ -16,6 +16,7 @@ from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.trace import SourceOptions, sources_of, trace
 from kvp_edge.cli.train import comparison, require_torch
 from kvp_edge.files import write_whole
+from kvp_edge.policy_file import Scope
 from kvp_edge.traces.sources import Source, Tasks
 from kvp_edge.training.settings import Objective, Settings
 
@@ -58,6 +59,12 @@ class Options(SourceOptions, options.ModelOptions):
         choices=get_args(Objective),
         help="training objective, see kvp-edge train",
     )
+    scope: str = option(
+        Settings.scope,
+        panel=_LEARNING,
+        choices=get_args(Scope),
+        help="what one network scores, see kvp-edge train",
+    )
     seed: int = option(0, panel=_LEARNING, metavar="N", help="random seed")
     device: str | None = option(
         None, panel=_LEARNING, metavar="NAME", shown="CUDA if available", help="cpu or cuda"
@@ -83,10 +90,13 @@ def _main(args: Options) -> int:
         **options.engine_options(args),
     )
     note("step 2 of 3: training the policy")
-    run = out / args.objective
+    run = out / (args.objective if args.scope == "head" else f"{args.objective}-{args.scope}")
     if not (run / "report.json").exists():
         settings = Settings(
-            objective=cast(Objective, args.objective), steps=args.steps, seed=args.seed
+            objective=cast(Objective, args.objective),
+            scope=cast(Scope, args.scope),
+            steps=args.steps,
+            seed=args.seed,
         )
         engine = {
             "n_threads": args.threads,

@@ -37,6 +37,7 @@ _HELP: dict[str, str] = {
     "objective": "global: how fast the use of a token fades, with one capacity for all heads; kvp: "
     "rankings of one moment, rewarded over all budgets; foresight: golden evictions, then rollouts "
     "in the model",
+    "scope": "what one agent scores, and sees: head: one KV head; layer: all KV heads of a layer",
     "hidden": "hidden units in each of an agent's two layers",
     "context": "tokens that a score depends on, an odd number around its own; 1: as in the KVP "
     "paper",
@@ -53,7 +54,7 @@ _HELP: dict[str, str] = {
     "importance": "sum: attention of all later queries; peak: of the block of these with the most",
     "rank_weights": "i-1: budgets from 1 on (the paper); i: budget 0 as well (its code)",
     "advantage": "loo: reward minus the other rankings' mean; zscore: also scaled and clamped",
-    "effort": "share of the heads trained in a step; those that lose most are drawn most often",
+    "effort": "share of the agents trained in a step; those that lose most are drawn most often",
     "sinks": "first tokens, which are never ranked",
     "recent": "newest tokens, which are never ranked",
     "eval_every": "steps between validations, each with a checkpoint",

@@ -20,7 +20,7 @@ from kvp_edge.policy_file import (
     read_policy,
     write_policy,
 )
-from kvp_edge.training.agent import Agents
+from kvp_edge.training.agent import Agents, AgentShape
 from kvp_edge.training.checkpoint import About, load_agents
 from kvp_edge.training.data import TraceSetLike
 
@@ -57,7 +57,7 @@ def policy_of(
         head_size_v=shape.head_size_v,
         hidden=shape.hidden,
         context=shape.context,
-        name=_stem(base_model, objective, shape.context),
+        name=_stem(base_model, objective, shape),
         objective=objective,
         sinks=int(settings.get("sinks", 4)),
         recent=int(settings.get("recent", 32)),
@@ -67,39 +67,45 @@ def policy_of(
         model_identity=model.get("identity", ""),
         training_data=f"{settings.get('n_traces', 0)} traces",
         license=license,
+        scope=shape.scope,
     )
-    heads = (shape.n_layer, shape.n_head_kv)
 
-    def per_head(array: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(array.reshape(*heads, *array.shape[1:]), np.float32)
+    def per_layer(array: np.ndarray, *dims: int) -> np.ndarray:
+        return np.ascontiguousarray(array.reshape(shape.n_layer, -1, *dims), np.float32)
+
+    def per_network(array: np.ndarray) -> np.ndarray:
+        return per_layer(array, *array.shape[1:])
 
     w = {name: p.detach().cpu().double().numpy() for name, p in agents.state_dict().items()}
     fc1 = w["fc1"] * w["scale"][:, :, None]
     bias = w["fc1_bias"] - np.einsum("nf,nfh->nh", w["mean"], fc1)
-    rows = fc1.swapaxes(1, 2)  # [N, h, F], as ggml multiplies
-    dk, dv = shape.head_size_k, shape.head_size_v
+    rows = fc1.swapaxes(1, 2)  # [A, h, F], as ggml multiplies
+    dk, dv = shape.heads_each * shape.head_size_k, shape.heads_each * shape.head_size_v
+    out = np.broadcast_to(w["out"], (shape.n_agents, w["out"].shape[1]))
     place = slice(dk + dv, dk + dv + N_POSITION_FEATURES)
     return info, PolicyWeights(
-        key=per_head(rows[..., :dk]),
-        value=per_head(rows[..., dk : dk + dv]),
-        position=per_head(rows[..., place]),
-        fc1_bias=per_head(bias),
-        conv=per_head(w["conv"].swapaxes(1, 2)),
-        fc2=per_head(w["fc2"].swapaxes(1, 2)),
-        fc2_bias=per_head(w["fc2_bias"]),
-        out=per_head(np.broadcast_to(w["out"], (shape.n_heads, shape.hidden))),
-        aggregate=per_head(np.exp(w["log_aggregate"])),
+        key=per_network(rows[..., :dk]),
+        value=per_network(rows[..., dk : dk + dv]),
+        position=per_network(rows[..., place]),
+        fc1_bias=per_network(bias),
+        conv=per_network(w["conv"].swapaxes(1, 2)),
+        fc2=per_network(w["fc2"].swapaxes(1, 2)),
+        fc2_bias=per_network(w["fc2_bias"]),
+        out=per_layer(out, shape.heads_each, shape.hidden),
+        aggregate=per_layer(np.exp(w["log_aggregate"])),
     )
 
 
-def _stem(base_model: str, objective: str, context: int) -> str:
+def _stem(base_model: str, objective: str, shape: AgentShape) -> str:
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", base_model).strip("-") or "model"
     kind = "" if objective == "kvp" else f"-{objective}"
-    return f"kvp-{slug}{kind}-w{context}"
+    scope = "" if shape.scope == "head" else f"-{shape.scope}"
+    return f"kvp-{slug}{kind}{scope}-w{shape.context}"
 
 
 def derived_name(info: PolicyInfo, outtype: OutType) -> str:
-    """kvp-<model>[-<objective>]-w<context width>-<OUTTYPE>.gguf; without objective: kvp"""
+    """kvp-<model>[-<objective>][-<scope>]-w<context width>-<OUTTYPE>.gguf; without objective: kvp,
+    without scope: head"""
     return f"{info.name}-{outtype.upper()}.gguf"
 
 

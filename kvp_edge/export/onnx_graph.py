@@ -56,7 +56,7 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
     Inputs: keys f32 [L, H, n, head_size_k], values f32 [L, H, n, head_size_v], positions int32 [n];
     n is dynamic. A negative position marks a token that is missing: it is not seen by its
     neighbours, and its score means nothing. Output: scores f32 [L, H, n]. The metadata holds the
-    policy file's keys and the heads' weights as JSON.
+    policy file's keys and what it says of the heads as JSON.
     """
     try:
         import onnx  # noqa: PLC0415
@@ -65,6 +65,7 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
         raise ImportError("ONNX export needs the package onnx: pip install onnx") from error
 
     n_layer, n_head, h, w = info.n_layer, info.n_head_kv, info.hidden, weights
+    n_networks = info.n_networks
     one = np.float32(1)
     g = _Graph()
     positions = g("Max", "positions", g.constant(np.int32(0)))
@@ -91,24 +92,38 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
     def silu(x: str) -> str:
         return g("Mul", x, g("Sigmoid", x))
 
-    x = g("Add", linear("keys", w.key), linear("values", w.value))
+    def side_by_side(rows: str, size: int) -> str:
+        """[L, 1, n, H * size] from rows [L, H, n, size], for a network that sees them all."""
+        if n_networks == n_head:
+            return rows
+        by_token = g("Transpose", rows, perm=[0, 2, 1, 3])
+        joined = g("Reshape", by_token, g.constant(np.array([0, 0, n_head * size], np.int64)))
+        return g("Unsqueeze", joined, g.constant(np.array([1], np.int64)))
+
+    keys = side_by_side("keys", info.head_size_k)
+    values = side_by_side("values", info.head_size_v)
+    x = g("Add", linear(keys, w.key), linear(values, w.value))
     x = g("Add", x, linear(features, w.position))
     x = g("Add", x, g.constant(w.fc1_bias[:, :, None]))
     if info.context > 1:
         there = g("GreaterOrEqual", "positions", g.constant(np.int32(0)))
         there = g("Unsqueeze", g("Cast", there, to=TensorProto.FLOAT), last)
         x = g("Transpose", g("Mul", x, there), perm=[0, 1, 3, 2])
-        channels = n_layer * n_head * h
+        channels = n_layer * n_networks * h
         x = g("Reshape", x, g.constant(np.array([1, channels, -1], np.int64)))
         kernel = w.conv.swapaxes(2, 3).reshape(channels, 1, info.context)
         half = info.context // 2
         x = g("Conv", x, g.constant(kernel), group=channels, pads=[half, half])
-        x = g("Reshape", x, g.constant(np.array([n_layer, n_head, h, -1], np.int64)))
+        x = g("Reshape", x, g.constant(np.array([n_layer, n_networks, h, -1], np.int64)))
         x = g("Transpose", x, perm=[0, 1, 3, 2])
     x = silu(x)
     x = silu(g("Add", linear(x, w.fc2), g.constant(w.fc2_bias[:, :, None])))
-    x = g("MatMul", x, g.constant(w.out[..., None]))
-    g("Squeeze", x, last, output="scores")
+    x = linear(x, w.out)  # [L, G, n, H/G]
+    if n_networks == n_head:
+        g("Squeeze", x, last, output="scores")
+    else:
+        by_head = g("Transpose", x, perm=[0, 1, 3, 2])
+        g("Squeeze", by_head, g.constant(np.array([1], np.int64)), output="scores")
 
     def tensor(name: str, kind: int, *dims: int | str) -> Any:
         return helper.make_tensor_value_info(name, kind, list(dims))
@@ -130,9 +145,12 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
         ir_version=_IR_VERSION,
         producer_name="kvp_edge",
     )
-    helper.set_model_props(
-        model,
-        {"kvp.info": json.dumps(_keys(info)), "kvp.aggregate": json.dumps(w.aggregate.tolist())},
-    )
+    about = {
+        "kvp.info": json.dumps(_keys(info)),
+        "kvp.aggregate": json.dumps(w.aggregate.tolist()),
+    }
+    if w.sensitivity is not None:
+        about["kvp.sensitivity"] = json.dumps(w.sensitivity.tolist())
+    helper.set_model_props(model, about)
     onnx.checker.check_model(model, full_check=True)
     write_whole(path, model.SerializeToString())

@@ -13,7 +13,7 @@ from kvp_edge.arrays import FloatArray
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.policies import ArrayView, Policy
 from kvp_edge.policy_file import PolicyWeights, read_policy
-from kvp_edge.training.agent import Agents
+from kvp_edge.training.agent import Agents, AgentShape
 from kvp_edge.training.data import TraceSetLike
 from kvp_edge.training.validate import agent_scorer
 
@@ -120,7 +120,6 @@ def _samples(agents: Agents, traces: TraceSetLike | None) -> list[_Tokens]:
         chosen = (traces[i] for i in range(min(_TRACES, len(traces))))
         return [_Tokens(t.keys[:], t.values[:], t.indices[:]) for t in chosen]
     shape = agents.shape
-    heads = (shape.n_layer, shape.n_head_kv)
     # as the training data were: f16 cannot hold what never varied, so that part is its mean
     mean = agents.mean.cpu().numpy()[:, None]
     scale = agents.scale.cpu().numpy()[:, None]
@@ -128,12 +127,19 @@ def _samples(agents: Agents, traces: TraceSetLike | None) -> list[_Tokens]:
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(2):
-        noise = rng.standard_normal((shape.n_heads, _RANDOM_TOKENS, shape.n_features))
-        x = (mean + std * noise).reshape(*heads, _RANDOM_TOKENS, -1).astype(np.float16)
-        dk, dv = shape.head_size_k, shape.head_size_v
-        indices = np.arange(_RANDOM_TOKENS, dtype=np.int32)
-        samples.append(_Tokens(x[..., :dk], x[..., dk : dk + dv], indices))
+        noise = rng.standard_normal((shape.n_agents, _RANDOM_TOKENS, shape.n_features))
+        x = (mean + std * noise).astype(np.float16)
+        dk, dv = shape.heads_each * shape.head_size_k, shape.heads_each * shape.head_size_v
+        keys, values = _by_head(x[..., :dk], shape), _by_head(x[..., dk : dk + dv], shape)
+        samples.append(_Tokens(keys, values, np.arange(_RANDOM_TOKENS, dtype=np.int32)))
     return samples
+
+
+def _by_head(rows: npt.NDArray[np.float16], shape: AgentShape) -> npt.NDArray[np.float16]:
+    """[L, H, n, size] from what agents see, [A, n, heads_each * size]."""
+    n_agents, n, _ = rows.shape
+    split = rows.reshape(n_agents, n, shape.heads_each, -1).swapaxes(1, 2)
+    return split.reshape(shape.n_layer, shape.n_head_kv, n, -1)
 
 
 def _torch_scores(agents: Agents, sample: _Tokens) -> FloatArray:
@@ -151,24 +157,24 @@ def _policy_scores(policy: Policy | NativePolicy, sample: _Tokens) -> FloatArray
 
 def _with_weights(agents: Agents, w: PolicyWeights) -> Agents:
     """Agents with a file's weights; the standardisation is inside them."""
-    n = agents.shape.n_heads
+    n = agents.shape.n_agents
 
-    def heads(array: FloatArray) -> torch.Tensor:
+    def each(array: FloatArray) -> torch.Tensor:
         return torch.from_numpy(array.reshape(n, *array.shape[2:]).copy())
 
-    out = Agents(replace(agents.shape, shared_out=False))  # a file holds one per head
+    out = Agents(replace(agents.shape, shared_out=False))  # a file holds one per network
     first = np.concatenate([w.key, w.value, w.position], axis=-1)
     out.load_state_dict(
         {
             "mean": torch.zeros_like(out.mean),
             "scale": torch.ones_like(out.scale),
-            "fc1": heads(first).transpose(1, 2),
-            "fc1_bias": heads(w.fc1_bias),
-            "conv": heads(w.conv).transpose(1, 2),
-            "fc2": heads(w.fc2).transpose(1, 2),
-            "fc2_bias": heads(w.fc2_bias),
-            "out": heads(w.out),
-            "log_aggregate": heads(w.aggregate[..., None])[:, 0].log(),
+            "fc1": each(first).transpose(1, 2),
+            "fc1_bias": each(w.fc1_bias),
+            "conv": each(w.conv).transpose(1, 2),
+            "fc2": each(w.fc2).transpose(1, 2),
+            "fc2_bias": each(w.fc2_bias),
+            "out": each(w.out).flatten(1),
+            "log_aggregate": torch.from_numpy(w.aggregate.flatten()).log(),
         }
     )
     out.eval()

@@ -1,4 +1,5 @@
-"""A learned policy: a small network per KV head, as in KVP (arXiv:2602.10238), from a file."""
+"""A learned policy, from a file: a small network per KV head, as in KVP (arXiv:2602.10238), or one
+per layer that sees all of its heads."""
 
 from __future__ import annotations
 
@@ -25,10 +26,13 @@ class FromFile(Policy):
     Attributes:
         path: the file.
         head_weights: f32 [n_layer, n_head_kv], of the heads in the worth of a whole token.
+        sensitivity: f32 [n_layer, n_head_kv], how much the model suffers when a head loses its
+            rows, relative to the others (mean 1); None: the file does not say.
     """
 
     path: str
     head_weights: FloatArray
+    sensitivity: FloatArray | None
     _info: PolicyInfo
 
     @property
@@ -76,6 +80,7 @@ class Learned(FromFile):
         self.path = os.fspath(path)
         self._info, self.weights = read_policy(path)
         self.head_weights = self.weights.aggregate
+        self.sensitivity = self.weights.sensitivity
         self.network = NativePolicy(self.weights) if native else None
 
     def identity(self) -> str:
@@ -133,6 +138,16 @@ def position_features(indices: TokenIndices) -> FloatArray:
     return np.stack((log / 16, np.sin(log), np.cos(log), 1 / (1 + p)), -1)
 
 
+def side_by_side(rows: FloatArray, n_networks: int) -> FloatArray:
+    """What each of a layer's G networks sees: f32 [n_layer, G, n, H/G * size] from rows
+    [n_layer, H, n, size], head by head."""
+    n_layer, n_head_kv, n, size = rows.shape
+    if n_networks == n_head_kv:
+        return rows
+    split = rows.reshape(n_layer, n_networks, -1, n, size)
+    return split.swapaxes(2, 3).reshape(n_layer, n_networks, n, -1)
+
+
 def silu(x: FloatArray) -> FloatArray:
     # tanh does not overflow where exp would
     y: FloatArray = x * (0.5 + 0.5 * np.tanh(0.5 * x))
@@ -147,8 +162,9 @@ def forward(
     at: npt.NDArray[np.intp],
 ) -> FloatArray:
     """The network of docs/policy-format.md: f32 [n_layer, n_head_kv, n] of all n tokens."""
-    x: FloatArray = keys @ w.key.swapaxes(2, 3)
-    x += values @ w.value.swapaxes(2, 3)
+    n_networks = w.key.shape[1]
+    x: FloatArray = side_by_side(keys, n_networks) @ w.key.swapaxes(2, 3)
+    x += side_by_side(values, n_networks) @ w.value.swapaxes(2, 3)
     x += position_features(indices) @ w.position.swapaxes(2, 3)
     x += w.fc1_bias[:, :, None]
     width = w.conv.shape[2]
@@ -163,5 +179,5 @@ def forward(
         x = mixed[:, :, there]
     x = silu(x)
     x = silu(x @ w.fc2.swapaxes(2, 3) + w.fc2_bias[:, :, None])
-    scores: FloatArray = (x @ w.out[..., None])[..., 0]
-    return scores
+    scores: FloatArray = x @ w.out.swapaxes(2, 3)  # [n_layer, G, n, H/G]
+    return scores.swapaxes(2, 3).reshape(keys.shape[:3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -12,9 +13,7 @@ from kvp_edge.errors import PolicyFileError
 from kvp_edge.files.json_values import parse, require
 from kvp_edge.policies.learned import FromFile, check_arrays, with_gaps
 from kvp_edge.policies.view import CacheView
-from kvp_edge.policy_file import info_of
-
-_AGGREGATE = {"aggregate": list[list[float]]}
+from kvp_edge.policy_file import check_sensitivity, info_of
 
 
 class Onnx(FromFile):
@@ -53,14 +52,27 @@ class Onnx(FromFile):
             raise PolicyFileError(f"'{self.path}' is not a policy exported by kvp-edge export")
         try:
             self._info = info_of(parse(metadata["kvp.info"]))
-            found = require({"aggregate": parse(metadata.get("kvp.aggregate", "0"))}, _AGGREGATE)
-            self.head_weights = np.asarray(found["aggregate"], np.float32)
-            if self.head_weights.shape != (self.info.n_layer, self.info.n_head_kv):
-                raise ValueError(f"heads' weights of shape {self.head_weights.shape}")
+            self.head_weights = self._per_head(metadata, "aggregate")
+            self.sensitivity = None
+            if "kvp.sensitivity" in metadata:
+                self.sensitivity = self._per_head(metadata, "sensitivity")
+            check_sensitivity(self.sensitivity, "it")
         except ValueError as error:
             raise PolicyFileError(
                 f"the policy file '{self.path}' is damaged ({error}): export it again"
             ) from error
+
+    def _per_head(self, metadata: Mapping[str, str], name: str) -> FloatArray:
+        """A number for each (layer, KV head), f32.
+
+        Raises:
+            ValueError: it is missing, or something else.
+        """
+        found = parse(metadata.get(f"kvp.{name}", "0"))
+        array = np.asarray(require({name: found}, {name: list[list[float]]})[name], np.float32)
+        if array.shape != (self.info.n_layer, self.info.n_head_kv):
+            raise ValueError(f"heads' {name} of shape {array.shape}")
+        return array
 
     def identity(self) -> str:
         with open(self.path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The agents: one small MLP per (layer, KV head), all of them in one batched computation.
+"""The agents: one small MLP per (layer, KV head), or per layer, all in one batched computation.
 
 What a token's score is made of is defined in docs/policy-format.md; ``kvp_edge.policies.learned``
 computes the same in numpy.
@@ -7,12 +7,13 @@ computes the same in numpy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvp_edge.policy_file import N_POSITION_FEATURES
+from kvp_edge.policy_file import N_POSITION_FEATURES, Scope, networks_of_layer
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class AgentShape:
 
     Attributes:
         context: the convolution's width; 1 is the blind agent of arXiv:2602.10238.
-        shared_out: one last projection for all layers and heads, which makes their scores
-            comparable (arXiv:2605.09649).
+        shared_out: one last projection for all agents, which makes their scores comparable
+            (arXiv:2605.09649, where an agent scores a layer, too).
+        scope: what an agent scores, and sees: "head" or "layer", all heads of one.
     """
 
     n_layer: int
@@ -32,28 +34,39 @@ class AgentShape:
     hidden: int = 64
     context: int = 9
     shared_out: bool = False
+    scope: Scope = "head"
 
     @property
     def n_heads(self) -> int:
         return self.n_layer * self.n_head_kv
 
     @property
+    def n_agents(self) -> int:
+        return self.n_layer * networks_of_layer(self.scope, self.n_head_kv)
+
+    @property
+    def heads_each(self) -> int:
+        """Heads that an agent scores; those of agent i are number i * heads_each and following."""
+        return self.n_heads // self.n_agents
+
+    @property
     def n_features(self) -> int:
-        return self.head_size_k + self.head_size_v + N_POSITION_FEATURES
+        """Of a token, for one agent: its heads' keys, their values, the position."""
+        return self.heads_each * (self.head_size_k + self.head_size_v) + N_POSITION_FEATURES
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of ``Agents``, by its name."""
-        n, f, h = self.n_heads, self.n_features, self.hidden
+        a, f, h = self.n_agents, self.n_features, self.hidden
         return {
-            "mean": (n, f),
-            "scale": (n, f),
-            "fc1": (n, f, h),
-            "fc1_bias": (n, h),
-            "conv": (n, h, self.context),
-            "fc2": (n, h, h),
-            "fc2_bias": (n, h),
-            "out": (1 if self.shared_out else n, h),
-            "log_aggregate": (n,),
+            "mean": (a, f),
+            "scale": (a, f),
+            "fc1": (a, f, h),
+            "fc1_bias": (a, h),
+            "conv": (a, h, self.context),
+            "fc2": (a, h, h),
+            "fc2_bias": (a, h),
+            "out": (1 if self.shared_out else a, self.heads_each * h),
+            "log_aggregate": (self.n_heads,),
         }
 
     def __post_init__(self) -> None:
@@ -61,16 +74,19 @@ class AgentShape:
             raise ValueError(f"the context width must be an odd number, not {self.context}")
         if min(self.n_layer, self.n_head_kv, self.head_size_k, self.head_size_v, self.hidden) < 1:
             raise ValueError("agents need at least one layer, head, dimension and hidden unit")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"agents score a {' or a '.join(get_args(Scope))}, not '{self.scope}'")
 
 
 class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its types are not followed
-    """N = n_layer * n_head_kv scorers and the weights that add them up to a score of whole tokens.
+    """A scorers of N = n_layer * n_head_kv heads (A = N, or n_layer), and the weights that add the
+    heads up to a score of whole tokens.
 
-    Attributes (f32; N heads, F features, h hidden):
-        mean, scale [N, F]: buffers that standardise the features: (x - mean) * scale.
-        fc1 [N, F, h], fc1_bias [N, h]; conv [N, h, w]; fc2 [N, h, h], fc2_bias [N, h];
-        out [N, h], or [1, h] if shared; log_aggregate [N]: log of the heads' weights in a token's
-        score.
+    Attributes (f32; F features, h hidden):
+        mean, scale [A, F]: buffers that standardise the features: (x - mean) * scale.
+        fc1 [A, F, h], fc1_bias [A, h]; conv [A, h, w]; fc2 [A, h, h], fc2_bias [A, h];
+        out [A, N/A * h], a row of h for each of an agent's heads, or [1, N/A * h] if shared;
+        log_aggregate [N]: log of the heads' weights in a token's score.
     """
 
     mean: Tensor
@@ -79,7 +95,7 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
     def __init__(self, shape: AgentShape, seed: int = 0) -> None:
         super().__init__()
         self.shape = shape
-        n, f, h = shape.n_heads, shape.n_features, shape.hidden
+        n, f, h = shape.n_agents, shape.n_features, shape.hidden
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*dims: int, std: float) -> nn.Parameter:
@@ -94,27 +110,28 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
         self.conv = nn.Parameter(identity, requires_grad=shape.context > 1)
         self.fc2 = normal(n, h, h, std=h**-0.5)
         self.fc2_bias = nn.Parameter(torch.zeros(n, h))
-        self.out = normal(1 if shape.shared_out else n, h, std=h**-0.5)
-        self.log_aggregate = nn.Parameter(torch.full((n,), 1.0 / n).log())
+        self.out = normal(1 if shape.shared_out else n, shape.heads_each * h, std=h**-0.5)
+        self.log_aggregate = nn.Parameter(torch.full((shape.n_heads,), 1.0 / shape.n_heads).log())
 
     def forward(
-        self, features: Tensor, known: Tensor | None = None, heads: Tensor | None = None
+        self, features: Tensor, known: Tensor | None = None, agents: Tensor | None = None
     ) -> Tensor:
         """Score the inner tokens of runs of neighbours.
 
         Args:
-            features: [N, B, T, F], B runs of T tokens in conversation order, not standardised.
+            features: [A, B, T, F], B runs of T tokens in conversation order, not standardised.
             known: bool [B, T]; False where there is no such token (before the first one, after the
                 newest one). None: zeros are known nowhere but outside the run, and all T tokens
                 are scored.
-            heads: int64 [n]; the first axis of ``features`` holds these heads only.
+            agents: int64 [a]; the first axis of ``features`` holds these agents only.
 
         Returns:
-            f32 [N, B, T - (context - 1)], or [N, B, T] without ``known``.
+            f32 [N, B, T - (context - 1)], or [N, B, T] without ``known``; of the heads of these
+            agents, in order.
         """
 
         def own(parameter: Tensor) -> Tensor:
-            return parameter if heads is None else parameter[heads]
+            return parameter if agents is None else parameter[agents]
 
         n, b, t, _ = features.shape
         x = (features - own(self.mean)[:, None, None]) * own(self.scale)[:, None, None]
@@ -130,8 +147,8 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
         x = F.silu(torch.baddbmm(own(self.fc2_bias)[:, None], x, own(self.fc2)))
         # no bias: a constant changes no ranking, so nothing would train it
         out = self.out.expand(n, -1) if self.shape.shared_out else own(self.out)
-        scores = torch.bmm(x, out[:, :, None])
-        return scores.view(n, b, t).float()
+        scores = torch.bmm(x, out.unflatten(1, (self.shape.heads_each, -1)).transpose(1, 2))
+        return scores.transpose(1, 2).reshape(-1, b, t).float()
 
     def token_scores(self, scores: Tensor) -> Tensor:
         """Scores of whole tokens, [...] from [N, ...]: the heads' scores, weighted and summed."""
@@ -139,12 +156,18 @@ class Agents(nn.Module):  # type: ignore[misc]  # torch is optional, so its type
 
 
 def _convolve(x: Tensor, conv: Tensor, padding: int) -> Tensor:
-    """Every channel of every head with its own kernel: [n, B, T, h] -> [n, B, T', h]."""
+    """Every channel of every agent with its own kernel: [n, B, T, h] -> [n, B, T', h]."""
     n, b, t, h = x.shape
     channels = x.permute(1, 0, 3, 2).reshape(b, n * h, t)
     kernel = conv.reshape(n * h, 1, -1).to(channels.dtype)
     y = F.conv1d(channels, kernel, padding=padding, groups=n * h)
     return y.view(b, n, h, -1).permute(1, 0, 3, 2)
+
+
+def side_by_side(rows: Tensor, heads_each: int) -> Tensor:
+    """What agents see of rows [..., H, T, size], head by head: [..., H / heads_each, T,
+    heads_each * size]."""
+    return rows.unflatten(-3, (-1, heads_each)).transpose(-3, -2).flatten(-2)
 
 
 def position_features(positions: Tensor) -> Tensor:

@@ -93,10 +93,11 @@ def _about(values: dict[str, Any]) -> About:
     """Raises:
     ValueError: something is missing, or of another type or range.
     """
-    hints, of_about = _hints(AgentShape), _hints(About)
+    hints, of_about = {**_hints(AgentShape), "scope": str}, _hints(About)
     values = require(values, {**of_about, "shape": dict[str, Any]})
-    shape = AgentShape(**{name: require(values["shape"], hints)[name] for name in hints})
-    unknown = [name for name in values["shape"] if name not in hints and values["shape"][name]]
+    sizes = {"scope": AgentShape.scope, **values["shape"]}  # the first runs said nothing of it
+    shape = AgentShape(**{name: require(sizes, hints)[name] for name in hints})
+    unknown = [name for name in sizes if name not in hints and sizes[name]]
     if unknown:  # what is 0 was not used
         raise ValueError(f"its agents have {unknown[0]}, which is unknown to this version")
     if values["step"] < 0:

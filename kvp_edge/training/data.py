@@ -193,7 +193,7 @@ class Batch:
     """B states of which up to C runs of S tokens compete; h is half the context width.
 
     Attributes:
-        features: f32 [n, B * C, S + 2h, F] of n heads.
+        features: f32 [a, B * C, S + 2h, F] of a agents, which score n heads.
         known: bool [B * C, S + 2h]; False where there is no token to see.
         present: bool [n, B, C * S], or [1, B, C * S] if the same in all heads; the tokens that
             compete.
@@ -227,13 +227,15 @@ class Sampler:
     tokens: int  # C * S
     run: int = 64  # S
     states_of: States | None = None  # None: cuts of a trace, all tokens kept
+    heads_each: int = 1  # of an agent (kvp_edge.training.agent)
 
-    def draw(self, rng: np.random.Generator, heads: npt.NDArray[np.intp]) -> Batch:
-        """A batch of the features of ``heads`` (indices into layers x KV heads, flattened).
+    def draw(self, rng: np.random.Generator, agents: npt.NDArray[np.intp]) -> Batch:
+        """A batch for these agents (indices into layers x KV heads, flattened; or into layers).
 
         Raises:
             TrainingError: a trace holds NaN or infinite numbers.
         """
+        heads = heads_of(agents, self.heads_each)
         half = self.context // 2
         runs = max(1, self.tokens // self.run)
         features, known, present, importance = [], [], [], []
@@ -251,8 +253,8 @@ class Sampler:
             there = there & held[:, inner.clip(0, n - 1)]
             present.append(there)
             inside = at.clip(0, n - 1).reshape(-1)
-            found = gather(trace, inside, heads, index)
-            features.append(found.reshape(len(heads), *at.shape, -1))
+            found = gather(trace, inside, agents, index, self.heads_each)
+            features.append(found.reshape(len(agents), *at.shape, -1))
             received = importance_of(trace, n, heads, index)[:, inner.clip(0, n - 1)]
             importance.append(np.where(there, received, 0.0))
         return Batch(
@@ -293,17 +295,27 @@ class Sampler:
         return np.sort(rng.choice(grid, runs, replace=False, p=share / share.sum()))
 
 
+def heads_of(agents: npt.NDArray[np.intp], heads_each: int) -> npt.NDArray[np.intp]:
+    """The heads that these agents score, as indices into layers x KV heads: intp [n]."""
+    return (agents[:, None] * heads_each + np.arange(heads_each)).ravel()
+
+
 def gather(
-    trace: TraceLike, at: npt.NDArray[np.intp], heads: npt.NDArray[np.intp], index: int
+    trace: TraceLike,
+    at: npt.NDArray[np.intp],
+    agents: npt.NDArray[np.intp],
+    index: int,
+    heads_each: int = 1,
 ) -> npt.NDArray[np.float32]:
-    """Features of some tokens in some heads: f32 [n, len(at), F], as docs/policy-format.md lists
+    """Features of some tokens for some agents: f32 [a, len(at), F], as docs/policy-format.md lists
     them, not standardised. ``index`` names the trace in errors."""
-    layer, head = np.unravel_index(heads, trace.keys.shape[:2])
-    dk, dv = trace.keys.shape[3], trace.values.shape[3]
-    out = np.empty((len(heads), len(at), dk + dv + 4), np.float32)
-    for i, (il, ih) in enumerate(zip(layer, head, strict=True)):
-        out[i, :, :dk] = trace.keys[il, ih][at]
-        out[i, :, dk : dk + dv] = trace.values[il, ih][at]
+    layer, head = np.unravel_index(agents * heads_each, trace.keys.shape[:2])
+    dk, dv = (heads_each * rows.shape[3] for rows in (trace.keys, trace.values))
+    out = np.empty((len(agents), len(at), dk + dv + 4), np.float32)
+    for i, (il, first) in enumerate(zip(layer, head, strict=True)):
+        heads = slice(first, first + heads_each)
+        for rows, to in ((trace.keys, out[i, :, :dk]), (trace.values, out[i, :, dk : dk + dv])):
+            to[:] = rows[il, heads][:, at].swapaxes(0, 1).reshape(len(at), -1)
     out[:, :, dk + dv :] = position_features(torch.from_numpy(trace.indices[at])).numpy()
     if not np.isfinite(out).all():
         raise TrainingError(
@@ -328,16 +340,18 @@ def importance_of(
 def standardisation(
     traces: TraceSetLike,
     usable: list[int],
-    heads: npt.NDArray[np.intp],
+    agents: npt.NDArray[np.intp],
     sample: int = 32,
+    heads_each: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation of every feature in every head: f32 [n, F] each, from up to
+    """Mean and 1 / standard deviation of every feature of every agent: f32 [a, F] each, from up to
     ``sample`` traces spread over the set."""
     chosen = [usable[i] for i in np.unique(np.linspace(0, len(usable) - 1, sample).astype(int))]
     total, squares, count = 0.0, 0.0, 0
     for index in chosen:
         trace = traces[index]
-        x = gather(trace, np.arange(trace.keys.shape[2]), heads, index).astype(np.float64)
+        at = np.arange(trace.keys.shape[2])
+        x = gather(trace, at, agents, index, heads_each).astype(np.float64)
         total, squares, count = total + x.sum(1), squares + (x**2).sum(1), count + x.shape[1]
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))

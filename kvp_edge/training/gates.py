@@ -27,10 +27,10 @@ _TIMES = 12  # moments of a trace at which a step looks at what is retained
 
 @dataclass(frozen=True)
 class Lesson:
-    """One trace of T tokens and N heads.
+    """One trace of T tokens and N heads, for A agents.
 
     Attributes:
-        features: f32 [N, 1, T, F], not standardised.
+        features: f32 [A, 1, T, F], not standardised.
         wanted: f32 [N, T], see ``wanted``.
         times: int64 [M], tokens read at some moments, ascending.
     """
@@ -49,11 +49,13 @@ def lesson(
     importance: Importance,
     protected: Protected,
     rng: np.random.Generator,
+    heads_each: int = 1,
 ) -> Lesson:
     """The training input of one trace; ``index`` names it in errors."""
     n_heads = trace.keys.shape[0] * trace.keys.shape[1]
     n = trace.keys.shape[2]
-    features = gather(trace, np.arange(n), np.arange(n_heads), index)[:, None]
+    agents = np.arange(n_heads // heads_each)
+    features = gather(trace, np.arange(n), agents, index, heads_each)[:, None]
     least = protected.sinks + protected.recent + 1
     times = np.sort(rng.choice(np.arange(least, n), min(_TIMES, n - least), replace=False))
     paid = wanted(trace, index, importance, protected)

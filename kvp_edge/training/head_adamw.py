@@ -1,7 +1,8 @@
 """AdamW (Loshchilov & Hutter, arXiv:1711.05101) in which every head steps on its own.
 
 All heads' weights lie in shared tensors, but they are separate agents: a head that takes no part in
-a step keeps its weights, moments and count of steps, and gradients are clipped head by head.
+a step keeps its weights, moments and count of steps, and gradients are clipped head by head. Where
+an agent sees a whole layer (scope "layer"), a layer takes the place of a head.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ class Learner:
     Attributes:
         agents, ema: of the same shape.
         optimisers: "heads" for the agents' own weights, "token" for the heads' weights in whole
-            tokens, "shared" for a last projection that all heads share. ``add_optimiser`` adds one
+            tokens, "shared" for a last projection that all agents share. ``add_optimiser`` adds one
             with moments of its own, for a phase.
-        heads: intp [N], all of them.
+        heads, every_agent: intp [N], [A], all of them.
         stakes: f64 [N], the attention that each still loses in validation.
         drawn: tokens learned from so far, by this process.
     """
@@ -44,6 +44,7 @@ class Learner:
         self.ema = Agents(agents.shape).to(worker.device)
         self.ema.load_state_dict(agents.state_dict())
         self.heads: npt.NDArray[np.intp] = np.arange(agents.shape.n_heads)
+        self.every_agent: npt.NDArray[np.intp] = np.arange(agents.shape.n_agents)
         self.stakes = np.ones(len(self.heads))
         self.drawn = 0
         self._own = {k: p for k, p in agents.named_parameters() if p.requires_grad}
@@ -67,22 +68,22 @@ class Learner:
         """A random generator that depends only on the run's seed, the key and the process."""
         return np.random.default_rng([self.settings.seed, *key, self.worker.rank])
 
-    def on_device(self, heads: npt.NDArray[np.intp]) -> Tensor:
-        return torch.from_numpy(heads).to(self.worker.device)
+    def on_device(self, numbers: npt.NDArray[np.intp]) -> Tensor:
+        return torch.from_numpy(numbers).to(self.worker.device)
 
-    def descend(self, total: Tensor, heads: dict[str, Tensor], rate: float) -> float:
+    def descend(self, total: Tensor, moved: dict[str, Tensor], rate: float) -> float:
         """``total`` is a sum over heads, which keeps separate agents separate."""
         total.backward()
-        self.move(heads, rate)
+        self.move(moved, rate)
         return float(total.detach())
 
-    def move(self, heads: dict[str, Tensor], rate: float, memory: float | None = None) -> None:
-        """Step the optimisers, each with its heads, by the accumulated gradients.
+    def move(self, moved: dict[str, Tensor], rate: float, memory: float | None = None) -> None:
+        """Step the optimisers, each with its agents or heads, by the accumulated gradients.
 
         Args:
             memory: of the average; None: the setting ``ema``.
         """
-        for name, index in heads.items():
+        for name, index in moved.items():
             if self.worker.world > 1:
                 for parameter in self.optimisers[name].parameters.values():
                     if parameter.grad is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvp_edge.errors import TrainingError
 from kvp_edge.training import gates
-from kvp_edge.training.agent import Agents, position_features
+from kvp_edge.training.agent import Agents, position_features, side_by_side
 from kvp_edge.training.data import Batch, Sampler, TraceSetLike
 from kvp_edge.training.distillation import distillation_loss
 from kvp_edge.training.foresight import hinge_loss
@@ -75,9 +75,9 @@ class Heads(Phase):
 
     def step(self, step: int, rate: float) -> float:
         learner, s = self._learner, self._learner.settings
-        heads = self._choose(step)
-        index = learner.on_device(heads)
-        batch, generator = draw(learner, self._sampler, step, heads)
+        agents = self._choose(step)
+        index = learner.on_device(agents)
+        batch, generator = draw(learner, self._sampler, step, agents)
         scores = score(learner, batch, index)
         if s.objective == "foresight":
             loss = hinge_loss(scores, batch.importance, batch.present, s.margin, generator, s.pairs)
@@ -91,16 +91,18 @@ class Heads(Phase):
         return float(quality.lost.mean()), f"cost {quality.cost.mean():.2f}"
 
     def _choose(self, step: int) -> npt.NDArray[np.intp]:
-        """Draw a share of the heads without replacement, by what each still loses in validation."""
+        """Draw a share of the agents without replacement, by what the heads of each still lose in
+        validation."""
         learner, s = self._learner, self._learner.settings
-        n = max(1, math.ceil(s.effort * len(learner.heads)))
-        if n == len(learner.heads):
-            return learner.heads
-        # half of the effort is spread evenly: a head that looks done may be stuck
-        stakes = learner.stakes
+        every = learner.every_agent
+        n = max(1, math.ceil(s.effort * len(every)))
+        if n == len(every):
+            return every
+        # half of the effort is spread evenly: an agent that looks done may be stuck
+        stakes = learner.stakes.reshape(len(every), -1).sum(1)
         share = 0.5 / len(stakes) + 0.5 * stakes / max(stakes.sum(), 1e-12)
         rng = np.random.default_rng([s.seed, 2, step])  # the same on all ranks
-        return np.sort(rng.choice(learner.heads, n, replace=False, p=share / share.sum()))
+        return np.sort(rng.choice(every, n, replace=False, p=share / share.sum()))
 
 
 class Gates(Phase):
@@ -114,11 +116,11 @@ class Gates(Phase):
     def step(self, step: int, rate: float) -> float:
         learner, sampler, s = self._learner, self._sampler, self._learner.settings
         total = 0.0
-        rng = learner.rng(0, step)
+        rng, each = learner.rng(0, step), learner.agents.shape.heads_each
         for _ in range(s.states):
             index = int(rng.choice(sampler.usable))
             trace = sampler.traces[index]
-            found = gates.lesson(trace, index, s.importance, sampler.protected, rng)
+            found = gates.lesson(trace, index, s.importance, sampler.protected, rng, each)
             found = found.to(learner.worker.device)
             with learner.precision():
                 scores = learner.agents(found.features)[:, 0]
@@ -200,12 +202,13 @@ class Distil(Phase):
         s, shape, device = self._learner.settings, agents.shape, self._learner.worker.device
         ids = torch.from_numpy(tokens.astype(np.int64)).to(device)[None]
         place = position_features(torch.arange(len(tokens), device=device))
-        place = place.expand(shape.n_head_kv, -1, -1)
+        each = shape.heads_each
 
         def log_beta(layer: int, keys: Tensor, values: Tensor) -> Tensor:
-            heads = layer * shape.n_head_kv + torch.arange(shape.n_head_kv, device=device)
-            features = torch.cat((keys[0], values[0], place), -1)[:, None]
-            return gates.log_beta(agents(features, heads=heads)[:, 0])[None]
+            k, v = (side_by_side(rows[0], each) for rows in (keys, values))
+            some = layer * len(k) + torch.arange(len(k), device=device)
+            features = torch.cat((k, v, place.expand(len(k), -1, -1)), -1)[:, None]
+            return gates.log_beta(agents(features, agents=some)[:, 0])[None]
 
         return distillation_loss(
             self._twin, log_beta, ids, s.capacity, capacity_weight=s.capacity_weight
@@ -252,7 +255,7 @@ class InModel(Phase):
         with torch.no_grad():
             before = [r.log_probabilities(agents, s.temperature) for r, _ in played]
             start = [r.log_probabilities(self._start, s.temperature) for r, _ in played]
-        heads = learner.on_device(learner.heads)
+        every = learner.on_device(learner.every_agent)
         total = 0.0
         for _ in range(s.passes):
             total = 0.0
@@ -261,7 +264,7 @@ class InModel(Phase):
                 loss = grpo_loss(new, old, first, gain, s.clip, s.kl).sum() / len(played)
                 loss.backward()
                 total += float(loss.detach())
-            learner.move({"rollouts": heads}, rate, memory=0.9)
+            learner.move({"rollouts": every}, rate, memory=0.9)
         return total
 
     def judge(self, quality: Quality) -> tuple[float, str]:
@@ -310,7 +313,7 @@ class Tokens(Phase):
 
     def step(self, step: int, rate: float) -> float:
         learner = self._learner
-        batch, generator = draw(learner, self._sampler, step, learner.heads)
+        batch, generator = draw(learner, self._sampler, step, learner.every_agent)
         with torch.no_grad():
             scores = score(learner, batch, None)
         whole = learner.agents.token_scores(scores).masked_fill(~batch.present[0], PADDING)
@@ -326,7 +329,7 @@ class Tokens(Phase):
         """Standard deviation of each head's scores in a state: f32 [N]."""
         learner = self._learner
         rng = np.random.default_rng([learner.settings.seed, 1])
-        batch = self._sampler.draw(rng, learner.heads).to(learner.worker.device)
+        batch = self._sampler.draw(rng, learner.every_agent).to(learner.worker.device)
         with torch.no_grad():
             scores = score(learner, batch, None)
         inside = torch.where(batch.present, scores, torch.nan)
@@ -335,21 +338,21 @@ class Tokens(Phase):
 
 
 def draw(
-    learner: Learner, sampler: Sampler, step: int, heads: npt.NDArray[np.intp]
+    learner: Learner, sampler: Sampler, step: int, agents: npt.NDArray[np.intp]
 ) -> tuple[Batch, torch.Generator]:
     """A step's batch, and the source of its noise."""
     device = learner.worker.device
-    batch = sampler.draw(learner.rng(0, step), heads).to(device)
+    batch = sampler.draw(learner.rng(0, step), agents).to(device)
     learner.drawn += batch.present[0].numel()
     seed = np.random.SeedSequence([learner.settings.seed, 0, step, learner.worker.rank])
     noise = int(seed.generate_state(1, np.uint64)[0] >> 1)
     return batch, torch.Generator(device).manual_seed(noise)
 
 
-def score(learner: Learner, batch: Batch, heads: Tensor | None) -> Tensor:
-    """f32 [n, B, m]."""
+def score(learner: Learner, batch: Batch, agents: Tensor | None) -> Tensor:
+    """f32 [n, B, m], of the agents' n heads."""
     with learner.precision():
-        scores = learner.agents(batch.features, batch.known, heads)
+        scores = learner.agents(batch.features, batch.known, agents)
     return scores.view(scores.shape[0], *batch.present.shape[1:])
 
 
@@ -366,6 +369,6 @@ def kvp_loss(s: Settings, scores: Tensor, importance: Tensor, generator: torch.G
 
 
 def together(learner: Learner) -> dict[str, Tensor]:
-    """All heads, and the one projection that they share."""
+    """All agents, and the one projection that they share."""
     one = torch.zeros(1, dtype=torch.long, device=learner.worker.device)
-    return {"heads": learner.on_device(learner.heads), "shared": one}
+    return {"heads": learner.on_device(learner.every_agent), "shared": one}

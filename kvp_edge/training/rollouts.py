@@ -22,7 +22,7 @@ from kvp_edge.arrays import FloatArray
 from kvp_edge.measuring import MeasuringLlama
 from kvp_edge.policies import CacheView, Policy
 from kvp_edge.text.spans import Span
-from kvp_edge.training.agent import Agents, position_features
+from kvp_edge.training.agent import Agents, position_features, side_by_side
 from kvp_edge.training.data import Protected
 from kvp_edge.training.grpo import draw, log_probabilities
 from kvp_edge.training.settings import Settings
@@ -50,7 +50,7 @@ class Rollout:
     """One reading of a text of T tokens.
 
     Attributes:
-        features: f32 [N, 1, T, F], those of the agents, of every token when it came in.
+        features: f32 [A, 1, T, F], those of the agents, of every token when it came in.
         evictions: in order.
         losses: f32 [T - 1], of every token but the first, in nats.
     """
@@ -140,7 +140,7 @@ class _Drawing(Policy):
         self._agents, self._budget, self._protected = agents, budget, protected
         self._temperature, self._generator = temperature, generator
         self._half = shape.context // 2
-        self.features = torch.zeros(shape.n_heads, n_tokens, shape.n_features)
+        self.features = torch.zeros(shape.n_agents, n_tokens, shape.n_features)
         self._scores = torch.zeros(shape.n_heads, n_tokens)
         self._final = 0  # tokens whose scores will not change any more
         self.evictions: list[Eviction] = []
@@ -162,11 +162,13 @@ class _Drawing(Policy):
         and the recent ones before them, are held by every head, in the last rows."""
         start = max(0, self._final - self._half)
         n = seen - start
-        dk, dv = keys.shape[3], values.shape[3]
-        new = self.features[:, start:seen]
-        new[..., :dk] = torch.from_numpy(keys[:, :, -n:].reshape(-1, n, dk))
-        new[..., dk : dk + dv] = torch.from_numpy(values[:, :, -n:].reshape(-1, n, dv))
-        new[..., dk + dv :] = position_features(torch.arange(start, seen))
+        each = self._agents.shape.heads_each
+        k, v = (
+            side_by_side(torch.from_numpy(rows[:, :, -n:]), each).flatten(0, 1)
+            for rows in (keys, values)
+        )
+        place = position_features(torch.arange(start, seen)).expand(len(k), -1, -1)
+        new = self.features[:, start:seen] = torch.cat((k, v, place), -1)
         with torch.no_grad():
             scores = self._agents(new[:, None].to(self._agents.mean.device))[:, 0].cpu()
         self._scores[:, self._final : seen] = scores[:, self._final - start :]

@@ -86,7 +86,7 @@ class Sensitivity:
 def head_sensitivity(
     twin: Twin,
     texts: Sequence[Sequence[int]],
-    eviction: Eviction = Eviction(),  # noqa: B008  # it is frozen
+    eviction: Eviction = Eviction(),
     *,
     exact: bool = False,
     progress: Progress = lambda done, of: None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from kvp_edge.errors import TrainingError
+from kvp_edge.policy_file import Scope
 
 #: "kvp": rankings of one moment, rewarded over all budgets (Learning to Evict from Key-Value
 #: Cache, arXiv:2602.10238). "foresight": golden evictions, imitated, then improved by evicting in
@@ -44,12 +45,13 @@ class Settings:
     """What a run depends on, beside its traces. docs/training-policies.md says why these defaults.
 
     Attributes:
+        scope: what an agent scores, and sees: "head", one KV head; "layer", all of a layer.
         steps, token_steps: of the agents, and of the token weights after them.
         lr, token_lr: highest learning rates; ``warmup`` steps up to them, then a cosine to 0.
         states: B per step: cut texts, or (global) whole ones.
         tokens: of a state that compete, at most.
         rankings: K, sampled per state.
-        effort: share of the heads in a step.
+        effort: share of the agents in a step.
         eval_every: steps between validations; each writes a checkpoint.
         validation: share of the traces kept out for it, and at most so many states.
         precision: "f32" or "bf16" (autocast).
@@ -73,6 +75,7 @@ class Settings:
     """
 
     objective: Objective = "global"
+    scope: Scope = "head"
     hidden: int = 64
     context: int = 9
     steps: int = 2000
@@ -121,6 +124,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, known in (
             ("objective", Objective),
+            ("scope", Scope),
             ("importance", Importance),
             ("rank_weights", RankWeights),
             ("advantage", Advantage),
@@ -156,7 +160,7 @@ class Settings:
             )
         if not 0 < self.effort <= 1:
             raise TrainingError(
-                f"effort must be a fraction of the heads (above 0, at most 1), not {self.effort}"
+                f"effort must be a fraction of the agents (above 0, at most 1), not {self.effort}"
             )
         if not 0 < self.validation < 1:
             raise TrainingError(

@@ -1,10 +1,10 @@
 """The training run: up to three phases (Settings.phases), each from the best of the one before.
 
-"heads" trains the agents on traces. With the objectives kvp and foresight heads are separate
-agents, and each step trains a share (``effort``) of them, drawn by what they still lose in
-validation. With the objective global all heads are trained together. "rollouts" (foresight) and
-"distil" (global) continue in the model itself. "tokens" trains only the heads' weights in a whole
-token's score, by the KVP objective on the importance summed over heads.
+"heads" trains the agents on traces. With the objectives kvp and foresight heads (or layers: the
+setting ``scope``) are separate agents, and each step trains a share (``effort``) of them, drawn by
+what they still lose in validation. With the objective global all are trained together. "rollouts"
+(foresight) and "distil" (global) continue in the model itself. "tokens" trains only the heads'
+weights in a whole token's score, by the KVP objective on the importance summed over heads.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ class _Run:
         self.training = [i for i in usable if i not in set(self.held_out)] or usable
         self.states = choose_states(traces, self.held_out, self.protected, s.validation_states)
         together = s.objective == "global"
-        self.shape = AgentShape(n_layer, n_head_kv, dk, dv, s.hidden, s.context, together)
+        self.shape = AgentShape(n_layer, n_head_kv, dk, dv, s.hidden, s.context, together, s.scope)
         agents = Agents(self.shape, s.seed)
-        heads = np.arange(self.shape.n_heads)
-        mean, scale = standardisation(traces, self.training, heads)
+        every, each = np.arange(self.shape.n_agents), self.shape.heads_each
+        mean, scale = standardisation(traces, self.training, every, heads_each=each)
         agents.mean.copy_(mean)
         agents.scale.copy_(scale)
         self.learner = Learner(agents, s, worker)
@@ -209,6 +209,7 @@ class _Run:
             s.states,
             s.tokens,
             states_of=states_of,
+            heads_each=self.shape.heads_each,
         )
 
     def _traced(self, model: str | os.PathLike[str] | None) -> str:

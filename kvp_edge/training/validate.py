@@ -141,11 +141,12 @@ def agent_scorer(agents: Agents) -> Scorer:
         shape, device = agents.shape, agents.mean.device
         group = max(1, _ELEMENTS // (n * shape.n_features))
         parts = []
-        for start in range(0, shape.n_heads, group):
-            heads = np.arange(start, min(start + group, shape.n_heads))
-            features = torch.from_numpy(gather(trace, np.arange(n), heads, 0)).to(device)
+        for start in range(0, shape.n_agents, group):
+            some = np.arange(start, min(start + group, shape.n_agents))
+            found = gather(trace, np.arange(n), some, 0, shape.heads_each)
+            features = torch.from_numpy(found).to(device)
             with torch.no_grad():
-                parts.append(agents(features[:, None], heads=torch.from_numpy(heads).to(device)))
+                parts.append(agents(features[:, None], agents=torch.from_numpy(some).to(device)))
         return np.asarray(torch.cat(parts)[:, 0].cpu().numpy())
 
     return score

@@ -1,4 +1,4 @@
-// A learned policy's network as a ggml graph: all heads of a layer, and many tokens, at once.
+// A learned policy's networks as a ggml graph: all heads of a layer, and many tokens, at once.
 #pragma once
 
 #include "graph/tensor_space.h"
@@ -32,13 +32,14 @@ std::vector<slot> with_gaps(const int32_t * tokens, uint32_t n, uint32_t half);
 // Throws KVP_ERR_ARGUMENT unless tokens ascend from 0 or more.
 void check_tokens(const int32_t * tokens, uint32_t n);
 
-// What comes behind the first matrix, for the heads of one layer or of many: their number is the last
-// dimension of each. conv [h, context, heads], fc2 [h, h, heads], fc2_bias and out [h, 1, heads].
+// What comes behind the first matrix, for the networks of one layer or of many: their number is the last
+// dimension of each. conv [h, context, networks], fc2 [h, h, networks], fc2_bias [h, 1, networks] and
+// out [h, heads of a network, networks].
 struct upper_layers {
     ggml_tensor *conv, *fc2, *fc2_bias, *out;
 };
 
-// [1, n_out, heads] from u [h, n_out + context - 1, heads].
+// [heads of a network, n_out, networks] from u [h, n_out + context - 1, networks].
 ggml_tensor * score_graph(ggml_context * ctx, ggml_tensor * u, const upper_layers & w, int64_t n_out);
 
 class policy_network {
@@ -62,15 +63,22 @@ public:
     const kvp_policy_shape & shape() const { return sizes; }
 
     // Weights of one layer as kvp_policy_weights has them.
-    const float * key(uint32_t il) const { return weights.key.data() + size_t(il) * per_head() * sizes.head_size_k; }
-    const float * value(uint32_t il) const { return weights.value.data() + size_t(il) * per_head() * sizes.head_size_v; }
-    const float * position(uint32_t il) const { return weights.position.data() + size_t(il) * per_head() * N_POSITION; }
-    const float * fc1_bias(uint32_t il) const { return weights.fc1_bias.data() + size_t(il) * per_head(); }
-    const float * conv(uint32_t il) const { return weights.conv.data() + size_t(il) * per_head() * sizes.context; }
-    const float * fc2(uint32_t il) const { return weights.fc2.data() + size_t(il) * per_head() * sizes.hidden; }
-    const float * fc2_bias(uint32_t il) const { return weights.fc2_bias.data() + size_t(il) * per_head(); }
-    const float * out(uint32_t il) const { return weights.out.data() + size_t(il) * per_head(); }
-    size_t        per_head() const { return size_t(sizes.n_head_kv) * sizes.hidden; } // of a layer: hidden units
+    const float * key(uint32_t il) const { return weights.key.data() + size_t(il) * units() * key_size(); }
+    const float * value(uint32_t il) const { return weights.value.data() + size_t(il) * units() * value_size(); }
+    const float * position(uint32_t il) const { return weights.position.data() + size_t(il) * units() * N_POSITION; }
+    const float * fc1_bias(uint32_t il) const { return weights.fc1_bias.data() + size_t(il) * units(); }
+    const float * conv(uint32_t il) const { return weights.conv.data() + size_t(il) * units() * sizes.context; }
+    const float * fc2(uint32_t il) const { return weights.fc2.data() + size_t(il) * units() * sizes.hidden; }
+    const float * fc2_bias(uint32_t il) const { return weights.fc2_bias.data() + size_t(il) * units(); }
+    const float * out(uint32_t il) const { return weights.out.data() + size_t(il) * units() * heads_each(); }
+
+    size_t units() const { return size_t(sizes.n_networks) * sizes.hidden; } // hidden units of a layer's networks
+    size_t heads_each() const { return sizes.n_head_kv / sizes.n_networks; } // that a network scores
+    // Numbers of a token's keys, and of its values, that a network sees: those of its heads, head by head.
+    size_t key_size() const { return heads_each() * sizes.head_size_k; }
+    size_t value_size() const { return heads_each() * sizes.head_size_v; }
+    // Where the score of token i of n_out for a head lies in what score_graph gives.
+    size_t place(size_t head, size_t i, size_t n_out) const { return (head / heads_each() * n_out + i) * heads_each() + head % heads_each(); }
 
 private:
     struct layer {
@@ -85,7 +93,7 @@ private:
 
     uint64_t         number;
     kvp_policy_shape sizes;
-    uint32_t         n_features; // of a token: key, value, position, 1; a multiple of 16
+    size_t           n_features; // that a network sees of a token: keys, values, position, 1; a multiple of 16
     std::mutex       running;    // held while the backend, its threads and the allocator are used
     // The backend outlives what lies in its buffers: members are destroyed from the last to the first.
     owned<ggml_backend, ggml_backend_free>               backend;
@@ -103,14 +111,14 @@ struct device_policy : upper_layers {
     device_policy(const policy_network & network, device & on, const std::vector<uint32_t> & layers, uint32_t k_hadamard_block,
                   uint32_t v_hadamard_block);
 
-    // Of a matrix for all heads of all layers, those of the l-th layer.
+    // Of a matrix for all networks of all layers, those of the l-th layer.
     ggml_tensor * of_layer(ggml_context * ctx, ggml_tensor * all, size_t l) const;
 
     uint64_t     network; // whose weights these are
-    ggml_tensor *key, *value, *position; // [head_size, h, heads] twice, [POSITION_ROW, h * heads]
+    ggml_tensor *key, *value, *position; // [key_size, h, networks], [value_size, h, networks], [POSITION_ROW, h * networks]
 
 private:
-    size_t                                               n_head_kv;
+    size_t                                               n_networks; // of a layer
     tensor_space                                         space;
     owned<ggml_backend_buffer, ggml_backend_buffer_free> buffer;
 };

@@ -15,6 +15,7 @@ void graphs_of_policy(const rows_in_place & where, const kvp_rule & rule, float 
     const kvp_cache_shape & shape   = where.shape;
     const auto &            at      = where.cells;
     const size_t            H = shape.n_head_kv, half = network.shape().context / 2, h = network.shape().hidden;
+    const size_t            G = network.shape().n_networks; // of a layer
     const auto              slots = with_gaps(rule.of.policy.indices, uint32_t(at.size()), uint32_t(half));
     for (device_part * each : where.parts) {
         device_part & part = *each;
@@ -50,20 +51,22 @@ void graphs_of_policy(const rows_in_place & where, const kvp_rule & rule, float 
             ggml_tensor *  from     = graph.input(GGML_TYPE_I32, int64_t(n_in), 1, 1, cells.data());
             ggml_tensor *  exists   = graph.input(GGML_TYPE_F32, 1, int64_t(n_in), 1, there.data());
             ggml_tensor *  position = graph.input(GGML_TYPE_F32, POSITION_ROW, int64_t(n_in), 1, features.data());
-            ggml_tensor *  seen     = graph.output(GGML_TYPE_F32, int64_t(h), int64_t(n_in), int64_t(H * L));
+            ggml_tensor *  seen     = graph.output(GGML_TYPE_F32, int64_t(h), int64_t(n_in), int64_t(G * L));
             for (size_t l = 0; l < L; ++l) {
                 auto * k = const_cast<ggml_tensor *>(part.layers[l].k);
                 auto * v = const_cast<ggml_tensor *>(part.layers[l].v);
                 if (shape.v_transposed) {
                     v = as_rows(ctx, v, end);
                 }
-                ggml_tensor * u = ggml_add(ctx, mul_mat_f32(ctx, p.of_layer(ctx, p.key, l), gather(ctx, k, from, shape.head_size_k, int64_t(H))),
-                                           mul_mat_f32(ctx, p.of_layer(ctx, p.value, l), gather(ctx, v, from, shape.head_size_v, int64_t(H))));
-                graph.compute(ggml_cpy(ctx, u, ggml_view_3d(ctx, seen, int64_t(h), int64_t(n_in), int64_t(H), seen->nb[1], seen->nb[2], l * H * seen->nb[2])));
+                // a row of the cache has its heads side by side, as a network sees them
+                ggml_tensor * keys   = gather(ctx, k, from, int64_t(network.key_size()), int64_t(G));
+                ggml_tensor * values = gather(ctx, v, from, int64_t(network.value_size()), int64_t(G));
+                ggml_tensor * u = ggml_add(ctx, mul_mat_f32(ctx, p.of_layer(ctx, p.key, l), keys), mul_mat_f32(ctx, p.of_layer(ctx, p.value, l), values));
+                graph.compute(ggml_cpy(ctx, u, ggml_view_3d(ctx, seen, int64_t(h), int64_t(n_in), int64_t(G), seen->nb[1], seen->nb[2], l * G * seen->nb[2])));
             }
-            ggml_tensor * place = ggml_reshape_3d(ctx, mul_mat_f32(ctx, p.position, position), int64_t(h), int64_t(H * L), int64_t(n_in));
+            ggml_tensor * place = ggml_reshape_3d(ctx, mul_mat_f32(ctx, p.position, position), int64_t(h), int64_t(G * L), int64_t(n_in));
             ggml_tensor * u     = ggml_add(ctx, ggml_mul(ctx, seen, exists), ggml_permute(ctx, place, 0, 2, 1, 3));
-            ggml_tensor * score = score_graph(ctx, u, p, int64_t(n_out)); // [1, n_out, H * L]
+            ggml_tensor * score = score_graph(ctx, u, p, int64_t(n_out)); // [H / G, n_out, G * L]
             ggml_set_output(score);
             graph.compute(score);
             graph.prepare();
@@ -73,8 +76,8 @@ void graphs_of_policy(const rows_in_place & where, const kvp_rule & rule, float 
             part.on->get(score, found.data(), found.size() * sizeof(float));
             for (size_t i = 0; i < n_out; ++i) {
                 const int32_t token = slots[first + i].index;
-                for (size_t g = 0; token >= 0 && g < H * L; ++g) {
-                    scores[(part.layers[g / H].il * H + g % H) * at.size() + size_t(token)] = found[g * n_out + i];
+                for (size_t head = 0; token >= 0 && head < H * L; ++head) {
+                    scores[(part.layers[head / H].il * H + head % H) * at.size() + size_t(token)] = found[network.place(head, i, n_out)];
                 }
             }
         }

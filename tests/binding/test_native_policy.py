@@ -17,12 +17,13 @@ from kvp_edge.binding import rules
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.binding.policy import NativePolicy
 from kvp_edge.policies.learned import Learned, forward, with_gaps
-from kvp_edge.policy_file import PolicyInfo, write_policy
+from kvp_edge.policy_file import PolicyInfo, PolicyWeights, Scope, weight_shapes, write_policy
 from makers.gguf_models import ModelShape
 from makers.policies import random_weights
 from support.properties import examples
 
 INFO = PolicyInfo("llama", 2, 3, 32, 64, 16, 5)
+SCOPES = pytest.mark.parametrize("scope", ["head", "layer"])
 
 
 def random_tokens(info: PolicyInfo, n: int, seed: int = 0) -> tuple[Any, Any, Any]:
@@ -46,8 +47,11 @@ def assert_as_defined(info: PolicyInfo, n: int, threads: int = 1) -> None:
 # 512 slots, tokens and missing ones, go through the network at once
 @pytest.mark.parametrize("n", [1, 2, 300, 511, 512, 513, 1300])
 @pytest.mark.parametrize("context", [1, 5, 33])
-def test_scores_are_those_of_the_definition_across_chunks(context: int, n: int) -> None:
-    assert_as_defined(replace(INFO, context=context), n, threads=2)
+@SCOPES
+def test_scores_are_those_of_the_definition_across_chunks(
+    context: int, n: int, scope: Scope
+) -> None:
+    assert_as_defined(replace(INFO, context=context, scope=scope), n, threads=2)
 
 
 @examples(40)
@@ -59,6 +63,7 @@ def test_scores_are_those_of_the_definition_across_chunks(context: int, n: int) 
     hidden=st.integers(1, 70),
     half=st.integers(0, 6),
     n=st.integers(1, 60),
+    scope=st.sampled_from(["head", "layer"]),
 )
 def test_scores_are_those_of_the_definition_for_every_shape(
     n_layer: int,
@@ -68,9 +73,10 @@ def test_scores_are_those_of_the_definition_for_every_shape(
     hidden: int,
     half: int,
     n: int,
+    scope: Scope,
 ) -> None:
     sizes = (n_layer, n_head_kv, head_size_k, head_size_v, hidden, 2 * half + 1)
-    assert_as_defined(PolicyInfo("llama", *sizes), n)
+    assert_as_defined(PolicyInfo("llama", *sizes, scope=scope), n)
 
 
 def test_no_tokens_have_no_scores() -> None:
@@ -83,6 +89,8 @@ def test_impossible_sizes_and_arrays_are_refused() -> None:
         NativePolicy(random_weights(replace(INFO, context=4)))
     with pytest.raises(ValueError, match="a context of 35 is not possible"):
         NativePolicy(random_weights(replace(INFO, context=35)))
+    with pytest.raises(ValueError, match="a layer of 4 KV heads has a network for each .* not 2"):
+        NativePolicy(PolicyWeights(**{k: np.zeros(s, "f") for k, s in two_of_four_heads().items()}))
     policy = NativePolicy(random_weights(INFO))
     keys, values, tokens = random_tokens(INFO, 4)
     with pytest.raises(ValueError, match=r"the shape \(2, 3, 4, 64\) instead of \(2, 3, 4, 32\)"):
@@ -90,6 +98,12 @@ def test_impossible_sizes_and_arrays_are_refused() -> None:
     for wrong in ([0, 1, 1, 2], [-1, 0, 1, 2]):
         with pytest.raises(ValueError, match="tokens must ascend"):
             policy.score(keys, values, np.array(wrong, np.int32))
+
+
+def two_of_four_heads() -> dict[str, tuple[int, ...]]:
+    """Shapes of networks that see two of a layer's four heads each."""
+    shapes = weight_shapes(PolicyInfo("llama", 1, 2, 16, 16, 8, 1))
+    return {**shapes, "out": (1, 2, 2, 8), "aggregate": (1, 4)}
 
 
 def test_another_model_s_cache_is_refused(
@@ -102,6 +116,7 @@ def test_another_model_s_cache_is_refused(
         llm.kv.cache.score(rule, 0, 17, 17)
 
 
+@SCOPES
 @pytest.mark.parametrize("granularity", ["token", "head"])
 @pytest.mark.parametrize("cache_type", [llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0])
 def test_a_chat_keeps_the_same_tokens_natively_and_in_numpy(
@@ -110,12 +125,13 @@ def test_a_chat_keeps_the_same_tokens_natively_and_in_numpy(
     load: Callable[..., Any],
     granularity: str,
     cache_type: int,
+    scope: Scope,
 ) -> None:
     """The cache's rows reach the network with RoPE, without rotation, and in order, also where
     tokens between them are gone."""
     shape = read_model_shape(bundled_model)
     sizes = (shape.n_layer, shape.n_head_kv[0], shape.head_size_k, shape.head_size_v)
-    info = PolicyInfo(shape.architecture, *sizes, hidden=8, context=9)
+    info = PolicyInfo(shape.architecture, *sizes, hidden=8, context=9, scope=scope)
     write_policy(tmp_path / "p.gguf", info, random_weights(info), "f32")
     held = []
     for native in (True, False):

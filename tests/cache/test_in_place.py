@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -27,7 +27,7 @@ from kvp_edge.binding.queries import Queries
 from kvp_edge.policies import POLICIES, ArrayView, KeyDiff, KNorm, Policy, ValueRange
 from kvp_edge.policies.lagkv import standing_out
 from kvp_edge.policies.query_attention import total_attention
-from kvp_edge.policy_file import PolicyInfo
+from kvp_edge.policy_file import PolicyInfo, Scope
 from makers import blobs
 from makers.devices import CountingProxy, placed
 from makers.gguf_models import ModelShape
@@ -341,16 +341,19 @@ def test_scores_in_place_are_those_of_the_state_and_of_numpy(
     tokens = llm.kv_indices
     s = cache.shape
     info = PolicyInfo("llama", s.n_layer, s.n_head_kv, s.head_size_k, s.head_size_v, 8, 5)
-    network = NativePolicy(random_weights(info))
+    networks = {
+        scope: NativePolicy(random_weights(replace(info, scope=scope))) for scope in get_args(Scope)
+    }
     p0, p1, n = int(present[0]), int(present[-1]) + 1, len(present)
     bytes_transferred = cache.location.bytes_transferred
-    by_network = rules.Network(network, tokens)
-    scored(cache, by_network, p0, p1, n)
+    by_network = {scope: rules.Network(one, tokens) for scope, one in networks.items()}
     in_place = {
         "keydiff": scored(cache, rules.KeyDiff(), p0, p1, n),
         "knorm": scored(cache, rules.KNorm(), p0, p1, n),
-        "network": scored(cache, by_network, p0, p1, n),
     }
+    for scope, rule in by_network.items():
+        scored(cache, rule, p0, p1, n)
+        in_place[scope] = scored(cache, rule, p0, p1, n)
     if place == "cpu":
         assert cache.location.bytes_transferred == bytes_transferred
     cache.forget_cells()
@@ -367,8 +370,9 @@ def test_scores_in_place_are_those_of_the_state_and_of_numpy(
         assert_close(in_place[name], scored(cache, rule, p0, p1, n))
         assert_close(in_place[name], policy.score(ArrayView(keys, values, tokens)))
     limit = HALF_PRODUCTS if place == "gpu" else SAME
-    assert_close(in_place["network"], scored(cache, by_network, p0, p1, n), limit)
-    assert_close(in_place["network"], network.score(keys, values, tokens), limit)
+    for scope, network in networks.items():
+        assert_close(in_place[scope], scored(cache, by_network[scope], p0, p1, n), limit)
+        assert_close(in_place[scope], network.score(keys, values, tokens), limit)
 
 
 def scored(cache: NativeCache, rule: rules.Rule, p0: int, p1: int, n: int) -> NDArray[np.float32]:

@@ -30,6 +30,7 @@ from kvp_edge.training.rollouts import Eviction, Reading, Rollout, Rollouts  # n
 from kvp_edge.training.train import Settings, train  # noqa: E402
 from makers.gguf_models import ModelShape, write_model  # noqa: E402
 from makers.synthetic_traces import SyntheticTraces  # noqa: E402
+from support.layer_agents import whole_layers  # noqa: E402
 
 QUIET = {"n_threads": 1, "n_threads_batch": 1}
 HOW: dict[str, Any] = {
@@ -187,6 +188,21 @@ def test_without_a_generator_it_drops_what_a_chat_drops(
     for (_, one), (_, other) in zip(held, by_agents, strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_allclose(losses, best.losses, atol=ROUNDING)
+
+
+def test_agents_of_layers_drop_what_those_of_their_heads_drop(
+    rollouts: Rollouts, agents: Agents, tokens: list[int], held: list[Any]
+) -> None:
+    one = rollouts.roll(tokens, agents, None)
+    by_heads = held[:]
+    held.clear()
+    other = rollouts.roll(tokens, whole_layers(agents), None)
+    assert len(held) == len(by_heads) == 5
+    # rounding may put two equal scores in the other order
+    same = np.mean([a == b for (_, a), (_, b) in zip(held, by_heads, strict=True)])
+    assert same > 0.99
+    assert other.features.shape[0] == agents.shape.n_layer
+    np.testing.assert_allclose(other.losses.mean(), one.losses.mean(), atol=ROUNDING)
 
 
 def test_probabilities_are_those_at_the_time_of_the_draw(

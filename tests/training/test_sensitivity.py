@@ -66,9 +66,7 @@ def test_the_estimate_is_the_slope_of_the_loss_as_a_head_s_output_changes(
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_head_whose_output_goes_nowhere_carries_nothing(
-    random_model: Maker, exact: bool
-) -> None:
+def test_a_head_whose_output_goes_nowhere_carries_nothing(random_model: Maker, exact: bool) -> None:
     twin = Twin.load(random_model(SHAPE).path)
     columns = 2 * SHAPE.head_dim  # of the two query heads of a KV head
     twin.layers[1].attn_output.weight[:, columns:] = 0

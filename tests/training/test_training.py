@@ -276,7 +276,7 @@ def test_runs_score_as_whole_texts_do() -> None:
         at = torch.arange(-2, 32)
         known = ((at >= 0) & (at < 30))[None]
         padded = agents(x[:, :, at.clamp(0, 29)], known)
-        one_head = agents(x[1:], heads=torch.tensor([1]))
+        one_head = agents(x[1:], agents=torch.tensor([1]))
     torch.testing.assert_close(whole, padded)
     torch.testing.assert_close(whole[1:], one_head)
 
@@ -366,7 +366,11 @@ def test_whatever_is_wrong_with_a_checkpoint_is_refused(tmp_path: Path) -> None:
         *({k: v for k, v in good.items() if k != name} for name in good),
         *(said(**{name: v}) for name in asdict(about) for v in (None, "x", 2.5, [], [1])),
         *(said(shape=sizes | {name: v}) for name in sizes for v in (None, "2", 2.5, 2**40, -1)),
-        *(said(shape={k: v for k, v in sizes.items() if k != name}) for name in sizes),
+        *(
+            said(shape={k: v for k, v in sizes.items() if k != name})
+            for name in sizes
+            if name != "scope"  # older runs have none
+        ),
         said(step=-1),
         said(settings={"objective": 1}),
         said(settings={"sinks": "4"}),
