@@ -233,12 +233,7 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
     writer.add_type("adapter")
     writer.add_string("adapter.type", "kvp")
     writer.add_name(info.name)
-    file_type = {
-        "f32": gguf.LlamaFileType.ALL_F32,
-        "f16": gguf.LlamaFileType.MOSTLY_F16,
-        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    }
-    writer.add_file_type(file_type[outtype])
+    writer.add_file_type(_file_types()[outtype])
     if info.license:
         writer.add_license(info.license)
     if info.base_model:
@@ -348,6 +343,35 @@ def read_info(path: str | os.PathLike[str]) -> PolicyInfo:
     """
     with _opened(path) as found:
         return _read_info(path, found.values)
+
+
+def outtype_of(path: str | os.PathLike[str]) -> OutType:
+    """The type that a policy file's large weights are stored in.
+
+    Raises:
+        PolicyFileError: as for ``read_policy``, or a file that holds none of these types.
+    """
+    with _opened(path) as found:
+        _read_info(path, found.values)
+        kind = found.values.get("general.file_type")
+    for outtype, number in _file_types().items():
+        if kind == number:
+            return outtype
+    raise PolicyFileError(
+        f"the policy file '{path}' has the general.file_type {shortened(kind)}, which is none of "
+        + ", ".join(_file_types())
+    )
+
+
+def _file_types() -> dict[OutType, int]:
+    """llama.cpp's numbers (``enum llama_ftype``, llama.h)."""
+    import gguf  # noqa: PLC0415
+
+    return {
+        "f32": gguf.LlamaFileType.ALL_F32,
+        "f16": gguf.LlamaFileType.MOSTLY_F16,
+        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    }
 
 
 @contextlib.contextmanager

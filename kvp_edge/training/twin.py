@@ -33,6 +33,7 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
     Weights are f32 buffers: they take no gradient.
 
     Attributes:
+        architecture: ``general.architecture`` of the file.
         n_layer, n_head_kv, head_size_k, head_size_v: those of llama.cpp's base KV cache
             (kvp_edge.binding.cache.CacheShape). Layers with a sliding window are not in it; the
             others count from 0 in ascending order.
@@ -45,6 +46,7 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
                 f"the model file '{file.path}' has the architecture '{file.architecture}', "
                 f"but the PyTorch twin supports {', '.join(ARCHITECTURES)}"
             )
+        self.architecture = file.architecture
         n_layer = file.shape.n_layer
         window, local = _window(file, n_layer)
         self.n_layer = local.count(False)
