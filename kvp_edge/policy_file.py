@@ -61,7 +61,8 @@ _Q8_0_BLOCK = 32
 @dataclass(frozen=True)
 class PolicyInfo:
     """What a policy file says of itself. ``n_layer`` counts the layers of the base KV cache;
-    ``horizon`` is of gates (objective "global", kvp_edge.policies.retention)."""
+    ``horizon`` is of gates (objective "global", kvp_edge.policies.retention); ``fingerprint`` and
+    ``model_identity`` are of the traced model (kvp_edge.binding.fingerprint), or empty."""
 
     architecture: str
     n_layer: int
@@ -77,6 +78,7 @@ class PolicyInfo:
     horizon: int = 1024
     base_model: str = ""
     fingerprint: str = ""
+    model_identity: str = ""
     training_data: str = ""
     license: str = ""
     scope: Scope = "head"
@@ -177,11 +179,11 @@ def check_model(
     head_size_k: int,
     head_size_v: int,
     fingerprint: str = "",
+    model_identity: str = "",
 ) -> None:
     """Whether the policy was trained for this model; the sizes are those of its base KV cache.
 
-    Another fingerprint alone is a warning: another quantisation of the same model has one, and the
-    policy works for it.
+    Another fingerprint and another identity (kvp_edge.binding.fingerprint), or none, are a warning.
 
     Raises:
         PolicyFileError: another architecture or shape.
@@ -198,7 +200,8 @@ def check_model(
             f"the policy '{info.name}' is for a cache of {_shape_words(*ours)}, but the "
             f"model's has {_shape_words(*theirs)}"
         )
-    if info.fingerprint and fingerprint and info.fingerprint != fingerprint:
+    same_model = info.model_identity and info.model_identity == model_identity
+    if info.fingerprint and fingerprint and info.fingerprint != fingerprint and not same_model:
         warnings.warn(
             f"the policy '{info.name}' was trained with another model file "
             f"('{info.base_model}'). This is fine if that is another quantisation of the same "
@@ -234,12 +237,7 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
     writer.add_type("adapter")
     writer.add_string("adapter.type", "kvp")
     writer.add_name(info.name)
-    file_type = {
-        "f32": gguf.LlamaFileType.ALL_F32,
-        "f16": gguf.LlamaFileType.MOSTLY_F16,
-        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    }
-    writer.add_file_type(file_type[outtype])
+    writer.add_file_type(_file_types()[outtype])
     if info.license:
         writer.add_license(info.license)
     if info.base_model:
@@ -264,6 +262,8 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
         writer.add_uint32("kvp.retention.horizon", info.horizon)
     writer.add_string("kvp.training.data", info.training_data)
     writer.add_string("kvp.base_model.fingerprint", info.fingerprint)
+    if info.model_identity:
+        writer.add_string("kvp.base_model.identity", info.model_identity)
 
     arrays, shapes = weights.arrays(), _stored_shapes(info)
     for attribute, name in _TENSORS.items():
@@ -349,6 +349,35 @@ def read_info(path: str | os.PathLike[str]) -> PolicyInfo:
     """
     with _opened(path) as found:
         return _read_info(path, found.values)
+
+
+def outtype_of(path: str | os.PathLike[str]) -> OutType:
+    """The type that a policy file's large weights are stored in.
+
+    Raises:
+        PolicyFileError: as for ``read_policy``, or a file that holds none of these types.
+    """
+    with _opened(path) as found:
+        _read_info(path, found.values)
+        kind = found.values.get("general.file_type")
+    for outtype, number in _file_types().items():
+        if kind == number:
+            return outtype
+    raise PolicyFileError(
+        f"the policy file '{path}' has the general.file_type {shortened(kind)}, which is none of "
+        + ", ".join(_file_types())
+    )
+
+
+def _file_types() -> dict[OutType, int]:
+    """llama.cpp's numbers (``enum llama_ftype``, llama.h)."""
+    import gguf  # noqa: PLC0415
+
+    return {
+        "f32": gguf.LlamaFileType.ALL_F32,
+        "f16": gguf.LlamaFileType.MOSTLY_F16,
+        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    }
 
 
 @contextlib.contextmanager
@@ -442,6 +471,7 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
         horizon=get("kvp.retention.horizon") if objective == "global" else PolicyInfo.horizon,
         base_model=optional("general.base_model.0.name", ""),
         fingerprint=optional("kvp.base_model.fingerprint", ""),
+        model_identity=optional("kvp.base_model.identity", ""),
         training_data=optional("kvp.training.data", ""),
         license=optional("general.license", ""),
         scope=get("kvp.scope", str) if version > 1 else "head",
@@ -451,14 +481,18 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
 
 
 def info_of(values: object) -> PolicyInfo:
-    """A PolicyInfo from JSON of its fields.
+    """A PolicyInfo from JSON of its fields; the first files lack some.
 
     Raises:
         ValueError: a field is missing, unknown, of another type or out of its range.
     """
     hints = get_type_hints(PolicyInfo) | {"scope": str}
-    if isinstance(values, dict):  # the first of them said nothing of it
-        values = {"scope": PolicyInfo.scope, **values}
+    if isinstance(values, dict):  # the first files said nothing of these
+        values = {
+            "scope": PolicyInfo.scope,
+            "model_identity": PolicyInfo.model_identity,
+            **values,
+        }
     info = PolicyInfo(**{name: require(values, hints)[name] for name in hints})
     _check_info(info, "it")
     return info

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -26,6 +27,7 @@ from kvp_edge.policy_file import (
     PolicyInfo,
     PolicyWeights,
     check_model,
+    info_of,
     read_policy,
     write_policy,
 )
@@ -45,6 +47,7 @@ INFO = PolicyInfo(
     recent=40,
     base_model="Test 3M",
     fingerprint="f00d",
+    model_identity="1dea",
     training_data="12 traces",
     license="mit",
 )
@@ -63,6 +66,18 @@ def test_what_is_written_comes_back(policy_file: Path) -> None:
     for name, array in vars(random_weights(INFO)).items():
         np.testing.assert_array_equal(getattr(weights, name), array, err_msg=name)
     assert not list(policy_file.parent.glob("*.part"))
+
+
+def test_a_file_from_before_there_was_an_identity_has_none(
+    policy_file: Path, tmp_path: Path
+) -> None:
+    older = rewrite(policy_file, tmp_path / "older.gguf", drop="kvp.base_model.identity")
+    info, _ = read_policy(older)
+    assert info == replace(INFO, model_identity="")
+    values = vars(INFO).copy()
+    assert info_of(values) == INFO
+    del values["model_identity"]
+    assert info_of(values) == info
 
 
 LAYER = replace(INFO, scope="layer")
@@ -290,6 +305,7 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
         ({"general__name": 5}, "general.name 5, which has the wrong type"),
         ({"general__license": ["a"]}, "general.license .*, which has the wrong type"),
         ({"kvp__base_model__fingerprint": 5}, "fingerprint 5, which has the wrong type"),
+        ({"kvp__base_model__identity": 5}, "identity 5, which has the wrong type"),
         ({"drop": "kvp_aggregate.weight"}, "lacks the tensor kvp_aggregate.weight"),
     ],
 )
@@ -388,6 +404,26 @@ def test_another_architecture_or_shape_is_refused_another_quantisation_a_warning
         check_model(INFO, **{**model, "n_layer": 4})
     with pytest.warns(UserWarning, match="another quantisation"):
         check_model(INFO, **{**model, "fingerprint": "beef"})
+    with pytest.warns(UserWarning, match="trained with another model file"):
+        check_model(INFO, **{**model, "fingerprint": "beef", "model_identity": "cafe"})
+    nameless = replace(INFO, model_identity="")
+    with pytest.warns(UserWarning, match="trained with another model file"):
+        check_model(nameless, **{**model, "fingerprint": "beef", "model_identity": ""})
+
+
+def test_another_quantisation_of_the_same_model_is_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_model(
+            INFO,
+            architecture="llama",
+            n_layer=2,
+            n_head_kv=3,
+            head_size_k=32,
+            head_size_v=64,
+            fingerprint="beef",
+            model_identity="1dea",
+        )
 
 
 def test_the_bundled_policy_is_written_again_byte_for_byte(
@@ -443,7 +479,15 @@ def test_inspect_explains_a_file(
 ) -> None:
     assert main(["inspect", str(policy_file)]) == 0
     told = capsys.readouterr().out
-    for part in ("kvp-test-w5", "llama", "Test 3M", "2 layers x 3 KV heads", "12 traces", "mit"):
+    for part in (
+        "kvp-test-w5",
+        "llama",
+        "Test 3M",
+        "2 layers x 3 KV heads",
+        "12 traces",
+        "mit",
+        "1dea",
+    ):
         assert part in told
     assert "6 networks, one per KV head of 32 + 32 hidden units" in " ".join(told.split())
     found = np.array([[0.5, 0.5, 0.5], [0.5, 3, 1]], np.float32)

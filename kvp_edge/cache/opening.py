@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 
 from kvp_edge.binding.cache import NativeCache
-from kvp_edge.binding.fingerprint import model_fingerprint
+from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
@@ -303,6 +303,8 @@ def check_policy(policy: Policy, shape: CacheShape, architecture: str, model_pat
         PolicyFileError: for another one.
     """
     if policy.info is not None:
+        fingerprint = model_fingerprint(model_path)
+        is_its_file = policy.info.fingerprint == fingerprint
         check_model(
             policy.info,
             architecture=architecture,
@@ -310,7 +312,8 @@ def check_policy(policy: Policy, shape: CacheShape, architecture: str, model_pat
             n_head_kv=shape.n_head_kv,
             head_size_k=shape.head_size_k,
             head_size_v=shape.head_size_v,
-            fingerprint=model_fingerprint(model_path),
+            fingerprint=fingerprint,
+            model_identity="" if is_its_file else model_identity(model_path),
         )
 
 

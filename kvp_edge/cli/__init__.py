@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a policy on traces",
     "export": "write a policy file from a training run",
     "inspect": "explain a policy file",
+    "sensitivity": "measure how much each attention head's memory is worth",
     "eval": "measure what a small cache costs a model, with every policy",
     "doctor": "check what works on this machine, and how to fix what does not",
 }

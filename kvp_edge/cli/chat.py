@@ -110,10 +110,12 @@ def _main(args: Options) -> int:
 
 def _greet(llm: WatchedLlama, path: str, args: Options) -> None:
     stats = llm.kv_stats
+    info = llm.kv.policy.info if llm.kv is not None else None
+    trained = f" (trained with '{info.base_model}')" if info and info.base_model else ""
     note(
         f"{os.path.basename(path)}: conversations of up to {llm.n_ctx()} tokens, in {stats.cells} "
-        f"cells ({stats.kv_bytes / 2**20:.1f} MiB). When these are full, {stats.policy} keeps "
-        f"{stats.budget} tokens.\nType /help for the commands, Ctrl-D to leave."
+        f"cells ({stats.kv_bytes / 2**20:.1f} MiB). When these are full, {stats.policy}{trained} "
+        f"keeps {stats.budget} tokens.\nType /help for the commands, Ctrl-D to leave."
     )
     if not _names_model(args):
         note(_ABOUT_BUNDLED_MODEL)

@@ -48,6 +48,7 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
         ("name", info.name),
         ("for the model", f"{info.base_model or 'unknown'} (architecture {info.architecture})"),
         ("fingerprint", info.fingerprint or "none"),
+        ("identity", info.model_identity or "none: found only beside the very file it is for"),
         (
             "its cache",
             f"{info.n_layer} layers x {info.n_head_kv} KV heads, keys of {info.head_size_k} "

@@ -64,6 +64,7 @@ def policy_of(
         horizon=int(settings.get("horizon", PolicyInfo.horizon)),
         base_model=base_model,
         fingerprint=model.get("fingerprint", ""),
+        model_identity=model.get("identity", ""),
         training_data=f"{settings.get('n_traces', 0)} traces",
         license=license,
         scope=shape.scope,

@@ -5,29 +5,35 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from kvp_edge.binding.fingerprint import model_fingerprint
+from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
 from kvp_edge.binding.model import ModelShape, read_model_shape
 from kvp_edge.errors import PolicyFileError
 from kvp_edge.policy_file import PolicyInfo, check_model, read_info, read_policy
 
 
 def own_policy(model_path: str | os.PathLike[str]) -> str | None:
-    """The policy file that was trained on this very model file, or None.
+    """The policy file that was trained on this very model file, or else on another quantisation of
+    the model (``model_identity``), or None.
 
     Looked for among the files kvp-*.gguf beside the model, the newest first, then beside the file
     that it is a link to, and among those that come with the package. A file that cannot be used,
     whatever is wrong with it, is skipped with a warning: the chat can continue without it.
     """
-    fingerprint: str | None = None
+    fingerprint = cache(lambda: model_fingerprint(model_path))
+    identity = cache(lambda: model_identity(model_path))
+    of_another_file: str | None = None
     for path in _candidates(model_path):
         try:
             info = read_info(path)
-            fingerprint = fingerprint or model_fingerprint(model_path)
-            if info.fingerprint != fingerprint:
-                continue
+            is_exact = info.fingerprint == fingerprint()
+            if not is_exact:
+                has_identity = info.model_identity != ""
+                if of_another_file or not has_identity or info.model_identity != identity():
+                    continue
             read_policy(path)  # so that nothing is found out too late
             _check_fit(info, read_model_shape(model_path))
         except (PolicyFileError, MemoryError) as error:
@@ -35,8 +41,10 @@ def own_policy(model_path: str | os.PathLike[str]) -> str | None:
             name = "" if str(path) in reason else f"'{path}': "
             warnings.warn(f"policy skipped: {name}{reason}", stacklevel=2)
             continue
-        return str(path)
-    return None
+        if is_exact:
+            return str(path)
+        of_another_file = str(path)
+    return of_another_file
 
 
 def _check_fit(info: PolicyInfo, model: ModelShape) -> None:

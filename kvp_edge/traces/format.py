@@ -275,7 +275,8 @@ class TraceSet(Sequence[Trace]):
 
     Attributes:
         manifest: manifest.json as it is.
-        model: architecture, name, fingerprint, n_layer, n_head_kv, head_size_k, head_size_v.
+        model: architecture, name, fingerprint, n_layer, n_head_kv, head_size_k, head_size_v; and
+            identity, but in traces made before there was one.
 
     Raises:
         TraceError: no traces there, of another format, incomplete, or of another model.

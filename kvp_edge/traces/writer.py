@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvp_edge.binding.fingerprint import model_fingerprint
+from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
 from kvp_edge.binding.library import BUILT_FOR, LLAMA_VERSION
 from kvp_edge.errors import TraceError
 from kvp_edge.files import read_regular, write_whole
@@ -240,9 +240,10 @@ def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) ->
     version = FORMAT_VERSION if settings["labels"] else PLAIN_VERSION
     newer = ("flash_attn", "labels")
     settled = {name: value for name, value in settings.items() if name not in newer or value}
-    # the file's name is for people; the fingerprint identifies the model
+    # the file's name is for people; the fingerprint tells which file it is
     what = [version, LLAMA_VERSION, {**model, "file": ""}, sources, settled]
     run = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    identity = model_identity(path)  # not part of the run: older manifests lack it
     return {
         "format": FORMAT,
         "format_version": version,
@@ -252,7 +253,7 @@ def _manifest(path: str, tracer: Tracer, sources: list[Json], settings: Json) ->
         "kvp_edge": __version__,
         "llama_cpp": LLAMA_VERSION,
         "llama_cpp_python": BUILT_FOR,
-        "model": model,
+        "model": {**model, "identity": identity},
         "sources": sources,
         "settings": settings,
         "traces": [],

@@ -55,7 +55,7 @@ class TraceLike(Protocol):
 
 
 class TraceSetLike(Protocol):
-    """Traces of one model. ``model``, if there, may name its architecture, name and fingerprint."""
+    """Traces of one model. ``model``, if there, may tell any of its ``_FACTS``."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> TraceLike: ...
@@ -153,12 +153,15 @@ def _words(shape: tuple[int, ...]) -> str:
     return f"{shape[0]} layers x {shape[1]} KV heads x {shape[2]}+{shape[3]}"
 
 
+_FACTS = ("architecture", "name", "fingerprint", "identity")
+
+
 def model_facts(traces: Any) -> dict[str, str]:
-    """What the traces know about their model: any of architecture, name, fingerprint."""
+    """What the traces know about their model: any of ``_FACTS``."""
     facts = getattr(traces, "model", None)
     if not isinstance(facts, Mapping):
         return {}
-    return {key: str(facts[key]) for key in ("architecture", "name", "fingerprint") if key in facts}
+    return {key: str(facts[key]) for key in _FACTS if key in facts}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,25 @@ def simulated_loss(twin: Twin, tokens: Sequence[int], border: int, keep: BoolArr
         ValueError: a border outside the text, or ``keep`` of another shape.
     """
     import torch  # noqa: PLC0415 (evaluating in llama.cpp does without it)
+
+    with torch.no_grad():
+        return float(evicted_loss(twin, tokens, border, keep))
+
+
+def evicted_loss(
+    twin: Twin,
+    tokens: Sequence[int],
+    border: int,
+    keep: BoolArray,
+    share: Tensor | None = None,
+) -> Tensor:
+    """``simulated_loss`` as a tensor, f32 [], with a gradient for ``share``.
+
+    Args:
+        share: f32 [n_layer, n_head_kv]; a head puts out this share of what it would after the
+            eviction, and the rest of what it would without. None: all 1.
+    """
+    import torch  # noqa: PLC0415
     from torch.nn import functional as F  # noqa: PLC0415
 
     n = len(tokens)
@@ -54,9 +73,8 @@ def simulated_loss(twin: Twin, tokens: Sequence[int], border: int, keep: BoolArr
         return added
 
     ids = torch.tensor([list(tokens)], device=device)
-    with torch.no_grad():
-        logits = twin(ids, hide)[0, border - 1 : -1]
-        return float(F.cross_entropy(logits, ids[0, border:]))
+    logits = twin(ids, hide, share)[0, border - 1 : -1]
+    return F.cross_entropy(logits, ids[0, border:])
 
 
 def equal_counts(scores: FloatArray, protected: BoolArray, budget: int) -> BoolArray:

@@ -33,6 +33,7 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
     Weights are f32 buffers: they take no gradient.
 
     Attributes:
+        architecture: ``general.architecture`` of the file.
         n_layer, n_head_kv, head_size_k, head_size_v: those of llama.cpp's base KV cache
             (kvp_edge.binding.cache.CacheShape). Layers with a sliding window are not in it; the
             others count from 0 in ascending order.
@@ -45,6 +46,7 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
                 f"the model file '{file.path}' has the architecture '{file.architecture}', "
                 f"but the PyTorch twin supports {', '.join(ARCHITECTURES)}"
             )
+        self.architecture = file.architecture
         n_layer = file.shape.n_layer
         window, local = _window(file, n_layer)
         self.n_layer = local.count(False)
@@ -75,7 +77,12 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
         """
         return cls(GGUFWeights(path, device))
 
-    def forward(self, tokens: Tensor, attention_bias: AttentionBias | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_bias: AttentionBias | None = None,
+        bias_share: Tensor | None = None,
+    ) -> Tensor:
         """Next-token logits after each token.
 
         Args:
@@ -85,6 +92,8 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
                 to the attention logits of all query heads of the KV head's group, on top of the
                 causal mask; gradients flow through it and through keys and values. It must leave
                 each query at least one visible key: hiding (-inf) all of them gives NaN.
+            bias_share: f32 [n_layer, n_head_kv]; what a head puts out is that with the bias times
+                its share, plus that without it times the rest. None: all 1.
 
         Returns:
             f32 [B, T, n_vocab].
@@ -95,8 +104,9 @@ class Twin(nn.Module):  # type: ignore[misc]  # torch is optional, so its types 
             hook = None
             if attention_bias is not None and layer.window is None:
                 hook = partial(attention_bias, base)
+            share = None if hook is None or bias_share is None else bias_share[base]
             base += layer.window is None
-            x = layer(x, hook)
+            x = layer(x, hook, share)
         logits: Tensor = self.output(self.norm(x))
         return logits
 
@@ -170,12 +180,20 @@ class _Layer(nn.Module):  # type: ignore[misc]
         self.attn_post = _Norm(file, b + "post_attention_norm") if norms_sums else nn.Identity()
         self.ffn_post = _Norm(file, b + "post_ffw_norm") if norms_sums else nn.Identity()
 
-    def forward(self, x: Tensor, bias: Callable[[Tensor, Tensor], Tensor | None] | None) -> Tensor:
-        x = x + self.attn_post(self._attention(self.attn_norm(x), bias))
+    def forward(
+        self,
+        x: Tensor,
+        bias: Callable[[Tensor, Tensor], Tensor | None] | None,
+        bias_share: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attn_post(self._attention(self.attn_norm(x), bias, bias_share))
         return x + self.ffn_post(self._ffn(self.ffn_norm(x)))
 
     def _attention(
-        self, x: Tensor, bias: Callable[[Tensor, Tensor], Tensor | None] | None
+        self,
+        x: Tensor,
+        bias: Callable[[Tensor, Tensor], Tensor | None] | None,
+        bias_share: Tensor | None,
     ) -> Tensor:
         flat = torch.cat([part(x) for part in self.qkv], -1).split(self.sizes, -1)
         q, k, v = (
@@ -187,11 +205,21 @@ class _Layer(nn.Module):  # type: ignore[misc]
         q = _rope(self.q_norm(q), cos, sin, self.neox)
         k = _rope(self.k_norm(k), cos, sin, self.neox)
         added = bias(k, v) if bias is not None else None
+        out = self._attended(q, k, v, added)
+        if added is not None and bias_share is not None:
+            share = bias_share.repeat_interleave(q.shape[1] // k.shape[1])[:, None, None]
+            plain = self._attended(q, k, v, None)
+            out = plain + share * (out - plain)
+        y: Tensor = self.attn_output(out.transpose(1, 2).flatten(2))
+        return y
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
+        """What every query head puts out, f32 [B, n_head, T, head_size_v]."""
         group = q.shape[1] // k.shape[1]
         mask = self._mask(k, added)
         if mask is not None and mask.ndim > 2:
             mask = mask.repeat_interleave(group, 1)
-        out = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q,
             k.repeat_interleave(group, 1),
             v.repeat_interleave(group, 1),
@@ -199,8 +227,6 @@ class _Layer(nn.Module):  # type: ignore[misc]
             is_causal=mask is None,
             scale=self.scale,
         )
-        y: Tensor = self.attn_output(out.transpose(1, 2).flatten(2))
-        return y
 
     def _mask(self, keys: Tensor, added: Tensor | None) -> Tensor | None:
         """The mask added to attention logits: [T, T] or, with a bias, [B, n_head_kv, T, T]; None if

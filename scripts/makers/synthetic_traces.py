@@ -52,7 +52,12 @@ class SyntheticTraces:
     ) -> None:
         rng = np.random.default_rng(seed)
         n_layer, n_head_kv, dk, dv = shape
-        self.model = {"architecture": "llama", "name": "synthetic", "fingerprint": "f00d"}
+        self.model = {
+            "architecture": "llama",
+            "name": "synthetic",
+            "fingerprint": "f00d",
+            "identity": "1dea",
+        }
         self.items = []
         for _ in range(count):
             keys = rng.normal(size=(n_layer, n_head_kv, tokens, dk)).astype(np.float16)

@@ -129,6 +129,7 @@ def test_what_the_training_knew_is_in_the_file(run: Path, tmp_path: Path) -> Non
     export(run, outfile=tmp_path / "p.gguf", license="mit")
     info, _ = read_policy(tmp_path / "p.gguf")
     assert (info.architecture, info.base_model, info.fingerprint) == ("llama", "synthetic", "f00d")
+    assert info.model_identity == "1dea"
     assert (info.context, info.hidden, info.license) == (5, 16, "mit")
     assert Learned(tmp_path / "p.gguf").context == 2
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 
-from kvp_edge.binding.fingerprint import model_fingerprint
+from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
 from kvp_edge.binding.model import read_model_shape
 from kvp_edge.cli.demo import Demo
 from kvp_edge.errors import PolicyFileError
@@ -22,6 +24,7 @@ from kvp_edge.policies.policy_of_model import own_policy
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, weight_shapes, write_policy
 from makers.gguf_models import ModelShape
 from support.policy_files import ARRAY_OF_2_TO_THE_40
+from support.quantised import quantise
 
 
 @pytest.fixture
@@ -35,7 +38,8 @@ def model(tmp_path: Path, random_model: Callable[..., Any]) -> Path:
 def info_of(model: Path, **changed: Any) -> PolicyInfo:
     s = read_model_shape(model)
     info = PolicyInfo(s.architecture, s.n_layer, s.n_head_kv[0], 32, 32, hidden=4, context=1)
-    return replace(info, fingerprint=model_fingerprint(model), **changed)
+    prints = {"fingerprint": model_fingerprint(model), "model_identity": model_identity(model)}
+    return replace(info, **(prints | changed))
 
 
 def write(path: Path, info: PolicyInfo, **weights: Any) -> Path:
@@ -83,10 +87,48 @@ def test_a_policy_may_lie_beside_a_link_to_the_model_or_beside_the_file_linked_t
 
 
 def test_a_policy_of_another_model_or_under_another_name_is_left_alone(model: Path) -> None:
-    write(model.parent / "kvp-other.gguf", replace(info_of(model), fingerprint="f00d"))
-    write(model.parent / "kvp-any.gguf", replace(info_of(model), fingerprint=""))
+    other = {"fingerprint": "f00d", "model_identity": "beef"}
+    write(model.parent / "kvp-other.gguf", info_of(model, **other))
+    write(model.parent / "kvp-older.gguf", info_of(model, **other | {"model_identity": ""}))
+    write(model.parent / "kvp-any.gguf", info_of(model, fingerprint="", model_identity=""))
     write(model.parent / "mine.gguf", info_of(model))
     assert own_policy(model) is None
+
+
+def test_a_policy_serves_every_quantisation_of_its_model(
+    model: Path, load: Callable[..., Any]
+) -> None:
+    path = write(model.parent / "kvp-f32.gguf", info_of(model, base_model="Tiny"))
+    small = quantise(model, model.parent / "small.gguf", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert own_policy(small) == str(path)
+        llm = load(small, kv_budget=400, n_ctx=512)
+        load(small, kv_budget=400, n_ctx=512, policy=str(path))
+    assert llm.kv_stats.policy == "learned"
+
+
+def test_a_policy_of_the_very_file_comes_before_newer_ones_of_other_quantisations(
+    model: Path,
+) -> None:
+    small = quantise(model, model.parent / "small.gguf", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
+    exact = write(model.parent / "kvp-a.gguf", info_of(small))
+    for age, name in enumerate(("kvp-b.gguf", "kvp-c.gguf")):
+        other = write(model.parent / name, info_of(model))
+        os.utime(other, (2e9 + age, 2e9 + age))
+    assert own_policy(small) == str(exact)
+    exact.unlink()
+    assert own_policy(small) == str(other), "the newest of the others"
+
+
+def test_a_model_without_an_identity_gets_only_what_was_made_for_its_file(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(model.parent / "kvp-older.gguf", info_of(model, fingerprint="f00d", model_identity=""))
+    exact = write(model.parent / "kvp-exact.gguf", info_of(model, model_identity=""))
+    os.utime(exact, (0, 0))
+    monkeypatch.setattr("kvp_edge.policies.policy_of_model.model_identity", lambda path: "")
+    assert own_policy(model) == str(exact)
 
 
 def test_a_damaged_policy_is_passed_over_with_a_warning(model: Path) -> None:

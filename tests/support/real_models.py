@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kvp_edge import Llama
-from kvp_edge.llamacpp.log import listen
 from makers.gguf_models import ModelShape
 
+from .quantised import quantise
 from .reference import Reference
 
 #: scripts/real_models.py. The larger two take minutes, and what is run for every change has none.
@@ -67,12 +67,7 @@ def write_exact(path: str | Path, target: Path) -> Path:
     """A copy of a model with the same weights as f32. With quantised ones llama.cpp rounds what it
     multiplies with them, too, with f16 ones on some processors, and no reference can follow it
     closely."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
-    with listen(pass_on=False):
-        code = llama_cpp.llama_model_quantize(str(path).encode(), str(target).encode(), params)
-    assert code == 0
-    return target
+    return quantise(path, target, llama_cpp.LLAMA_FTYPE_ALL_F32)
 
 
 def newest_logits(llm: llama_cpp.Llama) -> NDArray[np.float32]:

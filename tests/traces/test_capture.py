@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from conftest import RandomModel, random_tokens
 from kvp_edge.binding.blocks import Blocks
-from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.binding.library import call
 from kvp_edge.binding.structs import CacheShape
 from kvp_edge.errors import KVCacheError, UnsupportedModelError
@@ -428,18 +427,3 @@ def test_the_library_notices_heads_that_do_not_fit(random_model: Maker, tracer: 
     llm.eval(random_tokens(5))
     with pytest.raises(ValueError, match="more than the 4 tokens"):
         end(llm, 5, 20)
-
-
-def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
-    paths = {name: tmp_path / f"{name}.gguf" for name in ("a", "same", "other", "f16")}
-    write_model(paths["a"], ModelShape())
-    write_model(paths["same"], ModelShape())
-    write_model(paths["other"], ModelShape(seed=1))
-    write_model(paths["f16"], ModelShape(weight_type="f16"))
-    prints = {name: model_fingerprint(path) for name, path in paths.items()}
-    assert prints["a"] == prints["same"]
-    assert len({*prints.values()}) == 3
-    assert len(prints["a"]) == 64
-    paths["a"].write_bytes(paths["a"].read_bytes()[:1000])
-    with pytest.raises(UnsupportedModelError, match="cannot be read as a GGUF file"):
-        model_fingerprint(paths["a"])

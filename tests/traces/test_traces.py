@@ -22,6 +22,7 @@ import pytest
 import kvp_edge.traces.format
 from conftest import DATA, RandomModel
 from kvp_edge.binding.blocks import Blocks
+from kvp_edge.binding.fingerprint import model_identity
 from kvp_edge.cli import main
 from kvp_edge.cli.trace import SourceOptions, sources_of
 from kvp_edge.corpora import evaluation_prose, training_prose
@@ -405,6 +406,18 @@ def test_a_folder_of_another_run_is_refused(
         traced(model, text, out)
     with pytest.raises(TraceError, match=r"from another model than '.*fingerprint .*Trace this"):
         TraceSet(out, model=other.path)
+
+
+def test_traces_from_before_there_was_an_identity_are_read_and_finished(
+    model: RandomModel, text: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    new = traced(model, text, out).manifest
+    assert new["model"]["identity"] == model_identity(model.path)
+    old = {**new, "model": {k: v for k, v in new["model"].items() if k != "identity"}}
+    (out / "manifest.json").write_text(json.dumps(old))
+    assert len(TraceSet(out, model=model.path)) == len(new["traces"])
+    assert traced(model, text, out).manifest == new
 
 
 def test_what_is_no_set_of_traces_is_refused(model: RandomModel, text: str, tmp_path: Path) -> None:

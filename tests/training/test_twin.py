@@ -24,6 +24,7 @@ from kvp_edge.errors import TrainingError  # noqa: E402
 from kvp_edge.training.twin import Twin  # noqa: E402
 from makers.gguf_models import ModelShape, write_model, write_mpt  # noqa: E402
 from support.noise import Noise  # noqa: E402
+from support.quantised import quantise  # noqa: E402
 from support.real_models import write_exact  # noqa: E402
 
 Maker = Callable[[ModelShape], RandomModel]
@@ -92,13 +93,6 @@ def test_logits_of_the_bundled_model_are_llama_cpps(bundled_model: str, tmp_path
     got = twin_logits(Twin.load(bundled_model), tokens)
     exact = write_exact(bundled_model, tmp_path / "exact.gguf")
     assert difference(got, llama_logits(exact, tokens)) < EXACT
-
-
-def quantise(source: str | Path, target: Path, ftype: int) -> Path:
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.allow_requantize = ftype, 1, True
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
-    return target
 
 
 @pytest.mark.parametrize(
