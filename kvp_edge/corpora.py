@@ -8,7 +8,8 @@ The names are those of public collections, whose files a user may have in a fold
 
 - 100 English Novels (github.com/computationalstylistics/100_english_novels), one file each, named
   here without ``.txt``;
-- chats, meetings and questions, all of which are for evaluation.
+- chats and meetings, of which each collection of several files is divided; questions, all of which
+  are for evaluation.
 
 Files with other names are the user's own, and belong to whatever the user gives them to.
 """
@@ -55,20 +56,28 @@ TRAINING_BOOKS = frozenset(_TRAINING_BOOKS.split())
 #: Novels to measure on, spread over the collection: one of each of eight authors.
 EVALUATION_BOOKS = frozenset(_EVALUATION_BOOKS.split())
 
-# All other files of a data folder are for evaluation (kvp_edge/evaluation/tasks/).
+# What follows names files of a data folder.
 
 #: Plain texts.
 BOOK_FILES = "books/*.txt"
 
-#: One pattern for each collection of chats: OpenAssistant, Topical-Chat, Taskmaster-4.
+#: To measure on: one pattern for each collection of chats, OpenAssistant, Topical-Chat and
+#: Taskmaster-4.
 DIALOGUE_FILES = (
     "dialogue/oasst_en100/en_100_tree.jsonl",
-    "dialogue/topical_chat/conversations/*.json",
-    "dialogue/taskmaster4/data/*.json",
+    "dialogue/topical_chat/conversations/test_*.json",
+    "dialogue/taskmaster4/data/data_0[67].json",
 )
 
-#: QMSum.
-MEETING_FILES = "meetings/qmsum/*.jsonl"
+#: To train on: Topical-Chat and Taskmaster-4.
+TRAINING_DIALOGUE_FILES = (
+    "dialogue/topical_chat/conversations/valid_*.json",
+    "dialogue/taskmaster4/data/data_0[0-5].json",
+)
+
+#: QMSum, to measure on and to train on.
+MEETING_FILES = "meetings/qmsum/test.jsonl"
+TRAINING_MEETING_FILES = "meetings/qmsum/val.jsonl"
 
 #: Natural Questions with their paragraphs, of "Lost in the Middle".
 QUESTION_FILE = "qa/lost_in_the_middle/qa_data/nq-open-oracle.jsonl.gz"

@@ -266,6 +266,22 @@ def test_no_book_to_train_on_matches_a_pattern_of_evaluation_alone() -> None:
     )
 
 
+def test_no_chat_or_meeting_is_on_both_sides() -> None:
+    sides = (
+        (*corpora.DIALOGUE_FILES, corpora.MEETING_FILES),
+        (*corpora.TRAINING_DIALOGUE_FILES, corpora.TRAINING_MEETING_FILES),
+    )
+    topical = [f"{split}_{rare}" for split in ("valid", "test") for rare in ("freq", "rare")]
+    files = [
+        "dialogue/oasst_en100/en_100_tree.jsonl",
+        *(f"dialogue/topical_chat/conversations/{name}.json" for name in topical),
+        *(f"dialogue/taskmaster4/data/data_0{i}.json" for i in range(8)),
+        *(f"meetings/qmsum/{name}.jsonl" for name in ("val", "test")),
+    ]
+    on = {file: [any(Path(file).match(p) for p in side) for side in sides] for file in files}
+    assert all(sum(side) == 1 for side in on.values()), on
+
+
 def test_every_file_that_evaluation_or_a_script_names_is_one_of_the_split() -> None:
     """No other module names a book or a data file."""
     named = re.compile(

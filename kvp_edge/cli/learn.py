@@ -148,9 +148,7 @@ def _main(args: Options) -> int:
         if args.estimate:
             say(_estimate(stream))
             return 0
-        run = out / (
-            args.objective if args.scope == "head" else f"{args.objective}-{args.scope}"
-        )
+        run = out / (args.objective if args.scope == "head" else f"{args.objective}-{args.scope}")
         if not (run / "report.json").exists():
             note(
                 f"step 1 of 2: learning from {len(stream)} traces while they are read; after an "

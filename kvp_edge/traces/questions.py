@@ -82,12 +82,23 @@ class TaskMaker:
         self._rng.shuffle(facts)
         tell = self._rng.choice((self._in_prose, self._in_prose, self._in_turns))
         *before, last = tell(facts, n_tokens)
+        if last["role"] == "assistant" and self._rng.random() < 0.6:
+            before, last = self._asked_before(facts, question, [*before, last])
         if last["role"] == "user":
             joint = "\n\n" if facts[0].listed else self._rng.choice((" ", "\n\n"))
             messages = [*before, {"role": "user", "content": last["content"] + joint + question}]
         else:
             messages = [*before, last, {"role": "user", "content": question}]
         return Task(messages, question, answer)
+
+    def _asked_before(
+        self, facts: Sequence[Fact], last: str, messages: list[Message]
+    ) -> tuple[list[Message], Message]:
+        """Other questions first, each with its answer: the messages, and the last of them."""
+        asked = [pair for fact in facts for pair in fact.asked if pair[0] not in last]
+        for question, answer in self._rng.sample(asked, min(len(asked), self._rng.randint(1, 4))):
+            messages = [*messages, _user(question), _assistant(answer)]
+        return messages[:-1], messages[-1]
 
     # -- facts
 

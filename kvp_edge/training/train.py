@@ -1,10 +1,11 @@
 """The training run: up to three phases (Settings.phases), each from the best of the one before.
 
-"heads" trains the agents on traces. With the objectives kvp and foresight heads (or layers: the
-setting ``scope``) are separate agents, and each step trains a share (``effort``) of them, drawn by
-what they still lose in validation; so with regression. With the objective global all are trained together. "rollouts"
-(foresight) and "distil" (global) continue in the model itself. "tokens" trains only the heads'
-weights in a whole token's score, by the KVP objective on the importance summed over heads.
+"heads" trains the agents on traces. With the objectives kvp, foresight and regression heads (or
+layers: the setting ``scope``) are separate agents, and each step trains a share (``effort``) of
+them, drawn by what they still lose in validation. With the objective global all are trained
+together. "rollouts" (foresight) and "distil" (global) continue in the model itself. "tokens" trains
+only the heads' weights in a whole token's score, by the KVP objective on the importance summed over
+heads.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Dialogues:
         rng = rng_of(self.name, seed)
         orders = []
         for paths in self._collections:
-            dialogues = list(_read(paths))
+            dialogues = list(read_dialogues(paths))
             rng.shuffle(dialogues)
             most = sum(map(len, dialogues)) - 1
             orders.append([_chained(dialogues, i, most) for i in range(len(dialogues))])
@@ -83,7 +83,7 @@ def _chained(dialogues: list[Dialogue], last: int, most: int) -> Draft[Reading]:
 
 
 @lru_cache(maxsize=4)
-def _read(paths: tuple[Path, ...]) -> tuple[Dialogue, ...]:
+def read_dialogues(paths: tuple[Path, ...]) -> tuple[Dialogue, ...]:
     """All dialogues of a collection's files, in their order."""
     found = []
     for path in paths:
