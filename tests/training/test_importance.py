@@ -43,7 +43,9 @@ def test_a_label_is_an_importance_at_any_cut() -> None:
     for n in (52, 53, 160):
         got = judged[0].importance(n)
         assert got.dtype == np.float32
-        np.testing.assert_array_equal(got, traces[0].repeated[:, :, :n].astype(np.float32))
+        norms = np.linalg.norm(traces[0].values[:, :, :n].astype(np.float32), axis=-1)
+        want = traces[0].repeated[:, :, :n].astype(np.float32) * norms
+        np.testing.assert_allclose(got, want, rtol=1e-6)
         assert loss_unit(judged[0], n, PROTECTED) == n - 36
     assert loss_unit(traces[0], 96, PROTECTED) == 64
     assert check_traces(judged, PROTECTED)[0] == [0, 1]
