@@ -41,6 +41,7 @@ what the future is:
 
 what follows asks for few of the tokens. Labels say what may be asked for (see kvp-edge train
 --importance); they can be added to text or greedy, and take longer:
+
   --future repeat     the model repeats the text: the most attention that the
                       repetition pays to each token. Twice the reading
   --future questions  the model writes up to --future-tokens (128) tokens of
