@@ -356,7 +356,7 @@ def test_what_is_wrong_with_labels_is_refused(
 @pytest.mark.parametrize(
     ("future", "says"),
     [
-        ((), "must be one or several of text, greedy, repeat, questions"),
+        ((), "must be one or several of text, greedy, later, repeat, questions"),
         (("sing",), "not 'sing'"),
         (("text", "greedy"), "either text, which the source has, or greedy"),
     ],
