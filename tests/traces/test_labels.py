@@ -300,7 +300,7 @@ def test_traces_keep_their_labels_and_an_interruption_changes_no_byte(
     random_model: Maker, text: str, tmp_path: Path, tracer: Make
 ) -> None:
     path = random_model(LLAMA).path
-    whole = traced(path, text, tmp_path / "whole", "repeat", "questions")
+    whole = traced(path, text, tmp_path / "whole", "repeat", "later", "questions")
     assert whole.manifest["format_version"] == 2
     llm = tracer(path, 60, *LABELS, written=6)
     for trace in whole:
@@ -312,8 +312,8 @@ def test_traces_keep_their_labels_and_an_interruption_changes_no_byte(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        traced(path, text, tmp_path / "out", "questions", "repeat", "text", progress=stop)
-    traced(path, text, tmp_path / "out", "repeat", "questions")
+        traced(path, text, tmp_path / "out", "questions", "repeat", "text", "later", progress=stop)
+    traced(path, text, tmp_path / "out", "later", "repeat", "questions")
     assert bytes_of(tmp_path / "out") == bytes_of(whole.path)
     with pytest.raises(TraceError, match=r"another run \(labels .*repeated.* instead of"):
         traced(path, text, tmp_path / "out", "questions")
@@ -378,4 +378,4 @@ def test_the_command_records_labels(tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main([*argv, "sing"])
-    assert "must be text, greedy, repeat, questions, not 'sing'" in capsys.readouterr().err
+    assert "must be text, greedy, later, repeat, questions, not 'sing'" in capsys.readouterr().err

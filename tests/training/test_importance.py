@@ -59,7 +59,8 @@ def test_a_mixture_adds_what_each_is_beside_its_mean() -> None:
     n, got = 96, judged[0].importance(96)
     for layer, head in np.ndindex(2, 2):
         want = np.zeros(n)
-        for part in (traces[0].importance(n), traces[0].repeated[:, :, :n]):
+        norms = np.linalg.norm(traces[0].values[:, :, :n].astype(np.float32), axis=-1)
+        for part in (traces[0].importance(n), traces[0].repeated[:, :, :n] * norms):
             mine = part[layer, head].astype(np.float64)
             want += mine / mine[4 : n - 32].mean()
         np.testing.assert_allclose(got[layer, head], want, rtol=1e-5)
@@ -101,7 +102,7 @@ def test_traces_without_the_label_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("importance", ["", "some", "peak+", "peak+peak", "peak + sum"])
 def test_an_importance_that_is_none_is_refused(importance: str) -> None:
-    with pytest.raises(TrainingError, match="importance must be sum or peak or repeated"):
+    with pytest.raises(TrainingError, match="importance must be sum or peak or later"):
         Settings(objective="kvp", importance=importance)
 
 
