@@ -50,7 +50,7 @@ _EVICTION = "what a head that drops tokens keeps"
 class Options:
     model: str = argument(..., metavar="MODEL", help="model file (.gguf)")
     text: list[str] = option(
-        (), metavar="FILE ...", shown="a novel", help="text files, to measure on"
+        (), metavar="FILE ...", help="text files to measure on (default: the bundled novel)"
     )
     length: int = option(512, metavar="N", least=2, help="tokens of a text")
     texts: int = option(4, metavar="N", least=1, help="number of texts, evenly spaced")
