@@ -41,7 +41,7 @@ The model runs in PyTorch: llama, qwen2, qwen3, gemma3, phi3.
 examples:
   kvp-edge sensitivity model.gguf
   kvp-edge sensitivity model.gguf --text books/*.txt --texts 8 --out heads.json
-  kvp-edge sensitivity model.gguf --policy kvp-model.gguf   (stored in the policy)"""
+  kvp-edge sensitivity model.gguf --policy kvp-model.gguf   (stores them)"""
 
 _EVICTION = "what a head that drops tokens keeps"
 

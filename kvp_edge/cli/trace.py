@@ -41,8 +41,9 @@ what the future is:
   --future greedy  the model's own continuation: closer to a chat, but
                    slower, because tokens are written one by one
 
-labels, which can be added to text or greedy (see kvp-edge train --importance), say what may be
-asked for: the most attention that any one token pays to each token before it, of
+labels, which can be added to text or greedy, say what may be asked for (see
+kvp-edge train --importance): the most attention that each token gets from any
+one token of
   --future later      the rest of the text
   --future repeat     a repetition of the text by the model. Twice the reading
   --future questions  up to --future-tokens (128) tokens of questions and

@@ -147,8 +147,8 @@ def test_nothing_but_checkpoints_is_stored_and_labels_can_be_learned(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--objective", "kvp", "--importance", "repeated"], "needs --future repeat"),
-        (["--future", "questions"], "--future questions is not used"),
+        (["--importance", "repeated", "--future", "text"], "needs --future repeat"),
+        (["--future", "later", "questions"], "--future questions is not used"),
         (["--objective", "global", "--importance", "later"], "must be sum or peak"),
         (["--importance", "some"], "importance must be sum or peak or later or repeated"),
         (["--buffer", "much"], "--buffer is memory"),
