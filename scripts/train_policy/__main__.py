@@ -3,7 +3,7 @@
     python -m scripts.train_policy --books data/books --model-run build/model --out build/policy
 
 Every stage leaves its result in the output folder, and the same command goes on where it stopped.
-With --objective kvp or foresight it makes the other policies of docs/results.md, of the same traces
+With another --objective it makes the other policies of docs/results.md, of the same traces
 if --out is the same.
 """
 
@@ -40,6 +40,7 @@ RECIPES = {
     "global": Settings(
         objective="global", steps=2500, states=4, lr=3e-3, capacity=96, eval_every=250
     ),
+    "regression": Settings(steps=1500, token_steps=200, states=8, tokens=512, eval_every=250),
     # the evictions of an eighth of 1,024 cells
     "foresight": Settings(
         objective="foresight",
@@ -60,6 +61,7 @@ _SMALL = {"hidden": 8, "steps": 6, "warmup": 2, "states": 2, "eval_every": 4, "r
 SMOKES = {
     "kvp": Settings(objective="kvp", **_SMALL, token_steps=2, tokens=64),
     "global": Settings(objective="global", **_SMALL, distil_steps=1, texts=1, distil_tokens=32),
+    "regression": Settings(**_SMALL, token_steps=2, tokens=64),
     "foresight": Settings(
         objective="foresight",
         **_SMALL,
@@ -84,6 +86,7 @@ def capture(
             out,
             length=length,
             seed=seed,
+            future=("text", "later"),
             block=BLOCK,
             progress=lambda done, planned, tokens: bar.update(done - bar.n),
             n_threads=threads,

@@ -50,7 +50,7 @@ def untrained(corpus: Corpus, corpus_folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("objective", ["kvp", "foresight", "global"])
+@pytest.mark.parametrize("objective", ["kvp", "foresight", "global", "regression"])
 def test_one_command_makes_traces_policy_and_comparison_and_goes_on_where_it_stopped(
     books: Path, corpus_folder: Path, untrained: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], objective: str,
