@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 
 from kvp_edge import InUseError, KVCacheError, Llama, Policy
+from kvp_edge.binding.queries import Queries
 from kvp_edge.bundled import bundled_model
 from kvp_edge.cache.recall import Choice, RecallSettings
 
@@ -98,13 +99,18 @@ class Watched(Llama):
 
     def chosen(self, n: int) -> Choice | None:
         choice = self.choose(n)
-        self.steps.append(("chosen", n, choice))
+        self.steps.append(("chosen", n, choice, self.newest_queries(n)))
         return choice
 
     def brought(self, choice: Choice) -> float:
         ms = self.bring(choice)
         self.steps.append(("brought", int(self.n_tokens)))
         return ms
+
+    def newest_queries(self, n: int) -> Queries | None:
+        assert self.kv is not None
+        assert self.kv.query_log is not None
+        return self.kv.query_log.of(self.kv.seen - n, self.kv.seen)
 
     def note(self, first: int, end: int) -> None:
         read = self.input_ids[first:end].tolist()
@@ -243,6 +249,9 @@ class Pair:
         )
         self.llm.note_recalls()
         self.choice: Choice | None = None  # of the twin's queries, not brought yet
+        self.room = 0  # what the model made room for before the next batch
+        kv: Any = self.twin.kv
+        kv.make_room = lambda n: min(n, self.twin.make_room(max(n, self.room)))
         self.file = folder / f"{way}.kvp"
         self.saved: tuple[list[int], list[bytes]] | None = None
         self.saves = self.llm.options.policy != "snapkv"
@@ -347,8 +356,8 @@ class Pair:
         llm, twin = self.llm, self.twin
         assert twin.kv is not None
         steps, llm.steps = llm.steps, []
-        evals, writes, read, self.choice = 0, False, 0, None
-        twin.kv.watch_queries(True)  # all of them: no more tokens ask than have asked
+        evals, writes, read, self.choice, self.room = 0, False, 0, None, 0
+        twin.kv.watch_queries(True)
         for step in steps:
             if step[0] == "reset":
                 twin.reset()
@@ -359,11 +368,10 @@ class Pair:
                 writes = call in WRITE and evals > 1 and step[1] >= read
                 read = max(read, step[1])
             elif step[0] == "room":
-                twin.sync()
-                twin.make_room(step[1])
+                self.room = step[1]
             elif step[0] == "chosen":
                 twin.sync()
-                self.choice = twin.choose(step[1])
+                self.choice = self.choice_of_twin(step[1], step[3])
                 if not same_choice(self.choice, step[2]):
                     raise AssertionError(f"{step[1]} queries after {twin.n_tokens} chose others")
             elif step[0] == "brought":
@@ -378,11 +386,22 @@ class Pair:
                 if writes and twin.likeliest() != tokens[0]:
                     raise AssertionError(f"wrote {tokens[0]} after {first}, not {twin.likeliest()}")
                 twin.eval(tokens)
-                read = max(read, twin.n_tokens)
+                read, self.room = max(read, twin.n_tokens), 0
                 if not np.array_equal(twin.newest_logits(), logits):
                     off = np.abs(twin.newest_logits() - logits).max()
                     raise AssertionError(f"logits after {twin.n_tokens} differ by {off}")
         twin.steps = []
+
+    def choice_of_twin(self, n: int, asked: Queries | None) -> Choice | None:
+        """What the newest ``n`` tokens choose.
+
+        Args:
+            asked: the model's queries. The twin logs all, so it may have given up its own.
+        """
+        own = self.twin.newest_queries(n)
+        if own is not None and asked is not None and not np.array_equal(own.queries, asked.queries):
+            raise AssertionError(f"{n} queries after {self.twin.n_tokens} differ")
+        return self.twin.choose(n, asked if own is None else own)
 
     def bring_to_twin(self, length: int) -> None:
         """What its queries chose, when it has gone back to this length."""
@@ -421,7 +440,11 @@ class Pair:
             twin.sync()
         elif llm.n_tokens > twin.n_tokens:
             twin.eval(llm.text[twin.n_tokens :])
+            self.room = 0
         twin.sync()
+        if self.room:  # and nothing was read
+            twin.make_room(self.room)
+            self.room = 0
         held = llm.kv_stats
         # one that is about to go back from its log has not evicted since
         there = llm.n_tokens >= held.seen or llm.kv.can_rewind(llm.n_tokens)
