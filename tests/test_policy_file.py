@@ -489,7 +489,7 @@ def test_inspect_explains_a_file(
         "1dea",
     ):
         assert part in told
-    assert "6 networks, one per KV head of 32 + 32 hidden units" in " ".join(told.split())
+    assert "6 networks, one per KV head, of 32 + 32 hidden units" in " ".join(told.split())
     found = np.array([[0.5, 0.5, 0.5], [0.5, 3, 1]], np.float32)
     write_policy(layer_file, LAYER, replace(random_weights(LAYER), sensitivity=found))
     assert main(["inspect", str(layer_file)]) == 0

@@ -38,7 +38,7 @@ class NativePolicy:
             context=arrays["conv"].shape[2],
             n_networks=n_networks,
         )
-        of_heads = ("aggregate", "sensitivity")  # which no score depends on
+        of_heads = ("aggregate", "sensitivity", "ageing")  # which no score depends on
         named = {name: a for name, a in arrays.items() if name not in of_heads}
         copied = structs.PolicyWeights(shape=shape, **named)
         self.handle = create("kvp_policy", "kvp_policy_create", copied)

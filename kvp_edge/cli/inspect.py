@@ -29,7 +29,7 @@ def _main(args: Options) -> int:
 def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[str, str]]:
     numbers = sum(array.size for array in weights.arrays().values())
     networks = info.n_layer * info.n_networks
-    whose, what = "KV head", "key, value and position"
+    whose, what = "KV head,", "key, value and position"
     if info.scope == "layer":
         whose, what = "layer, for all of its KV heads,", "keys, values and position"
     sight = (

@@ -18,7 +18,7 @@ from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note, say
 from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.trace import SourceOptions, sources_of, warn_beyond_training
-from kvp_edge.cli.train import comparison, require_torch
+from kvp_edge.cli.train import comparison, own_of_objectives, require_torch
 from kvp_edge.evaluation.estimate import duration
 from kvp_edge.files import write_whole
 from kvp_edge.policy_file import Scope
@@ -65,8 +65,13 @@ class Options(SourceOptions, options.ModelOptions):
         shown="kvp-<MODEL>",
         help="folder for the training",
     )
-    steps: int = option(
-        Settings.steps, panel=_LEARNING, metavar="N", least=1, help="training steps"
+    steps: int | None = option(
+        None,
+        panel=_LEARNING,
+        metavar="N",
+        least=1,
+        shown=own_of_objectives("steps"),
+        help="training steps",
     )
     objective: str = option(
         Settings.objective,
@@ -74,17 +79,19 @@ class Options(SourceOptions, options.ModelOptions):
         choices=get_args(Objective),
         help="training objective, see kvp-edge train",
     )
-    scope: str = option(
-        Settings.scope,
+    scope: str | None = option(
+        None,
         panel=_LEARNING,
         choices=get_args(Scope),
+        shown=own_of_objectives("scope"),
         help="what one network scores, see kvp-edge train",
     )
     seed: int = option(0, panel=_LEARNING, metavar="N", help="random seed")
-    importance: str = option(
-        Settings.importance,
+    importance: str | None = option(
+        None,
         panel=_LEARNING,
         metavar="NAME",
+        shown=own_of_objectives("importance"),
         help="what counts as a token's importance, see kvp-edge train",
     )
     future: list[str] = option(
@@ -92,8 +99,8 @@ class Options(SourceOptions, options.ModelOptions):
         panel=_LEARNING,
         metavar="NAME ...",
         choices=tuple(FUTURES),
-        help="what the future is made of, see kvp-edge trace; repeat and questions are for "
-        "--importance repeated and questioned",
+        shown="text, and the labels that --importance needs",
+        help="what the future is made of, see kvp-edge trace",
     )
     future_tokens: int | None = option(
         None,
@@ -125,12 +132,12 @@ def _main(args: Options) -> int:
     out = Path(args.out or f"kvp-{Path(path).stem}")
     settings = Settings(
         objective=cast(Objective, args.objective),
-        scope=cast(Scope, args.scope),
-        importance=args.importance,
-        steps=args.steps,
+        scope=cast(Scope, args.scope or Settings.scope),
+        importance=args.importance or Settings.importance,
+        steps=args.steps or Settings.steps,
         seed=args.seed,
     )
-    _refuse_unused_labels(args)
+    future = _future(args.future, settings.importance)
     stream = open_stream(
         path,
         sources_of(args) or [Tasks(_TASKS)],
@@ -139,16 +146,16 @@ def _main(args: Options) -> int:
         length=args.length,
         n_traces=args.traces,
         seed=args.seed,
-        future=args.future or "text",
+        future=future,
         future_tokens=args.future_tokens,
         **options.engine_options(args),
     )
     with closing(stream):
-        warn_beyond_training(path, args.length, args.future or "text", args.future_tokens)
+        warn_beyond_training(path, args.length, future, args.future_tokens)
         if args.estimate:
             say(_estimate(stream))
             return 0
-        run = out / (args.objective if args.scope == "head" else f"{args.objective}-{args.scope}")
+        run = out / f"{settings.objective}-{settings.scope}"
         if not (run / "report.json").exists():
             note(
                 f"step 1 of 2: learning from {len(stream)} traces while they are read; after an "
@@ -181,19 +188,25 @@ def _main(args: Options) -> int:
     return 0
 
 
-def _refuse_unused_labels(args: Options) -> None:
-    """Raises:
-    ValueError: labels would be read and not used, or used and not read.
+def _future(given: list[str], importance: str) -> list[str]:
+    """What the future is made of.
+
+    Raises:
+        ValueError: labels would be read and not used, or used and not read.
     """
+    needed = [LABELLED[part] for part in importance_parts(importance) if part in LABELLED]
+    if not given:
+        return ["text", *needed]
+    for future in needed:
+        if future not in given:
+            raise ValueError(f"--importance {importance} needs --future {future}")
     for label, future in LABELLED.items():
-        used, read = label in importance_parts(args.importance), future in args.future
-        if used and not read:
-            raise ValueError(f"--importance {args.importance} needs --future {future}")
-        if read and not used:
+        if future in given and future not in needed:
             raise ValueError(
                 f"--future {future} is not used: it is for --importance {label}, or a mixture "
-                f"like peak+{label}"
+                f"like sum+{label}"
             )
+    return given
 
 
 def _estimate(stream: TraceStream) -> str:

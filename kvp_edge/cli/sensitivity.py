@@ -41,7 +41,7 @@ The model runs in PyTorch: llama, qwen2, qwen3, gemma3, phi3.
 examples:
   kvp-edge sensitivity model.gguf
   kvp-edge sensitivity model.gguf --text books/*.txt --texts 8 --out heads.json
-  kvp-edge sensitivity model.gguf --policy kvp-model.gguf   (stored in the policy)"""
+  kvp-edge sensitivity model.gguf --policy kvp-model.gguf   (stores them)"""
 
 _EVICTION = "what a head that drops tokens keeps"
 
@@ -50,7 +50,7 @@ _EVICTION = "what a head that drops tokens keeps"
 class Options:
     model: str = argument(..., metavar="MODEL", help="model file (.gguf)")
     text: list[str] = option(
-        (), metavar="FILE ...", shown="a novel", help="text files, to measure on"
+        (), metavar="FILE ...", help="text files to measure on (default: the bundled novel)"
     )
     length: int = option(512, metavar="N", least=2, help="tokens of a text")
     texts: int = option(4, metavar="N", least=1, help="number of texts, evenly spaced")

@@ -41,12 +41,13 @@ what the future is:
   --future greedy  the model's own continuation: closer to a chat, but
                    slower, because tokens are written one by one
 
-what follows asks for few of the tokens. Labels say what may be asked for (see kvp-edge train
---importance); they can be added to text or greedy, and take longer:
-  --future repeat     the model repeats the text: the most attention that the
-                      repetition pays to each token. Twice the reading
-  --future questions  the model writes up to --future-tokens (128) tokens of
-                      questions and answers about the text
+labels, which can be added to text or greedy, say what may be asked for (see
+kvp-edge train --importance): the most attention that each token gets from any
+one token of
+  --future later      the rest of the text
+  --future repeat     a repetition of the text by the model. Twice the reading
+  --future questions  up to --future-tokens (128) tokens of questions and
+                      answers about the text, which the model writes
 
 The cache may have any type. Quantised values (--type-v q8_0) turn flash attention on. Attention is
 then computed from queries and keys, which takes longer; a model with soft caps, attention sinks or
@@ -105,8 +106,9 @@ class Options(SourceOptions, options.ModelOptions):
         panel=_TRACES,
         metavar="NAME ...",
         choices=tuple(FUTURES),
-        help="what the future is made of: text (the default) or greedy; labels of tokens that may "
-        "be asked for: repeat, questions",
+        shown="text later",
+        help="what the future is made of: text or greedy; labels of tokens that may be asked for: "
+        "later, repeat, questions",
     )
     future_tokens: int | None = option(
         None,
@@ -196,7 +198,7 @@ def _main(args: Options) -> int:
         length=args.length,
         n_traces=args.traces,
         seed=args.seed,
-        future=args.future or "text",
+        future=args.future or ("text", "later"),
         future_tokens=args.future_tokens,
         block=args.block,
         **options.engine_options(args),

@@ -14,7 +14,7 @@ from kvp_edge.cli.shown import say
 from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.tables import table
 from kvp_edge.traces.format import TraceSet
-from kvp_edge.training.settings import Settings
+from kvp_edge.training.settings import OWN, Settings
 
 _EPILOG = """\
 The same command resumes an interrupted run, and ends with the same policy as without the
@@ -34,9 +34,9 @@ examples:
 
 #: setting -> what it does
 _HELP: dict[str, str] = {
-    "objective": "global: how fast the use of a token fades, with one capacity for all heads; kvp: "
-    "rankings of one moment, rewarded over all budgets; foresight: golden evictions, then rollouts "
-    "in the model",
+    "objective": "regression: importance itself; kvp: rankings of one moment, rewarded over all "
+    "budgets; global: how fast the use of a token fades, with one capacity for all heads; "
+    "foresight: golden evictions, then rollouts in the model",
     "scope": "what one agent scores, and sees: head: one KV head; layer: all KV heads of a layer",
     "hidden": "hidden units in each of an agent's two layers",
     "context": "tokens that a score depends on, an odd number around its own; 1: as in the KVP "
@@ -52,8 +52,9 @@ _HELP: dict[str, str] = {
     "tokens": "most tokens that compete in a text",
     "rankings": "rankings sampled for each text",
     "importance": "sum: attention of all later queries; peak: of the block of these with the most; "
-    "repeated, questioned: labels (kvp-edge trace --future repeat questions; not for global); "
-    "peak+repeated: both, each relative to its mean",
+    "later: of the one of these with the most; repeated, questioned: of the model's own use of the "
+    "text (kvp-edge trace --future later repeat questions; not for global); later+repeated: both, "
+    "each relative to its mean",
     "rank_weights": "i-1: budgets from 1 on (the paper); i: budget 0 as well (its code)",
     "advantage": "loo: reward minus the other rankings' mean; zscore: also scaled and clamped",
     "effort": "share of the agents trained in a step; those that lose most are drawn most often",
@@ -104,7 +105,18 @@ class _Run(options.RepackOption):
 def _setting(name: str) -> tuple[str, type, Any]:
     default = getattr(Settings, name)
     metavar = {float: "X", int: "N"}.get(type(default), "NAME")
-    return name, type(default), option(default, panel="settings", metavar=metavar, help=_HELP[name])
+    shown = own_of_objectives(name) if name in OWN[Settings.objective] else None
+    made = option(default, panel="settings", metavar=metavar, shown=shown, help=_HELP[name])
+    return name, type(default), made
+
+
+def own_of_objectives(name: str) -> str:
+    """The values of a setting that each objective has its own of."""
+    values: dict[Any, list[str]] = {}
+    for objective, own in OWN.items():
+        values.setdefault(own[name], []).append(objective)
+    ours, *others = sorted(values, key=lambda value: Settings.objective not in values[value])
+    return "; ".join([str(ours), *(f"{', '.join(values[v])}: {v}" for v in others)])
 
 
 Options: Any = make_dataclass(

@@ -162,7 +162,8 @@ def _with_weights(agents: Agents, w: PolicyWeights) -> Agents:
     def each(array: FloatArray) -> torch.Tensor:
         return torch.from_numpy(array.reshape(n, *array.shape[2:]).copy())
 
-    out = Agents(replace(agents.shape, shared_out=False))  # a file holds one per network
+    # a file holds one last projection per network; ages are not part of scores
+    out = Agents(replace(agents.shape, shared_out=False, ageing=False))
     first = np.concatenate([w.key, w.value, w.position], axis=-1)
     out.load_state_dict(
         {

@@ -55,7 +55,7 @@ from kvp_edge.binding.fingerprint import model_fingerprint
 from kvp_edge.errors import TraceError
 from kvp_edge.files import open_regular, read_regular, size_of
 from kvp_edge.files.json_values import parse, require, shortened
-from kvp_edge.traces.labels import LABELS, LATER, NEAR
+from kvp_edge.traces.labels import LABELS, NEAR, label_size
 
 FORMAT = "kvp-traces"
 #: Without labels, and with labels.
@@ -391,11 +391,6 @@ def _read_file(path: Path, entry: Json) -> bytes:
     )
 
 
-def _label_size(name: str, n: int) -> int:
-    """Numbers of a label per head."""
-    return Blocks(NEAR, NEAR).n_sums(n) if name == LATER else n
-
-
 def _load(path: Path, entry: Json) -> Trace:
     data = _read_file(path, entry)
     try:
@@ -428,7 +423,7 @@ def _load(path: Path, entry: Json) -> Trace:
     fits = (
         all(arrays[name].dtype == dtype for name, dtype in _DTYPES.items())
         and all(arrays[name].dtype == np.float16 for name in labels)
-        and all(arrays[name].shape == (*heads, _label_size(name, n)) for name in labels)
+        and all(arrays[name].shape == (*heads, label_size(name, n)) for name in labels)
         and trace.keys.shape == (*heads, n, trace.keys.shape[-1])
         and trace.values.shape == (*heads, n, trace.values.shape[-1])
         and trace.indices.shape == trace.tokens.shape == (n,)

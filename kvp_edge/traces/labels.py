@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvp_edge.arrays import FloatArray, HalfArray
+from kvp_edge.binding.blocks import Blocks
 from kvp_edge.binding.log_scores import score_log
 from kvp_edge.binding.queries import Queries, QueryLog
 from kvp_edge.binding.structs import LogBlock
@@ -52,6 +53,11 @@ _INSTRUCTION = 192
 _REPEAT = "Repeat the text from its beginning, exactly as it is."
 _GO_ON = "Go on repeating the text exactly as it is, starting after: {reminder}"
 _QUESTIONS = "Write questions about the text, each with a short answer."
+
+
+def label_size(label: str, n: int) -> int:
+    """Numbers of a label of a text of ``n`` tokens, per head."""
+    return Blocks(NEAR, NEAR).n_sums(n) if label == LATER else n
 
 
 def tokens_needed(length: int, labels: Sequence[str], written: int) -> int:

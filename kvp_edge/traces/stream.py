@@ -18,6 +18,7 @@ import numpy as np
 from kvp_edge.arrays import TokenIds
 from kvp_edge.binding.blocks import Blocks
 from kvp_edge.traces.format import Json, Trace
+from kvp_edge.traces.labels import label_size
 from kvp_edge.traces.sources import Piece, Source
 from kvp_edge.traces.tracer import Captured, Tracer
 from kvp_edge.traces.writer import claim_folder, planned
@@ -70,7 +71,8 @@ class TraceStream:
         piece, s = self._pieces[index], self._tracer.shape
         n = len(piece.tokens) + piece.n_generate
         sums = Blocks.with_border_at(piece.n_prompt, self._tracer.block).n_sums(n)
-        per_head = n * (s.head_size_k + s.head_size_v + len(self._tracer.labels)) + sums
+        labels = sum(label_size(label, n) for label in self._tracer.labels)
+        per_head = n * (s.head_size_k + s.head_size_v) + labels + sums
         return 2 * s.n_layer * s.n_head_kv * per_head + 8 * n
 
     def text(self, index: int) -> TokenIds:

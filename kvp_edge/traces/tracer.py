@@ -29,7 +29,7 @@ from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
 from kvp_edge.traces.attention_from_queries import AttentionFromQueries
-from kvp_edge.traces.labels import Labeller, tokens_needed
+from kvp_edge.traces.labels import Labeller, label_size, tokens_needed
 
 #: Bytes of a trace file beside its arrays of numbers per head: header, and 8 for every token.
 _FILE_OVERHEAD = 1024
@@ -122,7 +122,7 @@ class Tracer(Llama):
         self.length, self.labels = length, tuple(labels)
         self.shape: CacheShape = self.native.shape
         if block is None:
-            block = smallest_block(self.shape, length, len(labels))
+            block = smallest_block(self.shape, length, labels)
         self.block = block
 
     def adjust_context(self, params: Any) -> None:
@@ -201,13 +201,13 @@ class Tracer(Llama):
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), True)
 
 
-def smallest_block(shape: CacheShape, length: int, n_labels: int = 0) -> int:
+def smallest_block(shape: CacheShape, length: int, labels: Sequence[str] = ()) -> int:
     """The fewest queries per block with which a trace of ``length`` tokens, with its labels, is no
     larger than twice its keys and values in float16: a power of two."""
     n_heads = shape.n_layer * shape.n_head_kv
     keys_and_values = 2 * n_heads * length * (shape.head_size_k + shape.head_size_v)
-    labels = 2 * n_heads * length * n_labels
-    left = keys_and_values - labels - _FILE_OVERHEAD - _BYTES_PER_TOKEN * length
+    in_labels = 2 * n_heads * sum(label_size(label, length) for label in labels)
+    left = keys_and_values - in_labels - _FILE_OVERHEAD - _BYTES_PER_TOKEN * length
     block = 1
     # a first block of one query makes the most blocks
     while block < length and 2 * n_heads * Blocks(block, 1).n_sums(length) > left:

@@ -44,11 +44,11 @@ class Eviction:
     share: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.sinks < 0 or self.recent < 0 or not 0 <= self.share <= 1:
-            raise ValueError(
-                f"sinks and recent must be 0 or more and share from 0 to 1, not {self.sinks}, "
-                f"{self.recent} and {self.share}"
-            )
+        for name in ("sinks", "recent"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be from 0 to 1, not {self.share}")
 
     def kept(self, border: int) -> BoolArray:
         """bool [border]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from kvp_edge.errors import TrainingError
 from kvp_edge.policy_file import Scope
@@ -62,9 +62,20 @@ def importance_parts(importance: str) -> tuple[str, ...]:
     return parts
 
 
+#: Of each objective: what these settings are unless they are given.
+OWN: dict[str, dict[str, Any]] = {
+    "kvp": {"scope": "head", "importance": "peak", "steps": 2000},
+    "foresight": {"scope": "head", "importance": "peak", "steps": 2000},
+    "global": {"scope": "head", "importance": "peak", "steps": 2000},
+    "regression": {"scope": "layer", "importance": "later", "steps": 400},
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run depends on, beside its traces. docs/training-policies.md says why these defaults.
+
+    ``scope``, ``importance`` and ``steps`` that are not given are the objective's OWN.
 
     Attributes:
         scope: what an agent scores, and sees: "head", one KV head; "layer", all of a layer.
@@ -97,11 +108,11 @@ class Settings:
         horizon: (global) number of future tokens over which a token's use is summed.
     """
 
-    objective: Objective = "global"
-    scope: Scope = "head"
+    objective: Objective = "regression"
+    scope: Scope = ""  # type: ignore[assignment]
     hidden: int = 64
     context: int = 9
-    steps: int = 2000
+    steps: int = 0
     token_steps: int = 200
     lr: float = 3e-3
     token_lr: float = 2e-2
@@ -111,7 +122,7 @@ class Settings:
     states: int = 4
     tokens: int = 512
     rankings: int = 8
-    importance: str = "peak"
+    importance: str = ""
     rank_weights: RankWeights = "i-1"
     advantage: Advantage = "zscore"
     effort: float = 1.0
@@ -145,6 +156,9 @@ class Settings:
     distil_tokens: int = 512
 
     def __post_init__(self) -> None:
+        for name, own in OWN.get(self.objective, {}).items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, own)
         for name, known in (
             ("objective", Objective),
             ("scope", Scope),
@@ -212,7 +226,8 @@ class Settings:
     def _refuse_settings_of_others(self) -> None:
         for field in fields(self):
             used_by = _USED_BY.get(field.name)
-            changed = getattr(self, field.name) != field.default
+            own = OWN[self.objective].get(field.name, field.default)
+            changed = getattr(self, field.name) not in (field.default, own)
             if used_by and changed and self.objective not in used_by:
                 raise TrainingError(
                     f"{field.name} belongs to objective {' or '.join(used_by)}, not "

@@ -24,6 +24,7 @@ from kvp_edge.training.train import plain, train
 from scripts.train_model import config
 from scripts.train_model.prepare import prepare
 
+from .card import write_card
 from .compare import compare, plot, summary
 from .sources import GeneratedChats
 
@@ -148,6 +149,13 @@ def main(arguments: list[str] | None = None) -> None:
     figures = {name: plain(quality) for name, quality in found.items()}
     (run / "comparison.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     plot(found, heads, run / "cost-per-head.png")
+    write_card(
+        run,
+        made.gguf,
+        texts=f"{len(sets[0])} traces of generated chats and prose of up to {length} tokens",
+        command=f"python -m scripts.train_policy --objective {chosen.objective} "
+        f"--seed {chosen.seed}" + (" --smoke" if chosen.smoke else ""),
+    )
     print(text, file=sys.stderr)
     print(made.gguf)
 

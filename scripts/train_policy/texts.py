@@ -1,4 +1,4 @@
-"""What a policy for a model that others made reads: books, chats, meetings, all of a data folder."""
+"""What a policy for a model that others made reads: books, chats and meetings of a data folder."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def _meetings(folder: Path, n: int, rng: Random) -> Iterator[list[Message]]:
     """Endless: a stretch of a transcript of n characters, whose last turns the assistant tells."""
     lines = (folder / TRAINING_MEETING_FILES).read_text(encoding="utf-8").splitlines()
     meetings = [
-        [f"{turn['speaker']}: {turn['content']}" for turn in json.loads(line)["meeting_transcripts"]]
+        [
+            f"{turn['speaker']}: {turn['content']}"
+            for turn in json.loads(line)["meeting_transcripts"]
+        ]
         for line in lines
     ]
     while True:

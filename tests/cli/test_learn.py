@@ -62,7 +62,7 @@ def test_a_policy_that_loses_more_than_a_rule_is_told_of(
 ) -> None:
     torch.set_num_threads(1)
     assert main(learn(model, tmp_path / "out")) == 0
-    report = tmp_path / "out" / "global" / "report.json"
+    report = tmp_path / "out" / "regression-layer" / "report.json"
     numbers = json.loads(report.read_text())
     lost = [0.02 for _ in numbers["policy"]["lost"]]
     numbers["policy"].update(lost=lost, token_lost=0.02)
@@ -106,7 +106,7 @@ def test_the_policy_stays_where_it_is_if_the_model_s_folder_cannot_be_written(
     monkeypatch.setattr("kvp_edge.cli.learn.write_whole", refuse)
     assert main(learn(model, tmp_path / "out")) == 0
     told = capsys.readouterr()
-    assert Path(told.out.splitlines()[-1]).parent == tmp_path / "out" / "global"
+    assert Path(told.out.splitlines()[-1]).parent == tmp_path / "out" / "regression-layer"
     assert "Permission denied" in told.err
     assert "--policy" in told.err
 
@@ -140,17 +140,17 @@ def test_nothing_but_checkpoints_is_stored_and_labels_can_be_learned(
     labels = ["--objective", "kvp", "--future", "repeat", "--importance", "peak+repeated"]
     assert main(learn(model, tmp_path / "out", *labels)) == 0
     found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
-    assert {"manifest.json", "kvp/best.safetensors", "kvp/last.safetensors"} <= found
+    assert {"manifest.json", "kvp-head/best.safetensors", "kvp-head/last.safetensors"} <= found
     assert not [name for name in found if "trace" in name]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--objective", "kvp", "--importance", "repeated"], "needs --future repeat"),
-        (["--future", "questions"], "--future questions is not used"),
-        (["--importance", "repeated", "--future", "repeat"], "must be sum or peak"),
-        (["--importance", "some"], "importance must be sum or peak or repeated"),
+        (["--importance", "repeated", "--future", "text"], "needs --future repeat"),
+        (["--future", "later", "questions"], "--future questions is not used"),
+        (["--objective", "global", "--importance", "later"], "must be sum or peak"),
+        (["--importance", "some"], "importance must be sum or peak or later or repeated"),
         (["--buffer", "much"], "--buffer is memory"),
         (["--buffer", "1KiB"], "a buffer of 0.0 MiB is too small"),
     ],

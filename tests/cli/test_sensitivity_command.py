@@ -85,7 +85,7 @@ def test_a_policy_of_another_shape_is_refused_before_anything_is_measured(
     ("argv", "sentence"),
     [
         (["--texts", "100000"], "fewer than 100000: lower --texts or --length"),
-        (["--share", "2"], "--share from 0 to 1, not 4, 32 and 2.0"),
+        (["--share", "2"], "--share must be from 0 to 1, not 2.0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(

@@ -76,6 +76,13 @@ def test_one_command_makes_traces_policy_and_comparison_and_goes_on_where_it_sto
     assert "| layer, head |" in (tmp_path / objective / "comparison.md").read_text()
     assert (tmp_path / objective / "cost-per-head.png").read_bytes().startswith(b"\x89PNG")
 
+    told = policy.with_suffix(".md").read_text()
+    assert told.startswith(f"# {info.name}\n")
+    mean = np.mean(figures["policy"]["cost"])
+    assert f"| **this policy** | {mean:.2f} |" in told
+    assert "Measured on held-out traces." in told
+    assert f"--objective {objective} --seed 1 --smoke" in told
+
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*traces/trace-*")}
     checkpoint = (tmp_path / objective / "best.safetensors").stat().st_mtime_ns
     main(command)

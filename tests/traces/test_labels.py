@@ -17,7 +17,7 @@ from kvp_edge.errors import KVCacheError, TraceError, UnsupportedModelError
 from kvp_edge.text.chat_prompt import next_turn
 from kvp_edge.traces import labels as labels_module
 from kvp_edge.traces.format import TraceSet, metadata_of
-from kvp_edge.traces.labels import LABELS, PIECE, QUESTIONED, REPEATED, tokens_needed
+from kvp_edge.traces.labels import LABELS, LATER, NEAR, PIECE, QUESTIONED, REPEATED, tokens_needed
 from kvp_edge.traces.sources import TextFile
 from kvp_edge.traces.tracer import Captured, Tracer, smallest_block
 from kvp_edge.traces.writer import capture_traces
@@ -117,6 +117,53 @@ def test_repeated_is_the_most_attention_that_a_repetition_pays(
     np.testing.assert_allclose(label.astype(np.float32), want, rtol=tolerance, atol=tolerance / 10)
     # what follows the text in it does not ask
     assert np.abs(want - paid_by(model, read, list(range(40, 70)), 70)).max() > 0.1
+
+
+@pytest.mark.parametrize("flash", [False, True], ids=["as computed", "flash attention"])
+@pytest.mark.parametrize("n_ubatch", [7, 512])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_later_is_the_most_attention_that_the_tokens_of_each_piece_pay(
+    shape: str, n_ubatch: int, flash: bool, random_model: Maker, tracer: Make
+) -> None:
+    model, text = random_model(SHAPES[shape]), random_tokens(3 * NEAR + 5)
+    llm = tracer(model.path, len(text), LATER, n_ubatch=n_ubatch, flash_attn=flash, **F32)
+    label = llm.capture(text, 40).labels[LATER].astype(np.float32)
+    ends = [NEAR, 2 * NEAR, 3 * NEAR, len(text)]
+    assert label.shape[2] == sum(ends)
+    tolerance = 0.01 if flash or model.shape.arch == "gemma3" else 1e-3
+    at = begin = 0
+    for end in ends:
+        want = paid_by(model, text, list(range(begin, end)), end)
+        got = label[:, :, at : at + end]
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance / 10)
+        at, begin = at + end, end
+
+
+def test_later_does_not_depend_on_the_batches_that_a_text_is_read_in(
+    random_model: Maker, tracer: Make
+) -> None:
+    path, text = random_model(LLAMA).path, random_tokens(2 * NEAR + 9)
+    whole, parts = (tracer(path, len(text), LATER, n_batch=n, n_ubatch=n) for n in (512, 11))
+    parted = parts.capture(text, 40).labels[LATER].astype(np.float32)
+    read = whole.capture(text, 40).labels[LATER].astype(np.float32)
+    np.testing.assert_allclose(parted, read, rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_rest_of_a_text_looks_at_is_read_from_its_pieces(
+    random_model: Maker, text: str, tmp_path: Path
+) -> None:
+    model = random_model(LLAMA)
+    [trace] = traced(model.path, text, tmp_path / "out", "later", n_traces=1, length=2 * NEAR + 9)
+    tokens = trace.tokens.tolist()
+    for n, since in ((1, NEAR), (NEAR, NEAR), (NEAR + 1, 2 * NEAR), (2 * NEAR, 2 * NEAR)):
+        want = paid_by(model, tokens, list(range(since, len(tokens))), n)
+        np.testing.assert_allclose(trace.asked_later(n), want, rtol=1e-2, atol=1e-3)
+    for n in (0, 2 * NEAR + 1):
+        with pytest.raises(ValueError, match=f"no piece of {NEAR} queries begins at {n} or later"):
+            trace.asked_later(n)
+    [bare] = traced(model.path, text, tmp_path / "bare", "text", n_traces=1)
+    with pytest.raises(ValueError, match="recorded without --future later"):
+        bare.asked_later(1)
 
 
 @pytest.mark.parametrize("n_ubatch", [5, 512])
@@ -226,7 +273,8 @@ def test_labels_count_in_the_size_of_a_file() -> None:
     from kvp_edge.binding.structs import CacheShape
 
     shape = CacheShape(n_layer=8, n_head_kv=2, head_size_k=32, head_size_v=32)
-    assert [smallest_block(shape, 1000, n) for n in (0, 2)] == [8, 16]
+    none, two = (), (QUESTIONED, REPEATED)
+    assert [smallest_block(shape, 1000, labels) for labels in (none, two, LABELS)] == [8, 16, 16]
 
 
 # -- in files ------------------------------------------------------------------------------------
@@ -252,7 +300,7 @@ def test_traces_keep_their_labels_and_an_interruption_changes_no_byte(
     random_model: Maker, text: str, tmp_path: Path, tracer: Make
 ) -> None:
     path = random_model(LLAMA).path
-    whole = traced(path, text, tmp_path / "whole", "repeat", "questions")
+    whole = traced(path, text, tmp_path / "whole", "repeat", "later", "questions")
     assert whole.manifest["format_version"] == 2
     llm = tracer(path, 60, *LABELS, written=6)
     for trace in whole:
@@ -264,8 +312,8 @@ def test_traces_keep_their_labels_and_an_interruption_changes_no_byte(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        traced(path, text, tmp_path / "out", "questions", "repeat", "text", progress=stop)
-    traced(path, text, tmp_path / "out", "repeat", "questions")
+        traced(path, text, tmp_path / "out", "questions", "repeat", "text", "later", progress=stop)
+    traced(path, text, tmp_path / "out", "later", "repeat", "questions")
     assert bytes_of(tmp_path / "out") == bytes_of(whole.path)
     with pytest.raises(TraceError, match=r"another run \(labels .*repeated.* instead of"):
         traced(path, text, tmp_path / "out", "questions")
@@ -308,7 +356,7 @@ def test_what_is_wrong_with_labels_is_refused(
 @pytest.mark.parametrize(
     ("future", "says"),
     [
-        ((), "must be one or several of text, greedy, repeat, questions"),
+        ((), "must be one or several of text, greedy, later, repeat, questions"),
         (("sing",), "not 'sing'"),
         (("text", "greedy"), "either text, which the source has, or greedy"),
     ],
@@ -330,4 +378,4 @@ def test_the_command_records_labels(tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main([*argv, "sing"])
-    assert "must be text, greedy, repeat, questions, not 'sing'" in capsys.readouterr().err
+    assert "must be text, greedy, later, repeat, questions, not 'sing'" in capsys.readouterr().err

@@ -118,9 +118,14 @@ def test_what_stays_is_protected_or_evenly_spaced() -> None:
     assert Eviction(2, 3).kept(1).all()
     assert Eviction(0, 0, 0.25).kept(8).nonzero()[0].tolist() == [3, 7]
     assert not Eviction(0, 0).kept(8).any()
-    for bad in (Eviction, -1, 0, 0), (Eviction, 0, -1, 0), (Eviction, 0, 0, 1.5):
-        with pytest.raises(ValueError, match="share from 0 to 1"):
-            bad[0](*bad[1:])
+    for bad, sentence in (
+        ((-1, 0, 0.0), "sinks must be at least 0, not -1"),
+        ((0, -1, 0.0), "recent must be at least 0, not -1"),
+        ((0, 0, 1.5), "share must be from 0 to 1, not 1.5"),
+        ((0, 0, np.nan), "share must be from 0 to 1, not nan"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            Eviction(*bad)
 
 
 def test_weights_are_shares_of_what_is_carried() -> None:
