@@ -100,7 +100,7 @@ class Llama(BaseLlama):
     _token_memory: TokenMemory | None = None
     _asks_from: int | None = None  # tokens from here on ask for older ones: see _logging_queries
     _question = range(0)  # the tokens of the last prompt that were new then
-    _written: int | None = None  # tokens of a reply since the last recall, with recall="always"
+    _writes_from: int | None = None  # a reply is written: number of its first token since a recall
     _decoding = False  # so the end of a batch was not reached: see EvictionManager.follow
     _completing = False  # inside create_completion
 
@@ -297,6 +297,9 @@ class Llama(BaseLlama):
                 f"the logical context n_ctx={self._n_ctx}: load the model with a larger n_ctx"
             )
         self.sync()
+        writes = self._writes_from is not None and self.n_tokens >= self._writes_from
+        if writes:  # the newest token, and drafts; all before are sure
+            tokens = self._recall_while_writing(kv, tokens)
         on_batch = self.on_batch and self._calls.lent(self.on_batch)
         at = 0
         while at < len(tokens):
@@ -311,8 +314,8 @@ class Llama(BaseLlama):
             at += n
             if on_batch is not None:
                 on_batch(kv.seen - n, kv.seen)
-        if self._written is not None and len(tokens) == 1:
-            self._recall_while_writing(kv)
+            if writes:  # llama.cpp has the logits of one batch: drafts that do not fit are left out
+                break
 
     def sync(self) -> None:
         """Bring table and cells to ``n_tokens``, which the base class sets freely.
@@ -365,26 +368,30 @@ class Llama(BaseLlama):
                     self._read_prompt(self._kv, how["tokens"])
                     how["tokens"] = []
         writing = super().generate(**how)
-        if self._kv is None or self._kv.log is None or self.options.recall != "always":
+        if self._kv is None:
             yield from writing
         else:
-            yield from self._write(self._kv, writing)
+            yield from self._write(self._kv, writing, int(self.n_tokens) + len(how["tokens"]))
 
     def _write(
-        self, kv: EvictionManager, writing: Generator[int, Sequence[int] | None, None]
+        self, kv: EvictionManager, writing: Generator[int, Sequence[int] | None, None], start: int
     ) -> Generator[int, Sequence[int] | None, None]:
-        """``writing``, with what it recalls. Between two tokens others may use the model."""
-        written, given = 0, None
+        """``writing``, with what it recalls. Between two tokens others may use the model.
+
+        Args:
+            start: number of the reply's first token.
+        """
+        given = None
         try:
             while True:
-                with self._logging_queries(kv, int(self.n_tokens)):
-                    self._written = written
+                with self._asking_while_writing(kv, start):
+                    self._writes_from = start
                     try:
                         token = writing.send(given)
                     except StopIteration:
                         return
                     finally:
-                        written, self._written = self._written or 0, None
+                        start, self._writes_from = self._writes_from or start, None
                 given = yield token
         finally:
             writing.close()
@@ -433,16 +440,32 @@ class Llama(BaseLlama):
             with self._logging_queries(self._kv, int(self.n_tokens)):
                 return self._recall(self._kv, self._kv.recall_settings.n_queries)
 
-    def _recall_while_writing(self, kv: EvictionManager) -> None:
-        """With recall="always": what the reply asks for by now, every ``recall_every`` tokens, or
-        when its queries have turned away from those that asked last."""
-        assert self._written is not None
-        self._written += 1
-        enough = self._written >= self.options.recall_every
-        if enough or (self._written >= _LEAST_WRITTEN and kv.queries_turned_away()):
-            n, self._written = self._written, None  # what is read again is not written
-            self._recall(kv, n)
-            self._written = 0
+    def _asking_while_writing(
+        self, kv: EvictionManager, first: int
+    ) -> contextlib.AbstractContextManager[None]:
+        """With recall="always", as ``_logging_queries``."""
+        asks = kv.log is not None and self.options.recall == "always"
+        return self._logging_queries(kv, first) if asks else contextlib.nullcontext()
+
+    def _recall_while_writing(self, kv: EvictionManager, tokens: Sequence[int]) -> Sequence[int]:
+        """With recall="always": bring what the reply asks for by now, every ``recall_every``
+        tokens, or when its queries have turned away from those that asked last.
+
+        Args:
+            tokens: what is read next: one token of the reply, and drafts of those after it.
+
+        Returns:
+            Those before the next recall.
+        """
+        assert self._writes_from is not None
+        if self._asks_from is None:
+            return tokens
+        written, every = int(self.n_tokens) - self._writes_from, self.options.recall_every
+        if written >= every or (written >= _LEAST_WRITTEN and kv.queries_turned_away()):
+            self._writes_from = None  # what is read again is not written
+            self._recall(kv, written)
+            self._writes_from, written = int(self.n_tokens), 0
+        return tokens[: every - written]
 
     def _recall(self, kv: EvictionManager, n_new: int) -> Recall | None:
         """The same, of a prompt whose last ``n_new`` tokens were read just now, while queries are

@@ -5,16 +5,18 @@
     python scripts/stress_interrupts.py --interrupts 1000 --streams 200 --callbacks 20 --kills 40
 
 Every model that is disturbed has a twin that never is. The twin reads, batch by batch, what the
-disturbed one has read, and then both must be the same: the tokens that every head holds, their
-keys and values, and the logits after each batch, all bit for bit. Or the disturbed one does not
-trust its cache any more: then its next reply must begin with reading the conversation again.
+disturbed one has read, and recalls where that one has recalled. Then both must be the same: the
+tokens that every head holds, their keys and values, the KV log, the rows that queries chose, and
+the logits after each batch, all bit for bit. Or the disturbed one does not trust its cache any
+more: then its next reply must begin with reading the conversation again.
 
-    interrupts  Ctrl-C while a model reads, writes, chats, streams, goes back, evicts, saves or
-                loads: by a timer at a random microsecond, or at a random one of the moments at
-                which Python looks for signals
+    interrupts  Ctrl-C while a model reads, writes, chats, streams, recalls, goes back, evicts,
+                saves or loads; without recall, with it, and with the log in a file: by a timer at a
+                random microsecond, or at a random one of the moments at which Python looks for
+                signals
     streams     dropped after a random piece, or asked for another when something else was read
-    callbacks   on_evict, on_batch, stopping criteria, logits processors and a policy of one's own
-                that raise, call what they must not, or return nonsense
+    callbacks   on_evict, on_recall, on_batch, stopping criteria, logits processors and a policy of
+                one's own that raise, call what they must not, or return nonsense
     kills       kill -9 of a process that saves over one file again and again: what is there
                 afterwards is a whole session, and the next save sweeps what was left
 """
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import os
 import random
 import signal
@@ -34,13 +37,16 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvp_edge import InUseError, KVCacheError, Llama, Policy
+from kvp_edge.binding.queries import Queries
 from kvp_edge.bundled import bundled_model
+from kvp_edge.cache.recall import Choice, RecallSettings
 
 TEXT = "the old man went to sea and my dog is called Rex snow fell on all roofs where we sang"
 WORDS = TEXT.split()
@@ -57,6 +63,11 @@ WAYS: dict[str, dict[str, Any]] = {
         "granularity": "token",
     },
 }
+RECALLS: dict[str, dict[str, Any]] = {
+    "recall off": {"recall": "off"},
+    "recall": {"recall": "reply"},
+    "recall always, log in a file": {"recall": "always", "recall_every": 6, "kv_log": None},
+}
 WRITE = ("writing", "chatting", "streaming")
 KINDS = {"interrupts": 0.7, "streams": 0.1, "callbacks": 0.1, "kills": 0.1}  # shares of the time
 
@@ -69,10 +80,37 @@ class Watched(Llama):
         self.steps: list[tuple[Any, ...]] = []
         quiet = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
         limits: dict[str, Any] = {"n_ctx": 9000, "kv_budget": 128, "reserve": 128, "n_batch": 64}
-        # a twin replays what was read; rows that a recall brings, it would not
-        limits["recall"] = "off"
         super().__init__(bundled_model(), **{**quiet, **limits, **how})
         self.on_batch = self.note
+        assert self.kv is not None
+        self.make_room, self.choose, self.bring = (
+            self.kv.make_room, self.kv.choose_by_queries, self.kv.bring
+        )  # fmt: skip
+
+    def note_recalls(self) -> None:
+        """Write down what is done to the cache before it reads, too."""
+        kv: Any = self.kv
+        kv.make_room, kv.choose_by_queries, kv.bring = self.room, self.chosen, self.brought
+
+    def room(self, n: int) -> int:
+        may = self.make_room(n)
+        self.steps.append(("room", n))
+        return may
+
+    def chosen(self, n: int) -> Choice | None:
+        choice = self.choose(n)
+        self.steps.append(("chosen", n, choice, self.newest_queries(n)))
+        return choice
+
+    def brought(self, choice: Choice) -> float:
+        ms = self.bring(choice)
+        self.steps.append(("brought", int(self.n_tokens)))
+        return ms
+
+    def newest_queries(self, n: int) -> Queries | None:
+        assert self.kv is not None
+        assert self.kv.query_log is not None
+        return self.kv.query_log.of(self.kv.seen - n, self.kv.seen)
 
     def note(self, first: int, end: int) -> None:
         read = self.input_ids[first:end].tolist()
@@ -93,6 +131,12 @@ class Watched(Llama):
     @property
     def text(self) -> list[int]:
         return self.input_ids[: self.n_tokens].tolist()
+
+
+def options(way: str, kv_log: Path) -> dict[str, Any]:
+    """Of a name in WAYS and one in RECALLS, with a comma between."""
+    cache, recall = next((WAYS[a], RECALLS[b]) for a in WAYS for b in RECALLS if way == f"{a}, {b}")
+    return {**cache, **recall} | ({"kv_log": str(kv_log)} if "kv_log" in recall else {})
 
 
 class Lying(Policy):
@@ -119,8 +163,29 @@ def rows(llm: Watched) -> list[bytes]:
     if llm.kv.cache.newest_position() != newest:
         raise AssertionError(f"newest position {llm.kv.cache.newest_position()}, not {newest}")
     read = llm.kv.cache.read(0, newest + 1, len(present)) if len(present) else (present,) * 3
-    held = (table.indices(), table.rope_positions(), present, *read)
+    held = (table.indices(), table.rope_positions(), present, *read, *logged(llm))
     return [np.ascontiguousarray(part).tobytes() for part in held]
+
+
+def logged(llm: Watched) -> Iterator[Any]:
+    """The KV log: its tokens, their rows and the scores they had."""
+    assert llm.kv is not None
+    log = llm.kv.log
+    blocks = () if log is None else log.blocks
+    yield [(b.first, b.n, b.rope_first) for b in blocks]
+    yield 0 if log is None else log.lost
+    for block in blocks:
+        yield from (block.rows, block.scores, block.spans)
+
+
+def same_choice(a: Choice | None, b: Choice | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return (
+        a.tail == b.tail
+        and np.array_equal(a.tokens, b.tokens)
+        and np.array_equal(a.wanted, b.wanted)
+    )
 
 
 class Interrupt:
@@ -179,7 +244,14 @@ class Pair:
 
     def __init__(self, way: str, rng: random.Random, folder: Path, **how: Any) -> None:
         self.way, self.rng = way, rng
-        self.llm, self.twin = (Watched(**{**WAYS[way], **how}) for _ in range(2))
+        self.llm, self.twin = (
+            Watched(**{**options(way, folder / f"{way} {i}.kvlog"), **how}) for i in range(2)
+        )
+        self.llm.note_recalls()
+        self.choice: Choice | None = None  # of the twin's queries, not brought yet
+        self.room = 0  # what the model made room for before the next batch
+        kv: Any = self.twin.kv
+        kv.make_room = lambda n: min(n, self.twin.make_room(max(n, self.room)))
         self.file = folder / f"{way}.kvp"
         self.saved: tuple[list[int], list[bytes]] | None = None
         self.saves = self.llm.options.policy != "snapkv"
@@ -231,6 +303,9 @@ class Pair:
     def evicting(self) -> None:
         self.llm.evict()
 
+    def recalling(self) -> None:
+        self.llm.recall()
+
     def saving(self) -> None:
         self.llm.save_session(self.file)
 
@@ -251,11 +326,11 @@ class Pair:
 
     def any_call(self) -> Callable[[], None]:
         calls = [self.reading, self.writing, self.chatting, self.streaming, self.evicting]
-        if (
-            self.llm.n_tokens > 25
-            and self.llm.kv
-            and self.llm.kv.can_rewind(self.llm.n_tokens - 20)
-        ):
+        kv, back = self.llm.kv, self.llm.n_tokens - 20
+        assert kv is not None
+        if kv.log is not None:
+            calls.append(self.recalling)
+        if back > 5 and (kv.can_rewind(back) or kv.can_return(back)):
             calls.append(self.going_back)
         if self.saves:
             calls += [self.saving, self.state]
@@ -279,15 +354,28 @@ class Pair:
                 what the model has just written.
         """
         llm, twin = self.llm, self.twin
+        assert twin.kv is not None
         steps, llm.steps = llm.steps, []
-        evals, writes = 0, False
+        evals, writes, read, self.choice, self.room = 0, False, 0, None, 0
+        twin.kv.watch_queries(True)
         for step in steps:
             if step[0] == "reset":
                 twin.reset()
             elif step[0] == "eval":
                 evals += 1
                 twin.n_tokens = min(twin.n_tokens, step[1])
-                writes = call in WRITE and evals > 1
+                # what a recall reads again was read before
+                writes = call in WRITE and evals > 1 and step[1] >= read
+                read = max(read, step[1])
+            elif step[0] == "room":
+                self.room = step[1]
+            elif step[0] == "chosen":
+                twin.sync()
+                self.choice = self.choice_of_twin(step[1], step[3])
+                if not same_choice(self.choice, step[2]):
+                    raise AssertionError(f"{step[1]} queries after {twin.n_tokens} chose others")
+            elif step[0] == "brought":
+                self.bring_to_twin(step[1])
             elif step[0] == "restored":
                 self.restore_twin(own=call == "state")
             else:
@@ -298,14 +386,53 @@ class Pair:
                 if writes and twin.likeliest() != tokens[0]:
                     raise AssertionError(f"wrote {tokens[0]} after {first}, not {twin.likeliest()}")
                 twin.eval(tokens)
+                read, self.room = max(read, twin.n_tokens), 0
                 if not np.array_equal(twin.newest_logits(), logits):
                     off = np.abs(twin.newest_logits() - logits).max()
                     raise AssertionError(f"logits after {twin.n_tokens} differ by {off}")
         twin.steps = []
 
+    def choice_of_twin(self, n: int, asked: Queries | None) -> Choice | None:
+        """What the newest ``n`` tokens choose.
+
+        Args:
+            asked: the model's queries. The twin logs all, so it may have given up its own.
+        """
+        own = self.twin.newest_queries(n)
+        if own is not None and asked is not None and not np.array_equal(own.queries, asked.queries):
+            raise AssertionError(f"{n} queries after {self.twin.n_tokens} differ")
+        return self.twin.choose(n, asked if own is None else own)
+
+    def bring_to_twin(self, length: int) -> None:
+        """What its queries chose, when it has gone back to this length."""
+        twin, choice = self.twin, self.choice
+        assert choice is not None
+        twin.n_tokens, self.choice = length, None
+        twin.sync()
+        twin.bring(choice)
+
+    def log_as_model(self) -> None:
+        """An eviction or a choice was interrupted when it had logged what it might drop: the twin
+        logs the same tokens, from its own cells."""
+        llm, twin = self.llm.kv, self.twin.kv
+        assert llm is not None
+        assert twin is not None
+        if llm.log is None or twin.log is None:
+            return
+        for block in llm.log.blocks:
+            if twin.log.end <= block.first and block.end <= self.llm.n_tokens:
+                at = block.rope_first
+                read = partial(twin.cache.log_rows, twin.log.layout, at, at + block.n, block.n)
+                twin.log.append(block, lambda rows, read=read: read(out=rows))
+
     def follow(self) -> None:
         """Let the twin do what an interrupt has kept from being written down: one step at most."""
         llm, twin = self.llm, self.twin
+        assert llm.kv is not None
+        if self.choice is not None and llm.n_tokens == self.choice.table.seen:
+            held, want = llm.kv_indices, self.choice.tokens
+            if np.array_equal(held[..., : want.shape[-1]], want[0, 0] if held.ndim == 1 else want):
+                self.bring_to_twin(int(llm.n_tokens))
         if llm.n_tokens == 0:
             twin.reset()
         elif llm.n_tokens < twin.n_tokens:
@@ -313,21 +440,33 @@ class Pair:
             twin.sync()
         elif llm.n_tokens > twin.n_tokens:
             twin.eval(llm.text[twin.n_tokens :])
+            self.room = 0
         twin.sync()
+        if self.room:  # and nothing was read
+            twin.make_room(self.room)
+            self.room = 0
         held = llm.kv_stats
-        if held.kept + llm.n_tokens - held.seen < twin.kv_stats.kept:
+        # one that is about to go back from its log has not evicted since
+        there = llm.n_tokens >= held.seen or llm.kv.can_rewind(llm.n_tokens)
+        if there and held.kept + llm.n_tokens - held.seen < twin.kv_stats.kept:
             twin.evict()
+        self.log_as_model()
         twin.steps = []
 
     def same(self) -> None:
         if self.llm.text != self.twin.text:
             raise AssertionError("other tokens were read")
-        for name, a, b in zip(
-            ("indices", "RoPE positions", "llama.cpp's positions", "positions", "keys", "values"),
-            rows(self.llm),
-            rows(self.twin),
-            strict=True,
-        ):
+        names = (
+            "indices",
+            "RoPE positions",
+            "llama.cpp's positions",
+            "positions",
+            "keys",
+            "values",
+        )
+        mine, others = rows(self.llm), rows(self.twin)
+        more = ["what is logged"] * (max(len(mine), len(others)) - len(names))
+        for name, a, b in itertools.zip_longest((*names, *more), mine, others):
             if a != b:
                 raise AssertionError(
                     f"{name} differ: {self.llm.kv_stats.kept} and {self.twin.kv_stats.kept} rows "
@@ -416,7 +555,7 @@ class Stress:
             raise AssertionError(f"left over: {left}")
         if not complete and not pair.file.exists():
             return
-        read = Watched(**WAYS[pair.way])
+        read = Watched(**options(pair.way, pair.file.with_suffix(".kvlog")))
         with contextlib.closing(read):
             read.load_session(pair.file)
             found = (read.text, rows(read))
@@ -458,8 +597,15 @@ class Stress:
 
         on_evict: list[Callable[..., Any]] = []
         policies = Lying(), Lying()
-        pair = Pair("learned", self.rng, folder, on_evict=lambda _: [do() for do in on_evict])
-        lying = Pair("learned", self.rng, folder)
+        on_recall: list[Callable[..., Any]] = []
+        pair = Pair(
+            "learned, recall",
+            self.rng,
+            folder,
+            on_evict=lambda _: [do() for do in on_evict],
+            on_recall=lambda _: [do() for do in on_recall],
+        )
+        lying = Pair("learned, recall off", self.rng, folder)
         for llm, policy in zip((lying.llm, lying.twin), policies, strict=True):
             assert llm.kv is not None
             llm.kv.replace_policy(policy)
@@ -486,6 +632,18 @@ class Stress:
         def writes(**how: Any) -> None:
             pair.prompt = llm.text + pair.some(1, 200)
             llm.create_completion(pair.prompt, max_tokens=9, temperature=0.0, **how)
+
+        def recalls(do: Callable[..., Any]) -> None:
+            for one in (pair.llm, pair.twin):
+                assert one.kv is not None
+                one.kv.recall_settings = RecallSettings(threshold=0.0)
+            llm.reset()
+            llm.eval(pair.some(300, 300))
+            on_recall[:] = [do]
+            try:
+                writes()
+            finally:
+                on_recall.clear()
 
         def batches() -> None:
             left = self.rng.randint(1, 3)
@@ -516,6 +674,9 @@ class Stress:
         self.tell(pair, "on_evict raises", lambda: evicts(raises), Mine)
         for name, do in forbidden.items():
             self.tell(pair, f"on_evict calls {name}", lambda do=do: evicts(do), InUseError)
+        self.tell(pair, "on_recall raises", lambda: recalls(raises), Mine)
+        for name, do in forbidden.items():
+            self.tell(pair, f"on_recall calls {name}", lambda do=do: recalls(do), InUseError)
         self.tell(pair, "on_batch raises", batches, Mine)
         stops = at(later, raises, lambda *_: False)
         self.tell(pair, "a criterion raises", lambda: writes(stopping_criteria=stops), Mine)
@@ -628,7 +789,7 @@ class Stress:
             if kind in ("callbacks", "kills"):
                 getattr(self, kind)(folder)
                 continue
-            way = self.rng.choice(list(WAYS))
+            way = f"{self.rng.choice(list(WAYS))}, {self.rng.choice(list(RECALLS))}"
             if "compact" in way and self.rng.random() < 0.7:  # these read thousands of tokens
                 continue
             if way not in pairs:

@@ -173,3 +173,15 @@ def test_drafts_that_are_rejected_are_nobody_elses_doing(
     assert drafting.kv is not None
     assert (drafting.kv.shift > 0) == (positions == "compact")
     assert drafting.kv.trusted
+
+
+def test_drafts_that_do_not_fit_into_a_batch_are_left_out(
+    random_model: Maker, load: Loader
+) -> None:
+    """llama.cpp has the logits of the newest batch alone, and aborts if asked for older ones."""
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=30)
+    llm = load(random_model(LLAMA).path, **BOUND, recall="off", n_batch=4, draft_model=draft)
+    prompt = [0, *[7, 8, 9, 10] * 40]
+    out = llm.create_completion(prompt, max_tokens=150, temperature=0.0)
+    assert out["usage"]["completion_tokens"] == 150
+    assert llm.kv_stats.evictions > 0

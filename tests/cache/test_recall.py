@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_cpp.llama_speculative import LlamaDraftModel
 from numpy.typing import NDArray
 
 import kvp_edge
@@ -298,6 +299,72 @@ def test_queries_that_turn_away_ask_again_before_their_time(
     llm.kv.recall_settings = RecallSettings(threshold=0.0, turned_away=1.1)  # always
     llm.create_completion(random_tokens(700), max_tokens=70, temperature=0.0)
     assert llm.kv_stats.recalls == 1 + 69 // 16
+
+
+class Drafts(LlamaDraftModel):  # type: ignore[misc]  # llama_cpp is untyped
+    """Proposes the next tokens of a reply that is known; every second time the third is wrong."""
+
+    def __init__(self, prompt: list[int], reply: list[int], errs: bool) -> None:
+        self.text, self.errs = [*prompt, *reply], errs
+        self.calls = 0
+
+    def __call__(self, input_ids: NDArray[np.intc], /, **_: Any) -> NDArray[np.intc]:
+        self.calls += 1
+        draft = np.array(self.text[len(input_ids) :][:6], np.intc)
+        if self.errs and self.calls % 2:
+            draft[2:3] ^= 1
+        return draft
+
+
+@pytest.mark.parametrize("errs", [False, True])
+def test_a_reply_with_drafts_recalls_when_one_without_does(
+    random_model: Maker, load: Loader, errs: bool
+) -> None:
+    how = {**BOUND, "recall": "always", "recall_every": 20, "granularity": "head"}
+    prompt = random_tokens(640)  # nothing is evicted for its reply: drafts need cells earlier
+
+    def reply(draft: Drafts | None) -> tuple[list[int], kvp_edge.KVStats]:
+        llm = load(random_model(ModelShape("llama")).path, **how, draft_model=draft)
+        assert llm.kv is not None
+        llm.kv.recall_settings = RecallSettings(threshold=0.0, turned_away=-1.0)
+        writing = llm.generate(prompt, temp=0.0)
+        return [next(writing) for _ in range(50)], llm.kv_stats
+
+    plain, stats = reply(None)
+    drafts = Drafts(prompt, plain, errs)
+    drafted, with_drafts = reply(drafts)
+    assert drafts.calls < 25, "most drafts were right"
+    assert drafted == plain
+    assert (with_drafts.recalls, with_drafts.evictions) == (stats.recalls, stats.evictions)
+    assert stats.recalls == 1 + 49 // 20
+
+
+def test_drafts_ask_again_before_their_time_when_queries_turn_away(
+    random_model: Maker, load: Loader
+) -> None:
+    how = {**BOUND, "recall": "always", "recall_every": 1000, "granularity": "head"}
+    llm = load(
+        random_model(ModelShape("llama")).path,
+        **how,
+        draft_model=Drafts(random_tokens(640), [7] * 70, errs=False),
+    )
+    assert llm.kv is not None
+    llm.kv.recall_settings = RecallSettings(threshold=0.0, turned_away=1.1)  # always
+    llm.create_completion(random_tokens(640), max_tokens=70, temperature=0.0)
+    assert 1 + 69 // (16 + 6) <= llm.kv_stats.recalls <= 1 + 69 // 16
+
+
+def test_a_prompt_that_is_read_without_a_reset_is_no_reply(
+    random_model: Maker, load: Loader
+) -> None:
+    how = {**BOUND, "recall": "always", "recall_every": 5, "granularity": "head"}
+    llm = load(random_model(ModelShape("llama")).path, **how)
+    tokens = random_tokens(640)
+    llm.eval(tokens[:600])
+    writing = llm.generate(tokens[600:], temp=0.0, reset=False)
+    assert len([next(writing) for _ in range(4)]) == 4
+    assert llm.kv_stats.recalls == 0
+    assert llm.n_tokens == 643
 
 
 def test_an_earlier_point_is_restored_from_the_log_without_reading_again(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from llama_cpp import LlamaDiskCache, LlamaRAMCache
 
 from kvp_edge import Llama, Recall
 
@@ -79,3 +81,38 @@ def test_rows_that_came_back_are_those_that_were_read(
             logged[:, :, first : first + block.n] = found
         want = np.take_along_axis(logged, table.packed_indices[..., None], axis=2)
         assert np.array_equal(keys, want)
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_a_prompt_found_in_a_cache_continues_like_one_that_was_read(
+    real_model: Callable[[str], str], book: str, kind: str, tmp_path: Path
+) -> None:
+    """What was dropped from it is found, too: the question recalls the same rows."""
+    got: dict[str, Any] = {}
+    for how in ("read", "found"):
+        events: list[Recall] = []
+        more: dict[str, Any] = {**SMALL, "n_threads": 1, "n_threads_batch": 1}
+        more |= {"recall": "reply", "on_recall": events.append}
+        with closing(Llama(real_model("smollm2"), **more)) as llm:
+            if how == "found":
+                disk = kind == "disk"
+                llm.set_cache(LlamaDiskCache(str(tmp_path)) if disk else LlamaRAMCache())
+            prompt = llm.tokenize(book[:1500].encode())
+            llm.create_completion(prompt, max_tokens=8, temperature=0.0)
+            text = llm.input_ids[: llm.n_tokens].tolist()
+            if how == "found":
+                llm.reset()
+                llm.eval(llm.tokenize(book[5000:5200].encode()))  # and nothing of it is left
+            asked = [*text, *llm.tokenize(b" What is it about? It is about", add_bos=False)]
+            read: list[int] = []
+            llm.on_batch = lambda start, end, read=read: read.append(start)
+            result: Any = llm.create_completion(asked, max_tokens=12, temperature=0.0)
+            assert llm.kv_stats.evictions > 0
+            assert llm.kv_stats.lost == 0
+            assert min(read) == len(text), "only the question was read"
+            assert events[-1].n_rows > 0
+            assert llm.kv is not None
+            assert llm.kv.log is not None
+            rows = [block.rows.tobytes() for block in llm.kv.log.blocks]
+            got[how] = (result["choices"][0]["text"], llm.kv_indices.tolist(), rows)
+    assert got["found"] == got["read"]
