@@ -117,6 +117,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         if args.table:
             return args
+        if args.data is not None and not args.data.is_dir():
+            raise ValueError(f"there is no folder '{args.data}'")
         known = known_tasks(args.data)
         if args.tasks is None:
             args.tasks = [name for name in items.DEFAULT if name in known]

@@ -213,6 +213,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         ["--rules", "no-such-policy"],
         ["--policies", "no-such-file.gguf"],
         ["--tasks", "quiz"],
+        ["--data", "no-such-folder"],
         ["--shares", "0"],
         ["--facts", "1"],
         ["--length", "100"],
