@@ -33,14 +33,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import json_lines
 import kvp_edge  # noqa: F401  # says what is missing, before anything else is imported
 from kvp_edge.bundled import bundled_model
 from kvp_edge.cli.demo_tasks import Prose
 from kvp_edge.evaluation.estimate import duration
-from kvp_edge.llama import Llama
-from kvp_edge.text.chat_prompt import next_turn, prompt_tokens, transcribe_without_template
+from kvp_edge.text.chat_prompt import next_turn, transcribe_without_template
 from recall_eval import records
-from recall_eval.conversations import KINDS, Conversation, Question, make_conversation, make_facts
+from recall_eval.conversations import KINDS, Conversation, Question, make_facts
+from recall_eval.prompts import fitting_conversation, prompt_of, rng_of, shared_context
 from recall_eval.table import FULL, render
 from recall_eval.ways import (
     CONTROLS,
@@ -54,9 +55,6 @@ from recall_eval.ways import (
     parse_ways,
     require_policy,
 )
-
-#: Times that a conversation is made to come near its length.
-_FITTINGS = 3
 
 TASKS = ("fact", "count", "all", "dialogue")
 
@@ -303,16 +301,14 @@ class Evaluation:
         return job.length + sum(320 if way in (None, OFF) else 520 for way, _, _ in asked)
 
     def _rng(self, number: int, length: int) -> random.Random:
-        return random.Random(f"{self.args.seed} {number} {length}")
+        return rng_of(self.args.seed, number, length)
 
     def _conversation(self, job: Job) -> Conversation:
-        """Of the length asked for, but for less than a sentence or two: these are not cut."""
-        filler = job.length
-        for _ in range(_FITTINGS):
-            rng = self._rng(job.number, job.length)
-            made = make_conversation(job.kind, self.args.facts, max(1, filler), self.prose, rng)
-            filler -= len(_prompt(self.full.llm, made, made.questions[0].text)) - job.length
-        return made
+        a = self.args
+        return fitting_conversation(
+            self.full.llm, job.kind, a.facts, job.length, self.prose,
+            lambda: self._rng(job.number, job.length),
+        )  # fmt: skip
 
     def _foreign(self, job: Job, conversation: Conversation) -> str:
         """A question of the next conversation of this kind about something that is not in this."""
@@ -329,8 +325,8 @@ class Evaluation:
         llm = self.full.llm
         foreign = self._foreign(job, conversation)
         texts = [*(q.text for q in conversation.questions), foreign]
-        prompts = {text: _prompt(llm, conversation, text) for text in texts}
-        context = _context(llm, prompts)
+        prompts = {text: prompt_of(llm, conversation, text) for text in texts}
+        context = shared_context(llm, prompts)
         b = job.budget
         cache: FullCache | BoundedCache
         if b is None:
@@ -420,7 +416,7 @@ class Evaluation:
             "passes": r.passes if r else 0,
             "recall_ms": round(r.ms, 1) if r and math.isfinite(r.ms) else None,
         }
-        records.append(self.path, record)
+        json_lines.append(self.path, record)
         self.done.add(records.key(record))
 
 
@@ -428,20 +424,6 @@ def _settings(way: Way | None) -> dict[str, Any] | None:
     return (
         None if way is None or way.settings is None else asdict(way.settings) | {"asks": way.asks}
     )
-
-
-def _prompt(llm: Llama, conversation: Conversation, text: str) -> list[int]:
-    return list(prompt_tokens(llm, [*conversation.messages, {"role": "user", "content": text}]))
-
-
-def _context(llm: Llama, prompts: dict[str, list[int]]) -> list[int]:
-    """The tokens that all prompts begin with, up to the last reply of the assistant."""
-    one, *others = prompts.values()
-    n = min(len(prompt) - len(next_turn(llm, text)) for text, prompt in prompts.items())
-    for other in others:
-        while one[:n] != other[:n]:
-            n -= 1
-    return one[:n]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -453,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = Evaluation(args)
     except ValueError as error:
         raise SystemExit(f"eval_recall.py: {error}") from None
-    records.drop_unfinished_line(args.out)
+    json_lines.drop_unfinished_line(args.out)
     try:
         evaluation.run()
     except KeyboardInterrupt:

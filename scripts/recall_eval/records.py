@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+import json_lines
+from json_lines import Record
+
 Key = tuple[Any, ...]
 
 #: When the tokens of a conversation go: while it is read, or all at its end.
@@ -25,40 +26,18 @@ def key(record: Record) -> Key:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, none if there is no file. A half-written last line does not count.
+    """All records of a file, see ``json_lines.read``.
 
     Raises:
         ValueError: a damaged line.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            # older files have no mode: all of their caches are bounded while they read
-            record.setdefault("mode", None if record["share"] is None else BOUNDED)
-            key(record)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number} is no record ({error!r}): delete it") from None
-        found.append(record)
-    return found
+    return json_lines.read(path, _complete)
 
 
-def drop_unfinished_line(path: Path) -> None:
-    """Remove what an interrupted run has left of its last line."""
-    if path.exists():
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with path.open("r+b") as file:
-                file.truncate(whole)
-
-
-def append(path: Path, record: Record) -> None:
-    with path.open("ab") as file:
-        file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+def _complete(record: Record) -> None:
+    # older files have no mode: all of their caches are bounded while they read
+    record.setdefault("mode", None if record["share"] is None else BOUNDED)
+    key(record)
 
 
 def require_same_settings(records: Sequence[Record], settings: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""What scripts/eval_labels.py consists of."""
