@@ -106,7 +106,9 @@ def _facts(
 
 
 def _changed(settings: Mapping[str, Any]) -> str:
-    defaults = {field.name: getattr(Settings(), field.name) for field in fields(Settings)}
+    plain = Settings(objective=settings.get("objective", Settings.objective))
+    defaults = {field.name: getattr(plain, field.name) for field in fields(Settings)}
+    defaults["objective"] = Settings.objective
     changed = [
         f"`--{name.replace('_', '-')} {settings[name]}`"
         for name, value in defaults.items()

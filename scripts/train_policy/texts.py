@@ -1,7 +1,13 @@
-"""What a policy for a model that others made reads: books, chats and meetings of a data folder."""
+"""Write what a policy for a model that others made reads, from a data folder:
+
+    python -m scripts.train_policy.texts --data DATA --out build/texts --count 20
+
+Two files, for `kvp-edge learn MODEL --text build/texts/texts.txt --chats build/texts/chats.jsonl`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +108,25 @@ def _chat(exchanges: list[Exchange]) -> list[Message]:
         for exchange in exchanges
         for role, text in zip(("user", "assistant"), exchange, strict=True)
     ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.train_policy.texts", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the data folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
+    parser.add_argument("--count", type=int, default=20, help="texts, and a third of the chats")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of each, at least")
+    parser.add_argument("--seed", type=int, default=1)
+    chosen = parser.parse_args(arguments)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for path in write_texts(chosen.data, chosen.out, chosen.count, chosen.length, chosen.seed):
+            print(path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
