@@ -34,7 +34,7 @@ class FromFile(Policy):
 
     path: str
     head_weights: FloatArray
-    ageing: FloatArray | None
+    ageing: FloatArray | None = None
     sensitivity: FloatArray | None
     _info: PolicyInfo
 

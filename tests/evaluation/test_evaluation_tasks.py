@@ -130,12 +130,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(30)
     ]
     chats = {f"chat{i}": {"content": turns} for i, turns in enumerate(said)}
-    write_lines(root / "dialogue/topical_chat/conversations/valid_freq.json", [chats])
+    write_lines(root / "dialogue/topical_chat/conversations/test_freq.json", [chats])
     orders = [
         {"utterances": [{"speaker": who, "text": sentence()} for who in ("user", "assistant") * 3]}
         for _ in range(80)
     ]
-    write_lines(root / "dialogue/taskmaster4/data/data_00.json", [orders])
+    write_lines(root / "dialogue/taskmaster4/data/data_06.json", [orders])
 
     turns = [{"speaker": f"Person {i % 3}", "content": f"Turn{i} {sentence()}"} for i in range(500)]
     turns[0]["content"] = "Well {disfmarker} good , then ."
@@ -148,7 +148,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in (0, 100, 250, 499)
     ]
     meeting = {"meeting_transcripts": turns, "specific_query_list": asked}
-    write_lines(root / "meetings/qmsum/val.jsonl", [meeting])
+    write_lines(root / "meetings/qmsum/test.jsonl", [meeting])
     return root
 
 
@@ -591,8 +591,8 @@ def test_ruler_is_thirteen_tasks_of_which_two_need_data(folder: Path) -> None:
         (QUESTION_FILE, "qa_1"),
         *((file, f"kv_{n}") for n, file in PAIR_FILES.items()),
         ("dialogue/oasst_en100/en_100_tree.jsonl", "dialogues"),
-        ("dialogue/topical_chat/conversations/a.json", "dialogues"),
-        ("meetings/qmsum/val.jsonl", "meetings"),
+        ("dialogue/topical_chat/conversations/test_rare.json", "dialogues"),
+        ("meetings/qmsum/test.jsonl", "meetings"),
     ],
 )
 @pytest.mark.parametrize("content", [b"nothing of the sort\n", b'{"a": 1}\n', b"[1]\n"])
