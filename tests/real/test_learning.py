@@ -43,8 +43,11 @@ def test_a_policy_is_traced_trained_exported_and_used_by_chats(
     book: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.set_num_threads(1)
+    # as for a model that no policy comes with
+    monkeypatch.setattr("kvp_edge.policies.policy_of_model._shipped", lambda: tmp_path / "nothing")
     model = tmp_path / "models" / "mine.gguf"
     model.parent.mkdir()
     (os.symlink if linked else os.link)(real_model(name), model)

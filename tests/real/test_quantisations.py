@@ -42,15 +42,30 @@ def test_a_policy_of_one_quantisation_serves_another(
         warnings.simplefilter("error")
         assert own_policy(q8_0) == own_policy(f16) == str(policy)
         llm = Llama(
-            str(q8_0), n_ctx=600, kv_budget=100, recent=16, n_threads=1, n_threads_batch=1,
-            verbose=False,
+            str(q8_0), n_ctx=1000, kv_budget=100, recent=16, reserve=60, n_threads=1,
+            n_threads_batch=1, verbose=False,
         )  # fmt: skip
-    llm.eval(np.random.default_rng(0).integers(100, 10000, 500).tolist())
+    tokens = np.random.default_rng(0).integers(100, 10000, llm.kv_stats.cells + 40)
+    llm.eval(tokens.tolist())
     assert llm.kv_stats.policy == "learned"
     assert llm.kv_stats.evictions > 0
     llm.close()
     q8_0.unlink()
     f16.unlink()
+
+
+def test_a_shipped_policy_serves_its_model_in_another_quantisation(
+    real_model: Callable[[str], str], tmp_path: Path
+) -> None:
+    path = real_model(SMOLLM2)
+    q8_0 = quantise(path, tmp_path / "q8_0.gguf", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
+    shipped = own_policy(path)
+    assert shipped is not None
+    assert "SmolLM2-135M-Instruct" in Path(shipped).name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert own_policy(q8_0) == shipped
+    q8_0.unlink()
 
 
 def test_models_have_identities_of_their_own(real_model: Callable[[str], str]) -> None:
