@@ -73,7 +73,8 @@ def _parameter(cls: type, one: Field[Any], kind: Any) -> inspect.Parameter:
     default = one.default
     if one.default_factory is not MISSING:
         default = one.default_factory()
-    silent = default is MISSING or default is False or default in ("", [])
+    nothing = default is False or default in ("", [])
+    silent = default is MISSING or (nothing and "shown" not in said)
     how: dict[str, Any] = {
         "help": said["help"],
         "metavar": NO_VALUE if kind is bool else said.get("metavar"),

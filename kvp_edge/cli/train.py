@@ -105,8 +105,8 @@ class _Run(options.RepackOption):
 def _setting(name: str) -> tuple[str, type, Any]:
     default = getattr(Settings, name)
     metavar = {float: "X", int: "N"}.get(type(default), "NAME")
-    shown = own_of_objectives(name) if name in OWN[Settings.objective] else None
-    made = option(default, panel="settings", metavar=metavar, shown=shown, help=_HELP[name])
+    own = {"shown": own_of_objectives(name)} if name in OWN[Settings.objective] else {}
+    made = option(default, panel="settings", metavar=metavar, help=_HELP[name], **own)
     return name, type(default), made
 
 

@@ -13,6 +13,7 @@ import pytest
 from rich.text import Text
 
 from kvp_edge.cli import COMMANDS
+from kvp_edge.training.settings import Settings
 from support.command_line import Terminal, Type
 
 ALL = ["", *COMMANDS]
@@ -122,3 +123,14 @@ def test_several_values_may_follow_one_option() -> None:
     assert (options.text, options.tasks, options.model) == (["a", "b"], 3, "m")
     options = parse(["trace", "--out", "o", "--text", "a", "-", "--", "m"]).options
     assert (options.text, options.model) == (["a", "-"], "m")
+
+
+def test_every_setting_of_training_shows_its_default(
+    kvp: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    told = help_of(kvp, "train")
+    settings = told[told.index("─ settings ─") : told.index("examples:")]
+    names = re.findall(r"^│ (--[\w-]+)", settings, re.MULTILINE)
+    assert len(names) == len(fields(Settings))
+    assert settings.count("[default: ") == len(names)
