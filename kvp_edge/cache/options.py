@@ -80,7 +80,7 @@ class CacheOptions:
         default="auto",
         metadata=_about(
             f"{', '.join(POLICIES)}; a policy file; in Python a Policy object; or auto: the "
-            "policy trained for the model (kvp-*.gguf beside it) if there is one, otherwise "
+            "policy trained for the model (kvp-*.gguf beside it, or shipped) if there is one, otherwise "
             f"{FALLBACK}",
             metavar="NAME",
             session="settled",

@@ -92,7 +92,7 @@ def test_commands_show_names_messages_and_files_without_control_characters(
 def test_a_policy_file_cannot_forge_lines_of_inspect(
     kvp: Type, tmp_path: Path, bundled_model: str
 ) -> None:
-    [policy] = Path(bundled_model).parent.glob("kvp-*.gguf")
+    [policy] = Path(bundled_model).parent.glob("kvp-Bookworm-*.gguf")
     info, weights = read_policy(policy)
     forged = replace(info, name=f"x\nfingerprint     {'0' * 64}{TITLE}")
     write_policy(tmp_path / "p.gguf", forged, weights)
@@ -105,7 +105,7 @@ def test_a_policy_file_cannot_forge_lines_of_inspect(
 def test_an_encoding_that_lacks_a_character_does_not_end_a_command(
     tmp_path: Path, bundled_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [policy] = Path(bundled_model).parent.glob("kvp-*.gguf")
+    [policy] = Path(bundled_model).parent.glob("kvp-Bookworm-*.gguf")
     info, weights = read_policy(policy)
     write_policy(tmp_path / "p.gguf", replace(info, name="Zoë ☃"), weights)
     stream = Stream(terminal=False, encoding="latin-1")
