@@ -80,8 +80,8 @@ class CacheOptions:
         default="auto",
         metadata=_about(
             f"{', '.join(POLICIES)}; a policy file; in Python a Policy object; or auto: the "
-            "policy trained for the model (kvp-*.gguf beside it, or shipped) if there is one, otherwise "
-            f"{FALLBACK}",
+            "policy trained for the model (kvp-*.gguf beside it, or shipped) if there is one, "
+            f"otherwise {FALLBACK}",
             metavar="NAME",
             session="settled",
         ),

@@ -17,9 +17,7 @@ class Options:
 
 
 def _main(_: Options) -> int:
-    about = {
-        "auto": f"The policy trained for the model (kvp-*.gguf beside it, or shipped), or {FALLBACK}."
-    }
+    about = {"auto": f"The policy trained for the model (beside it, or shipped), or {FALLBACK}."}
     for name, policy in POLICIES.items():
         about[name] = (inspect.getdoc(inspect.getmodule(policy)) or "").partition("\n")[0]
     about["FILE"] = "A policy file written by kvp-edge export (.gguf, .onnx)."
