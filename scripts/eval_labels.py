@@ -51,6 +51,7 @@ from label_eval.labels import Given, Label
 from label_eval.records import FULL
 from label_eval.subject import Subject
 from label_eval.table import render
+from lists import names, numbers
 
 RULES = ("keydiff", "knorm", "lagkv", "value-range", "snapkv", "recency", "random")
 
@@ -79,17 +80,6 @@ examples:
 """
 
 
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,17 +88,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default=bundled_model(), help="GGUF file (the bundled model)")
     add("--out", type=Path, required=True, help="file of measurements, continued if it exists")
     add("--table", action="store_true", help="measure nothing; print the file as Markdown tables")
-    add("--labels", type=_names, default=list(labels.DEFAULT), help="see below")
-    add("--rules", type=_names, default=list(RULES), help=f"policies by name ({','.join(RULES)})")
-    add("--policies", type=_names, default=[], help="policy files, like a.gguf,b.gguf")
-    add("--shares", type=_numbers, default=[2, 4, 8], help="2,4,8: keep 1/2, 1/4 and 1/8")
+    add("--labels", type=names, default=list(labels.DEFAULT), help="see below")
+    add("--rules", type=names, default=list(RULES), help=f"policies by name ({','.join(RULES)})")
+    add("--policies", type=names, default=[], help="policy files, like a.gguf,b.gguf")
+    add("--shares", type=numbers, default=[2, 4, 8], help="2,4,8: keep 1/2, 1/4 and 1/8")
     add("--length", type=int, default=1000, help="tokens of a conversation or text (1000)")
     add("--items", type=int, default=8, help="of each task (8)")
     add("--facts", type=int, default=5, help="in a conversation of look-ups, each asked for (5)")
     add("--data", type=Path, help="folder with more texts, see docs/evaluation.md")
     add(
         "--tasks",
-        type=_names,
+        type=names,
         help=f"look-ups, or tasks of kvp-edge eval (of {','.join(items.DEFAULT)} those there are)",
     )
     add("--seed", type=int, default=0)

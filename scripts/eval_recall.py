@@ -39,6 +39,7 @@ from kvp_edge.bundled import bundled_model
 from kvp_edge.cli.demo_tasks import Prose
 from kvp_edge.evaluation.estimate import duration
 from kvp_edge.text.chat_prompt import next_turn, transcribe_without_template
+from lists import names, numbers
 from recall_eval import records
 from recall_eval.conversations import KINDS, Conversation, Question, make_facts
 from recall_eval.prompts import fitting_conversation, prompt_of, rng_of, shared_context
@@ -79,17 +80,6 @@ examples:
 """
 
 
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,14 +88,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default=bundled_model(), help="GGUF file (the bundled model)")
     add("--out", type=Path, required=True, help="file of answers, continued if it exists")
     add("--table", action="store_true", help="measure nothing; print the file as Markdown tables")
-    add("--lengths", type=_numbers, default=[2000], help="tokens of a conversation, like 2000,4000")
-    add("--shares", type=_numbers, default=[8, 16], help="8,16: keep 1/8 and 1/16 of the length")
+    add("--lengths", type=numbers, default=[2000], help="tokens of a conversation, like 2000,4000")
+    add("--shares", type=numbers, default=[8, 16], help="8,16: keep 1/8 and 1/16 of the length")
     add("--conversations", type=int, default=20, help="of each length, the kinds in turn (20)")
     add("--facts", type=int, default=5, help="in every conversation, each asked for (5)")
-    add("--policies", type=_names, default=["keydiff"], help="names or files, like keydiff,knorm")
+    add("--policies", type=names, default=["keydiff"], help="names or files, like keydiff,knorm")
     add(
         "--tasks",
-        type=_names,
+        type=names,
         default=list(TASKS[:3]),
         help=f"some of {','.join(TASKS)} ({','.join(TASKS[:3])})",
     )
@@ -130,16 +120,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in args.tasks:
             if name not in TASKS:
                 raise ValueError(f"no task '{name}': there are {', '.join(TASKS)}")
-        for name in _names(args.controls):
+        for name in names(args.controls):
             if name not in CONTROLS:
                 raise ValueError(f"no control '{name}': there are {', '.join(CONTROLS)}")
         for policy in args.policies:
             require_policy(policy)
-        args.tried = [*(CONTROLS[name] for name in _names(args.controls))]
+        args.tried = [*(CONTROLS[name] for name in names(args.controls))]
         args.tried += parse_ways(args.settings)
-        names = [way.name for way in (OFF, RECALL, *args.tried)]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two ways of the same name among {', '.join(names)}")
+        ways = [way.name for way in (OFF, RECALL, *args.tried)]
+        if len(set(ways)) < len(ways):
+            raise ValueError(f"two ways of the same name among {', '.join(ways)}")
         if args.facts < 2:
             raise ValueError("--facts must be 2 or more: one question is asked beside another")
         if min(args.lengths) // max(args.shares) < 16:

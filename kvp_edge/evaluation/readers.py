@@ -270,17 +270,8 @@ class _Oracles:
             plain = {k: v for k, v in self._engine.items() if k != "flash_attn"}
             self._tracer = Tracer(self._model, self._n_ctx, **plain)
         n_reply = prompt.reply_tokens if prompt.item is not None else 0
-        got = self._tracer.capture(tokens, prompt.border, n_reply)
-        return Trace(
-            keys=got.keys,
-            values=got.values,
-            indices=got.indices,
-            tokens=got.tokens,
-            attention=got.sums,
-            n_prompt=prompt.border,
-            blocks=got.blocks,
-            scale=got.blocks.scale,
-            source=prompt.task,
+        return self._tracer.capture(tokens, prompt.border, n_reply).trace(
+            prompt.border, prompt.task
         )
 
     def _whole(self, prompt: Prompt) -> list[int]:

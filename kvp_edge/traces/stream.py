@@ -20,7 +20,7 @@ from kvp_edge.binding.blocks import Blocks
 from kvp_edge.traces.format import Json, Trace
 from kvp_edge.traces.labels import label_size
 from kvp_edge.traces.sources import Piece, Source
-from kvp_edge.traces.tracer import Captured, Tracer
+from kvp_edge.traces.tracer import Tracer
 from kvp_edge.traces.writer import claim_folder, planned
 
 #: Tokens of the text that a measurement reads.
@@ -111,19 +111,8 @@ class TraceStream:
         self._tracer.close()
 
     def _read(self, piece: Piece) -> Trace:
-        got: Captured = self._tracer.capture(piece.tokens, piece.n_prompt, piece.n_generate)
-        return Trace(
-            keys=got.keys,
-            values=got.values,
-            indices=got.indices,
-            tokens=got.tokens,
-            attention=got.sums,
-            n_prompt=piece.n_prompt,
-            blocks=got.blocks,
-            scale=got.blocks.scale,
-            source=piece.source,
-            **got.labels,
-        )
+        got = self._tracer.capture(piece.tokens, piece.n_prompt, piece.n_generate)
+        return got.trace(piece.n_prompt, piece.source)
 
 
 def open_stream(

@@ -29,6 +29,7 @@ from kvp_edge.errors import KVCacheError
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import ends_reply, transcribe_without_template
 from kvp_edge.traces.attention_from_queries import AttentionFromQueries
+from kvp_edge.traces.format import Trace
 from kvp_edge.traces.labels import Labeller, label_size, tokens_needed
 
 #: Bytes of a trace file beside its arrays of numbers per head: header, and 8 for every token.
@@ -53,6 +54,21 @@ class Captured:
     blocks: Blocks
     labels: dict[str, HalfArray]
     """float16 [L, H, T] each, LATER [L, H, P']: see kvp_edge.traces.labels.Labeller.labels"""
+
+    def trace(self, n_prompt: int, source: str) -> Trace:
+        """As a trace; the arguments are the trace's."""
+        return Trace(
+            keys=self.keys,
+            values=self.values,
+            indices=self.indices,
+            tokens=self.tokens,
+            attention=self.sums,
+            n_prompt=n_prompt,
+            blocks=self.blocks,
+            scale=self.blocks.scale,
+            source=source,
+            **self.labels,
+        )
 
 
 class Tracer(Llama):
