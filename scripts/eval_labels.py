@@ -7,9 +7,9 @@
 
 A label says how much a token may be asked for later: the attention that the rest of the text pays,
 or the model's own continuation, questions and repetition (kvp_edge/traces/labels.py). A policy is
-trained to guess it. Here nothing is guessed: the label itself ranks the tokens. What it still loses
-then, no policy trained for it can be expected to keep; what a policy loses beyond it, training has
-not reached. Rules and policy files are measured beside the labels.
+trained to guess it. Here nothing is guessed: the label itself ranks the tokens, and what is lost
+then says what the label is worth. (A policy may lose less, as it has seen in many texts what is
+asked for.) Rules and policy files are measured beside the labels.
 
 The whole context is read into a full cache, before any question is known, then cut once: every head
 keeps as many tokens as any other, sinks and newest ones protected as in `kvp-edge eval`. The label
