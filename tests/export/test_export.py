@@ -137,7 +137,7 @@ def test_what_the_training_knew_is_in_the_file(run: Path, tmp_path: Path) -> Non
 def test_a_checkpoint_without_a_model_needs_one(tmp_path: Path) -> None:
     traces = SyntheticTraces(4)
     traces.model = {}
-    settings = Settings(hidden=8, steps=2, states=1, eval_every=2)
+    settings = Settings(objective="kvp", hidden=8, steps=2, states=1, eval_every=2)
     train(traces, tmp_path, settings, progress=False)
     with pytest.raises(TrainingError, match="--base MODEL.gguf"):
         export(tmp_path)
