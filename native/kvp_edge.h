@@ -179,7 +179,8 @@ KVP_API int32_t kvp_cache_read(kvp_cache * cache, kvp_llama_position p0, kvp_lla
                                kvp_llama_position * positions, float * keys, float * values, kvp_error * err);
 
 /* A learned policy: a small network for every (layer, KV head), or one for every layer that sees all of its KV
- * heads, whose scores docs/policy-format.md defines. It runs as ggml graphs: on the CPU for rows in host memory, else on the device that holds them. */
+ * heads, whose scores docs/policy-format.md defines. It runs as ggml graphs: on the CPU for rows in host memory,
+ * else on the device that holds them. */
 typedef struct kvp_policy kvp_policy;
 
 typedef struct kvp_policy_shape {

@@ -145,9 +145,9 @@ def _rows(args: argparse.Namespace) -> dict[str, Label | Policy]:
         named.append((Path(path).name, get_policy(path)))
     if not named:
         raise ValueError("nothing to measure: name labels, rules or policies")
-    names = [name for name, _ in named]
-    for name in names:
-        if names.count(name) > 1:
+    taken = [name for name, _ in named]
+    for name in taken:
+        if taken.count(name) > 1:
             raise ValueError(f"two rows are called '{name}'")
     return dict(named)
 

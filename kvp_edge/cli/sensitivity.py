@@ -18,6 +18,7 @@ from kvp_edge.cli.shown import say
 from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.tables import table
 from kvp_edge.cli.train import require_torch
+from kvp_edge.corpora import EVALUATION_PROSE
 from kvp_edge.files import write_whole
 from kvp_edge.llama import Llama
 from kvp_edge.policy_file import check_model, outtype_of, read_info, read_policy, write_policy
@@ -132,7 +133,7 @@ def _texts(model: str, files: Sequence[str], length: int, n: int) -> list[list[i
     with ExitStack() as stack:
         llm = stack.enter_context(closing(Llama(model, vocab_only=True, verbose=False)))
         if not files:
-            novel = resources.files("kvp_edge") / "data" / "prose.txt"
+            novel = resources.files("kvp_edge") / "data" / EVALUATION_PROSE
             files = [str(stack.enter_context(resources.as_file(novel)))]
         cut = Cut(length, "text", length // 2, 0)
         all_of_them = [

@@ -148,10 +148,10 @@ def write_onnx(path: str | os.PathLike[str], info: PolicyInfo, weights: PolicyWe
     about = {
         "kvp.info": json.dumps(_keys(info)),
         "kvp.aggregate": json.dumps(w.aggregate.tolist()),
-        **({} if w.ageing is None else {"kvp.ageing": json.dumps(w.ageing.tolist())}),
     }
-    if w.sensitivity is not None:
-        about["kvp.sensitivity"] = json.dumps(w.sensitivity.tolist())
+    for name, array in (("sensitivity", w.sensitivity), ("ageing", w.ageing)):
+        if array is not None:
+            about[f"kvp.{name}"] = json.dumps(array.tolist())
     helper.set_model_props(model, about)
     onnx.checker.check_model(model, full_check=True)
     write_whole(path, model.SerializeToString())

@@ -11,8 +11,7 @@ import numpy as np
 
 from kvp_edge.arrays import FloatArray, IntArray
 
-#: Tokens of this age are as old as twice new ones: younger ones hardly age, and the newest of them
-#: are protected anyway.
+#: The age at which one doubling has passed. Younger tokens hardly age; they are protected anyway.
 YOUNG = 32
 
 

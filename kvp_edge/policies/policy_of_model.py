@@ -25,17 +25,19 @@ def own_policy(model_path: str | os.PathLike[str]) -> str | None:
     """
     fingerprint = cache(lambda: model_fingerprint(model_path))
     identity = cache(lambda: model_identity(model_path))
+    shape = cache(lambda: read_model_shape(model_path))
     of_another_file: str | None = None
     for path in _candidates(model_path):
         try:
             info = read_info(path)
             is_exact = info.fingerprint == fingerprint()
             if not is_exact:
-                has_identity = info.model_identity != ""
-                if of_another_file or not has_identity or info.model_identity != identity():
+                # an identity takes reading all norms: not for policies of other architectures
+                may_be = info.model_identity != "" and info.architecture == shape().architecture
+                if of_another_file or not may_be or info.model_identity != identity():
                     continue
             read_policy(path)  # so that nothing is found out too late
-            _check_fit(info, read_model_shape(model_path))
+            _check_fit(info, shape())
         except (PolicyFileError, MemoryError) as error:
             reason = str(error) or "it does not fit into memory"
             name = "" if str(path) in reason else f"'{path}': "
