@@ -22,7 +22,7 @@ from kvp_edge.training.settings import Settings
 #: What a quality is called in report.json and in comparison.json, and in the table.
 _COLUMNS = {
     "cost": "cost, mean over heads",
-    "lost": "attention lost",
+    "lost": "lost",
     "token_cost": "whole tokens: cost",
     "token_lost": "lost",
 }
@@ -75,9 +75,9 @@ def card(
         "",
         "## Figures",
         "",
-        f"Measured on {measured}. *Cost*: attention lost, summed over all budgets, relative to the "
-        "best ranking (1). *Attention lost*: share of a later query's attention lost beyond the "
-        f"best ranking ({_DOCS}). Lower is better.",
+        f"Measured on {measured}. *Cost*: importance lost, summed over all budgets, relative to "
+        "the best ranking (1). *Lost*: importance lost beyond the best ranking; what importance "
+        f"is, `--importance` says ({_DOCS}). Lower is better.",
         "",
         *table(("policy", *_COLUMNS.values()), _rows(figures)),
     ]  # fmt: skip
