@@ -679,7 +679,12 @@ class Stress:
             self.tell(pair, f"on_recall calls {name}", lambda do=do: recalls(do), InUseError)
         self.tell(pair, "on_batch raises", batches, Mine)
         stops = at(later, raises, lambda *_: False)
-        self.tell(pair, "a criterion raises", lambda: writes(stopping_criteria=stops), Mine)
+
+        def replies() -> None:
+            for _ in range(later + 1):  # each asks at least once: a reply may end before its turn
+                writes(stopping_criteria=stops)
+
+        self.tell(pair, "a criterion raises", replies, Mine)
         process = [at(later, raises, lambda _, scores: scores)]
         # llama_cpp goes on without it: what is raised in a function that C calls is printed
         self.tell(pair, "a processor raises", lambda: writes(logits_processor=process), None)
