@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,13 @@ def view(context: Context, writing: bool, chat: str | None, texts_from: int) -> 
     kv = llm.kv
     assert kv is not None
     stats = llm.kv_stats
-    held = kv.indices.reshape(-1, kv.indices.shape[-1])
-    seen = stats.seen
-    counts = np.bincount(held[held < seen].ravel(), minlength=seen)[:seen]
-    n_heads = len(held)
+    shape, seen = kv.cache.shape, stats.seen
+    n_heads = shape.n_layer * shape.n_head_kv if kv.granularity == "head" else 1
+    held = kv.indices.ravel()
+    counts = np.bincount(held[held < seen], minlength=seen)
     back = counts == n_heads
     if kv.log is not None:
-        for block in kv.log.blocks:
+        for block in tuple(kv.log.blocks):
             back[block.first : block.end] = True
     known = current is not None and current.id == chat
     start = min(texts_from, seen) if known else 0
@@ -61,6 +62,7 @@ def _recall(context: Context) -> dict[str, Any] | None:
         "share": event.share,
         "ms": event.ms,
         "passes": event.passes,
+        "asked_by": [asdict(word) for word in context.asked_by],
         "heads": [round(float(x), 3) for x in event.heads],
         "spans": [
             {
