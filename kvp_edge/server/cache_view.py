@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -25,9 +26,9 @@ def view(context: Context, writing: bool, chat: str | None, texts_from: int) -> 
     kv = llm.kv
     assert kv is not None
     stats = llm.kv_stats
-    shape, seen = kv.cache.shape, stats.seen
-    n_heads = shape.n_layer * shape.n_head_kv if kv.granularity == "head" else 1
-    held = kv.indices.ravel()
+    indices, seen = kv.indices, stats.seen
+    n_heads = math.prod(indices.shape[:-1])
+    held = indices.ravel()
     counts = np.bincount(held[held < seen], minlength=seen)
     back = counts == n_heads
     if kv.log is not None:
