@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import sys
 import time
@@ -410,9 +411,14 @@ def _unforeseen() -> APIError:
 
 
 def _of_validation(error: RequestValidationError) -> APIError:
-    """The first thing that is wrong, by the name of its field."""
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if part != "body"]
+    """The first thing that is wrong, by the name of its field. Where a field may have several
+    types, what is wrong with the one that it has."""
+    problem = min(error.errors(), key=lambda one: str(one["type"]).endswith("_type"))
+    where = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
     name = ".".join(where) or None
     message = problem["msg"]
     return bad_request(f"{name}: {message}" if name else str(message), name)
+
+
+#: What pydantic puts among the names of fields to tell of a type.
+_TYPE = re.compile(r"^(str|constrained-str)$|\[")
