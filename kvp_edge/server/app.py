@@ -83,15 +83,11 @@ class _Asked:
         self._since = time.monotonic()
 
     def run(self, context: Context) -> None:
-        before = dict(context.llm.kv_stats)
-
         def send(event: Event) -> None:
             if isinstance(event, Began):
                 self._metrics.began(time.monotonic() - self._since)
-                if event.n_cached == 0:
-                    before.update(evictions=0, recalled=0)
             elif isinstance(event, Done):
-                self._metrics.done(event, before)
+                self._metrics.done(event)
             self._tell(event)
 
         try:

@@ -179,6 +179,7 @@ class Context:
         messages = list(ask.messages or [])
         n_written, cached, said = 0, None, None
         self._is_kept = False
+        before = dict(llm.kv_stats)
         try:
             for index in range(ask.n):
                 turn = llm.turn = Turn(cancelled, ask.top_logprobs)
@@ -196,7 +197,9 @@ class Context:
             raise
         finally:
             self._remember(chat, messages, said)
-        send(events.Done(len(tokens), n_written, cached or 0, dict(llm.kv_stats)))
+        if not cached:  # all began anew
+            before = {}
+        send(events.Done(len(tokens), n_written, cached or 0, dict(llm.kv_stats), before))
 
     def _texts(self, ask: Ask, index: int) -> Iterator[tuple[str, str | None]]:
         """Pieces of text, the last with the reason why it ends."""

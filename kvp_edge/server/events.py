@@ -48,12 +48,15 @@ class Done:
         n_prompt, n_cached: see Began.
         n_written: tokens of all replies.
         kv_cache: kv_stats.
+        before: kv_stats of the chat before the request; of one that was read from its beginning
+            there are no counts.
     """
 
     n_prompt: int
     n_written: int
     n_cached: int
     kv_cache: dict[str, Any]
+    before: dict[str, Any]
 
 
 Event = Began | Piece | Done

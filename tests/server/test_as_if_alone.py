@@ -7,6 +7,7 @@ in memory, in a folder, over a restart, with two contexts, and with recall and w
 from __future__ import annotations
 
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ from kvp_edge.server.app import Settings, make_app  # noqa: E402
 from kvp_edge.server.chats import Chats  # noqa: E402
 from kvp_edge.server.served import ServedLlama  # noqa: E402
 
-OPTIONS: dict[str, Any] = {"kv_budget": 128, "n_ctx": 2048, "verbose": False, "n_threads": 1}
-WORDS = "the old man went to sea and my dog is called Rex snow fell on all roofs we sang".split()
-N_CHATS = 20
+OPTIONS: dict[str, Any] = {
+    "kv_budget": 96, "recent": 16, "reserve": 64, "n_ctx": 2048, "verbose": False, "n_threads": 1,
+}  # fmt: skip
+TEXT = "the old man went to sea and my dog is called Rex snow fell on all roofs where we sang"
+WORDS = TEXT.split()
+COUNTS = ("evictions", "recalled")
 
 
 class Alone:
@@ -40,6 +44,7 @@ class Alone:
         self.llm = Llama(bundled_model(), recall=recall, **OPTIONS)
         self.messages: list[dict[str, str]] = []
         self.id: str | None = None
+        self.grew = dict.fromkeys(COUNTS, 0)
 
     def ask(self, rng: random.Random) -> dict[str, Any]:
         """A body for the server. Most are long enough for evictions in a few turns."""
@@ -50,14 +55,14 @@ class Alone:
 
     def check(self, asked: dict[str, Any], got: dict[str, Any]) -> None:
         """What the server said is what it says here."""
-        before = self.llm.n_tokens
+        before, counts = self.llm.n_tokens, dict(self.llm.kv_stats)
         want = self.llm.create_chat_completion(**asked)
         self.messages.append(got["choices"][0]["message"])
         assert self.messages[-1] == want["choices"][0]["message"]
         assert got["usage"]["completion_tokens"] == want["usage"]["completion_tokens"]
-        stats = dict(self.llm.kv_stats)
         for name in ("seen", "kept", "evictions", "logged", "recalled"):
-            assert got["kv_cache"][name] == stats[name], name
+            assert got["kv_cache"][name] == self.llm.kv_stats[name], name
+        self.grew = {name: self.llm.kv_stats[name] - counts[name] for name in COUNTS}
         self.id = self.id or got["chat_id"]
         assert got["chat_id"] == self.id
         # all that it had read, but for the last token or two, which a template ends otherwise
@@ -109,6 +114,12 @@ class Together:
         assert answer.status_code == 200, answer.text
         return answer.json()  # type: ignore[no-any-return]
 
+    def counted(self) -> dict[str, int]:
+        """Evictions and tokens that came back, in all chats since the server began."""
+        text = self._client.get("/metrics").text
+        found = [re.search(rf"^kvp_{name}_total (\S+)$", text, re.MULTILINE) for name in COUNTS]
+        return {name: int(float(n[1])) for name, n in zip(COUNTS, found, strict=True) if n}
+
     def cells_of(self, chat: Alone) -> Llama | None:
         """The context that has a chat in its cells."""
         found = (m for m in self.llms if m.input_ids[: m.n_tokens].tolist() == chat.tokens)
@@ -116,17 +127,23 @@ class Together:
 
 
 def take_turns(
-    n_turns: int, recall: str, folder: Path | None, parallel: int = 1, restarts: bool = False
+    n_chats: int,
+    n_turns: int,
+    recall: str,
+    folder: Path | None,
+    parallel: int = 1,
+    restarts: bool = False,
 ) -> None:
     rng = random.Random(n_turns)
     server = Together(recall, folder, parallel)
-    chats = [Alone(i, recall) for i in range(N_CHATS)]
+    chats = [Alone(i, recall) for i in range(n_chats)]
     try:
         for turn in range(0, n_turns, parallel):
             if restarts and turn == n_turns // 2:
                 server.stop()
                 server.start()
             now = rng.sample(chats, parallel)
+            before = server.counted()
             asked = [chat.ask(rng) for chat in now]
             with ThreadPoolExecutor(parallel) as pool:
                 answers = list(pool.map(server.ask, asked))
@@ -135,6 +152,8 @@ def take_turns(
                 llm = server.cells_of(chat)
                 assert llm is not None
                 chat.check_cells(llm)
+            for name, n in server.counted().items():
+                assert n - before[name] == sum(chat.grew[name] for chat in now), name
         assert sum(chat.llm.kv_stats["evictions"] for chat in chats) > 0
         if recall != "off":
             assert sum(chat.llm.kv_stats["recalled"] for chat in chats) > 0
@@ -144,27 +163,22 @@ def take_turns(
             chat.llm.close()
 
 
-@pytest.mark.parametrize("recall", ["off", "reply"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"folder": True},
-        {"folder": True, "restarts": True},
-        {"parallel": 2},
-        {"folder": True, "parallel": 2, "restarts": True},
-    ],
-    ids=lambda how: ", ".join(how) or "in memory",
-)
-def test_every_chat_is_as_if_it_were_alone(
-    recall: str, how: dict[str, Any], tmp_path: Path
-) -> None:
-    folder = tmp_path if how.pop("folder", False) else None
-    take_turns(80, recall, folder, **how)
+def test_in_memory() -> None:
+    take_turns(8, 30, "reply", None)
+
+
+def test_in_a_folder_over_a_restart_without_recall(tmp_path: Path) -> None:
+    take_turns(8, 30, "off", tmp_path, restarts=True)
+
+
+def test_two_at_once_in_a_folder_over_a_restart(tmp_path: Path) -> None:
+    take_turns(8, 30, "reply", tmp_path, parallel=2, restarts=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recall", ["off", "reply", "always"])
-def test_every_chat_is_as_if_it_were_alone_for_long(recall: str, tmp_path: Path) -> None:
-    take_turns(400, recall, None)
-    take_turns(400, recall, tmp_path, parallel=2, restarts=True)
+@pytest.mark.parametrize("parallel", [1, 2])
+@pytest.mark.parametrize("where", ["in memory", "in a folder", "over a restart"])
+def test_twenty_chats(recall: str, parallel: int, where: str, tmp_path: Path) -> None:
+    folder = None if where == "in memory" else tmp_path
+    take_turns(20, 160, recall, folder, parallel, where == "over a restart")
