@@ -19,6 +19,7 @@ from kvp_edge.cli.subcommands import Parsed, UsageError
 COMMANDS = {
     "chat": "chat with a model; the cache stays small",
     "run": "read long texts and answer a question",
+    "serve": "serve a model to OpenAI's clients, with a page to chat on",
     "demo": "compare policies on hidden facts, in one table",
     "policies": "list the policies, one line each",
     "learn": "train a policy for a model while it reads, and export it",

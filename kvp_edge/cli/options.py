@@ -7,7 +7,7 @@ import os
 import secrets
 import warnings
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
@@ -19,7 +19,10 @@ from kvp_edge.cache.options import DEFAULT_BUDGET, OPTIONS
 from kvp_edge.cache.types import CACHE_TYPES, ggml_type
 from kvp_edge.cli.parameters import argument, option, reader
 from kvp_edge.cli.progress import WatchedLlama
+from kvp_edge.llama import Llama
 from kvp_edge.llamacpp.log import listen
+
+_Loaded = TypeVar("_Loaded", bound=Llama)
 
 #: Batches of a few dozen tokens keep a processor waiting for memory.
 _SMALL_BATCH = 128
@@ -189,8 +192,13 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundedOptions(SystemOptions, CacheFlags, ModelOptions):
+class CacheAndModelOptions(CacheFlags, ModelOptions):
     """A model with a bounded cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedOptions(SystemOptions, CacheAndModelOptions):
+    """The same, and a system prompt."""
 
 
 def sampling(args: SamplingOptions) -> dict[str, Any]:
@@ -258,11 +266,28 @@ def cache_options(args: CacheFlags) -> dict[str, Any]:
 
 
 def load(path: str, n_ctx: int | None, args: BoundedOptions) -> WatchedLlama:
-    """The bounded model that the options describe."""
-    llm = WatchedLlama(
+    """The bounded model that the options describe, with its system prompt."""
+    protects = bool(args.system) and not args.no_protect_system
+    return load_as(WatchedLlama, path, n_ctx, args, protect_system=protects)
+
+
+def load_as(
+    kind: type[_Loaded],
+    path: str,
+    n_ctx: int | None,
+    args: CacheAndModelOptions,
+    *,
+    protect_system: bool,
+) -> _Loaded:
+    """The bounded model that the options describe.
+
+    Args:
+        kind: its class.
+    """
+    llm = kind(
         path,
         n_ctx=n_ctx,
-        protect_system=bool(args.system) and not args.no_protect_system,
+        protect_system=protect_system,
         **cache_options(args),
         **engine_options(args),
     )

@@ -72,10 +72,14 @@ def ends_reply(llm: ChatModel, token: int) -> bool:
     return llm.chat_format == transcript.NAME and b"\n" in token_text(llm.vocab, token)
 
 
-def prompt_tokens(llm: ChatModel, messages: list[Message]) -> list[int]:
-    """The tokens that create_chat_completion would read for these messages."""
+def prompt_tokens(llm: ChatModel, messages: list[Any], **how: Any) -> list[int]:
+    """The tokens that create_chat_completion would read for these messages.
+
+    Args:
+        how: what else the template is given: ``tools``.
+    """
     try:
-        llm.chat_completion_handler()(llama=_PromptTaker(llm), messages=messages)
+        llm.chat_completion_handler()(llama=_PromptTaker(llm), messages=messages, **how)
     except _Prompt as prompt:
         return prompt.tokens
     raise ValueError(f"chat format '{llm.chat_format}' writes no text prompt")

@@ -1,0 +1,198 @@
+"""``kvp-edge serve``: OpenAI's protocol for one model, and a page to chat on."""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import os
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvp_edge.cache.limits import memory_bytes
+from kvp_edge.cli import chat_format, options
+from kvp_edge.cli.chat_format import ChatFormatOptions
+from kvp_edge.cli.parameters import option
+from kvp_edge.cli.shown import note
+from kvp_edge.cli.subcommands import Command
+from kvp_edge.text import transcript
+
+_PANEL, _CHATS = "server", "chats"
+
+_EPILOG = """\
+Every chat is a KV log; the cells are the working set of the chat that is being answered. A request
+goes on with the chat whose messages it begins with, and only what is new is read. An edited message
+or another reply makes a new chat from the log of the old one. Requests for the one context wait in
+a queue, in order; --parallel N loads the model N times.
+
+In a browser, http://127.0.0.1:8080 is a page to chat on that shows the cache. For programs:
+
+  POST /v1/chat/completions   messages, tools, response_format, stream, ...
+  POST /v1/completions        a text to continue
+  GET  /v1/models  /health  /metrics      POST /tokenize
+
+The server answers this machine only. With another --host it needs --api-key-file.
+
+examples:
+  kvp-edge serve model.gguf --kv-budget 1024
+  kvp-edge serve model.gguf --chats ~/chats --chats-limit 20GiB
+  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{"messages": [{"role": "user", "content": "Hello."}]}'"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ServerOptions:
+    host: str = option("127.0.0.1", panel=_PANEL, metavar="ADDRESS", help="address to answer at")
+    port: int = option(8080, panel=_PANEL, metavar="N", least=0, help="port; 0: any free one")
+    api_key_file: str | None = option(
+        None,
+        panel=_PANEL,
+        metavar="FILE",
+        help="a file with the keys that clients must have one of, a line each",
+    )
+    parallel: int = option(
+        1,
+        panel=_PANEL,
+        metavar="N",
+        least=1,
+        help="contexts, to serve N requests at once",
+    )
+    queue: int = option(64, panel=_PANEL, metavar="N", least=1, help="requests that may wait")
+    longest_reply: int = option(
+        4096, panel=_PANEL, metavar="N", least=1, help="tokens of a reply, whatever is asked for"
+    )
+    chats: str | None = option(
+        None,
+        panel=_CHATS,
+        metavar="DIR",
+        shown="in memory",
+        help="keep chats in this folder, where they survive the server",
+    )
+    chats_limit: str = option(
+        "4GiB",
+        panel=_CHATS,
+        metavar="SIZE",
+        help="bytes of all chats; past it the least recently used ones are deleted",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(_ServerOptions, ChatFormatOptions, options.CacheAndModelOptions):
+    n_ctx: int | None = options.n_ctx_option("the length that the model was trained for")
+    chat_format: str | None = chat_format.chat_format_option("transcript if it has none")
+    protect_system: bool = option(
+        False, panel=_CHATS, help="never drop system prompts; they must fit into the cells"
+    )
+
+
+def _main(args: Options) -> int:
+    try:
+        uvicorn: Any = importlib.import_module("uvicorn")
+        app = importlib.import_module("kvp_edge.server.app")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"kvp-edge serve needs the package {error.name}: pip install 'kvp_edge[server]'"
+        ) from error
+    rules = _rules(args)
+    limit = memory_bytes("--chats-limit", args.chats_limit)
+    if args.parallel > 1 and args.kv_log is not None:
+        raise ValueError("with --parallel every context has its own log: leave out --kv-log")
+    path = options.model_path(args)
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listen(args.host, args.port))
+        llms = []
+        for _ in range(args.parallel):
+            llms.append(_load(path, args))
+            stack.callback(llms[-1].close)
+        store = _store(args, limit, llms[0])
+        stack.callback(store.close)
+        settings = app.Settings(
+            model=Path(path).stem,
+            rules=rules,
+            most_waiting=args.queue,
+            longest_reply=args.longest_reply,
+        )
+        config = uvicorn.Config(
+            app.make_app(llms, store, settings),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+        _greet(args, listening, llms[0])
+        uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def _rules(args: Options) -> Any:
+    access = importlib.import_module("kvp_edge.server.access")
+    loopback = access.is_loopback(args.host)
+    keys: tuple[str, ...] = ()
+    if args.api_key_file is not None:
+        keys = access.read_keys(Path(args.api_key_file).read_text(encoding="utf-8").splitlines())
+        if not keys:
+            raise ValueError(f"--api-key-file: '{args.api_key_file}' has no key in it")
+    if not loopback and not keys:
+        raise ValueError(
+            f"--host {args.host} can be reached from other machines: give --api-key-file, so that "
+            "only those can use the server who have a key"
+        )
+    return access.Rules(keys=keys, loopback=loopback, host=args.host)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        version = 4
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot answer at {host}, port {port}: {reason}") from error
+
+
+def _load(path: str, args: Options) -> Any:
+    served = importlib.import_module("kvp_edge.server.served")
+    llm = options.load_as(
+        served.ServedLlama, path, args.n_ctx, args, protect_system=args.protect_system
+    )
+    chat_format.choose(llm, args)
+    if llm.lacks_chat_template:
+        llm.chat_format = transcript.NAME
+    chat_format.check(llm, [])
+    return llm
+
+
+def _store(args: Options, limit: int, llm: Any) -> Any:
+    chats = importlib.import_module("kvp_edge.server.chats")
+    folder = Path(os.path.expanduser(args.chats)) if args.chats is not None else None
+    store = chats.Chats(folder, limit)
+    if folder is not None:
+        for problem in store.read_folder(llm):
+            note(f"kvp-edge: left alone: {problem}")
+        note(f"{len(store)} chats in '{folder}'.")
+    return store
+
+
+def _greet(args: Options, listening: socket.socket, llm: Any) -> None:
+    host, port = listening.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    stats = llm.kv_stats
+    note(
+        f"{os.path.basename(llm.model_path)}: conversations of up to {llm.n_ctx()} tokens, in "
+        f"{stats.cells} cells ({stats.kv_bytes / 2**20:.1f} MiB). {stats.policy} keeps "
+        f"{stats.budget} tokens.\nhttp://{where}:{port} is ready: a page to chat on, and "
+        f"OpenAI's protocol under http://{where}:{port}/v1. Ctrl-C ends it."
+    )
+
+
+COMMAND = Command(
+    _main,
+    Options,
+    "Serve a model to everything that speaks OpenAI's protocol, with a page to chat on.",
+    _EPILOG,
+)

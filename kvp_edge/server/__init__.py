@@ -1,0 +1,1 @@
+"""``kvp-edge serve``: OpenAI's protocol, with every chat in a KV log of its own."""

@@ -1,0 +1,73 @@
+"""What the page shows of the cache: which heads hold which token, and what came back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvp_edge.server.context import Context
+
+#: Passages that came back, at most: those of most tokens.
+_PASSAGES = 12
+
+
+def view(context: Context, writing: bool, chat: str | None, texts_from: int) -> dict[str, Any]:
+    """The cells of a context, as they are now; it may be at work.
+
+    Args:
+        writing: whether it is.
+        chat: whose tokens the asker knows.
+        texts_from: the first token whose text is not known yet.
+    """
+    llm, current = context.llm, context.chat
+    kv = llm.kv
+    assert kv is not None
+    stats = llm.kv_stats
+    held = kv.indices.reshape(-1, kv.indices.shape[-1])
+    seen = stats.seen
+    counts = np.bincount(held[held < seen].ravel(), minlength=seen)[:seen]
+    n_heads = len(held)
+    back = counts == n_heads
+    if kv.log is not None:
+        for block in kv.log.blocks:
+            back[block.first : block.end] = True
+    known = current is not None and current.id == chat
+    start = min(texts_from, seen) if known else 0
+    tokens = llm.input_ids[start:seen].tolist()
+    return {
+        "chat": current.id if current is not None else None,
+        "writing": writing,
+        "n_heads": n_heads,
+        "stats": dict(stats),
+        "bytes_per_cell": stats.kv_bytes / max(stats.cells, 1),
+        "tokens_per_second": context.tokens_per_second,
+        "texts_from": start,
+        "texts": [llm.piece([token]).decode(errors="replace") for token in tokens],
+        "held": counts.tolist(),
+        "logged": back.tolist(),
+        "last_recall": _recall(context),
+    }
+
+
+def _recall(context: Context) -> dict[str, Any] | None:
+    event, llm = context.llm.turn.recalled, context.llm
+    if event is None:
+        return None
+    most = sorted(event.spans, key=lambda one: -float(event.heads[slice(*one)].sum()))
+    return {
+        "n_tokens": event.n_tokens,
+        "n_rows": event.n_rows,
+        "share": event.share,
+        "ms": event.ms,
+        "passes": event.passes,
+        "heads": [round(float(x), 3) for x in event.heads],
+        "spans": [
+            {
+                "start": start,
+                "end": end,
+                "text": llm.piece(llm.input_ids[start:end].tolist()).decode(errors="replace"),
+            }
+            for start, end in sorted(most[:_PASSAGES])
+        ],
+    }

@@ -1,0 +1,203 @@
+"""One context of llama.cpp, and the chats that take turns in its cells."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvp_edge.arrays import TokenIndices
+from kvp_edge.errors import ContextLengthError, KVPError
+from kvp_edge.server import chats, events
+from kvp_edge.server.chats import Chat, Chats
+from kvp_edge.server.errors import bad_request
+from kvp_edge.server.said import Said
+from kvp_edge.server.served import Cancelled, ServedLlama, Turn
+from kvp_edge.text.chat_prompt import prompt_tokens
+
+Send = Callable[[events.Event], None]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of a context.
+
+    Attributes:
+        messages: of a chat, as templates read them; None: ``prompt`` is a text.
+        prompt: text, or token ids.
+        how: keyword arguments of Llama.create_completion.
+        tools: how tools are offered, and calls found; None: neither.
+        n: replies.
+        top_logprobs: see Turn.
+    """
+
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | list[int] = ""
+    how: dict[str, Any] = field(default_factory=dict)
+    tools: Any = None
+    n: int = 1
+    top_logprobs: int | None = None
+
+
+class Context:
+    """Serves requests, one after the other, in its own thread.
+
+    Args:
+        llm: nobody else's.
+        store: of all contexts.
+        keeps_at_once: chats are kept after every turn, not only when another one needs the cells.
+
+    Attributes:
+        chat: the one in the cells.
+        tokens_per_second: at which the last reply was written.
+    """
+
+    def __init__(self, llm: ServedLlama, store: Chats, *, keeps_at_once: bool) -> None:
+        self.llm, self._store, self._keeps_at_once = llm, store, keeps_at_once
+        self.chat: Chat | None = None
+        self.tokens_per_second: float | None = None
+        self._is_kept = True
+
+    def close(self) -> None:
+        self._keep()
+        self.llm.close()
+
+    # -- a request ---------------------------------------------------------------------------
+
+    def serve(self, ask: Ask, cancelled: Callable[[], bool], send: Send) -> None:
+        """Answer, in events. Whatever comes of it, the chat is kept as far as it was read.
+
+        Raises:
+            KVPError: nothing could be read or written.
+            Cancelled: nobody waits any more.
+        """
+        llm = self.llm
+        tokens = self._tokens_of(ask)
+        if len(tokens) >= llm.n_ctx():
+            raise ContextLengthError(
+                f"the prompt has {len(tokens)} tokens, too many for this server's longest "
+                f"conversation of {llm.n_ctx()}: shorten it, or start the server with a larger "
+                "--n-ctx"
+            )
+        resident = self.chat.id if self.chat is not None else None
+        place = self._store.find(ask.messages, tokens, resident)
+        try:
+            self._go_to(place.source)
+            self.chat = place.chat
+            self._reply(place.chat, ask, tokens, cancelled, send)
+        except BaseException:
+            self._store.release(place.chat)
+            raise
+
+    def _tokens_of(self, ask: Ask) -> TokenIndices:
+        if ask.messages is not None:
+            offered = ask.tools.arguments().get("tools") if ask.tools is not None else None
+            how = {"tools": offered} if offered else {}
+            try:
+                return np.array(prompt_tokens(self.llm, ask.messages, **how), np.int32)
+            except KVPError:
+                raise
+            except Exception as error:  # a template is a program, and may fail in any way
+                raise bad_request(
+                    "the model's chat template cannot show these messages: "
+                    f"{str(error) or type(error).__name__}",
+                    "messages",
+                ) from error
+        if isinstance(ask.prompt, str):
+            return np.array(self.llm.prompt_of(ask.prompt), np.int32)
+        return np.array(ask.prompt, np.int32)
+
+    def _go_to(self, source: Chat | None) -> None:
+        """Have the cache of this chat in the cells, or none."""
+        if source is not None and source is self.chat:
+            return
+        self._keep()
+        self.chat = None
+        if source is not None:
+            try:
+                chats.bring(self.llm, source)
+                return
+            except (KVPError, OSError, MemoryError) as error:
+                warnings.warn(f"a chat is read again: {error}", stacklevel=2)
+        self.llm.reset()
+
+    def _keep(self) -> None:
+        """Keep what is in the cells for later, if it is not."""
+        chat = self.chat
+        if self._is_kept or chat is None or chat.deleted:
+            return
+        try:
+            self._store.keep(chat, self.llm)
+        except (KVPError, OSError, MemoryError) as error:
+            chat.kept = None
+            warnings.warn(
+                f"a chat cannot be kept, and will be read again: {error or 'out of memory'}",
+                stacklevel=2,
+            )
+        self._is_kept = True
+
+    def _reply(
+        self, chat: Chat, ask: Ask, tokens: TokenIndices, cancelled: Callable[[], bool], send: Send
+    ) -> None:
+        llm = self.llm
+        messages = list(ask.messages or [])
+        n_written, cached, said = 0, None, None
+        self._is_kept = False
+        try:
+            for index in range(ask.n):
+                turn = llm.turn = Turn(cancelled, ask.top_logprobs)
+                said = Said(ask.tools)
+                for text, ending in self._texts(ask, index):
+                    if cached is None:
+                        first = len(tokens) if turn.first is None else turn.first
+                        cached = min(first, len(tokens))
+                        send(events.Began(chat.id, len(tokens), cached))
+                    deltas = said.add(text, ending)
+                    send(events.Piece(index, deltas, said.new_tokens(turn), said.ending))
+                n_written += len(turn.written)
+                self._measure(turn)
+        except Cancelled:
+            raise
+        finally:
+            self._remember(chat, messages, said)
+        send(events.Done(len(tokens), n_written, cached or 0, dict(llm.kv_stats)))
+
+    def _texts(self, ask: Ask, index: int) -> Iterator[tuple[str, str | None]]:
+        """Pieces of text, the last with the reason why it ends."""
+        how = dict(ask.how)
+        if index and how.get("seed") is not None:
+            how["seed"] += index
+        if ask.messages is None:
+            for chunk in self.llm.create_completion(ask.prompt, stream=True, **how):
+                choice = chunk["choices"][0]
+                yield choice["text"], choice["finish_reason"]
+            return
+        if ask.tools is not None:
+            how.update(ask.tools.arguments())
+        for chunk in self.llm.create_chat_completion(ask.messages, stream=True, **how):
+            choice = chunk["choices"][0]
+            yield choice["delta"].get("content") or "", choice["finish_reason"]
+
+    def _measure(self, turn: Turn) -> None:
+        if turn.began is not None and len(turn.written) > 1:
+            seconds = time.perf_counter() - turn.began
+            self.tokens_per_second = (len(turn.written) - 1) / max(seconds, 1e-9)
+
+    def _remember(self, chat: Chat, messages: list[dict[str, Any]], said: Said | None) -> None:
+        """The chat is what was read, with what was said."""
+        llm = self.llm
+        if llm.n_tokens == 0:  # nothing came of it
+            self.chat = None
+            self._store.release(chat)
+            return
+        reply = said.message() if said is not None else None
+        chat.messages = messages + ([reply] if reply and messages else [])
+        chat.tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
+        self._store.put(chat)
+        if self._keeps_at_once:
+            self._keep()
+            self._store.put(chat)  # its bytes are known now
