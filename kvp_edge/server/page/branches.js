@@ -23,6 +23,30 @@ export function families(chats) {
   return [...found.values()];
 }
 
+const MOST_ORIGINS = 300;
+
+/** For chats that branched at their first message, which the server takes for new ones: this browser
+ * remembers from which chat. */
+export const origins = {
+  name: "kvp-origins",
+  read() {
+    try {
+      return JSON.parse(localStorage.getItem(this.name)) ?? {};
+    } catch {
+      return {};
+    }
+  },
+  add(id, parent) {
+    const newest = [...Object.entries(this.read()), [id, parent]].slice(-MOST_ORIGINS);
+    localStorage.setItem(this.name, JSON.stringify(Object.fromEntries(newest)));
+  },
+  /** The same chats with their parents. */
+  fill(chats) {
+    const known = this.read();
+    return chats.map((chat) => (chat.parent ? chat : { ...chat, parent: known[chat.id] ?? null }));
+  },
+};
+
 const same = (a, b) => a.role === b.role && JSON.stringify(a.content ?? "") === JSON.stringify(b.content ?? "")
   && JSON.stringify(a.tool_calls ?? []) === JSON.stringify(b.tool_calls ?? []);
 

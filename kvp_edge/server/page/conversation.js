@@ -23,10 +23,11 @@ export class Conversation {
   #onChange;
 
   /** `onChange(conversation, what)`: "id", "text" (the last message grew) or "all". */
-  constructor(onChange, { id = null, messages = [] } = {}) {
+  constructor(onChange, { id = null, messages = [], origin = null } = {}) {
     this.#onChange = onChange;
     this.id = id;
     this.messages = messages;
+    this.origin = origin; // the chat that it branches from
   }
 
   get writing() {

@@ -1,7 +1,7 @@
 // The page: which chat is open, and who is told when something changes.
 
 import * as api from "./api.js";
-import { families, versions } from "./branches.js";
+import { families, origins, versions } from "./branches.js";
 import { CacheFeed } from "./cache_feed.js";
 import { CachePanel } from "./cache_panel.js";
 import { drawChatList } from "./chat_list.js";
@@ -94,14 +94,14 @@ async function openChat(id, how = "push") {
 /** A chat that goes on differently from here. */
 function branch(messages) {
   if (open.writing) return;
-  show(new Conversation(changed, { messages }), "keep");
+  show(new Conversation(changed, { messages, origin: open.id ?? open.origin }), "keep");
   reply(open);
   message.focus();
 }
 
 async function listChats() {
   try {
-    chats = await api.chats();
+    chats = origins.fill(await api.chats());
   } catch (error) {
     return say(error.message, listChats);
   }
@@ -184,6 +184,7 @@ function changed(conversation, what) {
   if (what === "settled") {
     listChats().then(() => findVersions(conversation));
   }
+  if (what === "id" && conversation.origin) origins.add(conversation.id, conversation.origin);
   if (conversation !== open) return;
   if (what === "text") return thread.grow();
   if (what === "id") {

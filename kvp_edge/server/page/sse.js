@@ -4,14 +4,16 @@
 export async function* eventData(body) {
   const reader = body.getReader();
   const parser = new EventParser();
+  let ended = false;
   try {
     for (;;) {
       const { done, value } = await reader.read();
+      ended = done;
       if (done) return; // an event without the empty line after it is not complete
       yield* parser.push(value);
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops reading stops the reply
+    if (!ended) reader.cancel().catch(() => {}); // whoever stops reading stops the reply
   }
 }
 

@@ -6,6 +6,9 @@ import { copyButton, render } from "./markdown.js";
 
 const scroller = byId("scroller"), place = byId("messages"), notices = byId("notices"), toEnd = byId("to-end");
 
+/** A message of the user's with more characters is folded: texts are pasted to ask about them. */
+const LONG = 1200;
+
 const WHO = { user: "You", assistant: "Reply", system: "System prompt", tool: "Result of a tool" };
 
 export class Thread {
@@ -14,6 +17,7 @@ export class Thread {
   #editing = null; // {index, text} of the message in an editor
   #atEnd = true;
   #frame = 0;
+  #unfolded = new WeakSet(); // long messages that are shown whole
 
   /** @param actions {edit(index, text), again(index), open(id), retry()} */
   constructor(actions) {
@@ -122,14 +126,33 @@ export class Thread {
     }
     if (message.role === "assistant") render(body, textOf(message));
     else body.textContent = textOf(message);
+    const isLong = message.role === "user" && body.textContent.length > LONG;
     for (const call of message.tool_calls ?? []) {
       body.append(make("p", { className: "quiet" }, "Asks for a tool: ",
         make("code", {}, `${call.function?.name}(${call.function?.arguments})`)));
     }
     article.append(body);
+    if (isLong) article.append(this.#folder(message, body));
     const grows = writing && index === messages.length - 1 && message.role === "assistant";
     if (!grows) article.append(this.#foot(index, message));
     return article;
+  }
+
+  /** A button that shows a long message, or only its beginning. */
+  #folder(message, body) {
+    const button = make("button", { type: "button", className: "fold" });
+    const draw = () => {
+      const isOpen = this.#unfolded.has(message);
+      body.classList.toggle("folded", !isOpen);
+      button.textContent = isOpen ? "Show less" : "Show all";
+      button.setAttribute("aria-expanded", isOpen);
+    };
+    button.addEventListener("click", () => {
+      if (!this.#unfolded.delete(message)) this.#unfolded.add(message);
+      draw();
+    });
+    draw();
+    return button;
   }
 
   #foot(index, message) {

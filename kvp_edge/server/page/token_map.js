@@ -80,7 +80,7 @@ export class TokenMap {
       fills: Array.from({ length: 8 }, (_, level) => style(level).backgroundColor),
       log: style(LOGGED).color,
       lost: style(LOST).color,
-      back: style("back").outlineColor,
+      back: style("back").getPropertyValue("border-top-color"),
       ink: getComputedStyle(this.#place).color,
     };
   }
@@ -118,14 +118,22 @@ export class TokenMap {
         pen.fillStyle = colours.fills[level];
         pen.fillRect(x, y, inner, inner);
       }
-      if (this.#back[i]) frame(pen, x, y, inner, colours.back);
-      if (i === this.#chosen) frame(pen, x - 1, y - 1, inner + 2, colours.ink);
+      if (this.#back[i]) this.#outline(pen, i, x, y, size, columns, colours.back);
     }
+    const i = this.#chosen;
+    if (i < first || i >= end) return;
+    pen.strokeStyle = colours.ink;
+    pen.lineWidth = 2;
+    pen.strokeRect((i % columns) * size, Math.floor(i / columns) * size, inner, inner);
   }
-}
 
-function frame(pen, x, y, side, colour) {
-  pen.strokeStyle = colour;
-  pen.lineWidth = 2;
-  pen.strokeRect(x + 1, y + 1, side - 2, side - 2);
+  /** One outline around all neighbours that came back. */
+  #outline(pen, i, x, y, size, columns, colour) {
+    const back = this.#back, column = i % columns, width = size > 7 ? 2 : 1.5;
+    pen.fillStyle = colour;
+    if (!back[i - columns]) pen.fillRect(x, y, size, width);
+    if (!back[i + columns]) pen.fillRect(x, y + size - width, size, width);
+    if (column === 0 || !back[i - 1]) pen.fillRect(x, y, width, size);
+    if (column === columns - 1 || !back[i + 1]) pen.fillRect(x + size - width, y, width, size);
+  }
 }

@@ -12,7 +12,7 @@ export class TokenText {
   #tokens = []; // spans
   #texts = [];
   #levels = new Uint8Array(0);
-  #back = new Uint8Array(0);
+  #edges = []; // see below
   #chosen = -1;
 
   /** @param onPoint called with the index of a token, and whether it was clicked */
@@ -34,12 +34,11 @@ export class TokenText {
     while (same < most && texts[same] === this.#texts[same]) same++;
     this.#cut(same);
     for (let i = 0; i < same; i++) {
-      if (levels[i] !== this.#levels[i] || back[i] !== this.#back[i]) this.#paint(i, levels, back);
+      if (levels[i] !== this.#levels[i] || edges(back, i) !== this.#edges[i]) this.#paint(i, levels, back);
     }
     for (let i = same; i < texts.length; i++) this.#add(texts[i], i, levels, back);
     this.#texts = texts;
     this.#levels = levels;
-    this.#back = back;
   }
 
   /** Mark a token, and bring it into view. */
@@ -56,7 +55,8 @@ export class TokenText {
   }
 
   #paint(i, levels, back) {
-    this.#tokens[i].className = `t ${CLASSES[levels[i]]}${back[i] ? " back" : ""}${i === this.#chosen ? " chosen" : ""}`;
+    this.#edges[i] = edges(back, i);
+    this.#tokens[i].className = `t ${CLASSES[levels[i]]}${this.#edges[i]}${i === this.#chosen ? " chosen" : ""}`;
   }
 
   #add(text, i, levels, back) {
@@ -72,10 +72,17 @@ export class TokenText {
   }
 
   #cut(length) {
+    this.#edges.length = length;
     for (const token of this.#tokens.splice(length)) {
       const block = token.parentElement;
       token.remove();
       if (block.childElementCount === 0) block.remove();
     }
   }
+}
+
+/** Classes of a token that came back: an outline goes around all that came back together. */
+function edges(back, i) {
+  if (!back[i]) return "";
+  return ` back${back[i - 1] ? "" : " first"}${back[i + 1] ? "" : " last"}`;
 }
