@@ -27,7 +27,7 @@ export function drawChatList(found, openId, remove) {
     const about = [age(newest.updated)];
     if (family.length > 1) about.push(`${family.length} branches`);
     about.push(`${newest.n_tokens.toLocaleString()} tokens`);
-    const link = make("a", { href: `#${open ? openId : newest.id}` },
+    const link = make("a", { href: `./#${open ? openId : newest.id}` },
       make("span", { className: "name" }, title), make("span", { className: "quiet" }, about.join(" \u00b7 ")));
     if (open) link.setAttribute("aria-current", "page");
     return make("li", { "data-family": newest.id }, link,

@@ -89,10 +89,10 @@ export class Conversation {
     for (let tries = 0; tries < 20; tries++) {
       let chat;
       try {
-        chat = await api.chat(this.id);
-      } catch (error) {
-        if (error.status !== 404) return; // what was seen is what there is
-        chat = { messages: [] }; // not stored yet
+        const stored = (await api.chats()).some((each) => each.id === this.id);
+        chat = stored ? await api.chat(this.id) : { messages: [] };
+      } catch {
+        return; // what was seen is what there is
       }
       const theirs = chat.messages[asked.length];
       const ended = chat.messages.length === asked.length + 1 && theirs.role === "assistant";

@@ -52,6 +52,7 @@ function show(conversation, how) {
   }
   message.value = draft.get();
   fitHeight(message);
+  byId("problems").replaceChildren();
   thread.open(open);
   drawAround();
   feed.follow(open.id, open.writing);
@@ -103,7 +104,8 @@ async function listChats() {
   try {
     chats = origins.fill(await api.chats());
   } catch (error) {
-    return say(error.message, listChats);
+    if (open.error === null) say(error.message, listChats); // otherwise that has been said
+    return;
   }
   drawAround();
 }
@@ -166,6 +168,7 @@ async function send() {
 
 async function reply(conversation) {
   if (conversation.writing) return;
+  byId("problems").replaceChildren();
   thread.goToEnd();
   announce("The reply is being written.");
   writing.add(conversation);
@@ -236,7 +239,7 @@ function say(text, retry = null) {
     button.addEventListener("click", () => { note.remove(); retry(); });
     note.append(button);
   }
-  byId("notices").replaceChildren(note);
+  byId("problems").replaceChildren(note);
 }
 
 function drawTheme() {
@@ -253,6 +256,9 @@ async function changeSettings() {
   if (open.id === null && !open.messages.some((each) => each.role === "user")) newChat();
 }
 
+byId("chat-list").addEventListener("click", (event) => {
+  if (event.target.closest("a")) list.closeDrawer(); // also where the address stays the same
+});
 byId("new-chat").addEventListener("click", newChat);
 byId("open-settings").addEventListener("click", changeSettings);
 byId("open-keys").addEventListener("click", showKeys);
