@@ -105,7 +105,7 @@ class Context:
         resident = self.chat.id if self.chat is not None else None
         place = self._store.find(ask.messages, tokens, resident)
         try:
-            self._go_to(place.source)
+            self._go_to(place.source, place.chat)
             self.chat = place.chat
             self._reply(place.chat, ask, tokens, cancelled, send)
         except BaseException:
@@ -131,9 +131,15 @@ class Context:
             return np.array(self.llm.prompt_of(ask.prompt), np.int32)
         return np.array(ask.prompt, np.int32)
 
-    def _go_to(self, source: Chat | None) -> None:
-        """Have the cache of this chat in the cells, or none."""
-        if source is not None and source is self.chat:
+    def _go_to(self, source: Chat | None, goes_on: Chat) -> None:
+        """Have the cache of a chat in the cells, or none.
+
+        Args:
+            goes_on: the chat that will be in the cells from then on.
+        """
+        if source is not None and self._holds(source):
+            if goes_on is not source:
+                self._keep()
             return
         self._keep()
         self.chat = None
@@ -144,6 +150,13 @@ class Context:
             except (KVPError, OSError, MemoryError) as error:
                 warnings.warn(f"a chat is read again: {error}", stacklevel=2)
         self.llm.reset()
+
+    def _holds(self, chat: Chat) -> bool:
+        """Whether its cache is in the cells, unless another context has gone on with it since."""
+        if chat is not self.chat:
+            return False
+        tokens = self.llm.input_ids[: self.llm.n_tokens]
+        return chat.kept is None or np.array_equal(tokens, chat.tokens)
 
     def _keep(self) -> None:
         """Keep what is in the cells for later, if it is not."""
