@@ -83,7 +83,6 @@ class Asking:
         Returns:
             f32 [n_layer, n_head_kv, seen] each; minus infinity, and 0, for tokens that are lost.
         """
-        self._asked_last = asked.queries.mean(axis=2)
         newest = self._unlogged(t, t.seen)
         rows = np.empty(newest.n * int(self._log.layout.bytes_per_token), np.uint8)
         self._read_rows(newest, rows)
@@ -103,6 +102,10 @@ class Asking:
         largest, mean = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
         largest[:, :, at], mean[:, :, at] = found
         return largest, mean
+
+    def remember(self, asked: Queries) -> None:
+        """These asked last, for ``turned_away``."""
+        self._asked_last = asked.queries.mean(axis=2)
 
     def forget(self) -> None:
         """Another conversation begins."""

@@ -461,6 +461,23 @@ class EvictionManager:
         """Whether the queries of the newest ``n`` tokens are logged."""
         return self._asking is not None and self._asking.queries(self.seen, n) is not None
 
+    def newest_queries(self, n: int) -> Queries | None:
+        """The queries of the newest ``n`` tokens; None: they were not logged."""
+        return None if self._asking is None else self._asking.queries(self.seen, n)
+
+    def attention_to(self, tokens: FloatArray, asked: Queries) -> float:
+        """How much of the attention of queries goes to some tokens, on average over the queries
+        and the heads. The cache does not change.
+
+        Args:
+            tokens: f32 [seen], how much each token counts; those later are not counted.
+        """
+        assert self._asking is not None
+        t = self._scored()
+        turned = self._frequencies if self._turns(t) else None
+        _, mean = self._asking.attention(t, asked, turned)
+        return float((mean[:, :, : len(tokens)] * tokens).sum(axis=-1).mean())
+
     def watch_queries(self, on: bool) -> None:
         """Log the queries of what is read next, for recall. A cache that was opened with a policy
         that needs queries logs all."""
@@ -505,6 +522,7 @@ class EvictionManager:
         self._asking.log_until(t, tail, self._protected_prefix)
         turned = self._frequencies if self._turns(t) else None
         largest, mean = self._asking.attention(t, asked, turned)
+        self._asking.remember(asked)
         rows = filling.rows_of(now)
         resident = rows >= 0
         share = float(np.where(resident, 0, mean[:, :, : now.seen]).sum(axis=-1).mean())

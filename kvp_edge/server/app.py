@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import sys
 import time
-import warnings
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +75,8 @@ class Settings:
 class _Asked:
     """A request in line: a job of ``Line``, and the events that come of it."""
 
-    def __init__(self, ask: Ask, metrics: Metrics) -> None:
-        self.ask, self._metrics = ask, metrics
+    def __init__(self, ask: Ask, metrics: Metrics, idle: Callable[[], bool]) -> None:
+        self.ask, self._metrics, self._idle = ask, metrics, idle
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -96,6 +96,7 @@ class _Asked:
 
         try:
             context.serve(self.ask, lambda: self.cancelled, send)
+            context.explain(self._idle)
         except Cancelled as cancelled:
             self._tell(cancelled)
         except Exception as error:  # of one request; the server goes on
@@ -166,8 +167,9 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
         request: Request, ask: Ask, form: ChatForm | TextForm, streams: bool, include_usage: bool
     ) -> Any:
         assert line is not None
-        job = _Asked(ask, metrics)
-        line.put(job)
+        waiting = line
+        job = _Asked(ask, metrics, lambda: waiting.waiting == 0)
+        waiting.put(job)
         if streams:
             try:  # what is wrong with a prompt is told before the stream begins
                 begun = await _or_gone(job.next(), request, job)
@@ -293,6 +295,7 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
     @app.get("/kvp/cache")
     def cache(chat: str | None = None, texts_from: int = 0) -> Any:
         context = next((c for c in contexts if c.chat and c.chat.id == chat), contexts[0])
+        context.watch()
         at_work = line is not None and line.at_work > 0
         return cache_view.view(context, at_work, chat, max(texts_from, 0))
 
@@ -320,8 +323,8 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
         return APIError(error.status_code, str(error.detail)).response()
 
     @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> Response:
-        return _as_answer(error).response()
+    async def unforeseen(_: Request, __: Exception) -> Response:
+        return _unforeseen().response()  # uvicorn prints it
 
     return app
 
@@ -399,19 +402,23 @@ def _as_answer(error: Exception) -> APIError:
         return bad_request(str(error), "messages")
     if isinstance(error, (KVPError, MemoryError)):
         return APIError(500, str(error) or "out of memory")
-    warnings.warn(f"a request failed: {type(error).__name__}: {error}", stacklevel=2)
-    print_traceback(error)
+    sys.excepthook(type(error), error, error.__traceback__)
+    return _unforeseen()
+
+
+def _unforeseen() -> APIError:
     return APIError(500, "the server could not answer this request; its own output says why")
 
 
-def print_traceback(error: Exception) -> None:
-    sys.excepthook(type(error), error, error.__traceback__)
-
-
 def _of_validation(error: RequestValidationError) -> APIError:
-    """The first thing that is wrong, by the name of its field."""
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if part != "body"]
+    """The first thing that is wrong, by the name of its field. Where a field may have several
+    types, what is wrong with the one that it has."""
+    problem = min(error.errors(), key=lambda one: str(one["type"]).endswith("_type"))
+    where = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
     name = ".".join(where) or None
     message = problem["msg"]
     return bad_request(f"{name}: {message}" if name else str(message), name)
+
+
+#: What pydantic puts among the names of fields to tell of a type.
+_TYPE = re.compile(r"^(str|constrained-str)$|\[")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,13 @@ def view(context: Context, writing: bool, chat: str | None, texts_from: int) -> 
     kv = llm.kv
     assert kv is not None
     stats = llm.kv_stats
-    held = kv.indices.reshape(-1, kv.indices.shape[-1])
-    seen = stats.seen
-    counts = np.bincount(held[held < seen].ravel(), minlength=seen)[:seen]
-    n_heads = len(held)
+    indices, seen = kv.indices, stats.seen
+    n_heads = math.prod(indices.shape[:-1])
+    held = indices.ravel()
+    counts = np.bincount(held[held < seen], minlength=seen)
     back = counts == n_heads
     if kv.log is not None:
-        for block in kv.log.blocks:
+        for block in tuple(kv.log.blocks):
             back[block.first : block.end] = True
     known = current is not None and current.id == chat
     start = min(texts_from, seen) if known else 0
@@ -61,6 +63,7 @@ def _recall(context: Context) -> dict[str, Any] | None:
         "share": event.share,
         "ms": event.ms,
         "passes": event.passes,
+        "asked_by": [asdict(word) for word in context.asked_by],
         "heads": [round(float(x), 3) for x in event.heads],
         "spans": [
             {

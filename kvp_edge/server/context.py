@@ -13,11 +13,15 @@ import numpy as np
 from kvp_edge.arrays import TokenIndices
 from kvp_edge.errors import ContextLengthError, KVPError
 from kvp_edge.server import chats, events
+from kvp_edge.server.asked_by import Word, asked_by
 from kvp_edge.server.chats import Chat, Chats
 from kvp_edge.server.errors import bad_request
 from kvp_edge.server.said import Said
 from kvp_edge.server.served import Cancelled, ServedLlama, Turn
 from kvp_edge.text.chat_prompt import prompt_tokens
+
+#: Seconds in which who looks at the cache looks again.
+_LOOKS_AGAIN = 30.0
 
 Send = Callable[[events.Event], None]
 
@@ -54,17 +58,31 @@ class Context:
     Attributes:
         chat: the one in the cells.
         tokens_per_second: at which the last reply was written.
+        asked_by: the words that asked for what came back before it, if somebody watches.
     """
 
     def __init__(self, llm: ServedLlama, store: Chats, *, keeps_at_once: bool) -> None:
         self.llm, self._store, self._keeps_at_once = llm, store, keeps_at_once
         self.chat: Chat | None = None
         self.tokens_per_second: float | None = None
+        self.asked_by: list[Word] = []
+        self._watched_until = 0.0
         self._is_kept = True
 
     def close(self) -> None:
         self._keep()
         self.llm.close()
+
+    def watch(self) -> None:
+        """Somebody looks at the cache; see ``explain``."""
+        self._watched_until = time.monotonic() + _LOOKS_AGAIN
+        self.llm.keeps_queries = True
+
+    def explain(self, idle: Callable[[], bool]) -> None:
+        """While nobody waits: find out which words asked for what came back last."""
+        self.llm.keeps_queries = time.monotonic() < self._watched_until
+        if self.llm.keeps_queries:
+            self.asked_by = asked_by(self.llm, idle)
 
     # -- a request ---------------------------------------------------------------------------
 
@@ -144,6 +162,7 @@ class Context:
         self, chat: Chat, ask: Ask, tokens: TokenIndices, cancelled: Callable[[], bool], send: Send
     ) -> None:
         llm = self.llm
+        self.asked_by = []
         messages = list(ask.messages or [])
         n_written, cached, said = 0, None, None
         self._is_kept = False

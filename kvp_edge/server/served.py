@@ -12,6 +12,7 @@ import llama_cpp
 import numpy as np
 
 from kvp_edge.arrays import FloatArray
+from kvp_edge.binding.queries import Queries
 from kvp_edge.cache.recall import Recall
 from kvp_edge.llama import Llama
 
@@ -46,6 +47,7 @@ class Turn:
         read: tokens that were read for the prompt.
         first: index of the first token that was read; None: none was.
         recalled: what came back before the reply.
+        asked: the queries that asked for it, of the newest tokens of then; None: not kept.
         started, began: seconds (time.perf_counter) when the turn, and the reply, began.
     """
 
@@ -55,6 +57,7 @@ class Turn:
     read: int = 0
     first: int | None = None
     recalled: Recall | None = None
+    asked: Queries | None = None
     started: float = field(default_factory=time.perf_counter)
     began: float | None = None
 
@@ -64,7 +67,10 @@ class ServedLlama(Llama):
 
     Attributes:
         turn: what is served just now, or was served last.
+        keeps_queries: turns keep the queries of their recalls.
     """
+
+    keeps_queries = False
 
     def __init__(self, model_path: str, **options: Any) -> None:
         self.turn = Turn()
@@ -73,6 +79,8 @@ class ServedLlama(Llama):
 
     def _see_recall(self, event: Recall) -> None:
         self.turn.recalled = event
+        if self.keeps_queries and self.kv is not None:
+            self.turn.asked = self.kv.newest_queries(event.n_asked)
 
     def _see_batch(self, first: int, end: int) -> None:
         turn = self.turn
