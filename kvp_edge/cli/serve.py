@@ -72,7 +72,7 @@ class _ServerOptions:
         help="keep chats in this folder, where they survive the server",
     )
     chats_limit: str = option(
-        "4GiB",
+        "2GiB",
         panel=_CHATS,
         metavar="SIZE",
         help="bytes of all chats; past it the least recently used ones are deleted",

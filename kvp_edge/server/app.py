@@ -63,14 +63,17 @@ class Settings:
         rules: who may ask.
         most_waiting: requests in the queue.
         longest_reply: tokens; a request that asks for more gets so many.
-        ping: seconds between signs of life in a stream.
+        patience: seconds in which what is wrong with a request is told with its status; after
+            them a stream begins, which gets signs of life, and an error is a part of it.
+        ping: seconds between these.
     """
 
     model: str
     rules: Rules = field(default_factory=Rules)
     most_waiting: int = 64
     longest_reply: int = 4096
-    ping: float = 15.0
+    patience: float = 1.0
+    ping: float = 10.0
 
 
 class _Asked:
@@ -172,11 +175,11 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
         job = _Asked(ask, metrics, lambda: waiting.waiting == 0)
         waiting.put(job)
         if streams:
-            try:  # what is wrong with a prompt is told before the stream begins
-                begun = await _or_gone(job.next(), request, job)
-            except Exception as error:
+            first = asyncio.ensure_future(job.next())
+            await asyncio.wait([first], timeout=settings.patience)
+            if first.done() and isinstance(error := first.exception(), Exception):
                 raise _as_answer(error) from error
-            return EventSourceResponse(_stream(job, begun, form, include_usage), ping=settings.ping)
+            return EventSourceResponse(_stream(job, first, form, include_usage), ping=settings.ping)
         try:
             while True:
                 event = await _or_gone(job.next(), request, job)
@@ -337,9 +340,10 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
 
 
 async def _stream(
-    job: _Asked, event: Event, form: ChatForm | TextForm, include_usage: bool
+    job: _Asked, first: asyncio.Future[Event], form: ChatForm | TextForm, include_usage: bool
 ) -> AsyncIterator[dict[str, str]]:
     try:
+        event = await first
         while True:
             if isinstance(event, Began):
                 chunks = form.began(event)
