@@ -34,6 +34,7 @@ from kvp_edge.server.metrics import Metrics
 from kvp_edge.server.replies import ChatForm, TextForm
 from kvp_edge.server.requests import ChatRequest, TextRequest, TokenizeRequest
 from kvp_edge.server.served import Cancelled, ServedLlama
+from kvp_edge.server.tools import BadRequest, check
 from kvp_edge.server.workers import Line
 
 _PAGE = Path(__file__).parent / "page"
@@ -192,9 +193,15 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
+        try:
+            tools = check(
+                body.tools, body.tool_choice, body.response_format, body.parallel_tool_calls
+            )
+        except BadRequest as error:
+            raise bad_request(str(error), error.param) from error
         top = (body.top_logprobs or 0) if body.logprobs else None
         messages = [message.plain() for message in body.messages]
-        ask = Ask(messages, how=_how(body, settings), n=body.n, top_logprobs=top)
+        ask = Ask(messages, how=_how(body, settings), tools=tools, n=body.n, top_logprobs=top)
         form = ChatForm(settings.model, lambda token: first.piece([token]))
         return await answer(request, ask, form, body.stream, body.include_usage)
 

@@ -228,11 +228,14 @@ class Chats:
             chat = self._chats.pop(id, None)
             if chat is None:
                 return False
-            if isinstance(chat.kept, Path):
-                with contextlib.suppress(OSError):
-                    chat.kept.unlink()
             chat.kept, chat.nbytes, chat.deleted = None, 0, True
+            self._remove_file(chat)
             return True
+
+    def _remove_file(self, chat: Chat) -> None:
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                self.path_of(chat).unlink()
 
     def _forget_the_oldest(self, but: Chat) -> None:
         total = self.nbytes
@@ -253,13 +256,23 @@ class Chats:
         Raises:
             SessionError, KVCacheError: it cannot be kept as asked for.
         """
+        kept: SavedState | Path
         if self.folder is not None:
-            path = self.path_of(chat)
-            llm.save_session(path, _facts(chat))
-            chat.kept, chat.nbytes = path, path.stat().st_size
+            kept = self.path_of(chat)
+            llm.save_session(kept, _facts(chat))
         else:
-            state: SavedState = llm.save_state()
-            chat.kept, chat.nbytes = state, int(state.llama_state_size) + chat.tokens.nbytes
+            kept = llm.save_state()
+        with self._lock:
+            if chat.deleted:  # while it was written
+                self._remove_file(chat)
+                return
+            chat.kept, chat.nbytes = kept, _nbytes(kept, chat)
+
+
+def _nbytes(kept: SavedState | Path, chat: Chat) -> int:
+    if isinstance(kept, Path):
+        return kept.stat().st_size
+    return int(kept.llama_state_size) + chat.tokens.nbytes
 
 
 def bring(llm: Llama, chat: Chat) -> None:
