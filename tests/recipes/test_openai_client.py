@@ -279,6 +279,18 @@ def test_tokens_are_a_prompt_too(client: Any, server: Server) -> None:
     )
 
 
+def test_none_is_as_if_it_was_not_given(client: Any) -> None:
+    names = ("n", "stream", "stream_options", "logprobs", "top_logprobs", "temperature", "top_p")
+    names += ("stop", "seed", "logit_bias", "max_completion_tokens", "presence_penalty", "tools")
+    ask: dict[str, Any] = dict.fromkeys(names)
+    named = {"role": "user", "content": "Hello.", "name": None}
+    reply = client.chat.completions.create(model=MODEL, messages=[named], max_tokens=3, **ask)
+    assert reply.usage.completion_tokens == 3
+    names = ("n", "stream", "logprobs", "echo", "max_tokens", "suffix", "best_of", "stop")
+    text = client.completions.create(model=MODEL, prompt="It was", **dict.fromkeys(names))
+    assert text.usage.completion_tokens == 16
+
+
 # -- what is wrong --------------------------------------------------------------------------------
 
 
