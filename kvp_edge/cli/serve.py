@@ -38,7 +38,8 @@ The server answers this machine only. With another --host it needs --api-key-fil
 examples:
   kvp-edge serve model.gguf --kv-budget 1024
   kvp-edge serve model.gguf --chats ~/chats --chats-limit 20GiB
-  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+  curl http://127.0.0.1:8080/v1/chat/completions \\
+      -H 'Content-Type: application/json' \\
       -d '{"messages": [{"role": "user", "content": "Hello."}]}'"""
 
 
@@ -148,9 +149,17 @@ def _listen(host: str, port: int) -> socket.socket:
     except ValueError:
         version = 4
     family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    # asyncio sends small packets at once (TCP_NODELAY) only where the protocol is named; else each
+    # token of a stream would wait 40 ms for the client's acknowledgement of the one before
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        if os.name == "posix":
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(128)
+        return listening
     except (OSError, OverflowError) as error:
+        listening.close()
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot answer at {host}, port {port}: {reason}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import sys
 import time
@@ -33,6 +34,7 @@ from kvp_edge.server.metrics import Metrics
 from kvp_edge.server.replies import ChatForm, TextForm
 from kvp_edge.server.requests import ChatRequest, TextRequest, TokenizeRequest
 from kvp_edge.server.served import Cancelled, ServedLlama
+from kvp_edge.server.tools import BadRequest, check
 from kvp_edge.server.workers import Line
 
 _PAGE = Path(__file__).parent / "page"
@@ -191,9 +193,15 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
+        try:
+            tools = check(
+                body.tools, body.tool_choice, body.response_format, body.parallel_tool_calls
+            )
+        except BadRequest as error:
+            raise bad_request(str(error), error.param) from error
         top = (body.top_logprobs or 0) if body.logprobs else None
         messages = [message.plain() for message in body.messages]
-        ask = Ask(messages, how=_how(body, settings), n=body.n, top_logprobs=top)
+        ask = Ask(messages, how=_how(body, settings), tools=tools, n=body.n, top_logprobs=top)
         form = ChatForm(settings.model, lambda token: first.piece([token]))
         return await answer(request, ask, form, body.stream, body.include_usage)
 
@@ -410,9 +418,14 @@ def _unforeseen() -> APIError:
 
 
 def _of_validation(error: RequestValidationError) -> APIError:
-    """The first thing that is wrong, by the name of its field."""
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if part != "body"]
+    """The first thing that is wrong, by the name of its field. Where a field may have several
+    types, what is wrong with the one that it has."""
+    problem = min(error.errors(), key=lambda one: str(one["type"]).endswith("_type"))
+    where = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
     name = ".".join(where) or None
     message = problem["msg"]
     return bad_request(f"{name}: {message}" if name else str(message), name)
+
+
+#: What pydantic puts among the names of fields to tell of a type.
+_TYPE = re.compile(r"^(str|constrained-str)$|\[")

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -163,11 +164,9 @@ class Chats:
             if chat is not None and not chat.busy:
                 chat.busy = True
                 return Place(chat, chat)
-            source = self._alike(tokens, resident)
-            if chat is None and source is not None and _same_start(messages, source.messages):
-                chat = source
-            new = Chat(parent=chat.id if chat else None, busy=True)
-            return Place(new, source)
+            parent = chat or self._parted_from(messages or [])
+            new = Chat(parent=parent.id if parent else None, busy=True)
+            return Place(new, self._alike(tokens, resident))
 
     def _continued(self, messages: Sequence[Message] | None, tokens: TokenIndices) -> Chat | None:
         found, length = None, 0
@@ -182,14 +181,24 @@ class Chats:
                 found, length = chat, n
         return found
 
+    def _parted_from(self, messages: Sequence[Message]) -> Chat | None:
+        """The chat that shares most first messages, if the user's first is among them."""
+        found, best = None, next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+        for chat in self._chats.values():
+            n = n_same(messages, chat.messages)
+            if n > best:
+                found, best = chat, n
+        return found
+
     def _alike(self, tokens: TokenIndices, resident: str | None) -> Chat | None:
-        """The chat with the longest equal beginning, if that is long enough."""
+        """The chat with the longest equal beginning, if that is long enough; of several the one in
+        the cells, or the newest."""
         found, best = None, _WORTH_BRANCHING - 1
         for chat in self._chats.values():
             if chat.kept is None and chat.id != resident:
                 continue
             n = n_equal(tokens, chat.tokens)
-            if n > best or (n == best and chat.id == resident):
+            if n > best or (n == best and found is not None and found.id != resident):
                 found, best = chat, n
         return found
 
@@ -219,11 +228,14 @@ class Chats:
             chat = self._chats.pop(id, None)
             if chat is None:
                 return False
-            if isinstance(chat.kept, Path):
-                with contextlib.suppress(OSError):
-                    chat.kept.unlink()
             chat.kept, chat.nbytes, chat.deleted = None, 0, True
+            self._remove_file(chat)
             return True
+
+    def _remove_file(self, chat: Chat) -> None:
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                self.path_of(chat).unlink()
 
     def _forget_the_oldest(self, but: Chat) -> None:
         total = self.nbytes
@@ -244,13 +256,23 @@ class Chats:
         Raises:
             SessionError, KVCacheError: it cannot be kept as asked for.
         """
+        kept: SavedState | Path
         if self.folder is not None:
-            path = self.path_of(chat)
-            llm.save_session(path, _facts(chat))
-            chat.kept, chat.nbytes = path, path.stat().st_size
+            kept = self.path_of(chat)
+            llm.save_session(kept, _facts(chat))
         else:
-            state: SavedState = llm.save_state()
-            chat.kept, chat.nbytes = state, int(state.llama_state_size) + chat.tokens.nbytes
+            kept = llm.save_state()
+        with self._lock:
+            if chat.deleted:  # while it was written
+                self._remove_file(chat)
+                return
+            chat.kept, chat.nbytes = kept, _nbytes(kept, chat)
+
+
+def _nbytes(kept: SavedState | Path, chat: Chat) -> int:
+    if isinstance(kept, Path):
+        return kept.stat().st_size
+    return int(kept.llama_state_size) + chat.tokens.nbytes
 
 
 def bring(llm: Llama, chat: Chat) -> None:
@@ -273,7 +295,13 @@ def bring(llm: Llama, chat: Chat) -> None:
 def continues(messages: Sequence[Message], known: Sequence[Message]) -> bool:
     """Whether a request's messages begin with these. What templates and clients change of a text on
     the way, spaces at its ends, does not count; nor do the ids of tool calls."""
-    return len(known) <= len(messages) and all(map(_same, messages, known))
+    return len(known) <= len(messages) and n_same(messages, known) == len(known)
+
+
+def n_same(messages: Sequence[Message], known: Sequence[Message]) -> int:
+    """How many of the first messages are the same."""
+    pairs = zip(messages, known, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: _same(*pair), pairs))
 
 
 def _same(one: Message, other: Message) -> bool:
@@ -287,14 +315,6 @@ def _same(one: Message, other: Message) -> bool:
 def _calls(message: Message) -> list[tuple[str, str]]:
     calls = message.get("tool_calls") or []
     return [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
-
-
-def _same_start(messages: Sequence[Message] | None, known: Sequence[Message]) -> bool:
-    """Whether both chats have the same first message of the user's."""
-    firsts = [
-        next((m for m in some if m["role"] == "user"), None) for some in (messages or [], known)
-    ]
-    return None not in firsts and _same(*firsts)  # type: ignore[arg-type]
 
 
 def n_equal(one: TokenIndices, other: TokenIndices) -> int:

@@ -18,6 +18,7 @@ from kvp_edge.server.chats import Chat, Chats
 from kvp_edge.server.errors import bad_request
 from kvp_edge.server.said import Said
 from kvp_edge.server.served import Cancelled, ServedLlama, Turn
+from kvp_edge.server.tools import Reply, for_template
 from kvp_edge.text.chat_prompt import prompt_tokens
 
 #: Seconds in which who looks at the cache looks again.
@@ -31,7 +32,7 @@ class Ask:
     """What is asked of a context.
 
     Attributes:
-        messages: of a chat, as templates read them; None: ``prompt`` is a text.
+        messages: of a chat, in OpenAI's form; None: ``prompt`` is a text.
         prompt: text, or token ids.
         how: keyword arguments of Llama.create_completion.
         tools: how tools are offered, and calls found; None: neither.
@@ -42,7 +43,7 @@ class Ask:
     messages: list[dict[str, Any]] | None = None
     prompt: str | list[int] = ""
     how: dict[str, Any] = field(default_factory=dict)
-    tools: Any = None
+    tools: Reply | None = None
     n: int = 1
     top_logprobs: int | None = None
 
@@ -104,7 +105,7 @@ class Context:
         resident = self.chat.id if self.chat is not None else None
         place = self._store.find(ask.messages, tokens, resident)
         try:
-            self._go_to(place.source)
+            self._go_to(place.source, place.chat)
             self.chat = place.chat
             self._reply(place.chat, ask, tokens, cancelled, send)
         except BaseException:
@@ -113,10 +114,11 @@ class Context:
 
     def _tokens_of(self, ask: Ask) -> TokenIndices:
         if ask.messages is not None:
-            offered = ask.tools.arguments().get("tools") if ask.tools is not None else None
-            how = {"tools": offered} if offered else {}
+            shown = ask.tools.tools if ask.tools is not None else None
+            how = {"tools": shown} if shown else {}
             try:
-                return np.array(prompt_tokens(self.llm, ask.messages, **how), np.int32)
+                messages = for_template(ask.messages)
+                return np.array(prompt_tokens(self.llm, messages, **how), np.int32)
             except KVPError:
                 raise
             except Exception as error:  # a template is a program, and may fail in any way
@@ -129,9 +131,15 @@ class Context:
             return np.array(self.llm.prompt_of(ask.prompt), np.int32)
         return np.array(ask.prompt, np.int32)
 
-    def _go_to(self, source: Chat | None) -> None:
-        """Have the cache of this chat in the cells, or none."""
-        if source is not None and source is self.chat:
+    def _go_to(self, source: Chat | None, goes_on: Chat) -> None:
+        """Have the cache of a chat in the cells, or none.
+
+        Args:
+            goes_on: the chat that will be in the cells from then on.
+        """
+        if source is not None and self._holds(source):
+            if goes_on is not source:
+                self._keep()
             return
         self._keep()
         self.chat = None
@@ -142,6 +150,13 @@ class Context:
             except (KVPError, OSError, MemoryError) as error:
                 warnings.warn(f"a chat is read again: {error}", stacklevel=2)
         self.llm.reset()
+
+    def _holds(self, chat: Chat) -> bool:
+        """Whether its cache is in the cells, unless another context has gone on with it since."""
+        if chat is not self.chat:
+            return False
+        tokens = self.llm.input_ids[: self.llm.n_tokens]
+        return chat.kept is None or np.array_equal(tokens, chat.tokens)
 
     def _keep(self) -> None:
         """Keep what is in the cells for later, if it is not."""
@@ -197,7 +212,9 @@ class Context:
             return
         if ask.tools is not None:
             how.update(ask.tools.arguments())
-        for chunk in self.llm.create_chat_completion(ask.messages, stream=True, **how):
+        for chunk in self.llm.create_chat_completion(
+            for_template(ask.messages), stream=True, **how
+        ):
             choice = chunk["choices"][0]
             yield choice["delta"].get("content") or "", choice["finish_reason"]
 
