@@ -66,6 +66,8 @@ class Settings:
         patience: seconds in which what is wrong with a request is told with its status; after
             them a stream begins, which gets signs of life, and an error is a part of it.
         ping: seconds between these.
+        log: called with what was measured of every reply, and the seconds it took, waiting
+            included. No text is logged.
     """
 
     model: str
@@ -74,28 +76,32 @@ class Settings:
     longest_reply: int = 4096
     patience: float = 1.0
     ping: float = 10.0
+    log: Callable[[Done, float], None] = lambda *_: None
 
 
 class _Asked:
     """A request in line: a job of ``Line``, and the events that come of it."""
 
-    def __init__(self, ask: Ask, metrics: Metrics, idle: Callable[[], bool]) -> None:
-        self.ask, self._metrics, self._idle = ask, metrics, idle
+    def __init__(
+        self,
+        ask: Ask,
+        metrics: Metrics,
+        idle: Callable[[], bool],
+        log: Callable[[Done, float], None],
+    ) -> None:
+        self.ask, self._metrics, self._idle, self._log = ask, metrics, idle, log
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._since = time.monotonic()
 
     def run(self, context: Context) -> None:
-        before = dict(context.llm.kv_stats)
-
         def send(event: Event) -> None:
             if isinstance(event, Began):
                 self._metrics.began(time.monotonic() - self._since)
-                if event.n_cached == 0:
-                    before.update(evictions=0, recalled=0)
             elif isinstance(event, Done):
-                self._metrics.done(event, before)
+                self._metrics.done(event)
+                self._log(event, time.monotonic() - self._since)
             self._tell(event)
 
         try:
@@ -172,7 +178,7 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
     ) -> Any:
         assert line is not None
         waiting = line
-        job = _Asked(ask, metrics, lambda: waiting.waiting == 0)
+        job = _Asked(ask, metrics, lambda: waiting.waiting == 0, settings.log)
         waiting.put(job)
         if streams:
             first = asyncio.ensure_future(job.next())

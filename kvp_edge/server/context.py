@@ -180,11 +180,12 @@ class Context:
         llm = self.llm
         self.asked_by = []
         messages = list(ask.messages or [])
-        n_written, cached, said = 0, None, None
+        turns, cached, said = list[Turn](), None, None
         self._is_kept = False
         try:
             for index in range(ask.n):
                 turn = llm.turn = Turn(cancelled, ask.top_logprobs)
+                turns.append(turn)
                 said = Said(ask.tools)
                 for text, ending in self._texts(ask, index):
                     if cached is None:
@@ -193,7 +194,6 @@ class Context:
                         send(events.Began(chat.id, len(tokens), cached))
                     deltas = said.add(text, ending)
                     send(events.Piece(index, deltas, said.new_tokens(turn), said.ending))
-                n_written += len(turn.written)
                 self._measure(turn)
         except Cancelled:
             self._remember(chat, messages, said)
@@ -202,7 +202,7 @@ class Context:
             self._fail(chat)
             raise
         self._remember(chat, messages, said)
-        send(events.Done(len(tokens), n_written, cached or 0, dict(llm.kv_stats)))
+        send(events.Done(len(tokens), cached or 0, turns, dict(llm.kv_stats)))
 
     def _texts(self, ask: Ask, index: int) -> Iterator[tuple[str, str | None]]:
         """Pieces of text, the last with the reason why it ends."""
