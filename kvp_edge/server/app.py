@@ -34,6 +34,7 @@ from kvp_edge.server.metrics import Metrics
 from kvp_edge.server.replies import ChatForm, TextForm
 from kvp_edge.server.requests import ChatRequest, TextRequest, TokenizeRequest
 from kvp_edge.server.served import Cancelled, ServedLlama
+from kvp_edge.server.tools import BadRequest, check
 from kvp_edge.server.workers import Line
 
 _PAGE = Path(__file__).parent / "page"
@@ -62,21 +63,33 @@ class Settings:
         rules: who may ask.
         most_waiting: requests in the queue.
         longest_reply: tokens; a request that asks for more gets so many.
-        ping: seconds between signs of life in a stream.
+        patience: seconds in which what is wrong with a request is told with its status; after
+            them a stream begins, which gets signs of life, and an error is a part of it.
+        ping: seconds between these.
+        log: called with what was measured of every reply, and the seconds it took, waiting
+            included. No text is logged.
     """
 
     model: str
     rules: Rules = field(default_factory=Rules)
     most_waiting: int = 64
     longest_reply: int = 4096
-    ping: float = 15.0
+    patience: float = 1.0
+    ping: float = 10.0
+    log: Callable[[Done, float], None] = lambda *_: None
 
 
 class _Asked:
     """A request in line: a job of ``Line``, and the events that come of it."""
 
-    def __init__(self, ask: Ask, metrics: Metrics, idle: Callable[[], bool]) -> None:
-        self.ask, self._metrics, self._idle = ask, metrics, idle
+    def __init__(
+        self,
+        ask: Ask,
+        metrics: Metrics,
+        idle: Callable[[], bool],
+        log: Callable[[Done, float], None],
+    ) -> None:
+        self.ask, self._metrics, self._idle, self._log = ask, metrics, idle, log
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -88,6 +101,7 @@ class _Asked:
                 self._metrics.began(time.monotonic() - self._since)
             elif isinstance(event, Done):
                 self._metrics.done(event)
+                self._log(event, time.monotonic() - self._since)
             self._tell(event)
 
         try:
@@ -164,14 +178,14 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
     ) -> Any:
         assert line is not None
         waiting = line
-        job = _Asked(ask, metrics, lambda: waiting.waiting == 0)
+        job = _Asked(ask, metrics, lambda: waiting.waiting == 0, settings.log)
         waiting.put(job)
         if streams:
-            try:  # what is wrong with a prompt is told before the stream begins
-                begun = await _or_gone(job.next(), request, job)
-            except Exception as error:
+            first = asyncio.ensure_future(job.next())
+            await asyncio.wait([first], timeout=settings.patience)
+            if first.done() and isinstance(error := first.exception(), Exception):
                 raise _as_answer(error) from error
-            return EventSourceResponse(_stream(job, begun, form, include_usage), ping=settings.ping)
+            return EventSourceResponse(_stream(job, first, form, include_usage), ping=settings.ping)
         try:
             while True:
                 event = await _or_gone(job.next(), request, job)
@@ -188,9 +202,15 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
+        try:
+            tools = check(
+                body.tools, body.tool_choice, body.response_format, body.parallel_tool_calls
+            )
+        except BadRequest as error:
+            raise bad_request(str(error), error.param) from error
         top = (body.top_logprobs or 0) if body.logprobs else None
         messages = [message.plain() for message in body.messages]
-        ask = Ask(messages, how=_how(body, settings), n=body.n, top_logprobs=top)
+        ask = Ask(messages, how=_how(body, settings), tools=tools, n=body.n, top_logprobs=top)
         form = ChatForm(settings.model, lambda token: first.piece([token]))
         return await answer(request, ask, form, body.stream, body.include_usage)
 
@@ -326,9 +346,10 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
 
 
 async def _stream(
-    job: _Asked, event: Event, form: ChatForm | TextForm, include_usage: bool
+    job: _Asked, first: asyncio.Future[Event], form: ChatForm | TextForm, include_usage: bool
 ) -> AsyncIterator[dict[str, str]]:
     try:
+        event = await first
         while True:
             if isinstance(event, Began):
                 chunks = form.began(event)

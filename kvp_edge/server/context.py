@@ -18,6 +18,7 @@ from kvp_edge.server.chats import Chat, Chats
 from kvp_edge.server.errors import bad_request
 from kvp_edge.server.said import Said
 from kvp_edge.server.served import Cancelled, ServedLlama, Turn
+from kvp_edge.server.tools import Reply, for_template
 from kvp_edge.text.chat_prompt import prompt_tokens
 
 #: Seconds in which who looks at the cache looks again.
@@ -31,7 +32,7 @@ class Ask:
     """What is asked of a context.
 
     Attributes:
-        messages: of a chat, as templates read them; None: ``prompt`` is a text.
+        messages: of a chat, in OpenAI's form; None: ``prompt`` is a text.
         prompt: text, or token ids.
         how: keyword arguments of Llama.create_completion.
         tools: how tools are offered, and calls found; None: neither.
@@ -42,7 +43,7 @@ class Ask:
     messages: list[dict[str, Any]] | None = None
     prompt: str | list[int] = ""
     how: dict[str, Any] = field(default_factory=dict)
-    tools: Any = None
+    tools: Reply | None = None
     n: int = 1
     top_logprobs: int | None = None
 
@@ -87,7 +88,8 @@ class Context:
     # -- a request ---------------------------------------------------------------------------
 
     def serve(self, ask: Ask, cancelled: Callable[[], bool], send: Send) -> None:
-        """Answer, in events. Whatever comes of it, the chat is kept as far as it was read.
+        """Answer, in events. A reply that nobody waits for any more is kept as far as it was
+        written.
 
         Raises:
             KVPError: nothing could be read or written.
@@ -113,10 +115,11 @@ class Context:
 
     def _tokens_of(self, ask: Ask) -> TokenIndices:
         if ask.messages is not None:
-            offered = ask.tools.arguments().get("tools") if ask.tools is not None else None
-            how = {"tools": offered} if offered else {}
+            shown = ask.tools.tools if ask.tools is not None else None
+            how = {"tools": shown} if shown else {}
             try:
-                return np.array(prompt_tokens(self.llm, ask.messages, **how), np.int32)
+                messages = for_template(ask.messages)
+                return np.array(prompt_tokens(self.llm, messages, **how), np.int32)
             except KVPError:
                 raise
             except Exception as error:  # a template is a program, and may fail in any way
@@ -177,12 +180,12 @@ class Context:
         llm = self.llm
         self.asked_by = []
         messages = list(ask.messages or [])
-        n_written, cached, said = 0, None, None
+        turns, cached, said = list[Turn](), None, None
         self._is_kept = False
-        before = dict(llm.kv_stats)
         try:
             for index in range(ask.n):
                 turn = llm.turn = Turn(cancelled, ask.top_logprobs)
+                turns.append(turn)
                 said = Said(ask.tools)
                 for text, ending in self._texts(ask, index):
                     if cached is None:
@@ -191,15 +194,15 @@ class Context:
                         send(events.Began(chat.id, len(tokens), cached))
                     deltas = said.add(text, ending)
                     send(events.Piece(index, deltas, said.new_tokens(turn), said.ending))
-                n_written += len(turn.written)
                 self._measure(turn)
         except Cancelled:
-            raise
-        finally:
             self._remember(chat, messages, said)
-        if not cached:  # all began anew
-            before = {}
-        send(events.Done(len(tokens), n_written, cached or 0, dict(llm.kv_stats), before))
+            raise
+        except BaseException:
+            self._fail(chat)
+            raise
+        self._remember(chat, messages, said)
+        send(events.Done(len(tokens), cached or 0, turns, dict(llm.kv_stats)))
 
     def _texts(self, ask: Ask, index: int) -> Iterator[tuple[str, str | None]]:
         """Pieces of text, the last with the reason why it ends."""
@@ -213,7 +216,9 @@ class Context:
             return
         if ask.tools is not None:
             how.update(ask.tools.arguments())
-        for chunk in self.llm.create_chat_completion(ask.messages, stream=True, **how):
+        for chunk in self.llm.create_chat_completion(
+            for_template(ask.messages), stream=True, **how
+        ):
             choice = chunk["choices"][0]
             yield choice["delta"].get("content") or "", choice["finish_reason"]
 
@@ -226,8 +231,7 @@ class Context:
         """The chat is what was read, with what was said."""
         llm = self.llm
         if llm.n_tokens == 0:  # nothing came of it
-            self.chat = None
-            self._store.release(chat)
+            self._fail(chat)
             return
         reply = said.message() if said is not None else None
         chat.messages = messages + ([reply] if reply and messages else [])
@@ -236,3 +240,12 @@ class Context:
         if self._keeps_at_once:
             self._keep()
             self._store.put(chat)  # its bytes are known now
+
+    def _fail(self, chat: Chat) -> None:
+        """Nothing was answered: a chat that was there before is what it was, in as many tokens as
+        are read of it by now; a new one is none."""
+        if self.llm.n_tokens and self._store.get(chat.id) is chat:
+            chat.tokens = self.llm.input_ids[: self.llm.n_tokens].astype(np.int32)
+        else:
+            self.chat = None
+        self._store.release(chat)

@@ -66,11 +66,11 @@ class Metrics:
         self._tokens.labels("prompt").inc(done.n_prompt)
         self._tokens.labels("cached").inc(done.n_cached)
         self._tokens.labels("written").inc(done.n_written)
-        for name, count in (("evictions", self._evictions), ("recalled", self._recalled)):
-            count.inc(done.kv_cache[name] - done.before.get(name, 0))
-        for what in ("eviction", "recall"):
-            spent = f"{what}_ms"
-            self._spent.labels(what).inc(done.kv_cache[spent] - done.before.get(spent, 0.0))
+        for turn in done.turns:
+            self._evictions.inc(turn.n_evictions)
+            self._recalled.inc(turn.n_recalled)
+            self._spent.labels("evictions").inc(turn.eviction_ms)
+            self._spent.labels("recall").inc(turn.recall_ms)
 
     def text(self) -> tuple[bytes, str]:
         """The answer, and its content type."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvp_edge.server.events import Began, Done, Piece
 from kvp_edge.server.served import Written
+from kvp_edge.server.tool_calls import merge
 
 #: The bytes of a token.
 TextOf = Callable[[int], bytes]
@@ -127,12 +128,7 @@ class ChatForm(_Form):
         return self._chunk([choice])
 
     def _said(self, pieces: list[Piece]) -> dict[str, Any]:
-        deltas = [delta for piece in pieces for delta in piece.deltas]
-        content = "".join(delta.get("content") or "" for delta in deltas)
-        message: dict[str, Any] = {"role": "assistant", "content": content}
-        calls = merged_calls(deltas)
-        if calls:
-            message.update(tool_calls=calls, content=content or None)
+        message = merge([delta for piece in pieces for delta in piece.deltas])
         return {"message": message}
 
     def _logprobs(self, written: list[Written]) -> dict[str, Any] | None:
@@ -202,20 +198,6 @@ class TextForm(_Form):
             "top_logprobs": [{self._text(t): _finite(x) for t, x in w.top} for w in told],
             "text_offset": offsets,
         }
-
-
-def merged_calls(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tool calls that deltas of a stream add up to."""
-    calls: list[dict[str, Any]] = []
-    for delta in deltas:
-        for part in delta.get("tool_calls") or ():
-            if part["index"] == len(calls):
-                calls.append({"id": "", "type": "function", "function": {}})
-            call, function = calls[part["index"]], part.get("function", {})
-            call["id"] = part.get("id") or call["id"]
-            for name in ("name", "arguments"):
-                call["function"][name] = call["function"].get(name, "") + function.get(name, "")
-    return calls
 
 
 def _usage(event: Done) -> dict[str, Any]:

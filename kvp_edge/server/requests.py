@@ -19,6 +19,14 @@ _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 class _Model(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_as_if_not_given(cls, data: Any) -> Any:
+        """As in OpenAI's protocol; clients write it for whatever their users leave alone."""
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if value is not None}
+        return data
+
 
 class TextPart(_Model):
     type: Literal["text"]
@@ -112,6 +120,11 @@ class ChatRequest(_Completion):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    # these are checked in tools.py
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    response_format: Any = None
 
     @property
     def longest(self) -> int | None:

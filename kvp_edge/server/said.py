@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvp_edge.server.replies import merged_calls
 from kvp_edge.server.served import Turn, Written
+from kvp_edge.server.tool_calls import merge
+from kvp_edge.server.tools import Reply
 
 
 class Said:
@@ -17,7 +18,7 @@ class Said:
         ending: why it ended; None: it has not.
     """
 
-    def __init__(self, tools: Any) -> None:
+    def __init__(self, tools: Reply | None) -> None:
         self._parser = tools.parser() if tools is not None else None
         self._deltas: list[dict[str, Any]] = []
         self._told = 0  # tokens
@@ -47,9 +48,7 @@ class Said:
 
     def message(self) -> dict[str, Any] | None:
         """As it comes back with the next request; None: nothing was said."""
-        text = "".join(delta.get("content") or "" for delta in self._deltas)
-        calls = merged_calls(self._deltas)
-        if not text and not calls:
+        message = merge(self._deltas)
+        if not message["content"] and "tool_calls" not in message:
             return None
-        message: dict[str, Any] = {"role": "assistant", "content": text}
-        return {**message, "tool_calls": calls} if calls else message
+        return {**message, "content": message["content"] or ""}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from kvp_edge.server.app import Settings, make_app  # noqa: E402
 from kvp_edge.server.chats import Chats  # noqa: E402
+from kvp_edge.server.context import Context  # noqa: E402
 from kvp_edge.server.served import ServedLlama  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"kv_budget": 128, "n_ctx": 1024, "verbose": False, "n_threads": 1}
@@ -274,10 +277,12 @@ def test_metrics_count_what_was_done(client: TestClient) -> None:
         return {n: float(x) for n, x in (li.rsplit(" ", 1) for li in lines if li[0] != "#")}
 
     before, usage, after = read(), chat(client)["usage"], read()
+    while after["kvp_at_work"]:  # the chat is being kept
+        after = read()
     for name, kind in (("prompt_tokens", "prompt"), ("completion_tokens", "written")):
         key = f'kvp_tokens_total{{kind="{kind}"}}'
         assert after[key] - before.get(key, 0) == usage[name]
-    assert after["kvp_at_work"] == after["kvp_queue"] == 0
+    assert after["kvp_queue"] == 0
     assert after["kvp_chats"] >= 1
     assert after["kvp_first_token_seconds_count"] == before["kvp_first_token_seconds_count"] + 1
 
@@ -291,6 +296,75 @@ def test_a_template_that_cannot_show_a_chat_is_told_of(
     monkeypatch.setattr("kvp_edge.server.context.prompt_tokens", fails)
     found = error(client, "/v1/chat/completions", 400, messages=DOG)
     assert found["message"].endswith("cannot show these messages: division by zero")
+
+
+def test_a_stream_gives_signs_of_life_while_a_prompt_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = threading.Event()
+    serve = Context.serve
+
+    def waits(*args: Any) -> None:
+        read.wait()
+        serve(*args)
+
+    monkeypatch.setattr(Context, "serve", waits)
+    settings = Settings("bookworm", patience=0.0, ping=0.01)
+    app = make_app([ServedLlama(bundled_model(), **OPTIONS)], Chats(None, 2**30), settings)
+    lines: list[str] = []
+
+    async def send(message: Any) -> None:
+        lines.extend(message.get("body", b"").decode().splitlines())
+        if any(line.startswith(": ping") for line in lines):
+            read.set()
+
+    async def talk() -> None:
+        body = json.dumps({"messages": DOG, "max_tokens": 4, "stream": True}).encode()
+        asked = asyncio.Queue[Any]()
+        asked.put_nowait({"type": "http.request", "body": body})
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "query_string": b"",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        }
+        async with app.router.lifespan_context(app):
+            await app(scope, asked.get, send)
+
+    asyncio.run(talk())
+    said = [line for line in lines if line]
+    assert said[0].startswith(": ping")
+    assert said[-1] == "data: [DONE]"
+
+
+def test_a_call_of_a_tool_comes_back_as_one_and_is_remembered(client: TestClient) -> None:
+    schema = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    asked = {"tools": tools, "tool_choice": "required", "max_tokens": 40}
+    said = chat(client, **asked)
+    choice = said["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+    answer = {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}
+    later = chat(client, [*DOG, choice["message"], answer], tools=tools)
+    assert later["chat_id"] == said["chat_id"]
+    found = chunks(client, messages=DOG, **asked)
+    [streamed] = [c for f in found for c in f["choices"][0]["delta"].get("tool_calls", [])]
+    assert streamed["function"] == call["function"]
+
+
+def test_a_reply_has_the_form_that_is_asked_for(client: TestClient) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    said = chat(client, response_format=form, max_tokens=30)["choices"][0]["message"]["content"]
+    assert json.loads(said) in ({"n": 1}, {"n": 2})
+    found = error(
+        client, "/v1/chat/completions", 400, messages=DOG, response_format={"type": "poem"}
+    )
+    assert found["param"] == "response_format"
 
 
 def test_the_cache_is_shown_as_it_is(client: TestClient) -> None:
