@@ -17,18 +17,20 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from sse_starlette.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
+from kvp_edge import __version__
 from kvp_edge.errors import BudgetError, ContextLengthError, KVPError
 from kvp_edge.server import cache_view
 from kvp_edge.server.access import LOCAL_ORIGINS, Access, Rules
 from kvp_edge.server.answers import Answers
 from kvp_edge.server.chats import Chat, Chats
 from kvp_edge.server.context import Ask, Context
-from kvp_edge.server.errors import APIError, bad_request
+from kvp_edge.server.errors import APIError, ErrorBody, bad_request
 from kvp_edge.server.events import Began, Done, Event, Piece
 from kvp_edge.server.metrics import Metrics
 from kvp_edge.server.replies import ChatForm, TextForm
@@ -52,6 +54,13 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+#: What a request for a reply gets, for /openapi.json.
+_REPLIES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "a reply, or its chunks", "content": {"text/event-stream": {}}},
+    503: {"model": ErrorBody, "description": "the queue is full, or the server is stopping"},
 }
 
 
@@ -162,7 +171,14 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
             "kv_bytes": stat("kv_bytes"),
         }
     )
-    app = FastAPI(title="kvp-edge serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="kvp-edge serve",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody, "description": "what is wrong with the request"}},
+    )
     app.add_middleware(
         CORSMiddleware,
         allow_origin_regex=LOCAL_ORIGINS,
@@ -185,10 +201,11 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
             await asyncio.wait([first], timeout=settings.patience)
             if first.done() and isinstance(error := first.exception(), Exception):
                 raise _as_answer(error) from error
-            return EventSourceResponse(_stream(job, first, form, include_usage), ping=settings.ping)
+            return _Stream(job, _stream(job, first, form, include_usage), settings.ping)
+        gone = asyncio.ensure_future(_gone(request))
         try:
             while True:
-                event = await _or_gone(job.next(), request, job)
+                event = await _or_gone(job.next(), gone, job)
                 if isinstance(event, Began):
                     form.began(event)
                 elif isinstance(event, Piece):
@@ -197,10 +214,12 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
                     return JSONResponse(form.reply(event))
         except Exception as error:
             raise _as_answer(error) from error
+        finally:
+            gone.cancel()
 
     # -- OpenAI's ----------------------------------------------------------------------------
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_REPLIES)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         try:
             tools = check(
@@ -210,19 +229,28 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
             raise bad_request(str(error), error.param) from error
         top = (body.top_logprobs or 0) if body.logprobs else None
         messages = [message.plain() for message in body.messages]
-        ask = Ask(messages, how=_how(body, settings), tools=tools, n=body.n, top_logprobs=top)
+        ask = Ask(
+            messages,
+            how=_how(body, settings, first.n_vocab()),
+            tools=tools,
+            n=body.n,
+            top_logprobs=top,
+        )
         form = ChatForm(settings.model, lambda token: first.piece([token]))
         return await answer(request, ask, form, body.stream, body.include_usage)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_REPLIES)
     async def completions(body: TextRequest, request: Request) -> Any:
         prompt = body.prompt
         assert isinstance(prompt, str) or not isinstance(prompt[0], str)
-        if isinstance(prompt, list) and max(prompt) >= first.n_vocab():
-            raise bad_request(
-                f"token {max(prompt)} does not exist: there are {first.n_vocab()}", "prompt"
-            )
-        ask = Ask(prompt=prompt, how=_how(body, settings), n=body.n, top_logprobs=body.logprobs)
+        if isinstance(prompt, list):
+            _require_token(max(map(int, prompt)), first.n_vocab(), "prompt")
+        ask = Ask(
+            prompt=prompt,
+            how=_how(body, settings, first.n_vocab()),
+            n=body.n,
+            top_logprobs=body.logprobs,
+        )
         echo = ""
         if body.echo:
             echo = (
@@ -254,20 +282,20 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
 
     started = int(time.time())
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", status_code=501, response_model=ErrorBody)
     async def embeddings() -> Any:
         raise APIError(501, "kvp-edge serve writes replies; for embeddings use another server")
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Any:
+    def tokenize(body: TokenizeRequest) -> Any:
         tokens = first.tokenize(body.content.encode(), add_bos=body.add_special, special=False)
-        return {"tokens": tokens}
+        return JSONResponse({"tokens": tokens})
 
     @app.get("/health")
     async def health() -> Any:
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Any:
         text, kind = metrics.text()
         return Response(text, media_type=kind)
@@ -336,13 +364,32 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
         cause = error.__cause__
         if isinstance(cause, APIError):
             return cause.response()
-        return APIError(error.status_code, str(error.detail)).response()
+        if isinstance(cause, RecursionError):
+            return bad_request("the body is nested too deeply").response()
+        if isinstance(cause, ValueError):
+            return bad_request(f"the body is not JSON: {cause}"[:_LONGEST]).response()
+        headers = dict(error.headers) if error.headers else None
+        return APIError(error.status_code, str(error.detail), headers=headers).response()
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, __: Exception) -> Response:
         return _unforeseen().response()  # uvicorn prints it
 
     return app
+
+
+class _Stream(EventSourceResponse):
+    """A stream whose job ends with it, even if not a chunk of it could be sent."""
+
+    def __init__(self, job: _Asked, chunks: AsyncIterator[dict[str, str]], ping: float) -> None:
+        super().__init__(chunks, ping=ping)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancelled = True
 
 
 async def _stream(
@@ -367,11 +414,15 @@ async def _stream(
         raise
     except Exception as error:
         yield {"data": json.dumps(_as_answer(error).body)}
-    finally:
-        job.cancelled = True
 
 
-async def _or_gone(event: Any, request: Request, job: _Asked) -> Event:
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _or_gone(event: Any, gone: asyncio.Future[None], job: _Asked) -> Event:
     """The next event, while the client is there.
 
     Raises:
@@ -379,21 +430,19 @@ async def _or_gone(event: Any, request: Request, job: _Asked) -> Event:
     """
     waiting = asyncio.ensure_future(event)
     try:
-        while not waiting.done():
-            await asyncio.wait([waiting], timeout=0.25)
-            if not waiting.done() and await request.is_disconnected():
-                job.cancelled = True
-                raise Cancelled
+        await asyncio.wait([waiting, gone], return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
+            raise Cancelled
         found: Event = waiting.result()
         return found
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, Cancelled):
         job.cancelled = True
         raise
     finally:
         waiting.cancel()
 
 
-def _how(body: ChatRequest | TextRequest, settings: Settings) -> dict[str, Any]:
+def _how(body: ChatRequest | TextRequest, settings: Settings, n_vocab: int) -> dict[str, Any]:
     longest = body.longest if isinstance(body, ChatRequest) else body.max_tokens
     seed = secrets.randbits(31) if body.seed is None else body.seed % 2**32
     how = {
@@ -403,8 +452,14 @@ def _how(body: ChatRequest | TextRequest, settings: Settings) -> dict[str, Any]:
         "stop": body.stops,
     }
     if body.logit_bias:
+        _require_token(max(map(int, body.logit_bias)), n_vocab, "logit_bias")
         how["logit_bias"] = body.logit_bias
     return how
+
+
+def _require_token(token: int, n_vocab: int, param: str) -> None:
+    if token >= n_vocab:
+        raise bad_request(f"token {token} does not exist: there are {n_vocab}", param)
 
 
 def _as_answer(error: Exception) -> APIError:
@@ -430,11 +485,19 @@ def _unforeseen() -> APIError:
 def _of_validation(error: RequestValidationError) -> APIError:
     """The first thing that is wrong, by the name of its field. Where a field may have several
     types, what is wrong with the one that it has."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        why, where = first["ctx"]["error"], first["loc"][-1]
+        return bad_request(f"the body is not JSON: {why}, at character {where}")
     problem = min(error.errors(), key=lambda one: str(one["type"]).endswith("_type"))
     where = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
-    name = ".".join(where) or None
+    name = ".".join(where)[:_LONGEST] or None
     message = problem["msg"]
     return bad_request(f"{name}: {message}" if name else str(message), name)
+
+
+#: Characters of a request that an answer repeats.
+_LONGEST = 200
 
 
 #: What pydantic puts among the names of fields to tell of a type.

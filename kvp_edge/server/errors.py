@@ -5,6 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+
+class Error(BaseModel):
+    """What is told of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is no reply."""
+
+    error: Error
 
 
 class APIError(Exception):
