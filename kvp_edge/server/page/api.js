@@ -1,5 +1,6 @@
 // What the page asks of the server. Addresses are relative: the server may stand behind a prefix.
 
+import { session } from "./memory.js";
 import { eventData } from "./sse.js";
 
 const KEY = "kvp-key";
@@ -14,8 +15,8 @@ export class ServerError extends Error {
 }
 
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+  get: () => session.get(KEY) ?? "",
+  set: (value) => session.set(KEY, value),
   /** `ask(why)` resolves to a key, or to null if the user has none. */
   askWith: (ask) => { askForKey = ask; },
 };

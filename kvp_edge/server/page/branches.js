@@ -1,6 +1,8 @@
 // The server knows chats, each with the chat that it branched from. What a reader sees as one chat
 // with several versions of a message are the chats of a family that begin with the same messages.
 
+import { local } from "./memory.js";
+
 /** Chats by family: [[chat, ...], ...], newest chat first in each, newest family first.
  *
  * A family are the chats that lead to the same first chat, which may have been deleted. */
@@ -29,20 +31,13 @@ const MOST_ORIGINS = 300;
  * remembers from which chat. */
 export const origins = {
   name: "kvp-origins",
-  read() {
-    try {
-      return JSON.parse(localStorage.getItem(this.name)) ?? {};
-    } catch {
-      return {};
-    }
-  },
   add(id, parent) {
-    const newest = [...Object.entries(this.read()), [id, parent]].slice(-MOST_ORIGINS);
-    localStorage.setItem(this.name, JSON.stringify(Object.fromEntries(newest)));
+    const newest = [...Object.entries(local.getObject(this.name)), [id, parent]].slice(-MOST_ORIGINS);
+    local.set(this.name, JSON.stringify(Object.fromEntries(newest)));
   },
   /** The same chats with their parents. */
   fill(chats) {
-    const known = this.read();
+    const known = local.getObject(this.name);
     return chats.map((chat) => (chat.parent ? chat : { ...chat, parent: known[chat.id] ?? null }));
   },
 };

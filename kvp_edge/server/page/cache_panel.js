@@ -5,7 +5,7 @@ import { describe, levels, recalled, visible } from "./levels.js";
 import { TokenMap } from "./token_map.js";
 import { TokenText } from "./token_text.js";
 
-const MOST_WORDS = 8;
+const MOST_WORDS = 6;
 
 const count = (n) => n.toLocaleString("en");
 const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(bytes < 100 * 2 ** 20 ? 1 : 0)} MiB`;
@@ -114,9 +114,9 @@ export class CachePanel {
     byId("cells").value = stats.kept;
     const numbers = {
       "seen": count(stats.seen),
-      "kept by each head": count(stats.kept),
+      "kept": count(stats.kept),
       "in the log": count(stats.logged),
-      "size of the log": mib(stats.log_bytes),
+      "log": mib(stats.log_bytes),
       "lost": count(stats.lost),
       "recalled": count(stats.recalled),
       "evictions": count(stats.evictions),
@@ -145,9 +145,9 @@ export class CachePanel {
     byId("asked").replaceChildren(...words.slice(0, MOST_WORDS).map(({ text, attention, index }) => {
       const bar = make("span", { className: "weight" });
       bar.style.width = `${(100 * attention) / most}%`;
-      return make("li", {}, make("button", { type: "button", onclick: () => this.choose(index) }, text),
-        make("span", { className: "track", "aria-hidden": "true" }, bar),
-        make("span", { className: "amount" }, percent(attention)));
+      return make("li", {}, make("button", { type: "button", onclick: () => this.choose(index) },
+        make("span", { className: "word" }, text), make("span", { className: "quiet" }, percent(attention)),
+        make("span", { className: "track", "aria-hidden": "true" }, bar)));
     }));
     byId("passages").replaceChildren(...recall.spans.map(({ start, end, text }) =>
       make("li", {}, make("button", { type: "button", onclick: () => this.#showPassage(start) },

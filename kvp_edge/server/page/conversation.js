@@ -52,7 +52,8 @@ export class Conversation {
     this.error = this.finish = null;
     this.#onChange(this, "all");
     await this.#settled; // the server may know the end of a stopped reply better
-    const asked = [...this.messages];
+    // a reply that broke off is not gone on with, but written again
+    const asked = this.messages.slice(0, this.messages.findLastIndex((each) => each.role !== "assistant") + 1);
     const said = { role: "assistant", content: "" };
     try {
       stopping.signal.throwIfAborted();
@@ -100,7 +101,8 @@ export class Conversation {
         this.messages = chat.messages;
         return;
       }
-      if (!ended && said.content === "" && this.error !== null) return;
+      const stoppedBefore = said.content === "" && chat.messages.length === asked.length;
+      if (stoppedBefore || (!ended && this.error !== null)) return;
       before = ended ? textOf(theirs) : null;
       await wait(100);
     }

@@ -9,6 +9,7 @@ import { Conversation, textOf } from "./conversation.js";
 import { askDelete, askKey, askSettings, showKeys } from "./dialogs.js";
 import { announce, byId, drawIcons, icon } from "./dom.js";
 import { Drawer } from "./drawers.js";
+import { session } from "./memory.js";
 import { isDark, requestOptions, save, settings } from "./settings.js";
 import { fitHeight, sends, Thread } from "./thread.js";
 
@@ -16,6 +17,7 @@ const message = byId("message");
 let model = null;
 let chats = []; // as the server lists them
 let open = null; // the Conversation that is shown
+let shown = 0; // how many conversations were shown: one that comes late is not
 const writing = new Set(); // Conversations whose replies are written, shown or not
 
 api.key.askWith((why) => askKey(why, api.key));
@@ -45,6 +47,7 @@ const cache = new Drawer("cache", "open-cache", "(max-width: 1120px)", settings.
 
 /** Show a conversation; `how` is what becomes of the page's address. */
 function show(conversation, how) {
+  shown++;
   open = conversation;
   if (how !== "keep") {
     const address = open.id ? `#${open.id}` : location.pathname + location.search;
@@ -61,13 +64,18 @@ function show(conversation, how) {
 /** What was typed and not sent is there again after a reload. */
 const draft = {
   name: () => `kvp-draft ${open?.id ?? ""}`,
-  get: () => sessionStorage.getItem(draft.name()) ?? "",
-  set: (text) => (text ? sessionStorage.setItem(draft.name(), text) : sessionStorage.removeItem(draft.name())),
+  get: () => session.get(draft.name()) ?? "",
+  set: (text) => session.set(draft.name(), text),
 };
 
+/** A conversation in which nothing was said. */
+function fresh() {
+  const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
+  return new Conversation(changed, { messages });
+}
+
 function newChat() {
-  const system = settings.system ? [{ role: "system", content: settings.system }] : [];
-  show(new Conversation(changed, { messages: system }), "push");
+  show(fresh(), "push");
   list.closeDrawer();
   message.focus();
 }
@@ -77,14 +85,14 @@ async function openChat(id, how = "push") {
   list.closeDrawer();
   let conversation = [...writing].find((each) => each.id === id);
   if (!conversation) {
+    const before = ++shown;
     try {
       const { messages } = await api.chat(id);
+      if (shown !== before) return;
       conversation = new Conversation(changed, { id, messages });
     } catch (error) {
       if (error.status !== 404) return say(error.message, () => openChat(id, how));
-      conversation = new Conversation(changed);
-      how = "replace";
-      show(conversation, how);
+      show(fresh(), "replace");
       return say("This chat is not on the server any more.");
     }
   }
@@ -150,7 +158,7 @@ async function removeFamily(family) {
   const left = family.find((chat) => !gone.includes(chat));
   if (!gone.some((chat) => chat.id === open.id)) return;
   if (left) await openChat(left.id, "replace");
-  else show(new Conversation(changed), "replace");
+  else show(fresh(), "replace");
   announce("Deleted.");
 }
 
@@ -192,6 +200,8 @@ function changed(conversation, what) {
   if (what === "text") return thread.grow();
   if (what === "id") {
     history.replaceState(null, "", `#${open.id}`);
+    session.set("kvp-draft ", ""); // what is typed meanwhile belongs to this chat
+    draft.set(message.value);
     listChats();
   } else {
     thread.draw();
@@ -300,7 +310,7 @@ document.addEventListener("keydown", (event) => {
 });
 window.addEventListener("popstate", () => {
   const id = location.hash.slice(1);
-  if (id !== (open.id ?? "")) (id ? openChat(id, "keep") : newChat());
+  if (id !== (open.id ?? "")) (id ? openChat(id, "keep") : show(fresh(), "keep"));
 });
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && !open.writing) listChats();
@@ -309,9 +319,7 @@ document.addEventListener("visibilitychange", () => {
 // -- begin -------------------------------------------------------------------------------------
 
 drawTheme();
-show(new Conversation(changed, {
-  messages: settings.system && !location.hash ? [{ role: "system", content: settings.system }] : [],
-}), "keep");
+show(fresh(), "keep");
 if (matchMedia("(pointer: fine)").matches) message.focus();
 await listChats();
 if (location.hash.length > 1) await openChat(location.hash.slice(1), "keep");

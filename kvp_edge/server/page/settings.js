@@ -1,24 +1,18 @@
 // What the reader has chosen. It stays in this browser; the API key does not (api.js).
 
+import { local } from "./memory.js";
+
 const NAME = "kvp-settings", THEME = "kvp-theme";
 const DEFAULTS = { system: "", temperature: null, maxTokens: null, view: "text", cache: true };
 
 /** system, temperature, maxTokens (null: the server's), view ("text" or "map"), cache (whether it is
  * shown), theme ("", "light" or "dark"). Call `save` after a change. */
-export const settings = { ...DEFAULTS, ...stored(), theme: localStorage.getItem(THEME) ?? "" };
-
-function stored() {
-  try {
-    return JSON.parse(localStorage.getItem(NAME)) ?? {};
-  } catch {
-    return {};
-  }
-}
+export const settings = { ...DEFAULTS, ...local.getObject(NAME), theme: local.get(THEME) ?? "" };
 
 export function save() {
   const { theme, ...others } = settings;
-  localStorage.setItem(NAME, JSON.stringify(others));
-  localStorage.setItem(THEME, theme); // theme.js reads it
+  local.set(NAME, JSON.stringify(others));
+  local.set(THEME, theme); // theme.js reads it
   document.documentElement.dataset.theme = theme;
 }
 

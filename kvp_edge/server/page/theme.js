@@ -1,3 +1,7 @@
 "use strict";
 // Not a module: it runs before the page is painted, so that it never flashes in the other theme.
-document.documentElement.dataset.theme = localStorage.getItem("kvp-theme") ?? "";
+try {
+  document.documentElement.dataset.theme = localStorage.getItem("kvp-theme") ?? "";
+} catch {
+  // the browser may remember nothing
+}

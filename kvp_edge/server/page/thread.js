@@ -132,9 +132,9 @@ export class Thread {
         make("code", {}, `${call.function?.name}(${call.function?.arguments})`)));
     }
     article.append(body);
-    if (isLong) article.append(this.#folder(message, body));
     const grows = writing && index === messages.length - 1 && message.role === "assistant";
     if (!grows) article.append(this.#foot(index, message));
+    if (isLong) article.querySelector(".foot").append(this.#folder(message, body));
     return article;
   }
 

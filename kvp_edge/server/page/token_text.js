@@ -26,9 +26,13 @@ export class TokenText {
     place.addEventListener("click", tell(true));
   }
 
-  /** @param texts of all tokens
+  /** Whoever looks at the end sees new tokens come.
+   *
+   * @param texts of all tokens
    * @param levels, back see levels.js */
   draw(texts, levels, back) {
+    const { scrollTop, clientHeight, scrollHeight } = this.#place;
+    const follows = this.#texts.length > 0 && scrollTop + clientHeight > scrollHeight - 8;
     let same = 0;
     const most = Math.min(texts.length, this.#texts.length);
     while (same < most && texts[same] === this.#texts[same]) same++;
@@ -39,6 +43,7 @@ export class TokenText {
     for (let i = same; i < texts.length; i++) this.#add(texts[i], i, levels, back);
     this.#texts = texts;
     this.#levels = levels;
+    if (follows && same < texts.length) this.#place.scrollTop = this.#place.scrollHeight;
   }
 
   /** Mark a token, and bring it into view. */
