@@ -700,7 +700,7 @@ def test_events_are_read_however_their_bytes_are_cut(open_page: Open) -> None:
         """async () => {
           const { EventParser } = await import("/page/sse.js");
           const text = ": ping\\r\\n\\r\\ndata: {\\"a\\": \\"\u00e9\u20ac\U0001f600\\"}\\r\\n\\r\\n"
-            + "event: x\\ndata:one\\ndata: two\\n\\n: ping\\n\\rdata: cr\\r\\r\\n\\n"
+            + "event: x\\ndata:one\\r\\ndata: two\\r\\n\\n: ping\\n\\rdata: cr\\r\\r\\n\\n"
             + "data: incomplete\\n";
           const bytes = new TextEncoder().encode(text), found = new Set();
           for (let size = 1; size <= bytes.length; size++) {
