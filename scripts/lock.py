@@ -12,8 +12,9 @@ ONNX Runtime has no files for any more.
     pip.txt     pip itself: older ones cannot check the hashes of build requirements
     build.txt   what kvp_edge and llama-cpp-python are compiled with
     run.txt     what kvp_edge needs
-    test.txt    that, and what its tests need (the extra dev)
-    train.txt   that, and the extras train and onnx without torch
+    test.txt    that, and what its tests need (the extras dev and server)
+    recipes.txt that, and the libraries that talk to the server in tests (the extra recipes)
+    train.txt   test.txt, and the extras train and onnx without torch
     torch.txt   torch for the processor alone. Its files are not on the common package index, whose
                 own need gigabytes more on Linux; the hash is that of the file that pip finds here,
                 for this Python and machine. Others install torch by its version.
@@ -83,15 +84,17 @@ def main() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     build += ["cmake", "ninja"]  # scikit-build-core asks for them where the system has none
     project = ["pyproject.toml"]
-    test = ["--extra=dev"]
+    test = ["--extra=dev", "--extra=server"]
+    recipes = [*test, "--extra=recipes"]
     train = [*test, "--extra=train", "--extra=onnx"]
+    all_extras = {*recipes, *train}
 
     LOCKS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         everything, part = Path(folder, "everything.txt"), Path(folder, "part.txt")
         present = [path.read_text() for path in LOCKS.glob("*.txt") if path.stem != "torch"]
         everything.write_text("".join(pin for lock in present for pin in blocks(lock).values()))
-        compiled(project, [TORCH, "pip", *build], everything, *train, *upgrade)
+        compiled(project, [TORCH, "pip", *build], everything, *sorted(all_extras), *upgrade)
 
         def pinned(sources: list[str], lines: list[str], *options: str) -> dict[str, str]:
             part.unlink(missing_ok=True)
@@ -102,16 +105,16 @@ def main() -> None:
             "build": pinned([], build),
             "run": pinned(project, []),
             "test": pinned(project, [], *test),
+            "recipes": pinned(project, [], *recipes),
             "train": pinned(project, [TORCH], *train),
         }
     del locks["train"][TORCH]
 
-    # each of these begins with the one before, so that no pin is written twice
-    base: dict[str, str] = {}
-    for name, includes in (("run", ""), ("test", "-r run.txt\n"), ("train", "-r test.txt\n")):
-        more = {k: v for k, v in locks[name].items() if k not in base and not ONLY_CUDA.match(k)}
-        base |= more
-        _write(name, includes, more)
+    # each of these begins with another one, so that no pin is written twice
+    for name, base in (("run", None), ("test", "run"), ("recipes", "test"), ("train", "test")):
+        known = locks[base] if base else {}
+        more = {k: v for k, v in locks[name].items() if k not in known and not ONLY_CUDA.match(k)}
+        _write(name, f"-r {base}.txt\n" if base else "", more)
     for name in ("pip", "build"):
         _write(name, "", locks[name])
     write_torch()

@@ -34,6 +34,7 @@ from makers.gguf_models import ModelShape, write_model
 from support import properties
 from support.command_line import kvp, terminal  # noqa: F401  # fixtures
 from support.reference import Reference
+from support.server import server  # noqa: F401  # a fixture
 
 pytest_plugins = ["support.skipped"]
 

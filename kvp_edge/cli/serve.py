@@ -6,6 +6,7 @@ import importlib
 import ipaddress
 import os
 import socket
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ In a browser, http://127.0.0.1:8080 is a page to chat on that shows the cache. F
   POST /v1/chat/completions   messages, tools, response_format, stream, ...
   POST /v1/completions        a text to continue
   GET  /v1/models  /health  /metrics      POST /tokenize
+
+A line on stderr for every reply says how many of the prompt's tokens were read, how many came back
+from the log, and how many were written; never what was said.
 
 The server answers this machine only. With another --host it needs --api-key-file.
 
@@ -72,7 +76,7 @@ class _ServerOptions:
         help="keep chats in this folder, where they survive the server",
     )
     chats_limit: str = option(
-        "4GiB",
+        "2GiB",
         panel=_CHATS,
         metavar="SIZE",
         help="bytes of all chats; past it the least recently used ones are deleted",
@@ -114,6 +118,7 @@ def _main(args: Options) -> int:
             rules=rules,
             most_waiting=args.queue,
             longest_reply=args.longest_reply,
+            log=_log,
         )
         config = uvicorn.Config(
             app.make_app(llms, store, settings),
@@ -185,6 +190,15 @@ def _store(args: Options, limit: int, llm: Any) -> Any:
             note(f"kvp-edge: left alone: {problem}")
         note(f"{len(store)} chats in '{folder}'.")
     return store
+
+
+def _log(done: Any, seconds: float) -> None:
+    back = sum(turn.n_recalled for turn in done.turns)
+    came_back = f", {back} came back" if back else ""
+    note(
+        f"{time.strftime('%H:%M:%S')} read {done.n_prompt - done.n_cached} of {done.n_prompt} "
+        f"tokens{came_back}, wrote {done.n_written} in {seconds:.1f} s"
+    )
 
 
 def _greet(args: Options, listening: socket.socket, llm: Any) -> None:

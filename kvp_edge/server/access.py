@@ -42,8 +42,12 @@ class Rules:
         object.__setattr__(self, "_bytes", tuple(key.encode() for key in self.keys))
 
     def knows(self, key: str) -> bool:
-        """In a time that does not tell how much of a key is right."""
-        given = key.encode()
+        """In a time that does not tell how much of a key is right.
+
+        Args:
+            key: as a header has it, a character for each byte.
+        """
+        given = key.encode("latin-1")
         return any([hmac.compare_digest(given, known) for known in self._bytes])
 
 

@@ -63,36 +63,45 @@ class Settings:
         rules: who may ask.
         most_waiting: requests in the queue.
         longest_reply: tokens; a request that asks for more gets so many.
-        ping: seconds between signs of life in a stream.
+        patience: seconds in which what is wrong with a request is told with its status; after
+            them a stream begins, which gets signs of life, and an error is a part of it.
+        ping: seconds between these.
+        log: called with what was measured of every reply, and the seconds it took, waiting
+            included. No text is logged.
     """
 
     model: str
     rules: Rules = field(default_factory=Rules)
     most_waiting: int = 64
     longest_reply: int = 4096
-    ping: float = 15.0
+    patience: float = 1.0
+    ping: float = 10.0
+    log: Callable[[Done, float], None] = lambda *_: None
 
 
 class _Asked:
     """A request in line: a job of ``Line``, and the events that come of it."""
 
-    def __init__(self, ask: Ask, metrics: Metrics, idle: Callable[[], bool]) -> None:
-        self.ask, self._metrics, self._idle = ask, metrics, idle
+    def __init__(
+        self,
+        ask: Ask,
+        metrics: Metrics,
+        idle: Callable[[], bool],
+        log: Callable[[Done, float], None],
+    ) -> None:
+        self.ask, self._metrics, self._idle, self._log = ask, metrics, idle, log
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._since = time.monotonic()
 
     def run(self, context: Context) -> None:
-        before = dict(context.llm.kv_stats)
-
         def send(event: Event) -> None:
             if isinstance(event, Began):
                 self._metrics.began(time.monotonic() - self._since)
-                if event.n_cached == 0:
-                    before.update(evictions=0, recalled=0)
             elif isinstance(event, Done):
-                self._metrics.done(event, before)
+                self._metrics.done(event)
+                self._log(event, time.monotonic() - self._since)
             self._tell(event)
 
         try:
@@ -169,14 +178,14 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
     ) -> Any:
         assert line is not None
         waiting = line
-        job = _Asked(ask, metrics, lambda: waiting.waiting == 0)
+        job = _Asked(ask, metrics, lambda: waiting.waiting == 0, settings.log)
         waiting.put(job)
         if streams:
-            try:  # what is wrong with a prompt is told before the stream begins
-                begun = await _or_gone(job.next(), request, job)
-            except Exception as error:
+            first = asyncio.ensure_future(job.next())
+            await asyncio.wait([first], timeout=settings.patience)
+            if first.done() and isinstance(error := first.exception(), Exception):
                 raise _as_answer(error) from error
-            return EventSourceResponse(_stream(job, begun, form, include_usage), ping=settings.ping)
+            return EventSourceResponse(_stream(job, first, form, include_usage), ping=settings.ping)
         try:
             while True:
                 event = await _or_gone(job.next(), request, job)
@@ -337,9 +346,10 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
 
 
 async def _stream(
-    job: _Asked, event: Event, form: ChatForm | TextForm, include_usage: bool
+    job: _Asked, first: asyncio.Future[Event], form: ChatForm | TextForm, include_usage: bool
 ) -> AsyncIterator[dict[str, str]]:
     try:
+        event = await first
         while True:
             if isinstance(event, Began):
                 chunks = form.began(event)

@@ -88,7 +88,8 @@ class Context:
     # -- a request ---------------------------------------------------------------------------
 
     def serve(self, ask: Ask, cancelled: Callable[[], bool], send: Send) -> None:
-        """Answer, in events. Whatever comes of it, the chat is kept as far as it was read.
+        """Answer, in events. A reply that nobody waits for any more is kept as far as it was
+        written.
 
         Raises:
             KVPError: nothing could be read or written.
@@ -179,11 +180,12 @@ class Context:
         llm = self.llm
         self.asked_by = []
         messages = list(ask.messages or [])
-        n_written, cached, said = 0, None, None
+        turns, cached, said = list[Turn](), None, None
         self._is_kept = False
         try:
             for index in range(ask.n):
                 turn = llm.turn = Turn(cancelled, ask.top_logprobs)
+                turns.append(turn)
                 said = Said(ask.tools)
                 for text, ending in self._texts(ask, index):
                     if cached is None:
@@ -192,13 +194,15 @@ class Context:
                         send(events.Began(chat.id, len(tokens), cached))
                     deltas = said.add(text, ending)
                     send(events.Piece(index, deltas, said.new_tokens(turn), said.ending))
-                n_written += len(turn.written)
                 self._measure(turn)
         except Cancelled:
-            raise
-        finally:
             self._remember(chat, messages, said)
-        send(events.Done(len(tokens), n_written, cached or 0, dict(llm.kv_stats)))
+            raise
+        except BaseException:
+            self._fail(chat)
+            raise
+        self._remember(chat, messages, said)
+        send(events.Done(len(tokens), cached or 0, turns, dict(llm.kv_stats)))
 
     def _texts(self, ask: Ask, index: int) -> Iterator[tuple[str, str | None]]:
         """Pieces of text, the last with the reason why it ends."""
@@ -227,8 +231,7 @@ class Context:
         """The chat is what was read, with what was said."""
         llm = self.llm
         if llm.n_tokens == 0:  # nothing came of it
-            self.chat = None
-            self._store.release(chat)
+            self._fail(chat)
             return
         reply = said.message() if said is not None else None
         chat.messages = messages + ([reply] if reply and messages else [])
@@ -237,3 +240,12 @@ class Context:
         if self._keeps_at_once:
             self._keep()
             self._store.put(chat)  # its bytes are known now
+
+    def _fail(self, chat: Chat) -> None:
+        """Nothing was answered: a chat that was there before is what it was, in as many tokens as
+        are read of it by now; a new one is none."""
+        if self.llm.n_tokens and self._store.get(chat.id) is chat:
+            chat.tokens = self.llm.input_ids[: self.llm.n_tokens].astype(np.int32)
+        else:
+            self.chat = None
+        self._store.release(chat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvp_edge.server.served import Written
+from kvp_edge.server.served import Turn, Written
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,18 @@ class Done:
 
     Attributes:
         n_prompt, n_cached: see Began.
-        n_written: tokens of all replies.
+        turns: what was measured, one for each reply.
         kv_cache: kv_stats.
     """
 
     n_prompt: int
-    n_written: int
     n_cached: int
+    turns: list[Turn]
     kv_cache: dict[str, Any]
+
+    @property
+    def n_written(self) -> int:
+        return sum(len(turn.written) for turn in self.turns)
 
 
 Event = Began | Piece | Done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -63,19 +62,15 @@ class Metrics:
     def began(self, seconds: float) -> None:
         self._first.observe(seconds)
 
-    def done(self, done: Done, before: dict[str, Any]) -> None:
-        """
-        Args:
-            before: kv_stats when the request began to be served.
-        """
+    def done(self, done: Done) -> None:
         self._tokens.labels("prompt").inc(done.n_prompt)
         self._tokens.labels("cached").inc(done.n_cached)
         self._tokens.labels("written").inc(done.n_written)
-        for name, count in (("evictions", self._evictions), ("recalled", self._recalled)):
-            count.inc(max(0, done.kv_cache[name] - before[name]))
-        for what in ("eviction", "recall"):
-            spent = done.kv_cache[f"{what}_ms"] - before[f"{what}_ms"]
-            self._spent.labels(what).inc(max(0.0, spent))
+        for turn in done.turns:
+            self._evictions.inc(turn.n_evictions)
+            self._recalled.inc(turn.n_recalled)
+            self._spent.labels("evictions").inc(turn.eviction_ms)
+            self._spent.labels("recall").inc(turn.recall_ms)
 
     def text(self) -> tuple[bytes, str]:
         """The answer, and its content type."""

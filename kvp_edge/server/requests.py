@@ -19,6 +19,14 @@ _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 class _Model(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_as_if_not_given(cls, data: Any) -> Any:
+        """As in OpenAI's protocol; clients write it for whatever their users leave alone."""
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if value is not None}
+        return data
+
 
 class TextPart(_Model):
     type: Literal["text"]

@@ -14,6 +14,7 @@ import numpy as np
 from kvp_edge.arrays import FloatArray
 from kvp_edge.binding.queries import Queries
 from kvp_edge.cache.recall import Recall
+from kvp_edge.cache.stats import Eviction
 from kvp_edge.llama import Llama
 
 
@@ -46,7 +47,9 @@ class Turn:
         written: tokens of the reply.
         read: tokens that were read for the prompt.
         first: index of the first token that was read; None: none was.
-        recalled: what came back before the reply.
+        n_evictions, eviction_ms: what evictions it took.
+        n_recalled, recall_ms: tokens that came back, and what that took.
+        recalled: what came back last, before the reply.
         asked: the queries that asked for it, of the newest tokens of then; None: not kept.
         started, began: seconds (time.perf_counter) when the turn, and the reply, began.
     """
@@ -56,6 +59,10 @@ class Turn:
     written: list[Written] = field(default_factory=list)
     read: int = 0
     first: int | None = None
+    n_evictions: int = 0
+    eviction_ms: float = 0.0
+    n_recalled: int = 0
+    recall_ms: float = 0.0
     recalled: Recall | None = None
     asked: Queries | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -74,11 +81,19 @@ class ServedLlama(Llama):
 
     def __init__(self, model_path: str, **options: Any) -> None:
         self.turn = Turn()
-        super().__init__(model_path, on_recall=self._see_recall, **options)
+        super().__init__(
+            model_path, on_recall=self._see_recall, on_evict=self._see_eviction, **options
+        )
         self.on_batch = self._see_batch
+
+    def _see_eviction(self, event: Eviction) -> None:
+        self.turn.n_evictions += 1
+        self.turn.eviction_ms += event.ms
 
     def _see_recall(self, event: Recall) -> None:
         self.turn.recalled = event
+        self.turn.n_recalled += event.n_tokens
+        self.turn.recall_ms += event.ms
         if self.keeps_queries and self.kv is not None:
             self.turn.asked = self.kv.newest_queries(event.n_asked)
 

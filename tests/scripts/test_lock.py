@@ -63,8 +63,9 @@ def versions(lock: str, python: str, platform: str) -> dict[str, Version]:
     [
         ("build", BUILD),
         ("run", RUN),
-        ("test", RUN + EXTRAS["dev"]),
-        ("train", RUN + EXTRAS["dev"] + EXTRAS["train"] + EXTRAS["onnx"]),
+        ("test", RUN + EXTRAS["dev"] + EXTRAS["server"]),
+        ("recipes", RUN + EXTRAS["dev"] + EXTRAS["server"] + EXTRAS["recipes"]),
+        ("train", RUN + EXTRAS["dev"] + EXTRAS["server"] + EXTRAS["train"] + EXTRAS["onnx"]),
     ],
 )
 def test_every_dependency_is_pinned_within_its_bounds(
@@ -82,7 +83,7 @@ def test_every_dependency_is_pinned_within_its_bounds(
             assert found[name] in requirement.specifier, f"{line}: python scripts/lock.py"
 
 
-@pytest.mark.parametrize("lock", ["pip", "build", "run", "test", "train", "torch"])
+@pytest.mark.parametrize("lock", ["pip", "build", "run", "test", "recipes", "train", "torch"])
 def test_every_file_is_known_by_its_hash(lock: str) -> None:
     listed = pins(lock)
     assert listed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from kvp_edge.server.app import Settings, make_app  # noqa: E402
 from kvp_edge.server.chats import Chats  # noqa: E402
+from kvp_edge.server.context import Context  # noqa: E402
 from kvp_edge.server.served import ServedLlama  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"kv_budget": 128, "n_ctx": 1024, "verbose": False, "n_threads": 1}
@@ -293,6 +296,46 @@ def test_a_template_that_cannot_show_a_chat_is_told_of(
     monkeypatch.setattr("kvp_edge.server.context.prompt_tokens", fails)
     found = error(client, "/v1/chat/completions", 400, messages=DOG)
     assert found["message"].endswith("cannot show these messages: division by zero")
+
+
+def test_a_stream_gives_signs_of_life_while_a_prompt_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = threading.Event()
+    serve = Context.serve
+
+    def waits(*args: Any) -> None:
+        read.wait()
+        serve(*args)
+
+    monkeypatch.setattr(Context, "serve", waits)
+    settings = Settings("bookworm", patience=0.0, ping=0.01)
+    app = make_app([ServedLlama(bundled_model(), **OPTIONS)], Chats(None, 2**30), settings)
+    lines: list[str] = []
+
+    async def send(message: Any) -> None:
+        lines.extend(message.get("body", b"").decode().splitlines())
+        if any(line.startswith(": ping") for line in lines):
+            read.set()
+
+    async def talk() -> None:
+        body = json.dumps({"messages": DOG, "max_tokens": 4, "stream": True}).encode()
+        asked = asyncio.Queue[Any]()
+        asked.put_nowait({"type": "http.request", "body": body})
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "query_string": b"",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        }
+        async with app.router.lifespan_context(app):
+            await app(scope, asked.get, send)
+
+    asyncio.run(talk())
+    said = [line for line in lines if line]
+    assert said[0].startswith(": ping")
+    assert said[-1] == "data: [DONE]"
 
 
 def test_a_call_of_a_tool_comes_back_as_one_and_is_remembered(client: TestClient) -> None:

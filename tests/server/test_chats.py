@@ -239,7 +239,11 @@ def test_a_chat_that_was_left_by_a_branch_goes_on_without_reading(served: Served
 
 def test_a_chat_deleted_while_it_is_kept_stays_deleted(served: Served) -> None:
     first, _, _ = served(user(LONG))
-    served.llm.meanwhile = lambda: None if served.store.delete(first) else None  # type: ignore[method-assign]
+
+    def delete() -> None:
+        served.store.delete(first)
+
+    served.llm.meanwhile = delete  # type: ignore[method-assign]
     chat = served.store.get(first)
     assert chat is not None
     served(*chat.messages, user("And then?"))
