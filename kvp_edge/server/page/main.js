@@ -225,7 +225,7 @@ function drawAround() {
   if (!open) return;
   drawChatList(families(chats), open.id, removeFamily);
   const first = open.messages.find((each) => each.role === "user");
-  const title = first ? textOf(first).trim().slice(0, 80) : "New chat";
+  const title = first ? textOf(first).trim().slice(0, 200) : "New chat";
   byId("title").textContent = title;
   document.title = first ? `${title} \u00b7 kvp-edge` : "kvp-edge";
   const had = document.activeElement === byId("stop") || document.activeElement === byId("send");
