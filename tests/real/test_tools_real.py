@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from kvp_edge import Llama
+from kvp_edge.server.template_messages import shows_tools
 from kvp_edge.server.tool_calls import merge
-from kvp_edge.server.tools import Reply, check, for_template
+from kvp_edge.server.tools import Reply, check
 
 pytestmark = pytest.mark.real
 
@@ -37,9 +38,10 @@ def qwen(real_model: Callable[[str], str]) -> Iterator[Llama]:
 
 
 def ask(llm: Llama, messages: Any, reply: Reply) -> tuple[dict[str, Any], str]:
+    messages = reply.messages(messages, llm.metadata["tokenizer.chat_template"])
     parser, deltas, reason = reply.parser(), list[dict[str, Any]](), ""
     for chunk in llm.create_chat_completion(
-        for_template(messages), stream=True, temperature=0.0, max_tokens=80, **reply.arguments()
+        messages, stream=True, temperature=0.0, max_tokens=80, **reply.arguments()
     ):
         choice = chunk["choices"][0]
         deltas += parser.feed(choice["delta"].get("content") or "")
@@ -68,6 +70,10 @@ def test_qwen_writes_text_where_no_tool_may_be_called(qwen: Llama) -> None:
     message, _ = ask(qwen, [QUESTION], check(TOOLS, "none"))
     assert "tool_calls" not in message
     assert "Paris" in message["content"]
+
+
+def test_the_template_of_qwen_shows_tools(qwen: Llama) -> None:
+    assert shows_tools(qwen.metadata["tokenizer.chat_template"])
 
 
 def test_qwen_is_shown_what_a_tool_returned(qwen: Llama) -> None:

@@ -20,7 +20,6 @@ from kvp_edge.server.tools import (
     BadRequest,
     Reply,
     check,
-    for_template,
 )
 
 
@@ -160,7 +159,7 @@ def test_what_is_checked_is_not_changed() -> None:
     assert formats == json_schema({"type": "object"})
 
 
-OPTIONAL = {chr(0x4E00 + i): {} for i in range(MAX_READINGS)}
+OPTIONAL = {chr(0x4E00 + i): {} for i in range(2 * MAX_READINGS)}
 WIDE = {"type": "object", "properties": {str(i): {} for i in range(250)}}
 LONG = tool(parameters={"type": "object", "description": "x" * 50_000})
 
@@ -291,31 +290,10 @@ def test_a_schema_that_no_grammar_can_keep_may_be_shown() -> None:
     assert check([tool(parameters=parameters)], "auto").gbnf is None
 
 
-def test_templates_get_arguments_as_objects() -> None:
-    def call(arguments: Any) -> dict[str, Any]:
-        return {
-            "id": "call_1",
-            "type": "function",
-            "function": {"name": "f", "arguments": arguments},
-        }
-
-    deep = '{"a":' * 40 + "1" + "}" * 40
-    kept = ["", "no JSON", "[1]", "1", "NaN", '{"a": NaN}', deep, "[" * 100_000, {"a": 1}, None]
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "Hello"},
-        {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [call('{"a": [1, "é"]}'), *map(call, kept)],
-        },
-        {"role": "tool", "tool_call_id": "call_1", "content": "{}"},
-        {"role": "assistant", "tool_calls": [{"function": 1}, 1]},
-    ]
-    before = copy.deepcopy(messages)
-    changed = for_template(messages)
-    assert messages == before
-    assert changed[0] == messages[0]
-    assert changed[2:] == messages[2:]
-    assert changed[1]["content"] == ""
-    arguments = [one["function"]["arguments"] for one in changed[1]["tool_calls"]]
-    assert arguments == [{"a": [1, "é"]}, *kept]
+def test_tools_are_text_only_where_the_template_does_not_show_them() -> None:
+    chat = [{"role": "user", "content": "Hello"}]
+    assert check(TOOLS).messages(chat, "{{ tools }}{{ messages }}") == chat
+    assert check(TOOLS, "none").messages(chat, "") == chat
+    system, hello = check(TOOLS).messages(chat, "{{ messages }}")
+    assert "get_weather" in system["content"]
+    assert hello == chat[0]
