@@ -17,7 +17,7 @@ from itertools import groupby
 
 #: Readings of one text. Each costs up to 1.3 ms a token if the vocabulary has 150,000 tokens, where
 #: a plain string costs 10 to 25 ms. Two that differ in the next character count as one.
-MAX_READINGS = 24
+MAX_READINGS = 20
 #: Characters of a grammar: a million take llama.cpp 0.1 s.
 MAX_CHARACTERS = 512 * 1024
 
