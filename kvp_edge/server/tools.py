@@ -25,6 +25,16 @@ from kvp_edge.server.json_schema import add_schema, check_size
 from kvp_edge.server.template_messages import for_template, shows_tools
 from kvp_edge.server.tool_calls import ReplyParser
 
+__all__ = [
+    "MAX_SHAPES",
+    "MAX_TOOLS",
+    "MAX_TOOLS_BYTES",
+    "BadRequest",
+    "Reply",
+    "check",
+    "for_template",
+]
+
 MAX_TOOLS = 128
 #: Of all tools together, as JSON.
 MAX_TOOLS_BYTES = 256 * 1024
