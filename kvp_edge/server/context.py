@@ -18,11 +18,14 @@ from kvp_edge.server.chats import Chat, Chats
 from kvp_edge.server.errors import Cancelled, bad_request
 from kvp_edge.server.said import Said
 from kvp_edge.server.served import ServedLlama, Turn
-from kvp_edge.server.tools import Reply, for_template
+from kvp_edge.server.tools import Reply
 from kvp_edge.text.chat_prompt import prompt_tokens
 
 #: Seconds in which who looks at the cache looks again.
 _LOOKS_AGAIN = 30.0
+
+#: llama_cpp's name of the format that a model file's own template gives.
+_OWN_TEMPLATE = "chat_template.default"
 
 Send = Callable[[events.Event], None]
 
@@ -118,7 +121,7 @@ class Context:
             shown = ask.tools.tools if ask.tools is not None else None
             how = {"tools": shown} if shown else {}
             try:
-                messages = for_template(ask.messages)
+                messages = self._for_template(ask)
                 return np.array(prompt_tokens(self.llm, messages, **how), np.int32)
             except KVPError:
                 raise
@@ -131,6 +134,12 @@ class Context:
         if isinstance(ask.prompt, str):
             return np.array(self.llm.prompt_of(ask.prompt), np.int32)
         return np.array(ask.prompt, np.int32)
+
+    def _for_template(self, ask: Ask) -> list[dict[str, Any]]:
+        """The messages as the chat template can show them."""
+        own = self.llm.chat_handler is None and self.llm.chat_format == _OWN_TEMPLATE
+        template = self.llm.metadata.get("tokenizer.chat_template", "") if own else ""
+        return (ask.tools or Reply()).messages(ask.messages or [], template)
 
     def _go_to(self, source: Chat | None, goes_on: Chat) -> None:
         """Have the cache of a chat in the cells, or none.
@@ -216,9 +225,7 @@ class Context:
             return
         if ask.tools is not None:
             how.update(ask.tools.arguments())
-        for chunk in self.llm.create_chat_completion(
-            for_template(ask.messages), stream=True, **how
-        ):
+        for chunk in self.llm.create_chat_completion(self._for_template(ask), stream=True, **how):
             choice = chunk["choices"][0]
             yield choice["delta"].get("content") or "", choice["finish_reason"]
 
