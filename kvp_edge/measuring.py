@@ -144,7 +144,7 @@ class MeasuringLlama(Llama):
         read another conversation since: queries logged after the bookmark are removed from the
         log."""
         with self._manager.restoring(to.table, to.state):
-            self._manager.restore_counts(0, 0, 0.0)
+            self._manager.restore_counts(0, 0, 0.0, 0, 0, 0.0)
             self.take_over(to.tokens)
             self._logits_then = to.logits
 

@@ -141,6 +141,9 @@ def conversation(llm: Llama, name: str) -> tuple[dict[str, Any], dict[str, Array
         "evictions": kv.evictions,
         "evictions_as_state": kv.evictions_as_state,
         "eviction_ms": kv.eviction_ms,
+        "recalls": kv.recalls,
+        "recalled": kv.recalled,
+        "recall_ms": kv.recall_ms,
         "extra": None,
     }
     arrays = {"tokens": llm.input_ids[: kv.seen].astype(np.int32), **table.arrays()}
@@ -246,7 +249,8 @@ def resume(
         with kv.restoring(table, state):
             llm.take_over(tokens)
             kv.restore_counts(
-                header["evictions"], header["evictions_as_state"], header["eviction_ms"]
+                *(header["evictions"], header["evictions_as_state"], header["eviction_ms"]),
+                *(header["recalls"], header["recalled"], header["recall_ms"]),
             )
             kv.protect_prefix(protected)
             if kv.query_log is not None:

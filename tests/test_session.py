@@ -259,6 +259,10 @@ HOSTILE: list[tuple[str, Change]] = [
             ("eviction_ms", "1"),
             ("eviction_ms", 10**400),
             ("eviction_ms", -0.5),
+            ("recalls", -1),
+            ("recalled", None),
+            ("recalled", 10**400),
+            ("recall_ms", "1"),
             ("log", 1),
             ("log", []),
         ]

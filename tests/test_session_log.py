@@ -38,6 +38,9 @@ BOUND: dict[str, Any] = {
 }  # fmt: skip
 
 
+RECALLS = ("recalls", "recalled", "recall_ms")
+
+
 @pytest.fixture
 def model(random_model: Maker) -> str:
     return random_model(LLAMA).path
@@ -113,6 +116,37 @@ def test_a_state_carries_the_log_in_memory_and_pickled(opened: Opened, tmp_path:
         for one in (state, pickle.loads(pickled)):
             llm.load_state(one)
             assert [answer(llm, seed) for seed in (7, 8)] == want
+
+
+def test_what_came_back_is_counted_for_each_conversation(opened: Opened, tmp_path: Path) -> None:
+    one, other = opened(), opened()
+    one.eval(random_tokens(500))
+    answer(one, 7)
+    counted = [one.kv_stats[name] for name in RECALLS]
+    assert all(counted)
+    one.save_session(tmp_path / "s")
+    state = one.save_state()
+    other.eval(random_tokens(400, seed=3))
+    for resume in (lambda: other.load_session(tmp_path / "s"), lambda: other.load_state(state)):
+        answer(other, 8)
+        resume()
+        assert [other.kv_stats[name] for name in RECALLS] == counted
+    other.reset()
+    assert [other.kv_stats[name] for name in RECALLS] == [0, 0, 0]
+
+
+def test_a_session_from_before_recalls_were_saved_counts_from_zero(
+    opened: Opened, tmp_path: Path
+) -> None:
+    one, other = opened(), opened()
+    one.eval(random_tokens(500))
+    answer(one, 7)
+    state = one.save_state()
+    for name in RECALLS:
+        del state.header[name]
+    answer(other, 8)
+    other.load_state(state)
+    assert [other.kv_stats[name] for name in RECALLS] == [0, 0, 0]
 
 
 def test_a_state_of_a_log_that_is_held_still_is_not_copied(opened: Opened) -> None:

@@ -228,14 +228,22 @@ class EvictionManager:
         return True
 
     def _count_from_zero(self) -> None:
-        self.restore_counts(0, 0, 0.0)
-        self.recalls, self.recalled, self.recall_ms = 0, 0, 0.0
+        self.restore_counts(0, 0, 0.0, 0, 0, 0.0)
 
-    def restore_counts(self, evictions: int, evictions_as_state: int, eviction_ms: float) -> None:
+    def restore_counts(
+        self,
+        evictions: int,
+        evictions_as_state: int,
+        eviction_ms: float,
+        recalls: int,
+        recalled: int,
+        recall_ms: float,
+    ) -> None:
         """Take over what was counted when the table was stored."""
         self.evictions = evictions
         self.evictions_as_state = evictions_as_state
         self.eviction_ms = eviction_ms
+        self.recalls, self.recalled, self.recall_ms = recalls, recalled, recall_ms
 
     def stats(self, kv_bytes: int, cells: int) -> KVStats:
         """What the cache holds and what evictions have cost.

@@ -48,10 +48,16 @@ _CONVERSATION = {
     "evictions": int,
     "evictions_as_state": int,
     "eviction_ms": float,
+    "recalls": int,
+    "recalled": int,
+    "recall_ms": float,
     "extra": Any,
 }
+
+#: Those that older files lack.
+_LATER = {"recalls": 0, "recalled": 0, "recall_ms": 0.0}
 _RESCUED = {"rescue": str, "model": str, "protected_prefix": int, "extra": Any}
-_COUNTS = {"protected_prefix", "evictions", "evictions_as_state", "eviction_ms"}
+_COUNTS = {"protected_prefix", "evictions", "evictions_as_state", "eviction_ms", *_LATER}
 _MOST = 2**31 - 1
 
 #: Arrays of a conversation: type and number of dimensions.
@@ -392,7 +398,8 @@ def read(
 
 
 def require_conversation(name: str, header: dict[str, Any], arrays: dict[str, Array]) -> None:
-    """Refuse a session whose header or arrays are not those of ``Llama.save_session``.
+    """Refuse a session whose header or arrays are not those of ``Llama.save_session``. What the
+    header of an older file lacks is added to it.
 
     Args:
         name: what it is called in a sentence, here and below.
@@ -400,6 +407,7 @@ def require_conversation(name: str, header: dict[str, Any], arrays: dict[str, Ar
     Raises:
         SessionError: naming what is missing or of another type.
     """
+    header.update(_LATER | header)
     _require(name, header, _CONVERSATION, arrays, _ARRAYS)
 
 

@@ -15,9 +15,9 @@ from kvp_edge.errors import ContextLengthError, KVPError
 from kvp_edge.server import chats, events
 from kvp_edge.server.asked_by import Word, asked_by
 from kvp_edge.server.chats import Chat, Chats
-from kvp_edge.server.errors import bad_request
+from kvp_edge.server.errors import Cancelled, bad_request
 from kvp_edge.server.said import Said
-from kvp_edge.server.served import Cancelled, ServedLlama, Turn
+from kvp_edge.server.served import ServedLlama, Turn
 from kvp_edge.server.tools import Reply, for_template
 from kvp_edge.text.chat_prompt import prompt_tokens
 

@@ -103,7 +103,7 @@ def test_without_a_key_only_health_and_the_page_answer() -> None:
             "/health/",
             "/page/../v1/models",
         ),
-        *("//", "", "/page/", "/page/a/b", "/health\n"),
+        *("//", "", "/page/", "/page/a/b", "/health/", "/health\n"),
     ):
         assert asked(KEYS, {"host": "x"}, path)[0] == 401, path
 

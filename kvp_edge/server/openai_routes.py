@@ -1,0 +1,110 @@
+"""The routes of OpenAI's protocol, and those that monitoring asks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from kvp_edge.server.context import Ask
+from kvp_edge.server.errors import APIError, bad_request
+from kvp_edge.server.replies import ChatForm, TextForm
+from kvp_edge.server.requests import ChatRequest, TextRequest, TokenizeRequest
+from kvp_edge.server.serving import Serving, Settings
+from kvp_edge.server.tools import BadRequest, check
+
+
+def openai_routes(serving: Serving) -> APIRouter:
+    routes = APIRouter()
+    settings, llm, started = serving.settings, serving.llm, int(time.time())
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Any:
+        try:
+            tools = check(
+                body.tools, body.tool_choice, body.response_format, body.parallel_tool_calls
+            )
+        except BadRequest as error:
+            raise bad_request(str(error), error.param) from error
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        messages = [message.plain() for message in body.messages]
+        ask = Ask(messages, how=_how(body, settings), tools=tools, n=body.n, top_logprobs=top)
+        form = ChatForm(settings.model, lambda token: llm.piece([token]))
+        return await serving.answer(
+            request, ask, form, stream=body.stream, include_usage=body.include_usage
+        )
+
+    @routes.post("/v1/completions")
+    async def completions(body: TextRequest, request: Request) -> Any:
+        prompt = body.prompt
+        assert isinstance(prompt, str) or not isinstance(prompt[0], str)
+        if isinstance(prompt, list) and max(prompt) >= llm.n_vocab():
+            raise bad_request(
+                f"token {max(prompt)} does not exist: there are {llm.n_vocab()}", "prompt"
+            )
+        ask = Ask(prompt=prompt, how=_how(body, settings), n=body.n, top_logprobs=body.logprobs)
+        echo = ""
+        if body.echo:
+            echo = (
+                prompt if isinstance(prompt, str) else llm.piece(prompt).decode("utf-8", "replace")
+            )
+        form = TextForm(settings.model, lambda token: llm.piece([token]), echo)
+        return await serving.answer(
+            request, ask, form, stream=body.stream, include_usage=body.include_usage
+        )
+
+    @routes.get("/v1/models")
+    async def models() -> Any:
+        return {"object": "list", "data": [model_card()]}
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> Any:
+        if name != settings.model:
+            raise APIError(404, f"there is no model '{name}' here", code="model_not_found")
+        return model_card()
+
+    def model_card() -> dict[str, Any]:
+        return {
+            "id": settings.model,
+            "object": "model",
+            "created": started,
+            "owned_by": "kvp_edge",
+            "context_length": llm.n_ctx(),
+        }
+
+    @routes.post("/v1/embeddings")
+    async def embeddings() -> Any:
+        raise APIError(501, "kvp-edge serve writes replies; for embeddings use another server")
+
+    @routes.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Any:
+        tokens = llm.tokenize(body.content.encode(), add_bos=body.add_special, special=False)
+        return {"tokens": tokens}
+
+    @routes.get("/health")
+    async def health() -> Any:
+        return {"status": "ok"}
+
+    @routes.get("/metrics")
+    async def show_metrics() -> Any:
+        text, kind = serving.metrics.text()
+        return Response(text, media_type=kind)
+
+    return routes
+
+
+def _how(body: ChatRequest | TextRequest, settings: Settings) -> dict[str, Any]:
+    longest = body.longest if isinstance(body, ChatRequest) else body.max_tokens
+    seed = secrets.randbits(31) if body.seed is None else body.seed % 2**32
+    how = {
+        **body.sampling(),
+        "max_tokens": min(longest or settings.longest_reply, settings.longest_reply),
+        "seed": seed,
+        "stop": body.stops,
+    }
+    if body.logit_bias:
+        how["logit_bias"] = body.logit_bias
+    return how
