@@ -481,8 +481,9 @@ def test_settings_go_with_requests_and_stay(open_page: Open) -> None:
 def test_a_browser_that_may_remember_nothing_can_chat(open_page: Open) -> None:
     page = open_page(greedy=False)
     page.context.add_init_script(
-        """for (const name of ["localStorage", "sessionStorage"]) {
-          Object.defineProperty(window, name, {get() { throw new DOMException("", "SecurityError"); }});
+        """const get = () => { throw new DOMException("", "SecurityError"); };
+        for (const name of ["localStorage", "sessionStorage"]) {
+          Object.defineProperty(window, name, {get});
         }"""
     )
     page.reload()
