@@ -25,10 +25,10 @@ def messages() -> list[str]:
     prose = (ROOT / "kvp_edge/data/prose.txt").read_text(encoding="utf-8")
     first, second = prose[: _MIDDLE[0]], prose[_MIDDLE[0] : sum(_MIDDLE)]
     return [
-        "My boat Marigold lies at berth 14, with the spare key under the red bench. Give me a "
-        "short motto for her.",
-        f"{first}\n\nSummarize this text in one sentence.",
-        f"{second}\n\nSummarize this text in one sentence.",
+        "My boat is called Marigold. She lies at berth 14, and the spare key is taped under the "
+        "red bench. Give me a short motto for her.",
+        f"{first}\n\nAt which inn does this take place?",
+        f"{second}\n\nWhat was the captain's ordinary habit?",
         "Write a short Python function that counts the words of a text.",
         "Where is the spare key of my boat?",
     ]
@@ -67,7 +67,7 @@ def main() -> None:
                 say(page, message, 600)
                 print(page.locator(".assistant .body").last.inner_text(), flush=True)
             settle(page)
-            page.locator("#passages button").nth(1).click()
+            page.locator("#passages button").nth(3).click()
             shoot(page, args.out, "light")
             page.emulate_media(color_scheme="dark")
             page.get_by_text("Map", exact=True).click()

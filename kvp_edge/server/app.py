@@ -27,6 +27,7 @@ _POLICY = "; ".join(
     )
 )
 _HEADERS = {
+    "Cache-Control": "no-cache",  # asked for anew, or the page would mix files of two versions
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

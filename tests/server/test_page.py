@@ -284,6 +284,7 @@ def test_a_chat_is_deleted_only_when_that_is_confirmed(open_page: Open, server: 
         if answer == "Cancel":
             assert id in {chat["id"] for chat in chats(server)}
     expect(entry).to_have_count(0)
+    expect(box(page)).to_be_focused()
     assert id not in {chat["id"] for chat in chats(server)}
     expect(page.get_by_role("heading", level=1)).to_have_text("New chat")
     assert "#" not in page.url
@@ -477,6 +478,20 @@ def test_settings_go_with_requests_and_stay(open_page: Open) -> None:
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")
 
 
+def test_a_browser_that_may_remember_nothing_can_chat(open_page: Open) -> None:
+    page = open_page(greedy=False)
+    page.context.add_init_script(
+        """const get = () => { throw new DOMException("", "SecurityError"); };
+        for (const name of ["localStorage", "sessionStorage"]) {
+          Object.defineProperty(window, name, {get});
+        }"""
+    )
+    page.reload()
+    say(page, DOG)
+    page.get_by_role("button", name="Dark theme").click()
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+
+
 def test_keys_are_listed_and_do_what_the_list_says(open_page: Open) -> None:
     page = open_page()
     box(page).fill("a")
@@ -551,6 +566,15 @@ def test_the_panel_shows_what_the_server_says_of_its_cells(
     assert page.locator("#token-text .t.back").count() > 0
     shown = "".join(tokens.evaluate_all("all => all.map(e => e.textContent)"))
     assert shown.replace("\u21b5", "") == "".join(there["texts"]).replace("\t", "    ")
+
+
+def test_the_panel_says_whose_cells_it_shows(open_page: Open, recalled: str) -> None:
+    page = open_page()
+    expect(page.locator("#cache-notice")).to_contain_text("of another chat")
+    say(page, "My horse is called Star.")
+    expect(page.locator("#cache-notice")).to_be_hidden()
+    page.goto(page.url.partition("#")[0] + recalled)
+    expect(page.locator("#cache-notice")).to_contain_text("of another chat, \u201cMy horse is")
 
 
 def test_a_passage_that_came_back_leads_to_its_tokens(
@@ -718,6 +742,12 @@ def test_events_are_read_however_their_bytes_are_cut(open_page: Open) -> None:
     ]
 
 
+def test_a_newer_page_is_not_mixed_with_an_older_one(server: Server) -> None:
+    for path in ("", "page/main.js", "page/style.css"):
+        with urllib.request.urlopen(server.url + path) as answer:
+            assert answer.headers["Cache-Control"] == "no-cache"
+
+
 def test_the_browser_is_told_to_run_nothing_else(open_page: Open, server: Server) -> None:
     with urllib.request.urlopen(server.url) as answer:
         policy = answer.headers["Content-Security-Policy"]
@@ -798,6 +828,8 @@ def test_on_a_phone_both_panels_are_drawers(open_page: Open, recalled: str, them
         page.keyboard.press("Escape")
         expect(panel).to_be_hidden()
         expect(opener).to_be_focused()
+    page.set_viewport_size({"width": 320, "height": 600})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
     page.get_by_role("button", name="List of chats", exact=True).tap()
     entries(page).first.get_by_role("link").tap()
     expect(page.get_by_role("navigation", name="Chats")).to_be_hidden()

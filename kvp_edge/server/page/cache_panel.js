@@ -96,11 +96,11 @@ export class CachePanel {
     this.#slider.setAttribute("aria-valuetext", `${index}, ${text}, ${said}`);
   }
 
-  #drawNotice({ chat, held, stats }, openChat, title) {
+  #drawNotice({ chat, held, stats, writing }, openChat, title) {
     let notice = "";
-    if (held.length > 0 && chat !== openChat) {
-      notice = `The cells hold another chat${title ? `, \u201c${title}\u201d` : ""}. `
-        + "The next message of this one brings it back.";
+    if (held.length > 0 && chat !== openChat && !(writing && openChat === null)) {
+      notice = `These are the cells of another chat${title ? `, \u201c${title}\u201d` : ""}.`;
+      if (openChat !== null) notice += " This one comes back to them with its next message.";
     } else if (stats.policy === null) {
       notice = "This cache has no budget: it holds every token until it is full.";
     }

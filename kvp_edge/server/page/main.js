@@ -155,6 +155,7 @@ async function removeFamily(family) {
     }
   }
   await listChats();
+  message.focus(); // the button that was pressed is gone
   const left = family.find((chat) => !gone.includes(chat));
   if (!gone.some((chat) => chat.id === open.id)) return;
   if (left) await openChat(left.id, "replace");
