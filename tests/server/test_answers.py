@@ -244,8 +244,8 @@ def test_what_is_wrong_with_a_request_is_told(
 
 
 def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(client: TestClient) -> None:
-    messages = [{"role": "user", "content": "snow fell " * 800}]
-    for stream in (False, True):
+    for n, stream in ((800, False), (800, True), (100_000, False)):  # the last is not tokenized
+        messages = [{"role": "user", "content": "snow fell " * n}]
         found = error(client, "/v1/chat/completions", 400, messages=messages, stream=stream)
         assert found["code"] == "context_length_exceeded"
         assert "n_ctx" in found["message"] or "--n-ctx" in found["message"]
