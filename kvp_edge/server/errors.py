@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+
+from kvp_edge.errors import BudgetError, ContextLengthError, KVPError
+
+#: What pydantic puts among the names of fields to tell of a type.
+_TYPE = re.compile(r"^(str|constrained-str)$|\[")
+
+#: Characters of a request that an answer repeats.
+_LONGEST = 200
 
 
 class Error(BaseModel):
@@ -57,5 +68,51 @@ class APIError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+class Cancelled(APIError):
+    """Nobody waits for this reply any more."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client has gone")
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
     return APIError(400, message, param=param, code=code)
+
+
+def as_answer(error: Exception) -> APIError:
+    """What is told of an error, and with which status."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, ContextLengthError):
+        return bad_request(str(error), "messages", "context_length_exceeded")
+    if isinstance(error, BudgetError):
+        return bad_request(str(error), "messages")
+    if isinstance(error, (KVPError, MemoryError)):
+        return APIError(500, str(error) or "out of memory")
+    sys.excepthook(type(error), error, error.__traceback__)
+    return unforeseen()
+
+
+def unforeseen() -> APIError:
+    return APIError(500, "the server could not answer this request; its own output says why")
+
+
+def of_validation(error: RequestValidationError) -> APIError:
+    """The first thing that is wrong, by the name of its field. Where a field may have several
+    types, what is wrong with the one that it has."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        why, where = first["ctx"]["error"], first["loc"][-1]
+        return bad_request(f"the body is not JSON: {why}, at character {where}")
+    problem = min(error.errors(), key=lambda one: str(one["type"]).endswith("_type"))
+    names = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
+    name = ".".join(names)[:_LONGEST] or None
+    message = problem["msg"]
+    return bad_request(f"{name}: {message}" if name else str(message), name)
+
+
+def of_no_json(error: Exception) -> APIError:
+    """Of a body that cannot be read."""
+    if isinstance(error, RecursionError):
+        return bad_request("the body is nested too deeply")
+    return bad_request(f"the body is not JSON: {error}"[:_LONGEST])

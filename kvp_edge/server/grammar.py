@@ -11,12 +11,13 @@ the order in which they were given.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-#: Readings of one text. Each costs 0.4 to 1 ms a token if the vocabulary has 150,000 tokens.
-MAX_READINGS = 32
+#: Readings of one text. Each costs up to 1.3 ms a token if the vocabulary has 150,000 tokens, where
+#: a plain string costs 10 to 25 ms. Two that differ in the next character count as one.
+MAX_READINGS = 20
 #: Characters of a grammar: a million take llama.cpp 0.1 s.
 MAX_CHARACTERS = 512 * 1024
 
@@ -93,6 +94,10 @@ class Shape:
         """At most, anywhere but in the shapes that it names."""
         return _ANYWHERE
 
+    def characters(self) -> int:
+        """Of names and texts in its rules."""
+        return 0
+
     def rules(self, name: str) -> dict[str, str]:
         """Its rule in GBNF, and those that it needs for itself."""
         raise NotImplementedError
@@ -109,10 +114,13 @@ class Choice(Shape):
         return self.texts if few else tuple({text[0] for text in self.texts})
 
     def readings_at_start(self) -> int:
-        return len({text[0] for text in self.texts})
+        return _branches({text[0] for text in self.texts})
 
     def readings(self) -> int:
         return max(_ANYWHERE, self._tree()[1])
+
+    def characters(self) -> int:
+        return sum(map(len, self.texts))
 
     def rules(self, name: str) -> dict[str, str]:
         return {name: self._tree()[0]}
@@ -250,6 +258,14 @@ class Record(Shape):
                 most = max(most, _either(names)[1])
         return _ANYWHERE + most
 
+    def characters(self) -> int:
+        n = before = 0
+        for name, _, needed in self.fields:
+            before += 1  # rules that it may begin
+            n += before * (len(name) + 10)
+            before = 0 if needed else before
+        return n
+
     def rules(self, name: str) -> dict[str, str]:
         """Rule i is what comes behind property i - 1; its name itself holds what comes first."""
         rules = {}
@@ -332,7 +348,12 @@ def _either(texts: Sequence[tuple[str, str]]) -> tuple[str, int]:
         branches.append(branch)
         most = max(most, readings)
     body = " | ".join(branches)
-    return f"{literal(prefix) if prefix else ''} ( {body} )", max(most, len(branches))
+    return f"{literal(prefix) if prefix else ''} ( {body} )", max(most, _branches(branches))
+
+
+def _branches(differing: Collection[str]) -> int:
+    """Readings that differ in their first character: tokens are soon known to be of none."""
+    return (len(differing) + 1) // 2
 
 
 def _common(one: str, other: str) -> str:
@@ -377,19 +398,16 @@ class Grammar:
         Raises:
             GrammarError: it would be too costly, or some text could never end.
         """
-        root, branches = _either(sorted(alternatives.items()))
+        _refuse_long(sum(shape.characters() for shape in self._shapes))  # before any of it is made
         unions = _sorted_unions(self._shapes)
         _check_ends(self._shapes)
+        root, branches = _either(sorted(alternatives.items()))
         _check_readings(self._shapes, unions, branches)
         rules = {"root": root, **_RULES}
         for number, shape in enumerate(self._shapes):
             rules.update(shape.rules(rule(number)))
         text = "".join(f"{name} ::= {body}\n" for name, body in rules.items())
-        if len(text) > MAX_CHARACTERS:
-            raise GrammarError(
-                f"its grammar would have {len(text)} characters, and may have {MAX_CHARACTERS}: "
-                "shorten names and enums"
-            )
+        _refuse_long(len(text))
         return text
 
 
@@ -438,13 +456,13 @@ def _check_readings(shapes: Sequence[Shape], unions: Sequence[int], least: int) 
     alike: dict[int, list[list[int]]] = {}  # of each member, those that it is read beside
     for n in unions:
         members = sorted(set(shapes[n].parts()))
-        begins[n] = tuple({text for one in members for text in begins[one]})
         start[n] = sum(start[one] for one in members)
+        _refuse_many(start[n])
+        begins[n] = tuple({text for one in members for text in begins[one]})
         alike[n] = [
             [other for other in members if not _apart(begins[one], begins[other])]
             for one in members
         ]
-        _refuse_many(start[n])
     readings = [max(shape.readings(), start[n]) for n, shape in enumerate(shapes)]
     _refuse_many(max([least, *readings]))
     changed = True
@@ -458,6 +476,14 @@ def _check_readings(shapes: Sequence[Shape], unions: Sequence[int], least: int) 
             if most > readings[n]:
                 _refuse_many(most)
                 readings[n], changed = most, True
+
+
+def _refuse_long(characters: int) -> None:
+    if characters > MAX_CHARACTERS:
+        raise GrammarError(
+            f"its grammar would have {characters} characters, and may have {MAX_CHARACTERS}: "
+            "shorten names and enums, or make properties required"
+        )
 
 
 def _refuse_many(readings: int) -> None:

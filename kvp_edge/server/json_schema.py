@@ -68,9 +68,9 @@ def check_size(document: object, what: str, most: int = MAX_BYTES) -> None:
     Raises:
         GrammarError: it is not JSON in UTF-8, too large, or too deep.
     """
-    level: list[Any] = [document]
-    for _ in range(MAX_DEPTH + 1):
-        level = [one for value in level for one in _inside(value)]
+    level = _holders([document])
+    for _ in range(MAX_DEPTH):
+        level = [one for value in level for one in _holders(value)]
     if level:
         raise GrammarError(f"{what} is nested more than {MAX_DEPTH} deep")
     try:
@@ -81,8 +81,10 @@ def check_size(document: object, what: str, most: int = MAX_BYTES) -> None:
         raise GrammarError(f"{what} has {n} bytes, and may have {most}")
 
 
-def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+def _holders(value: Any) -> list[Any]:
+    """The lists and objects in a list or an object."""
+    values = value.values() if isinstance(value, dict) else value
+    return [one for one in values if isinstance(one, dict | list)]
 
 
 def add_schema(grammar: Grammar, schema: object, what: str, *, strict: bool) -> int:

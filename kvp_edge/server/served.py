@@ -16,10 +16,7 @@ from kvp_edge.binding.queries import Queries
 from kvp_edge.cache.recall import Recall
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.llama import Llama
-
-
-class Cancelled(Exception):
-    """Nobody waits for this reply any more."""
+from kvp_edge.server.errors import Cancelled
 
 
 @dataclass(frozen=True)

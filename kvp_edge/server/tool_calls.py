@@ -60,7 +60,7 @@ class ReplyParser:
         self._parallel = parallel
         self._bare = bare
         self._whole = True  # nothing but white space was written before
-        self._space = ""  # white space at the beginning or after a call, until it is known whose
+        self._space: list[str] = []  # at the beginning or after a call, until it is known whose
         self._form: Generator[None, str, list[Call]] | None = None  # what reads the held text
         self._held: list[str] = []
         self._content: list[str] = []  # to be passed on
@@ -84,8 +84,8 @@ class ReplyParser:
         """
         deltas = self._take("") if self._form is not None else []
         if self._n_calls == 0:
-            self._keep(self._space)
-        self._space = ""
+            self._keep("")
+        self._space = []
         deltas += self._pass_on()
         return deltas, "tool_calls" if self._ends_in_call else reason
 
@@ -93,10 +93,10 @@ class ReplyParser:
         """The next character; "" is the end."""
         if self._form is None:
             if c in _SPACE and (self._whole or self._ends_in_call):
-                self._space += c
+                self._space.append(c)
                 return []
             if c not in ("<", "[", "{"):
-                self._keep(self._space + c)
+                self._keep(c)
                 return []
             self._form, self._held = _calls(self._names, self._whole and self._bare), []
             next(self._form)
@@ -109,18 +109,18 @@ class ReplyParser:
             # A mark inside of what was held is none: its first character would have come here.
             held, self._form = "".join(self._held), None
             if held:
-                self._keep(self._space + held)
+                self._keep(held)
                 return self._take(c) if c else []
-            self._keep(self._space + c)  # "{" or "[" that begins nothing
+            self._keep(c)  # "{" or "[" that begins nothing
             return []
         self._held.append(c)
         return []
 
     def _keep(self, content: str) -> None:
-        self._space = ""
-        if content:
-            self._content.append(content)
-            self._whole = self._ends_in_call = False
+        """It is content, and so is white space before it."""
+        self._content += [*self._space, content]
+        self._space = []
+        self._whole = self._ends_in_call = False
 
     def _pass_on(self) -> list[dict[str, Any]]:
         content, self._content = "".join(self._content), []
@@ -138,7 +138,7 @@ class ReplyParser:
                 }
                 deltas.append({"tool_calls": [call]})
                 self._n_calls += 1
-        self._space, self._whole, self._ends_in_call = "", False, True
+        self._space, self._whole, self._ends_in_call = [], False, True
         return deltas
 
 

@@ -19,11 +19,21 @@ from typing import Any
 
 from llama_cpp import LlamaGrammar
 
-from kvp_edge.files import json_values
 from kvp_edge.files.json_values import shortened
 from kvp_edge.server.grammar import Grammar, GrammarError, Plain, json_text, literal, rule
 from kvp_edge.server.json_schema import add_schema, check_size
+from kvp_edge.server.template_messages import for_template, shows_tools
 from kvp_edge.server.tool_calls import ReplyParser
+
+__all__ = [
+    "MAX_SHAPES",
+    "MAX_TOOLS",
+    "MAX_TOOLS_BYTES",
+    "BadRequest",
+    "Reply",
+    "check",
+    "for_template",
+]
 
 MAX_TOOLS = 128
 #: Of all tools together, as JSON.
@@ -80,6 +90,16 @@ class Reply:
             arguments["grammar"] = LlamaGrammar.from_string(self.gbnf, verbose=False)
         return arguments
 
+    def messages(
+        self, messages: Sequence[Mapping[str, Any]], template: str
+    ) -> list[dict[str, Any]]:
+        """Messages for ``create_chat_completion``.
+
+        Args:
+            template: the model's chat template, "" if it has none.
+        """
+        return for_template(messages, None if shows_tools(template) else self.tools or [])
+
     def parser(self) -> ReplyParser:
         """What reads the reply, once."""
         return ReplyParser(self.names, parallel=self.parallel, bare=self.bare)
@@ -117,36 +137,6 @@ def check(
         gbnf = _gbnf(grammar, {"": rule(shape), **calls}, "tools")
     parallel = parallel_tool_calls is not False
     return Reply(shown, tuple(chosen), gbnf, parallel, bare=must or shape is None)
-
-
-def for_template(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as chat templates want them: arguments of calls as objects, where OpenAI has JSON in
-    a string, and no content as "". The messages themselves are not changed."""
-    return [_message(message) for message in messages]
-
-
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    changed = dict(message)
-    if changed.get("content", "") is None:
-        changed["content"] = ""
-    calls = changed.get("tool_calls")
-    if isinstance(calls, list):
-        changed["tool_calls"] = [_call(call) for call in calls]
-    return changed
-
-
-def _call(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json_values.parse(function["arguments"])
-        check_size(arguments, "arguments", MAX_TOOLS_BYTES)
-    except ValueError:
-        return call
-    if not isinstance(arguments, dict):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 # -- checks --------------------------------------------------------------------------------------

@@ -35,13 +35,9 @@ def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def client_of(server: Server, **more: Any) -> Any:
-    return openai.OpenAI(base_url=server.v1, api_key=server.key, max_retries=0, **more)
-
-
 @pytest.fixture
 def client(server: Server) -> Iterator[Any]:
-    with client_of(server) as made:
+    with openai.OpenAI(base_url=server.v1, api_key=server.key, max_retries=0) as made:
         yield made
 
 

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support.command_line import COMMAND
+from makers.page import Server, box, chromium, idle, launched, replies, say, send
 from support.packages import needs
 
 needs("uvicorn", "server")
@@ -28,65 +21,17 @@ expect = sync_api.expect
 
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
-)
-
 pytestmark = [
     pytest.mark.page,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome on the PATH"),
+    pytest.mark.skipif(chromium() is None, reason="needs chromium or google-chrome on the PATH"),
 ]
 
 WIDE, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 780}
-READY = re.compile(r"(http://[\d.]+:\d+) is ready")
 END = 3  # the bundled model's token
 PROSE = (Path(__file__).parents[2] / "kvp_edge/data/prose.txt").read_text(encoding="utf-8")
 
 DOG, ASK_DOG, DOG_REPLY = "My dog is called Ralph.", "What is my dog called?", "Ralph"
 NOVEL = "Once upon a time there was"
-
-
-class Server:
-    """``kvp-edge serve`` in a process, which can be ended and started again at the same port."""
-
-    def __init__(self, *options: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self._options = options
-        self.log: list[str] = []
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-    def start(self) -> None:
-        options = ["--port", str(self.port), "--threads", "1", *self._options]
-        self._process = subprocess.Popen(
-            [*COMMAND, "serve", *options], stderr=subprocess.PIPE, text=True
-        )
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self.log.append(line)
-            if READY.search(line):
-                break
-        else:
-            raise AssertionError("".join(self.log))
-        threading.Thread(target=self._drain, daemon=True).start()
-
-    def _drain(self) -> None:
-        assert self._process.stderr is not None
-        self.log.extend(self._process.stderr)
-
-    def end(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(20)
-
-    def chats(self) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(self.url + "kvp/chats") as answer:
-            found: list[dict[str, Any]] = json.load(answer)["chats"]
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +43,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield launched
-        launched.close()
+    with launched() as found:
+        yield found
 
 
 Open = Callable[..., Any]
@@ -147,37 +89,14 @@ def open_page(browser: Any, server: Server) -> Iterator[Open]:
 # -- what a reader does --------------------------------------------------------------------------
 
 
-def box(page: Any) -> Any:
-    return page.get_by_label("Your message", exact=True)
-
-
-def send(page: Any, text: str) -> None:
-    box(page).fill(text)
-    box(page).press("Enter")
+def chats(server: Server) -> list[dict[str, Any]]:
+    """What the server lists, newest first."""
+    found: list[dict[str, Any]] = server.get("kvp/chats")["chats"]
+    return found
 
 
 def bubbles(page: Any) -> Any:
     return page.get_by_role("article", name="You", exact=True)
-
-
-def replies(page: Any) -> Any:
-    return page.get_by_role("article", name="Reply", exact=True)
-
-
-def idle(page: Any) -> None:
-    """Wait until no reply is written, and the page knows what the server has stored of it."""
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
-    expect(page.get_by_role("status")).to_have_text(
-        re.compile("^(Reply: |Stopped|The reply is comp)")
-    )
-
-
-def say(page: Any, text: str) -> None:
-    """Send, and wait for the reply."""
-    n = replies(page).count()
-    send(page, text)
-    expect(replies(page)).to_have_count(n + 1)
-    idle(page)
 
 
 def editor_of(page: Any) -> Any:
@@ -210,8 +129,7 @@ def has_length(page: Any, n: int) -> None:
 def stored_like_shown(page: Any, server: Server) -> None:
     """The server's messages of the chat in the address are those on the page."""
     id = page.url.partition("#")[2]
-    with urllib.request.urlopen(f"{server.url}kvp/chats/{id}") as answer:
-        messages = json.load(answer)["messages"]
+    messages = server.get(f"kvp/chats/{id}")["messages"]
     shown = page.locator(".message:not(.system) .body").all_inner_texts()
     assert [m["content"].split() for m in messages if m["role"] != "system"] == [
         text.split() for text in shown
@@ -231,7 +149,7 @@ def test_a_message_is_answered_and_the_chat_is_in_the_address_and_in_the_list(
     expect(replies(page).last).to_contain_text(DOG_REPLY)
     expect(page.get_by_role("heading", level=1)).to_have_text(DOG)
     id = page.url.partition("#")[2]
-    assert server.chats()[0]["id"] == id
+    assert chats(server)[0]["id"] == id
     expect(entries(page).first.get_by_role("link")).to_have_attribute("aria-current", "page")
     stored_like_shown(page, server)
 
@@ -250,10 +168,10 @@ def test_a_reply_grows_while_it_is_written_and_stops_where_it_is_stopped(
     expect(page.get_by_role("status")).to_have_text("Stopped.")
     assert replies(page).last.inner_text().startswith(before[:40])
     stored_like_shown(page, server)
-    n = len(server.chats())
+    n = len(chats(server))
     page.unroute("**/v1/chat/completions")
     say(page, DOG)  # the same chat goes on: what was said until the stop is known to both
-    assert len(server.chats()) == n
+    assert len(chats(server)) == n
     stored_like_shown(page, server)
 
 
@@ -325,7 +243,7 @@ def test_another_reply_makes_a_branch(open_page: Open, server: Server) -> None:
     expect(version(page)).to_contain_text("2 / 2")
     idle(page)
     assert page.url != first
-    assert server.chats()[0]["parent"] == first.partition("#")[2]
+    assert chats(server)[0]["parent"] == first.partition("#")[2]
     stored_like_shown(page, server)
 
 
@@ -364,9 +282,10 @@ def test_a_chat_is_deleted_only_when_that_is_confirmed(open_page: Open, server: 
         dialog.get_by_role("button", name=answer, exact=True).click()
         expect(dialog).to_be_hidden()
         if answer == "Cancel":
-            assert id in {chat["id"] for chat in server.chats()}
+            assert id in {chat["id"] for chat in chats(server)}
     expect(entry).to_have_count(0)
-    assert id not in {chat["id"] for chat in server.chats()}
+    expect(box(page)).to_be_focused()
+    assert id not in {chat["id"] for chat in chats(server)}
     expect(page.get_by_role("heading", level=1)).to_have_text("New chat")
     assert "#" not in page.url
 
@@ -384,7 +303,7 @@ def test_one_branch_can_be_deleted(open_page: Open, server: Server) -> None:
     page.get_by_role("button", name="Delete this branch").click()
     expect(bubbles(page).first).to_contain_text("Fanny")
     assert page.url == first
-    assert not any("Emma" in chat["title"] for chat in server.chats())
+    assert not any("Emma" in chat["title"] for chat in chats(server))
 
 
 def test_a_reload_opens_the_chat_that_was_open_with_what_was_typed(open_page: Open) -> None:
@@ -417,7 +336,7 @@ def test_a_chat_goes_on_after_the_server_was_started_again(open_page: Open, tmp_
     expect(replies(page).nth(1)).to_contain_text(DOG_REPLY)
     idle(page)
     assert page.url.partition("#")[2] == id
-    assert [chat["n_messages"] for chat in server.chats()] == [4]
+    assert [chat["n_messages"] for chat in chats(server)] == [4]
     server.end()
 
 
@@ -458,6 +377,85 @@ def test_an_error_is_a_sentence_and_what_was_asked_can_be_tried_again(open_page:
     expect(alert).to_have_count(0)
 
 
+def test_a_reply_that_breaks_off_is_written_again_and_not_gone_on_with(open_page: Open) -> None:
+    page = open_page()
+    chunk = {"chat_id": "feedfeedfeedfeed", "choices": [{"delta": {"content": "Half a rep"}}]}
+    pieces = [chunk, {"error": {"message": "the device is gone"}}]
+    body = "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces)
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=body),
+    )
+    send(page, DOG)
+    expect(page.get_by_role("alert")).to_contain_text("The device is gone.")
+    expect(replies(page)).to_contain_text("Half a rep")
+    page.unroute("**/v1/chat/completions")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.get_by_role("button", name="Try again").click()
+    assert [m["role"] for m in asked.value.post_data_json["messages"]] == ["user"]
+    idle(page)
+    expect(replies(page)).to_have_count(1)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    assert "feedfeedfeedfeed" not in page.url
+
+
+def test_a_stream_without_its_end_is_an_error(open_page: Open) -> None:
+    page = open_page()
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=": ping\n\n"),
+    )
+    send(page, DOG)
+    expect(page.get_by_role("alert")).to_contain_text("ended the stream before the reply")
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+def test_a_message_can_be_stopped_while_it_is_read_and_answered_later(
+    open_page: Open, server: Server
+) -> None:
+    page = open_page()
+    send(page, PROSE[:6000])
+    expect(page.get_by_text("Reading")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("This message has no reply yet.")).to_be_visible()
+    page.get_by_role("button", name="Get a reply").click()
+    expect(replies(page)).to_have_count(1)
+    idle(page)
+    stored_like_shown(page, server)
+
+
+def test_what_is_typed_while_a_new_chat_is_answered_stays_in_its_box(open_page: Open) -> None:
+    page = open_page()
+    send(page, DOG)
+    box(page).fill(ASK_DOG)
+    idle(page)
+    page.reload()
+    expect(box(page)).to_have_value(ASK_DOG)
+    page.keyboard.press("Control+k")
+    expect(box(page)).to_have_value("")
+    page.go_back()
+    expect(box(page)).to_have_value(ASK_DOG)
+
+
+def test_messages_and_code_can_be_copied(open_page: Open) -> None:
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    say(page, DOG)
+    bubbles(page).first.get_by_role("button", name="Copy the message").click()
+    expect(bubbles(page).first.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == DOG
+
+
+def test_a_long_message_is_folded_until_it_is_asked_for(open_page: Open) -> None:
+    page = open_page()
+    say(page, PROSE[:1500])
+    body = bubbles(page).first.locator(".body")
+    folded = body.bounding_box()["height"]
+    page.get_by_role("button", name="Show all").click()
+    assert body.bounding_box()["height"] > folded
+    page.get_by_role("button", name="Show less").click()
+    assert body.bounding_box()["height"] == folded
+
+
 def test_settings_go_with_requests_and_stay(open_page: Open) -> None:
     page = open_page(greedy=False)
     page.keyboard.press("Control+,")
@@ -477,6 +475,20 @@ def test_settings_go_with_requests_and_stay(open_page: Open) -> None:
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     expect(page.get_by_text("The reply was cut off")).to_be_visible()
     page.reload()
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+
+
+def test_a_browser_that_may_remember_nothing_can_chat(open_page: Open) -> None:
+    page = open_page(greedy=False)
+    page.context.add_init_script(
+        """const get = () => { throw new DOMException("", "SecurityError"); };
+        for (const name of ["localStorage", "sessionStorage"]) {
+          Object.defineProperty(window, name, {get});
+        }"""
+    )
+    page.reload()
+    say(page, DOG)
+    page.get_by_role("button", name="Dark theme").click()
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")
 
 
@@ -517,12 +529,6 @@ def recalled(browser: Any, server: Server) -> str:
     return f"#{address}"
 
 
-def cache(server: Server) -> dict[str, Any]:
-    with urllib.request.urlopen(server.url + "kvp/cache") as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
-
-
 def in_cells(page: Any) -> None:
     """Have the chat that is open in the cells."""
     expect(page.locator(".assistant").last).to_be_visible()
@@ -535,7 +541,7 @@ def test_the_panel_shows_what_the_server_says_of_its_cells(
 ) -> None:
     page = open_page(address=recalled)
     in_cells(page)
-    there = cache(server)
+    there = server.get("kvp/cache")
     stats = there["stats"]
     expect(page.locator("#cells-used")).to_have_text(f"{stats['kept']} of {stats['cells']} cells")
     numbers = dict(
@@ -562,12 +568,21 @@ def test_the_panel_shows_what_the_server_says_of_its_cells(
     assert shown.replace("\u21b5", "") == "".join(there["texts"]).replace("\t", "    ")
 
 
+def test_the_panel_says_whose_cells_it_shows(open_page: Open, recalled: str) -> None:
+    page = open_page()
+    expect(page.locator("#cache-notice")).to_contain_text("of another chat")
+    say(page, "My horse is called Star.")
+    expect(page.locator("#cache-notice")).to_be_hidden()
+    page.goto(page.url.partition("#")[0] + recalled)
+    expect(page.locator("#cache-notice")).to_contain_text("of another chat, \u201cMy horse is")
+
+
 def test_a_passage_that_came_back_leads_to_its_tokens(
     open_page: Open, server: Server, recalled: str
 ) -> None:
     page = open_page(address=recalled)
     in_cells(page)
-    span = cache(server)["last_recall"]["spans"][-1]
+    span = server.get("kvp/cache")["last_recall"]["spans"][-1]
     page.locator("#passages button").last.click()
     chosen = page.locator("#token-text .chosen")
     expect(chosen).to_be_in_viewport()
@@ -593,18 +608,51 @@ def test_the_map_and_the_text_show_the_same_token(open_page: Open, recalled: str
     expect(canvas).to_be_visible()
 
 
+def test_the_cache_is_asked_for_only_while_somebody_can_see_it(open_page: Open) -> None:
+    page = open_page(address="")
+    expect(page.locator("#cells-used")).to_contain_text("cells")
+    page.clock.install()
+    page.reload()
+    expect(page.locator("#cells-used")).to_contain_text(re.compile(r"of [1-9]"))
+    asked = []
+    page.on("request", lambda request: "/kvp/cache" in request.url and asked.append(request.url))
+
+    def seen(hidden: bool) -> None:
+        page.evaluate(
+            """hidden => {
+              Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+              document.dispatchEvent(new Event("visibilitychange"));
+            }""",
+            hidden,
+        )
+
+    seen(hidden=True)
+    page.clock.run_for(60_000)
+    assert asked == []
+    with page.expect_request("**/kvp/cache*"):
+        seen(hidden=False)
+    page.get_by_role("button", name="KV cache", exact=True).click()  # hides the panel
+    asked.clear()
+    page.clock.run_for(60_000)
+    assert asked == []
+
+
 def test_thirty_thousand_tokens_are_drawn_in_a_moment(open_page: Open) -> None:
     page = open_page()
     ms = page.evaluate(
         """async () => {
           const { TokenText } = await import("/page/token_text.js");
           const { TokenMap } = await import("/page/token_map.js");
-          const n = 30000, texts = Array.from({length: n}, (_, i) => i % 14 ? ` word${i}` : "\\n");
+          const n = 30000, word = (i) => i % 14 ? ` word${i}` : "\\n";
+          const texts = Array.from({length: n}, (_, i) => word(i));
           const levels = Uint8Array.from(texts, (_, i) => i % 8), back = new Uint8Array(n);
           const frame = () => new Promise(r => requestAnimationFrame(() => setTimeout(r)));
           const times = [];
           const time = async (draw) => {
-            const start = performance.now(); draw(); await frame(); times.push(performance.now() - start);
+            const start = performance.now();
+            draw();
+            await frame();
+            times.push(performance.now() - start);
           };
           const own = (id) => { // not the one that the page draws into
             const place = document.getElementById(id), copy = place.cloneNode(id === "token-map");
@@ -615,10 +663,12 @@ def test_thirty_thousand_tokens_are_drawn_in_a_moment(open_page: Open) -> None:
           const text = new TokenText(textPlace, () => {});
           await time(() => text.draw(texts, levels, back));
           const later = levels.slice(); later.fill(1, 15000, 15200);
-          await time(() => text.draw([...texts, " more"], Uint8Array.from([...later, 7]), new Uint8Array(n + 1)));
+          const grown = Uint8Array.from([...later, 7]);
+          await time(() => text.draw([...texts, " more"], grown, new Uint8Array(n + 1)));
           textPlace.hidden = true;
           mapPlace.hidden = false;
-          const map = new TokenMap(mapPlace, document.getElementById("legend"), () => {});
+          const legend = document.getElementById("legend");
+          const map = new TokenMap(mapPlace, legend, () => {});
           await time(() => map.draw(levels, back));
           return times;
         }"""
@@ -653,7 +703,8 @@ def test_replies_become_elements_and_never_markup(open_page: Open) -> None:
                   code: [...whole.querySelectorAll("pre code")].map(e => e.textContent),
                   bold: whole.querySelector("strong").textContent,
                   inline: whole.querySelector("p:not(.heading) code").textContent,
-                  items: whole.querySelectorAll("ul > li").length, nested: whole.querySelectorAll("ul ol > li").length,
+                  items: whole.querySelectorAll("ul > li").length,
+                  nested: whole.querySelectorAll("ul ol > li").length,
                   text: whole.textContent};
         }""",
         text,
@@ -673,11 +724,14 @@ def test_events_are_read_however_their_bytes_are_cut(open_page: Open) -> None:
         """async () => {
           const { EventParser } = await import("/page/sse.js");
           const text = ": ping\\r\\n\\r\\ndata: {\\"a\\": \\"\u00e9\u20ac\U0001f600\\"}\\r\\n\\r\\n"
-            + "event: x\\ndata:one\\ndata: two\\n\\n: ping\\n\\rdata: cr\\r\\r\\n\\ndata: incomplete\\n";
+            + "event: x\\ndata:one\\r\\ndata: two\\r\\n\\n: ping\\n\\rdata: cr\\r\\r\\n\\n"
+            + "data: incomplete\\n";
           const bytes = new TextEncoder().encode(text), found = new Set();
           for (let size = 1; size <= bytes.length; size++) {
             const parser = new EventParser(), events = [];
-            for (let i = 0; i < bytes.length; i += size) events.push(...parser.push(bytes.slice(i, i + size)));
+            for (let i = 0; i < bytes.length; i += size) {
+              events.push(...parser.push(bytes.slice(i, i + size)));
+            }
             found.add(JSON.stringify(events));
           }
           return [...found];
@@ -686,6 +740,12 @@ def test_events_are_read_however_their_bytes_are_cut(open_page: Open) -> None:
     assert [json.loads(each) for each in found] == [
         ['{"a": "\u00e9\u20ac\U0001f600"}', "one\ntwo", "cr"]
     ]
+
+
+def test_a_newer_page_is_not_mixed_with_an_older_one(server: Server) -> None:
+    for path in ("", "page/main.js", "page/style.css"):
+        with urllib.request.urlopen(server.url + path) as answer:
+            assert answer.headers["Cache-Control"] == "no-cache"
 
 
 def test_the_browser_is_told_to_run_nothing_else(open_page: Open, server: Server) -> None:
@@ -717,15 +777,14 @@ def test_the_browser_is_told_to_run_nothing_else(open_page: Open, server: Server
 
 
 def no_violations(page: Any) -> None:
-    # colours change gradually where motion is allowed; these pages are opened without
     found = Axe().run(page)
+    assert {"color-contrast", "button-name"} <= {rule["id"] for rule in found.response["passes"]}
     assert found.violations_count == 0, found.generate_report()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing(open_page: Open, recalled: str, theme: str) -> None:
     page = open_page(address=recalled, color_scheme=theme, reduced_motion="reduce")
-    no_violations(page)
     in_cells(page)
     page.locator("#token-text .t").nth(30).hover()
     no_violations(page)
@@ -769,6 +828,8 @@ def test_on_a_phone_both_panels_are_drawers(open_page: Open, recalled: str, them
         page.keyboard.press("Escape")
         expect(panel).to_be_hidden()
         expect(opener).to_be_focused()
+    page.set_viewport_size({"width": 320, "height": 600})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
     page.get_by_role("button", name="List of chats", exact=True).tap()
     entries(page).first.get_by_role("link").tap()
     expect(page.get_by_role("navigation", name="Chats")).to_be_hidden()
@@ -783,11 +844,12 @@ def test_all_can_be_reached_by_keyboard_and_seen(open_page: Open) -> None:
         page.keyboard.press("Tab")
         name, outlined = page.evaluate(
             """() => {
-              const e = document.activeElement, s = getComputedStyle(e);
-              const near = e.closest("form, label")?.querySelector("span") ?? e;
-              const seen = s.outlineStyle !== "none" || getComputedStyle(near).outlineStyle !== "none"
-                || (e.form && getComputedStyle(e.form).boxShadow !== "none");
-              return [e.ariaLabel || e.textContent.trim() || e.id, e === document.body || Boolean(seen)];
+              const outlined = (e) => getComputedStyle(e).outlineStyle !== "none";
+              const e = document.activeElement;
+              const beside = e.closest("label")?.querySelector("span") ?? e; // of a radio button
+              const framed = e.id === "message" && getComputedStyle(e.form).boxShadow !== "none";
+              return [e.ariaLabel || e.textContent.trim() || e.id,
+                      e === document.body || outlined(e) || outlined(beside) || framed];
             }"""
         )
         assert outlined, name

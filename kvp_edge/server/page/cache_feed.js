@@ -4,6 +4,9 @@ import * as api from "./api.js";
 
 const IDLE_MS = 5000, WRITING_MS = 400;
 
+/** After a reply the server finds out which words asked; so many times it is asked soon again. */
+const SOON = 4, SOON_MS = 700;
+
 /** Follows the cache as long as somebody can see it. */
 export class CacheFeed {
   #onView;
@@ -13,6 +16,7 @@ export class CacheFeed {
   #writing = false;
   #wake = () => {};
   #known = { chat: null, texts: [] };
+  #soon = 0;
   #whole = true; // ask for all texts next
 
   constructor(onView, onError) {
@@ -30,7 +34,10 @@ export class CacheFeed {
 
   /** Which chat is open (null: a new one), and whether its reply is being written. */
   follow(chat, writing) {
-    if (this.#writing && !writing) this.#whole = true; // what was written may be in other tokens now
+    if (this.#writing && !writing) {
+      this.#whole = true; // what was written may be in other tokens now
+      this.#soon = SOON;
+    }
     this.#chat = chat;
     this.#writing = writing;
     this.#wake();
@@ -46,6 +53,7 @@ export class CacheFeed {
           // a long conversation takes longer to answer: it may not keep the server from writing
           const took = performance.now() - start;
           if (view.writing || this.#writing) pause = Math.max(WRITING_MS, 8 * took);
+          else if (this.#soon-- > 0) pause = Math.max(SOON_MS, 8 * took);
           this.#onView(view);
         } catch (error) {
           this.#onError(error);

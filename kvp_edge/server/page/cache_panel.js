@@ -96,11 +96,11 @@ export class CachePanel {
     this.#slider.setAttribute("aria-valuetext", `${index}, ${text}, ${said}`);
   }
 
-  #drawNotice({ chat, held, stats }, openChat, title) {
+  #drawNotice({ chat, held, stats, writing }, openChat, title) {
     let notice = "";
-    if (held.length > 0 && chat !== openChat) {
-      notice = `The cells hold another chat${title ? `, \u201c${title}\u201d` : ""}. `
-        + "The next message of this one brings it back.";
+    if (held.length > 0 && chat !== openChat && !(writing && openChat === null)) {
+      notice = `These are the cells of another chat${title ? `, \u201c${title}\u201d` : ""}.`;
+      if (openChat !== null) notice += " This one comes back to them with its next message.";
     } else if (stats.policy === null) {
       notice = "This cache has no budget: it holds every token until it is full.";
     }
@@ -138,20 +138,20 @@ export class CachePanel {
     const drawn = JSON.stringify(recall && [recall.n_rows, recall.share, recall.asked_by, recall.spans]);
     if (!recall || section.drawn === drawn) return;
     section.drawn = drawn;
-    byId("recall-about").textContent = `${count(recall.n_tokens)} tokens in each head, for which the question `
-      + `had ${percent(recall.share)} of its attention (${recall.ms.toFixed(0)} ms).`;
-    const words = asWords(recall.asked_by ?? []);
+    byId("recall-about").textContent = `${count(recall.n_tokens)} tokens in each head \u00b7 `
+      + `${percent(recall.share)} of attention \u00b7 ${recall.ms.toFixed(0)} ms`;
+    const words = [...recall.asked_by].sort((a, b) => b.attention - a.attention).slice(0, MOST_WORDS);
     const most = Math.max(1e-9, ...words.map((word) => word.attention));
-    byId("asked").replaceChildren(...words.slice(0, MOST_WORDS).map(({ text, attention, index }) => {
+    byId("asked").replaceChildren(...words.map(({ text, attention, index }) => {
       const bar = make("span", { className: "weight" });
       bar.style.width = `${(100 * attention) / most}%`;
       return make("li", {}, make("button", { type: "button", onclick: () => this.choose(index) },
-        make("span", { className: "word" }, text), make("span", { className: "quiet" }, percent(attention)),
+        make("span", { className: "word" }, visible(text.trim())), make("span", { className: "quiet" }, percent(attention)),
         make("span", { className: "track", "aria-hidden": "true" }, bar)));
     }));
     byId("passages").replaceChildren(...recall.spans.map(({ start, end, text }) =>
       make("li", {}, make("button", { type: "button", onclick: () => this.#showPassage(start) },
-        make("span", { className: "excerpt" }, visible(text).trim() || "\u25af"),
+        make("span", { className: "excerpt" }, visible(text.trim())),
         make("span", { className: "quiet" }, end - start === 1 ? count(start) : `${count(start)}\u2013${count(end - 1)}`)))));
     byId("passages-title").hidden = recall.spans.length === 0;
     byId("asked-title").hidden = words.length === 0;
@@ -171,21 +171,4 @@ export class CachePanel {
     if (isText) this.#text.draw(this.#view.texts.slice(0, shown.length), shown, back);
     else this.#map.draw(shown, back);
   }
-}
-
-/** Words of tokens, those that asked most first; a word asked as much as its tokens together. */
-function asWords(tokens) {
-  const words = [];
-  let next = -1;
-  for (const { index, text, attention } of tokens) {
-    const word = words.at(-1);
-    if (word && index === next && /^[\p{L}\p{N}_'\u2019]/u.test(text) && /[\p{L}\p{N}_'\u2019]$/u.test(word.text)) {
-      word.text += text;
-      word.attention += attention;
-    } else {
-      words.push({ index, text: visible(text).trim() || visible(text), attention });
-    }
-    next = index + 1;
-  }
-  return words.sort((a, b) => b.attention - a.attention);
 }

@@ -26,8 +26,11 @@ export function recalled({ held, last_recall: recall }) {
 }
 
 /** A token's text for a reader: what cannot be seen is written out. */
-export const visible = (text) =>
-  text === "" ? "\u25af" : text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5");
+export function visible(text) {
+  if (text === "") return "\u25af";
+  const shown = text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5");
+  return shown.trim() === "" ? shown.replaceAll(" ", "\u2423") : shown;
+}
 
 const percent = (share) => `${Math.round(100 * share)} %`;
 

@@ -155,6 +155,7 @@ async function removeFamily(family) {
     }
   }
   await listChats();
+  message.focus(); // the button that was pressed is gone
   const left = family.find((chat) => !gone.includes(chat));
   if (!gone.some((chat) => chat.id === open.id)) return;
   if (left) await openChat(left.id, "replace");
@@ -225,7 +226,7 @@ function drawAround() {
   if (!open) return;
   drawChatList(families(chats), open.id, removeFamily);
   const first = open.messages.find((each) => each.role === "user");
-  const title = first ? textOf(first).trim().slice(0, 80) : "New chat";
+  const title = first ? textOf(first).trim().slice(0, 200) : "New chat";
   byId("title").textContent = title;
   document.title = first ? `${title} \u00b7 kvp-edge` : "kvp-edge";
   const had = document.activeElement === byId("stop") || document.activeElement === byId("send");
