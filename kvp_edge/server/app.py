@@ -43,7 +43,9 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
         CORSMiddleware,
         allow_origin_regex=LOCAL_ORIGINS,
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["Authorization", "Content-Type"],
+        allow_headers=[
+            "*"
+        ],  # clients in pages of this machine name themselves in some of their own
     )
     app.add_middleware(Access, rules=settings.rules)
     app.add_middleware(Answers, headers=_HEADERS, seen=serving.metrics.answered)
@@ -60,11 +62,18 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
         return of_validation(error).response()
 
     @app.exception_handler(HTTPException)
-    async def of_http(_: Request, error: HTTPException) -> Response:
+    async def of_http(request: Request, error: HTTPException) -> Response:
         cause = error.__cause__
         if isinstance(cause, APIError):
             return cause.response()
-        return APIError(error.status_code, str(error.detail)).response()
+        where = f"{request.method} {request.url.path[:80]}"
+        sentences = {
+            404: f"there is nothing at {where}; OpenAI's paths begin with /v1/",
+            405: f"there is nothing at {where}; other methods there are",
+        }
+        sentence = sentences.get(error.status_code, str(error.detail))
+        headers = dict(error.headers or {})
+        return APIError(error.status_code, sentence, headers=headers).response()
 
     @app.exception_handler(Exception)
     async def not_foreseen(_: Request, __: Exception) -> Response:

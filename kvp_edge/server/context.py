@@ -18,11 +18,17 @@ from kvp_edge.server.chats import Chat, Chats
 from kvp_edge.server.errors import Cancelled, bad_request
 from kvp_edge.server.said import Said
 from kvp_edge.server.served import ServedLlama, Turn
-from kvp_edge.server.tools import Reply, for_template
+from kvp_edge.server.tools import Reply
 from kvp_edge.text.chat_prompt import prompt_tokens
 
 #: Seconds in which who looks at the cache looks again.
 _LOOKS_AGAIN = 30.0
+
+#: No text has so many characters for each of its tokens.
+_CHARACTERS = 64
+
+#: llama_cpp's name of the format that a model file's own template gives.
+_OWN_TEMPLATE = "chat_template.default"
 
 Send = Callable[[events.Event], None]
 
@@ -96,6 +102,7 @@ class Context:
             Cancelled: nobody waits any more.
         """
         llm = self.llm
+        self._require_possible(ask)
         tokens = self._tokens_of(ask)
         if len(tokens) >= llm.n_ctx():
             raise ContextLengthError(
@@ -113,12 +120,28 @@ class Context:
             self._store.release(place.chat)
             raise
 
+    def _require_possible(self, ask: Ask) -> None:
+        """Refuse what is surely too long before it is tokenized, which takes seconds for
+        megabytes.
+
+        Raises:
+            ContextLengthError: it is.
+        """
+        texts = [m["content"] for m in ask.messages] if ask.messages is not None else [ask.prompt]
+        n, most = sum(map(len, texts)), _CHARACTERS * self.llm.n_ctx()
+        if n > most:
+            raise ContextLengthError(
+                f"the prompt has {n} characters, too many for this server's longest conversation "
+                f"of {self.llm.n_ctx()} tokens: shorten it, or start the server with a larger "
+                "--n-ctx"
+            )
+
     def _tokens_of(self, ask: Ask) -> TokenIndices:
         if ask.messages is not None:
             shown = ask.tools.tools if ask.tools is not None else None
             how = {"tools": shown} if shown else {}
             try:
-                messages = for_template(ask.messages)
+                messages = self._for_template(ask)
                 return np.array(prompt_tokens(self.llm, messages, **how), np.int32)
             except KVPError:
                 raise
@@ -131,6 +154,12 @@ class Context:
         if isinstance(ask.prompt, str):
             return np.array(self.llm.prompt_of(ask.prompt), np.int32)
         return np.array(ask.prompt, np.int32)
+
+    def _for_template(self, ask: Ask) -> list[dict[str, Any]]:
+        """The messages as the chat template can show them."""
+        own = self.llm.chat_handler is None and self.llm.chat_format == _OWN_TEMPLATE
+        template = self.llm.metadata.get("tokenizer.chat_template", "") if own else ""
+        return (ask.tools or Reply()).messages(ask.messages or [], template)
 
     def _go_to(self, source: Chat | None, goes_on: Chat) -> None:
         """Have the cache of a chat in the cells, or none.
@@ -216,9 +245,7 @@ class Context:
             return
         if ask.tools is not None:
             how.update(ask.tools.arguments())
-        for chunk in self.llm.create_chat_completion(
-            for_template(ask.messages), stream=True, **how
-        ):
+        for chunk in self.llm.create_chat_completion(self._for_template(ask), stream=True, **how):
             choice = chunk["choices"][0]
             yield choice["delta"].get("content") or "", choice["finish_reason"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from typing import Any
@@ -24,8 +25,8 @@ def openai_routes(serving: Serving) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         try:
-            tools = check(
-                body.tools, body.tool_choice, body.response_format, body.parallel_tool_calls
+            tools = await asyncio.to_thread(  # a grammar may take a tenth of a second
+                check, body.tools, body.tool_choice, body.response_format, body.parallel_tool_calls
             )
         except BadRequest as error:
             raise bad_request(str(error), error.param) from error

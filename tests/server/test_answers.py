@@ -244,8 +244,8 @@ def test_what_is_wrong_with_a_request_is_told(
 
 
 def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(client: TestClient) -> None:
-    messages = [{"role": "user", "content": "snow fell " * 800}]
-    for stream in (False, True):
+    for n, stream in ((800, False), (800, True), (100_000, False)):  # the last is not tokenized
+        messages = [{"role": "user", "content": "snow fell " * n}]
         found = error(client, "/v1/chat/completions", 400, messages=messages, stream=stream)
         assert found["code"] == "context_length_exceeded"
         assert "n_ctx" in found["message"] or "--n-ctx" in found["message"]
@@ -257,10 +257,33 @@ def test_a_token_that_does_not_exist_is_refused(client: TestClient) -> None:
     assert "token 100000000 does not exist" in found["message"]
 
 
+def test_pages_of_this_machine_may_send_headers_of_their_clients(client: TestClient) -> None:
+    """OpenAI's client for JavaScript sends x-stainless-..."""
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+    }
+    path, page = "/v1/chat/completions", "http://localhost:3000"
+    granted = client.options(path, headers={"Origin": page, **asked})
+    assert granted.status_code == 200
+    assert granted.headers["Access-Control-Allow-Origin"] == page
+    assert "x-stainless-os" in granted.headers["Access-Control-Allow-Headers"]
+    refused = client.options(path, headers={"Origin": "http://example.org", **asked})
+    assert refused.status_code == 403
+    assert "Access-Control-Allow-Origin" not in refused.headers
+
+
 def test_what_is_not_there_is_told(client: TestClient) -> None:
     assert "embeddings" in error(client, "/v1/embeddings", 501, input="x")["message"]
-    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
-    assert client.get("/v1/chat/completions").status_code == 405
+    without = client.post("/chat/completions", json={"messages": DOG})
+    assert without.status_code == 404
+    assert without.json()["error"]["message"] == (
+        "there is nothing at POST /chat/completions; OpenAI's paths begin with /v1/"
+    )
+    wrong = client.get("/v1/chat/completions")
+    assert wrong.status_code == 405
+    assert wrong.headers["Allow"] == "POST"
+    assert "nothing at GET /v1/chat/completions" in wrong.json()["error"]["message"]
     assert client.get("/v1/models/gpt").json()["error"]["code"] == "model_not_found"
     assert client.get("/kvp/chats/0123456789abcdef").json()["error"]["code"] == "chat_not_found"
 
