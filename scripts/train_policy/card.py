@@ -29,6 +29,7 @@ _COLUMNS = {
     "token_lost": "lost",
 }
 _BY_SENSITIVITY = "cost, heads by their sensitivity"
+_SENSITIVITY = " *Sensitivity*: how much of the loss of later text hangs on what a head remembers."
 _DOCS = "docs/training-policies.md"
 
 
@@ -80,7 +81,8 @@ def card(
         "",
         f"Measured on {measured}. *Cost*: importance lost, summed over all budgets, relative to "
         "the best ranking (1). *Lost*: importance lost beyond the best ranking; what importance "
-        f"is, `--importance` says ({_DOCS}). Lower is better.",
+        f"is, `--importance` says ({_DOCS}). Lower is better."
+        + ("" if weights.sensitivity is None else _SENSITIVITY),
         "",
         *table(("policy", *_titles(weights.sensitivity)), _rows(figures, weights.sensitivity)),
     ]  # fmt: skip
