@@ -130,7 +130,7 @@ def test_how_sensitive_heads_are_comes_back_if_a_file_says_it(
     policy = Learned(path)
     assert policy.sensitivity is not None
     np.testing.assert_array_equal(policy.sensitivity, found)
-    assert policy.identity() != silent
+    assert policy.identity() == silent  # sessions go on with it
 
 
 @pytest.mark.parametrize(
