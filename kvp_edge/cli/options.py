@@ -42,6 +42,7 @@ def text(argument: str) -> str:
 
 
 _MODEL, _CACHE, _REPLY = "model", "bounded cache", "reply"
+CHAT_TEMPLATE = "chat template"
 
 
 def llama_option(name: str, panel: str, *, default: Any = None, **said: Any) -> Any:
@@ -192,6 +193,8 @@ class SamplingOptions:
 class BoundedOptions(SystemOptions, CacheFlags, ModelOptions):
     """A model with a bounded cache."""
 
+    special_in_messages: bool = llama_option("special_in_messages", CHAT_TEMPLATE)
+
 
 def sampling(args: SamplingOptions) -> dict[str, Any]:
     """Keyword arguments for create_chat_completion and create_completion, but for the seed."""
@@ -263,6 +266,7 @@ def load(path: str, n_ctx: int | None, args: BoundedOptions) -> WatchedLlama:
         path,
         n_ctx=n_ctx,
         protect_system=bool(args.system) and not args.no_protect_system,
+        special_in_messages=args.special_in_messages,
         **cache_options(args),
         **engine_options(args),
     )
