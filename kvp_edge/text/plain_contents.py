@@ -66,7 +66,9 @@ class PlainContents:
         self._special = special = SpecialTokens.of(vocab)
         self._tokenize = tokenize
         self._seal = seal.encode()
-        self.guarded = special.of_markers(template_markers(handler))
+        # somebody's own handler may do more than to write a prompt
+        markers = template_markers(handler) if formatter_of(handler) is not None else []
+        self.guarded = special.of_markers(markers)
         control = [text for token, text in self.guarded.items() if special.is_control(token)]
         self.handler = handler
         self.sealing = _sealing(handler, Seals(self.guarded.values(), control, seal))
