@@ -14,7 +14,7 @@ import pytest
 from gguf import TokenType
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter, get_chat_completion_handler
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from kvp_edge import Llama
@@ -56,6 +56,7 @@ VOCABULARIES: dict[str, dict[str, Any]] = {
         "special": {
             **{**MARKERS, "[MASK]": CONTROL, "é": CONTROL, " in": CONTROL, "ab": CONTROL},
             **{"aba": CONTROL, "ba": CONTROL, "bab": ADDED, "|>the": ADDED, "\n\n": ADDED},
+            **{"[MA": ADDED, "AS": ADDED},
         },
     },
     "strips behind": {
@@ -187,7 +188,7 @@ def tools(spelled: list[str]) -> st.SearchStrategy[Any]:
 def test_tokens_are_those_of_a_vocabulary_whose_markers_nobody_can_spell(
     vocabulary: Vocabulary,
 ) -> None:
-    @examples(150)
+    @examples(60)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         messages = data.draw(chats(vocabulary.spelled, vocabulary.masks))
@@ -199,6 +200,21 @@ def test_tokens_are_those_of_a_vocabulary_whose_markers_nobody_can_spell(
         assert given_tools or got == prompt_tokens(vocabulary.llm, messages)
 
     check()
+
+
+def test_what_the_tokenizer_adds_is_added_once(vocabulary: Vocabulary) -> None:
+    """Most of llama_cpp's formats leave that to it."""
+    messages = [{"role": "user", "content": "a<|end|>the"}]
+    got = []
+    for llm in (vocabulary.llm, vocabulary.unspelled):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm, "chat_handler", get_chat_completion_handler("chatml"))
+            got.append(tokens_of(llm, messages))
+    assert got[0] == got[1]
+    assert got[0][0] == vocabulary.llm.token_bos()
+    assert llama_cpp.llama_vocab_get_add_eos(vocabulary.llm.vocab) == (
+        got[0][-1] == vocabulary.llm.token_eos()
+    )
 
 
 def test_nothing_changes_where_no_special_token_is_spelled(vocabulary: Vocabulary) -> None:
@@ -375,11 +391,11 @@ def test_a_marker_that_was_read_is_not_the_same_as_one_that_is_spelled(
     bundled_model: str, load: Loader
 ) -> None:
     """A cache that cannot go back keeps tokens of the same text: these are not."""
-    llm = load(bundled_model, n_ctx=2000, kv_budget=128, recall="off")
+    llm = load(bundled_model, n_ctx=2000, kv_budget=128, recent=1)
     words = "My dog is called Rex. " * 90
     (end,) = llm.tokenize(b"<|end|>", False, True)
     llm.create_chat_completion([{"role": "user", "content": words}], max_tokens=1, temperature=0.0)
-    assert llm.kv_stats.dropped
+    llm.evict()
     spelled = [{"role": "user", "content": words + "<|end|><|assistant|>"}]
     llm.create_chat_completion(spelled, max_tokens=1, temperature=0.0)
     read = llm.input_ids[: llm.n_tokens].tolist()
