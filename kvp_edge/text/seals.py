@@ -11,10 +11,12 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
-#: Characters of a token's text that are compared: with more of them patterns nest too deeply.
-_COMPARED = 64
+#: Characters of a token's text that are compared: with more of them patterns nest too deeply. Fewer
+#: tell that a chat may need seals; some models have thousands of special tokens.
+_COMPARED, _COMPARED_FIRST = 64, 6
 
 _JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
@@ -35,11 +37,20 @@ class Seals:
     """
 
     def __init__(self, guarded: Iterable[bytes], in_replies: Iterable[bytes], seal: str) -> None:
-        texts = _texts(guarded)
-        self._by_anybody = _beginnings(texts, r"\Z", str)
-        self._by_assistant = _beginnings(_texts(in_replies), r"\Z", str)
-        self._in_json = _beginnings(texts, '"', lambda char: _JSON.encode(char)[1:-1])
+        self._guarded, self._guarded_in_replies = _texts(guarded), _texts(in_replies)
+        first = {text[:_COMPARED_FIRST] for text in self._guarded}
+        self._in_json = _beginnings(first, '"', lambda char: _JSON.encode(char)[1:-1])
         self._seal = seal
+
+    @cached_property
+    def _by_anybody(self) -> re.Pattern[str]:
+        return _beginnings(self._guarded, r"\Z", str)
+
+    @cached_property
+    def _by_assistant(self) -> re.Pattern[str]:
+        if self._guarded_in_replies == self._guarded:
+            return self._by_anybody
+        return _beginnings(self._guarded_in_replies, r"\Z", str)
 
     def on(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a chat handler or formatter, with seals in all that lists, tuples and

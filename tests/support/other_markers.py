@@ -8,10 +8,15 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
-import gguf
+import llama_cpp
 
 #: In no text of these tests.
 _UNSPELLED = "\x02"
+
+#: What a file says of itself is in its first bytes.
+_HEAD = 2**26
+
+_ONLY_SPECIAL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 
 
 def renamed(text: str) -> str:
@@ -25,24 +30,31 @@ def renamed_in(template: str) -> str:
 
 
 def write_with_other_markers(path: str | Path, to: str | Path, keep: Collection[str] = ()) -> Path:
-    """A copy of a GGUF file, for ``vocab_only=True``: it has what the file says of itself, its chat
-    template too, and no tensors. The tokens to ``keep`` can be spelled still."""
-    reader = gguf.GGUFReader(path)
-    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
-    types = reader.fields["tokenizer.ggml.token_type"].contents()
+    """A copy of a GGUF file, for ``vocab_only=True``, with other texts of its control tokens, and
+    with these in its chat template. The tokens to ``keep`` can be spelled still."""
+    llm = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    vocab, template = llm._model.vocab, llm.metadata.get("tokenizer.chat_template")
+    tokens, others = [], []
+    for token in range(llama_cpp.llama_vocab_n_tokens(vocab)):
+        text = llama_cpp.llama_vocab_get_text(vocab, token).decode()
+        special = llama_cpp.llama_vocab_get_attr(vocab, token) & _ONLY_SPECIAL
+        tokens.append(text)
+        others.append(renamed(text) if special and text not in keep else text)
+    llm.close()
     with open(path, "rb") as file:
-        head = file.read(reader.data_offset)
-    for text, kind in zip(tokens, types, strict=True):
-        if kind == gguf.TokenType.CONTROL and text not in keep:
-            head = head.replace(_string(text), _string(renamed(text)))
-    template = reader.fields.get("tokenizer.chat_template")
+        head = file.read(_HEAD)
+    head = _replace(head, *(b"".join(map(_string, texts)) for texts in (tokens, others)))
     if template is not None:
-        text = template.contents()
-        head = head.replace(_string(text), _string(renamed_in(text)))
+        head = _replace(head, _string(template), _string(renamed_in(template)))
     to = Path(to)
     to.write_bytes(head)
     os.truncate(to, os.path.getsize(path))
     return to
+
+
+def _replace(data: bytes, old: bytes, new: bytes) -> bytes:
+    assert data.count(old) == 1
+    return data.replace(old, new)
 
 
 def _string(text: str) -> bytes:

@@ -130,7 +130,7 @@ def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterato
     folder = tmp_path_factory.mktemp("vocabulary")
     how = VOCABULARIES[request.param]
     keep = ASKED_FOR.get(request.param, ())
-    names = [name for name in (*how["special"], "<s>", "</s>") if name not in keep]
+    names = [name for name in (*how["special"], "<s>", "</s>", "<unk>") if name not in keep]
     write_vocabulary(folder / "v.gguf", **how)
     write_with_other_markers(folder / "v.gguf", folder / "other.gguf", keep)
     loaded: list[Llama] = []
