@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 #: Characters of a token's text that are compared: with more of them patterns nest too deeply. Fewer
@@ -106,15 +107,14 @@ class Seals:
 
 def unsealed(text: bytes, seal: bytes) -> tuple[bytes, set[int]]:
     """A text without its seals, and the bytes in it at which no guarded token begins."""
-    parts = text.split(seal)
-    plain, closed = b"", set()
-    for part in parts[:-1]:
-        plain += part
-        at = len(plain) - 1
+    *parts, last = text.split(seal)
+    plain, closed = b"".join((*parts, last)), set()
+    for end in accumulate(map(len, parts)):
+        at = end - 1
         while at > 0 and plain[at] & 0xC0 == 0x80:  # not the first byte of a character
             at -= 1
         closed.add(at)
-    return plain + parts[-1], closed
+    return plain, closed
 
 
 def _texts(texts: Iterable[bytes]) -> list[str]:

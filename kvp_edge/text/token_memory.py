@@ -53,6 +53,7 @@ def marks(vocab: object, template: bytes, whole: bytes = b"") -> list[bytes]:
         text
         for token, text in special.texts.items()
         if text in template and not special.strips_before(token) and isolated(text, others)
+        if len(text.decode(errors="replace")) > 1  # a seal (text/seals.py) is within longer ones
     ]
 
 
