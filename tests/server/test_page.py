@@ -31,12 +31,13 @@ END = 3  # the bundled model's token
 PROSE = (Path(__file__).parents[2] / "kvp_edge/data/prose.txt").read_text(encoding="utf-8")
 
 DOG, ASK_DOG, DOG_REPLY = "My dog is called Ralph.", "What is my dog called?", "Ralph"
+FEW = ("--kv-budget", "128", "--recent", "32")  # cells
 NOVEL = "Once upon a time there was"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    running = Server("--kv-budget", "128", "--recent", "32", "--longest-reply", "600")
+    running = Server(*FEW, "--longest-reply", "600")
     yield running
     running.end()
 
@@ -323,7 +324,7 @@ def test_a_chat_that_is_gone_is_said_to_be(open_page: Open) -> None:
 
 
 def test_a_chat_goes_on_after_the_server_was_started_again(open_page: Open, tmp_path: Path) -> None:
-    server = Server("--kv-budget", "128", "--chats", str(tmp_path))
+    server = Server(*FEW, "--chats", str(tmp_path))
     page = open_page(server, quiet=False)  # the browser reports what could not be reached
     say(page, DOG)
     id = page.url.partition("#")[2]
@@ -345,7 +346,7 @@ def test_the_key_is_asked_for_when_the_server_wants_one_and_not_kept(
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text("open-sesame\n")
-    server = Server("--kv-budget", "128", "--api-key-file", str(keys))
+    server = Server(*FEW, "--api-key-file", str(keys))
     page = open_page(server, quiet=False)  # the browser reports each 401
     dialog = page.get_by_role("dialog", name="API key")
     dialog.get_by_label("API key").fill("wrong")
@@ -579,7 +580,7 @@ def test_the_panel_says_whose_cells_it_shows(open_page: Open, recalled: str) -> 
 
 
 def test_a_cache_whose_heads_hold_the_same_is_not_told_head_by_head(open_page: Open) -> None:
-    server = Server("--kv-budget", "128", "--granularity", "token", "--recall", "off")
+    server = Server(*FEW, "--granularity", "token", "--recall", "off", "--longest-reply", "40")
     page = open_page(server)
     say(page, PROSE[:3000])
     expect(page.locator("#many")).to_have_text("held")
