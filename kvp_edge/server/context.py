@@ -24,6 +24,9 @@ from kvp_edge.text.chat_prompt import prompt_tokens
 #: Seconds in which who looks at the cache looks again.
 _LOOKS_AGAIN = 30.0
 
+#: No text has so many characters for each of its tokens.
+_CHARACTERS = 64
+
 #: llama_cpp's name of the format that a model file's own template gives.
 _OWN_TEMPLATE = "chat_template.default"
 
@@ -99,6 +102,7 @@ class Context:
             Cancelled: nobody waits any more.
         """
         llm = self.llm
+        self._require_possible(ask)
         tokens = self._tokens_of(ask)
         if len(tokens) >= llm.n_ctx():
             raise ContextLengthError(
@@ -115,6 +119,22 @@ class Context:
         except BaseException:
             self._store.release(place.chat)
             raise
+
+    def _require_possible(self, ask: Ask) -> None:
+        """Refuse what is surely too long before it is tokenized, which takes seconds for
+        megabytes.
+
+        Raises:
+            ContextLengthError: it is.
+        """
+        texts = [m["content"] for m in ask.messages] if ask.messages is not None else [ask.prompt]
+        n, most = sum(map(len, texts)), _CHARACTERS * self.llm.n_ctx()
+        if n > most:
+            raise ContextLengthError(
+                f"the prompt has {n} characters, too many for this server's longest conversation "
+                f"of {self.llm.n_ctx()} tokens: shorten it, or start the server with a larger "
+                "--n-ctx"
+            )
 
     def _tokens_of(self, ask: Ask) -> TokenIndices:
         if ask.messages is not None:

@@ -560,7 +560,8 @@ def test_the_panel_shows_what_the_server_says_of_its_cells(
         if held == 0:
             assert name == ("log" if logged else "lost")
         else:
-            assert name == f"h{-(-6 * held // there['n_heads'])}"
+            n = there["n_heads"]
+            assert name == ("h6" if held == n else f"h{1 + 5 * held // n}")
     assert "log" in classes
     assert "h6" in classes
     assert page.locator("#token-text .t.back").count() > 0
@@ -575,6 +576,19 @@ def test_the_panel_says_whose_cells_it_shows(open_page: Open, recalled: str) -> 
     expect(page.locator("#cache-notice")).to_be_hidden()
     page.goto(page.url.partition("#")[0] + recalled)
     expect(page.locator("#cache-notice")).to_contain_text("of another chat, \u201cMy horse is")
+
+
+def test_a_cache_whose_heads_hold_the_same_is_not_told_head_by_head(open_page: Open) -> None:
+    server = Server("--kv-budget", "128", "--granularity", "token", "--recall", "off")
+    page = open_page(server)
+    say(page, PROSE[:3000])
+    expect(page.locator("#many")).to_have_text("held")
+    expect(page.locator("#few")).to_be_hidden()
+    names = page.locator("#token-text .t").evaluate_all("all => all.map(e => e.className)")
+    assert set(names) == {"t h6", "t lost"}
+    page.locator("#token-text .t.h6").first.click()
+    expect(page.locator("#token-about")).to_have_text("<s> token 0: held")
+    server.end()
 
 
 def test_a_passage_that_came_back_leads_to_its_tokens(
