@@ -67,7 +67,7 @@ def main() -> None:
                 say(page, message, 600)
                 print(page.locator(".assistant .body").last.inner_text(), flush=True)
             settle(page)
-            page.locator("#passages button").nth(3).click()
+            page.locator("#passages button").nth(2).click()
             shoot(page, args.out, "light")
             page.emulate_media(color_scheme="dark")
             page.get_by_text("Map", exact=True).click()

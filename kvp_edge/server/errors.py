@@ -104,6 +104,10 @@ def of_validation(error: RequestValidationError) -> APIError:
     if first["type"] == "json_invalid":
         why, where = first["ctx"]["error"], first["loc"][-1]
         return bad_request(f"the body is not JSON: {why}, at character {where}")
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+        return bad_request(
+            "the body must be a JSON object, sent with the header 'Content-Type: application/json'"
+        )
     problem = min(error.errors(), key=lambda one: str(one["type"]).endswith("_type"))
     names = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
     name = ".".join(names)[:_LONGEST] or None

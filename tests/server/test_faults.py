@@ -134,12 +134,12 @@ DEEP = "[" * 100_000
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b"", "Field required"),
+        (b"", "must be a JSON object"),
         (b"{", "the body is not JSON: .* at character 1"),
         (b'{"messages": nonsense}', "the body is not JSON: .* at character 13"),
-        (b"[]", "valid dictionary"),
-        (b"null", "valid dictionary"),
-        (b'"text"', "valid dictionary"),
+        (b"[]", "must be a JSON object"),
+        (b"null", "must be a JSON object"),
+        (b'"text"', "must be a JSON object"),
         (DEEP.encode(), "nested too deeply"),
         (b'{"messages":' * 100_000, "nested too deeply"),
         (message(DEEP + "]" * 100_000), "nested too deeply"),
@@ -202,9 +202,13 @@ def test_ten_thousand_messages(server: Server) -> None:
     assert posted(server, 400, body)["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "application/x"])
+KINDS = ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_body_of_another_kind(server: Server, kind: str) -> None:
-    posted(server, 400, message('"a"'), Content_Type=kind)
+    found = posted(server, 400, message('"a"'), Content_Type=kind)
+    assert "the header 'Content-Type: application/json'" in found["message"]
 
 
 @pytest.mark.parametrize("path", [CHAT, "/tokenize", "/v1/completions"])

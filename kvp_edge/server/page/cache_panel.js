@@ -50,7 +50,9 @@ export class CachePanel {
     this.#drawNotice(view, openChat, title);
     this.#drawAmounts(view);
     this.#drawRecall(view);
-    byId("n-heads").textContent = `all ${view.n_heads}`;
+    const one = view.n_heads === 1; // a token stays or goes in all heads at once
+    byId("legend").classList.toggle("single", one);
+    byId("many").textContent = one ? "held" : `all ${view.n_heads} heads`;
     this.#drawTokens();
     const last = Math.max(0, view.held.length - 1);
     this.#slider.max = last;
