@@ -31,14 +31,33 @@ END = 3  # the bundled model's token
 PROSE = (Path(__file__).parents[2] / "kvp_edge/data/prose.txt").read_text(encoding="utf-8")
 
 DOG, ASK_DOG, DOG_REPLY = "My dog is called Ralph.", "What is my dog called?", "Ralph"
+FEW = ("--kv-budget", "128", "--recent", "32")  # cells
 NOVEL = "Once upon a time there was"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    running = Server("--kv-budget", "128", "--recent", "32", "--longest-reply", "600")
+    running = Server(*FEW, "--longest-reply", "600")
     yield running
     running.end()
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """start(...) starts another server, which ends after the pages of a test are closed: a test
+    names this fixture before ``open_page``."""
+    started: list[Server] = []
+
+    def another(*options: str) -> Server:
+        started.append(Server(*FEW, *options))
+        return started[-1]
+
+    yield another
+    for server in started:
+        server.end()
 
 
 @pytest.fixture(scope="module")
@@ -322,8 +341,10 @@ def test_a_chat_that_is_gone_is_said_to_be(open_page: Open) -> None:
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_a_chat_goes_on_after_the_server_was_started_again(open_page: Open, tmp_path: Path) -> None:
-    server = Server("--kv-budget", "128", "--chats", str(tmp_path))
+def test_a_chat_goes_on_after_the_server_was_started_again(
+    start: Start, open_page: Open, tmp_path: Path
+) -> None:
+    server = start("--chats", str(tmp_path))
     page = open_page(server, quiet=False)  # the browser reports what could not be reached
     say(page, DOG)
     id = page.url.partition("#")[2]
@@ -337,17 +358,22 @@ def test_a_chat_goes_on_after_the_server_was_started_again(open_page: Open, tmp_
     idle(page)
     assert page.url.partition("#")[2] == id
     assert [chat["n_messages"] for chat in chats(server)] == [4]
-    server.end()
 
 
 def test_the_key_is_asked_for_when_the_server_wants_one_and_not_kept(
-    open_page: Open, tmp_path: Path
+    start: Start, open_page: Open, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text("open-sesame\n")
-    server = Server("--kv-budget", "128", "--api-key-file", str(keys))
+    server = start("--api-key-file", str(keys))
     page = open_page(server, quiet=False)  # the browser reports each 401
     dialog = page.get_by_role("dialog", name="API key")
+    dialog.get_by_role("button", name="Cancel").click()
+    with page.expect_response("**/kvp/cache*") as refused:
+        expect(page.get_by_role("alert")).to_contain_text("This server needs its API key")
+    assert refused.value.status == 401
+    expect(dialog).to_be_hidden()  # who has no key is not asked again and again
+    page.get_by_role("button", name="Try again").click()
     dialog.get_by_label("API key").fill("wrong")
     dialog.get_by_role("button", name="Continue").click()
     expect(dialog).to_contain_text("key")
@@ -359,7 +385,6 @@ def test_the_key_is_asked_for_when_the_server_wants_one_and_not_kept(
     assert "open-sesame" not in page.evaluate("JSON.stringify(localStorage)")
     page.reload()
     expect(bubbles(page).first).to_contain_text(DOG)
-    server.end()
 
 
 def test_an_error_is_a_sentence_and_what_was_asked_can_be_tried_again(open_page: Open) -> None:
@@ -578,8 +603,10 @@ def test_the_panel_says_whose_cells_it_shows(open_page: Open, recalled: str) -> 
     expect(page.locator("#cache-notice")).to_contain_text("of another chat, \u201cMy horse is")
 
 
-def test_a_cache_whose_heads_hold_the_same_is_not_told_head_by_head(open_page: Open) -> None:
-    server = Server("--kv-budget", "128", "--granularity", "token", "--recall", "off")
+def test_a_cache_whose_heads_hold_the_same_is_not_told_head_by_head(
+    start: Start, open_page: Open
+) -> None:
+    server = start("--granularity", "token", "--recall", "off", "--longest-reply", "40")
     page = open_page(server)
     say(page, PROSE[:3000])
     expect(page.locator("#many")).to_have_text("held")
@@ -588,7 +615,6 @@ def test_a_cache_whose_heads_hold_the_same_is_not_told_head_by_head(open_page: O
     assert set(names) == {"t h6", "t lost"}
     page.locator("#token-text .t.h6").first.click()
     expect(page.locator("#token-about")).to_have_text("<s> token 0: held")
-    server.end()
 
 
 def test_a_passage_that_came_back_leads_to_its_tokens(

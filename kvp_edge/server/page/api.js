@@ -21,7 +21,8 @@ export const key = {
   askWith: (ask) => { askForKey = ask; },
 };
 
-async function request(path, options = {}) {
+/** `asks`: whether the user is asked for a key where one is needed. */
+async function request(path, { asks = true, ...options } = {}) {
   for (;;) {
     const sent = key.get();
     const headers = { ...options.headers };
@@ -35,7 +36,7 @@ async function request(path, options = {}) {
     }
     if (response.ok) return response;
     const error = await asError(response);
-    if (response.status !== 401) throw error;
+    if (response.status !== 401 || !asks) throw error;
     // another request may have got a key in the meantime
     if (key.get() === sent && !(await askForKey(sent ? error.message : ""))) throw error;
   }
@@ -57,7 +58,7 @@ const sentence = (text) => {
   return said[0].toUpperCase() + said.slice(1) + (/[.!?]$/.test(said) ? "" : ".");
 };
 
-const json = async (path) => (await request(path)).json();
+const json = async (path, options) => (await request(path, options)).json();
 
 /** The name of the model that is served. */
 export const model = async () => (await json("v1/models")).data[0].id;
@@ -68,11 +69,12 @@ export const chat = (id) => json(`kvp/chats/${encodeURIComponent(id)}`);
 
 export const deleteChat = (id) => request(`kvp/chats/${encodeURIComponent(id)}`, { method: "DELETE" });
 
-/** What the cells hold; texts of tokens from number `from` on if `id` is the chat in them. */
+/** What the cells hold; texts of tokens from number `from` on if `id` is the chat in them. As this is
+ * asked again and again, it asks for no key. */
 export function cache(id, from) {
   const query = new URLSearchParams({ texts_from: from });
   if (id !== null) query.set("chat", id);
-  return json(`kvp/cache?${query}`);
+  return json(`kvp/cache?${query}`, { asks: false });
 }
 
 /** The chunks of a reply, as they come. */

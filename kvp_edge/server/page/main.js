@@ -18,7 +18,7 @@ let model = null;
 let chats = []; // as the server lists them
 let open = null; // the Conversation that is shown
 let shown = 0; // how many conversations were shown: one that comes late is not
-const writing = new Set(); // Conversations whose replies are written, shown or not
+const writing = new Set(); // Conversations that wait for replies or get them, shown or not
 
 api.key.askWith((why) => askKey(why, api.key));
 drawIcons();
@@ -102,20 +102,22 @@ async function openChat(id, how = "push") {
 
 /** A chat that goes on differently from here. */
 function branch(messages) {
-  if (open.writing) return;
+  if (writing.has(open)) return;
   show(new Conversation(changed, { messages, origin: open.id ?? open.origin }), "keep");
   reply(open);
   message.focus();
 }
 
-async function listChats() {
+/** Whether that succeeded; otherwise the reader may try `again`. */
+async function listChats(again = listChats) {
   try {
     chats = origins.fill(await api.chats());
   } catch (error) {
-    if (open.error === null) say(error.message, listChats); // otherwise that has been said
-    return;
+    if (open.error === null) say(error.message, again); // otherwise that has been said
+    return false;
   }
   drawAround();
+  return true;
 }
 
 const known = new Map(); // chat id -> {updated, messages}, of families that were looked at
@@ -167,7 +169,7 @@ async function removeFamily(family) {
 
 async function send() {
   const text = message.value.trim();
-  if (text === "" || open.writing) return;
+  if (text === "" || writing.has(open)) return;
   draft.set("");
   message.value = "";
   fitHeight(message);
@@ -176,23 +178,29 @@ async function send() {
 }
 
 async function reply(conversation) {
-  if (conversation.writing) return;
+  if (writing.has(conversation)) return;
   byId("problems").replaceChildren();
   thread.goToEnd();
   announce("The reply is being written.");
   writing.add(conversation);
+  await nameModel();
+  await conversation.reply({ ...(model ? { model } : {}), ...requestOptions() });
+}
+
+/** Requests name the model, and so does the page. */
+async function nameModel() {
   try {
     model ??= await api.model();
     byId("model").textContent = model;
   } catch {
-    // the request itself says what is wrong
+    // the next request says what is wrong
   }
-  await conversation.reply({ ...(model ? { model } : {}), ...requestOptions() });
 }
 
 /** Called by conversations. */
 function changed(conversation, what) {
   if (what !== "text" && !conversation.writing) writing.delete(conversation);
+  if (conversation.error !== null) model = null; // another server may be there next time
   if (what === "settled") {
     listChats().then(() => findVersions(conversation));
   }
@@ -247,7 +255,10 @@ function say(text, retry = null) {
     const button = document.createElement("button");
     button.type = "button";
     button.append(icon("again"), "Try again");
-    button.addEventListener("click", () => { note.remove(); retry(); });
+    button.addEventListener("click", () => {
+      note.remove();
+      retry();
+    });
     note.append(button);
   }
   byId("problems").replaceChildren(note);
@@ -319,14 +330,14 @@ document.addEventListener("visibilitychange", () => {
 
 // -- begin -------------------------------------------------------------------------------------
 
+/** What only the server knows; without an answer the reader may try again. */
+async function begin() {
+  if (!(await listChats(begin))) return;
+  if (location.hash.length > 1) await openChat(location.hash.slice(1), "keep");
+  await nameModel();
+}
+
 drawTheme();
 show(fresh(), "keep");
 if (matchMedia("(pointer: fine)").matches) message.focus();
-await listChats();
-if (location.hash.length > 1) await openChat(location.hash.slice(1), "keep");
-try {
-  model = await api.model();
-  byId("model").textContent = model;
-} catch {
-  // the list of chats has said what is wrong
-}
+await begin();
