@@ -29,8 +29,9 @@ from kvp_edge.server.chats import Chats  # noqa: E402
 from kvp_edge.server.served import ServedLlama  # noqa: E402
 
 OPTIONS: dict[str, Any] = {
-    "kv_budget": 96, "recent": 16, "reserve": 64, "n_ctx": 2048, "verbose": False, "n_threads": 1,
-}  # fmt: skip
+    **{"kv_budget": 96, "recent": 16, "reserve": 64, "n_ctx": 2048},
+    **{"verbose": False, "n_threads": 1, "n_threads_batch": 1},
+}
 TEXT = "the old man went to sea and my dog is called Rex snow fell on all roofs where we sang"
 WORDS = TEXT.split()
 COUNTS = ("evictions", "recalled")

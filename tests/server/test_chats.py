@@ -20,7 +20,13 @@ from kvp_edge.server.context import Ask, Context  # noqa: E402
 from kvp_edge.server.events import Began, Done, Event, Piece  # noqa: E402
 from kvp_edge.server.served import Cancelled, ServedLlama  # noqa: E402
 
-OPTIONS: dict[str, Any] = {"kv_budget": 128, "n_ctx": 1024, "verbose": False, "n_threads": 1}
+OPTIONS: dict[str, Any] = {
+    "kv_budget": 128,
+    "n_ctx": 1024,
+    "verbose": False,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 LONG = "snow fell on all roofs where we sang " * 12
 
 

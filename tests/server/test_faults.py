@@ -6,6 +6,7 @@ the next request is served.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -17,10 +18,16 @@ from typing import Any
 
 import pytest
 
+from kvp_edge.bundled import bundled_model
 from support.packages import needs
 from support.server import INTERRUPTED, Server
 
 needs("fastapi", "server")
+
+from kvp_edge.server.app import make_app  # noqa: E402
+from kvp_edge.server.chats import Chats  # noqa: E402
+from kvp_edge.server.served import ServedLlama  # noqa: E402
+from kvp_edge.server.serving import Settings  # noqa: E402
 
 CELLS = ("--kv-budget", "96", "--recent", "16", "--reserve", "64", "--n-ctx", "4096")
 CHAT, SECONDS = "/v1/chat/completions", 60.0  # after which a test has failed
@@ -340,6 +347,21 @@ def test_paths(server: Server, path: str, method: str, status: int) -> None:
     refused(server, status, head(path, method))
 
 
+def test_the_description_of_the_api_tells_of_errors(server: Server) -> None:
+    api = server.ask("/openapi.json").body
+    assert "HTTPValidationError" not in api["components"]["schemas"]
+    form = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    for path, methods in api["paths"].items():
+        for how in methods.values():
+            answers = how["responses"]
+            assert "422" not in answers
+            assert answers["4XX"]["content"] == form
+            wants = {"503"} if "completions" in path else {"501"} if "embeddings" in path else set()
+            assert {status for status in answers if status[0] == "5"} == wants
+            if wants:
+                assert answers[next(iter(wants))]["content"] == form
+
+
 def test_a_method_that_is_not_allowed_tells_which_are(server: Server) -> None:
     assert server.ask("/v1/models", method="PUT").headers["allow"] == "GET"
 
@@ -382,11 +404,11 @@ def idle(server: Server) -> bool:
     return measured(server, "queue") == measured(server, "at_work") == 0
 
 
-def sent(server: Server, **body: Any) -> Line:
+def sent(server: Server, path: str = CHAT, **body: Any) -> Line:
     """A request whose answer nobody reads yet."""
     data = json.dumps(body).encode()
     line = Line(server)
-    return line.send(head(Content_Type="application/json", Content_Length=len(data)), data)
+    return line.send(head(path, Content_Type="application/json", Content_Length=len(data)), data)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -427,6 +449,51 @@ def test_a_full_queue_says_when_to_come_back(server: Server) -> None:
     for line in waiting:  # those that waited are served all the same
         assert b"HTTP/1.1 200 OK" in line.receive()
         line.socket.close()
+
+
+def test_a_long_text_to_tokenize_keeps_nobody_waiting(server: Server) -> None:
+    with sent(server, path="/tokenize", content="a" * 2**22) as line:
+        assert server.ask("/health").status == 200
+        line.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):  # it is still at it
+            line.socket.recv(1)
+        line.socket.settimeout(SECONDS)
+        assert b"HTTP/1.1 200 OK" in line.receive()
+
+
+def test_a_stream_that_nobody_takes_ends_its_reply() -> None:
+    """The client is gone before the first byte of the answer could be sent."""
+    llm = ServedLlama(bundled_model(), kv_budget=96, n_ctx=4096, verbose=False, n_threads=1)
+    app = make_app([llm], Chats(None, 2**30), Settings("bookworm", patience=SECONDS))
+    body = json.dumps({**ENDLESS, "max_tokens": 300, "stream": True}).encode()
+    came = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        return came.pop(0) if came else {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        await asyncio.Event().wait()  # its buffers are full
+
+    scope = {
+        **{
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "path": CHAT,
+            "query_string": b"",
+        },
+        **{"scheme": "http", "server": ("127.0.0.1", 80), "client": None, "root_path": ""},
+        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
+    }
+
+    async def run() -> None:
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+            while not llm.turn.cancelled():
+                assert len(llm.turn.written) < 300
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
 
 
 # -- crashes and disks ----------------------------------------------------------------------------
