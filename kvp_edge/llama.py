@@ -6,12 +6,13 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from kvp_edge import sessions
@@ -41,7 +42,9 @@ from kvp_edge.text import transcript
 from kvp_edge.text.chat_head import Head
 from kvp_edge.text.chat_text import ChatText
 from kvp_edge.text.growing_chat import remember_messages
+from kvp_edge.text.plain_contents import PlainContents
 from kvp_edge.text.retokenize import begin_as_known
+from kvp_edge.text.seals import new_seal
 from kvp_edge.text.spans import Span
 from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, marks
 
@@ -96,6 +99,7 @@ class Llama(BaseLlama):
     _rescue: sessions.Rescue | None = None
     _head: Head | None = None  # of the chat that is completed just now
     _own_handlers: Sequence[Any] = ()  # those of llama_cpp's that render the file's templates
+    _plain: PlainContents | None = None  # under the handler that was asked for last
     _lends_to: int | None = None  # the thread that gets the token memory's own list next
     _token_memory: TokenMemory | None = None
     _asks_from: int | None = None  # tokens from here on ask for older ones: see _logging_queries
@@ -127,12 +131,14 @@ class Llama(BaseLlama):
         kv_log_limit: str = "2GiB",
         kv_log_type: str = "cache",
         on_recall: Callable[[Recall], None] | None = None,
+        special_in_messages: bool = False,
         repack: str = "auto",
         n_batch: int | None = None,
         verbose: bool = True,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the base class closes it even if loading fails early
+        self._seal = new_seal()
         self._calls = Calls()
         self.options = CacheOptions.among(locals())  # the arguments, before there is a variable
         check_engine(kwargs)
@@ -197,7 +203,11 @@ class Llama(BaseLlama):
         self._own_handlers = [h for h in self._chat_handlers.values() if remember_messages(h)]
         o = self.options
         self._chat_text = ChatText(
-            self.vocab, self.chat_completion_handler, o.keep_whole, o.isolate_turns
+            self.vocab,
+            self.chat_completion_handler,
+            o.keep_whole,
+            o.isolate_turns,
+            self._guarded_tokens,
         )
         self._remembers = True  # as far as is known
         self._kv = kv
@@ -256,8 +266,17 @@ class Llama(BaseLlama):
                         self._lends_to = None
                         return memory.lend(text, add_bos)
                     return memory.tokens(text, add_bos)
+            if special:
+                return self._tokenize_special(text, add_bos)
             tokens: list[int] = super().tokenize(text, add_bos, special)
             return tokens
+
+    def _tokenize_special(self, text: bytes, add_bos: bool) -> list[int]:
+        plain = self._plain
+        if plain is not None and plain.is_sealed(text):
+            return plain.tokens(text, add_bos)
+        tokens: list[int] = super().tokenize(text, add_bos, True)
+        return tokens
 
     def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
         with self._calls.look():
@@ -269,10 +288,10 @@ class Llama(BaseLlama):
         if self._token_memory is None and self._remembers:
             self._remembers = False
             if type(self.tokenizer_) is LlamaTokenizer:
-                cut_at = marks(self.vocab, b"\0".join(self._chat_text.markers))
+                template = b"\0".join(self._chat_text.markers)
+                cut_at = marks(self.vocab, template, whole=self._seal.encode())
                 if cut_at:
-                    tokenize = partial(self._model.tokenize, special=True)
-                    self._token_memory = TokenMemory(tokenize, cut_at)
+                    self._token_memory = TokenMemory(self._tokenize_special, cut_at)
         return self._token_memory
 
     # -- reading -----------------------------------------------------------------------------
@@ -597,9 +616,33 @@ class Llama(BaseLlama):
                 result["kv_cache"] = dict(self.kv_stats)
             yield result
 
+    def chat_completion_handler(self) -> Any:
+        """llama_cpp's chat completion handler that ``create_chat_completion`` calls. Unless
+        ``special_in_messages``, what messages hold stays text under it (PlainContents)."""
+        handler = super().chat_completion_handler()
+        if not self._can_keep_plain(handler):
+            return handler
+        if self._plain is None or self._plain.handler is not handler:
+            self._plain = PlainContents(handler, self.vocab, self._model.tokenize, self._seal)
+        return self._plain.sealing
+
+    def _can_keep_plain(self, handler: Any) -> bool:
+        """Not if somebody else tokenizes: a tokenizer of the caller's, or a handler of pictures."""
+        return (
+            not self.options.special_in_messages
+            and type(self.tokenizer_) is LlamaTokenizer
+            and not isinstance(handler, (Llava15ChatHandler, MTMDChatHandler))
+        )
+
+    def _guarded_tokens(self) -> Mapping[int, bytes]:
+        """The special tokens that only the chat template writes: token -> text."""
+        self.chat_completion_handler()
+        return {} if self._plain is None else self._plain.guarded
+
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama; the result, or the last chunk of a stream, has a ``kv_cache``
-        field with ``kv_stats``."""
+        field with ``kv_stats``. No text in ``messages``, ``tools`` and ``functions`` becomes a
+        special token, unless ``special_in_messages``."""
         if self.lacks_chat_template:
             warnings.warn(
                 f"'{os.path.basename(self.model_path)}' has no chat template; llama-cpp-python "
@@ -638,7 +681,7 @@ class Llama(BaseLlama):
     def _whole_chat(self, head: Head | None) -> Iterator[None]:
         """``_protecting``. What is tokenized first inside, by this thread, is the prompt, which
         llama_cpp reads and does not change, if the handler is its own."""
-        handler = self.chat_completion_handler()
+        handler = super().chat_completion_handler()
         with self._protecting(head):
             self._lends_to = threading.get_ident() if handler in self._own_handlers else None
             try:

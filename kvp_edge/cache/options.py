@@ -235,6 +235,14 @@ class CacheOptions:
             session="any",
         ),
     )
+    special_in_messages: bool = field(
+        default=False,
+        metadata=_about(
+            "text in messages that spells a special token becomes that token, as in llama_cpp: "
+            "only for messages that you trust",
+            session="any",
+        ),
+    )
     repack: str = field(
         default="auto",
         metadata=_about(

@@ -12,6 +12,7 @@ from llama_cpp.llama_chat_format import (
     LlamaChatCompletionHandlerNotFoundException,
 )
 
+from kvp_edge.cli.options import CHAT_TEMPLATE
 from kvp_edge.cli.parameters import option
 from kvp_edge.llama import Llama
 from kvp_edge.text import transcript
@@ -24,9 +25,6 @@ AS_TRANSCRIPTS = (
 )
 
 
-_PANEL = "chat template"
-
-
 def chat_format_option(without: str) -> Any:
     """
     Args:
@@ -34,7 +32,7 @@ def chat_format_option(without: str) -> Any:
     """
     return option(
         None,
-        panel=_PANEL,
+        panel=CHAT_TEMPLATE,
         metavar="NAME",
         shown=f"the model file's own template; {without}",
         help="a format that llama-cpp-python knows (chatml, llama-3, gemma, ...), or "
@@ -46,7 +44,10 @@ def chat_format_option(without: str) -> Any:
 class ChatFormatOptions:
     chat_format: str | None = chat_format_option("transcript if it has none")
     chat_template: str | None = option(
-        None, panel=_PANEL, metavar="FILE", help="a file with a Jinja template, as on Hugging Face"
+        None,
+        panel=CHAT_TEMPLATE,
+        metavar="FILE",
+        help="a file with a Jinja template, as on Hugging Face",
     )
 
 

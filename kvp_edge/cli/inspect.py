@@ -12,6 +12,7 @@ from kvp_edge.cli.shown import say
 from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.tables import named
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, read_policy
+from kvp_edge.sensitive_heads import by_layer, in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,12 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
     )
     share = weights.aggregate / max(float(weights.aggregate.sum()), 1e-12)
     layer, head = np.unravel_index(int(share.argmax()), share.shape)
-    sensitive = "not said"
+    sensitive = [("sensitive heads", "not said")]
     if weights.sensitivity is not None:
-        most = np.unravel_index(int(weights.sensitivity.argmax()), share.shape)
-        sensitive = f"most is head {most[1]} of layer {most[0]}, {weights.sensitivity.max():.1f} "
-        sensitive += "times the mean"
+        sensitive = [
+            ("sensitive heads", in_words(weights.sensitivity)),
+            ("mean by layer", by_layer(weights.sensitivity)),
+        ]
     return [
         ("name", info.name),
         ("for the model", f"{info.base_model or 'unknown'} (architecture {info.architecture})"),
@@ -65,7 +67,7 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
             "whole tokens",
             f"sum of the heads' scores; heaviest is head {head} of layer {layer}",
         ),
-        ("sensitive heads", sensitive),
+        *sensitive,
         ("trained with", f"{info.sinks} sinks and {info.recent} recent tokens protected"),
         ("training data", info.training_data or "not said"),
         ("licence", info.license or "not said"),

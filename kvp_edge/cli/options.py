@@ -45,6 +45,7 @@ def text(argument: str) -> str:
 
 
 _MODEL, _CACHE, _REPLY = "model", "bounded cache", "reply"
+CHAT_TEMPLATE = "chat template"
 
 
 def llama_option(name: str, panel: str, *, default: Any = None, **said: Any) -> Any:
@@ -193,7 +194,9 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheAndModelOptions(CacheFlags, ModelOptions):
-    """A model with a bounded cache."""
+    """A model with a bounded cache, and how it reads messages."""
+
+    special_in_messages: bool = llama_option("special_in_messages", CHAT_TEMPLATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +291,7 @@ def load_as(
         path,
         n_ctx=n_ctx,
         protect_system=protect_system,
+        special_in_messages=args.special_in_messages,
         **cache_options(args),
         **engine_options(args),
     )

@@ -74,6 +74,11 @@ def _main(args: Options) -> int:
         raise ValueError("--raw uses no chat template: leave out --system")
     if args.raw and chat_format.asked_for(args):
         raise ValueError("--raw uses no chat template: leave out --chat-format and --chat-template")
+    if args.raw and args.special_in_messages:
+        raise ValueError(
+            "--raw reads text in which special tokens are always taken: leave out "
+            "--special-in-messages"
+        )
     if not args.prompt and not args.raw:
         raise ValueError(
             'give a question: -p "question" (or --raw, to let the model continue the text)'

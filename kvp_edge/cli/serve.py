@@ -125,6 +125,7 @@ def _main(args: Options) -> int:
             log_level="warning",
             access_log=False,
             server_header=False,
+            ws="none",
             timeout_graceful_shutdown=2,
         )
         _greet(args, listening, llms[0])

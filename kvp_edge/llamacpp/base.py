@@ -26,6 +26,7 @@ from kvp_edge.one_call import Closed
 _loading = threading.RLock()
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 
 #: What is kept of llama.cpp's objects, "_model" under another name.
 _FREED = ("_loaded", "_ctx", "_batch", "tokenizer_")
@@ -277,6 +278,13 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         """The model file has no chat template, and none was asked for: it may be a base model,
         which continues texts. llama_cpp takes "llama-2" then."""
         return self._fell_back and self.chat_handler is None and self.chat_format == "llama-2"
+
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in llama_cpp.Llama, by ``chat_completion_handler``."""
+        given = _CHAT.bind(self, messages, *args, **kwargs)
+        given.apply_defaults()
+        del given.arguments["self"]
+        return self.chat_completion_handler()(llama=self, **given.arguments)
 
     def chat_completion_handler(self) -> Any:
         """llama_cpp's chat completion handler that ``create_chat_completion`` calls."""

@@ -9,10 +9,11 @@ from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from kvp_edge import __version__
 from kvp_edge.server.access import LOCAL_ORIGINS, Access
 from kvp_edge.server.answers import Answers
 from kvp_edge.server.chats import Chats
-from kvp_edge.server.errors import APIError, of_validation, unforeseen
+from kvp_edge.server.errors import APIError, ErrorBody, of_no_json, of_validation, unforeseen
 from kvp_edge.server.openai_routes import openai_routes
 from kvp_edge.server.page_routes import PAGE, page_routes
 from kvp_edge.server.served import ServedLlama
@@ -38,7 +39,14 @@ _HEADERS = {
 def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastAPI:
     """The server, which owns the models and the store from its start to its end."""
     serving = Serving(llms, store, settings)
-    app = FastAPI(title="kvp-edge serve", lifespan=serving.lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="kvp-edge serve",
+        version=__version__,
+        lifespan=serving.lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody, "description": "what is wrong with the request"}},
+    )
     app.add_middleware(
         CORSMiddleware,
         allow_origin_regex=LOCAL_ORIGINS,
@@ -66,6 +74,8 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
         cause = error.__cause__
         if isinstance(cause, APIError):
             return cause.response()
+        if isinstance(cause, (RecursionError, ValueError)):
+            return of_no_json(cause).response()
         where = f"{request.method} {request.url.path[:80]}"
         sentences = {
             404: f"there is nothing at {where}; OpenAI's paths begin with /v1/",

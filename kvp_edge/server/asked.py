@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 from starlette.requests import Request
 
@@ -13,9 +14,6 @@ from kvp_edge.server.context import Ask, Context
 from kvp_edge.server.errors import Cancelled
 from kvp_edge.server.events import Began, Done, Event
 from kvp_edge.server.metrics import Metrics
-
-#: Seconds between two looks whether a client is there that does not stream.
-_LOOKS = 0.25
 
 
 class Asked:
@@ -73,8 +71,11 @@ class Asked:
             raise event
         return event
 
-    async def next_or_gone(self, request: Request) -> Event:
+    async def next_or_gone(self, gone: asyncio.Future[None]) -> Event:
         """The next event, while the client is there.
+
+        Args:
+            gone: done when it is not.
 
         Raises:
             Cancelled: it is not.
@@ -82,13 +83,19 @@ class Asked:
         """
         waiting = asyncio.ensure_future(self.next())
         try:
-            while not waiting.done():
-                await asyncio.wait([waiting], timeout=_LOOKS)
-                if not waiting.done() and await request.is_disconnected():
-                    raise Cancelled
+            either: list[asyncio.Future[Any]] = [waiting, gone]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise Cancelled
             return waiting.result()
         except (asyncio.CancelledError, Cancelled):
             self.cancelled = True
             raise
         finally:
             waiting.cancel()
+
+
+async def until_gone(request: Request) -> None:
+    """Returns when the client, who has sent all of its request, has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -8,11 +8,30 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from kvp_edge.errors import BudgetError, ContextLengthError, KVPError
 
 #: What pydantic puts among the names of fields to tell of a type.
 _TYPE = re.compile(r"^(str|constrained-str)$|\[")
+
+#: Characters of a request that an answer repeats.
+_LONGEST = 200
+
+
+class Error(BaseModel):
+    """What is told of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is no reply."""
+
+    error: Error
 
 
 class APIError(Exception):
@@ -81,8 +100,23 @@ def unforeseen() -> APIError:
 def of_validation(error: RequestValidationError) -> APIError:
     """The first thing that is wrong, by the name of its field. Where a field may have several
     types, what is wrong with the one that it has."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        why, where = first["ctx"]["error"], first["loc"][-1]
+        return bad_request(f"the body is not JSON: {why}, at character {where}")
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+        return bad_request(
+            "the body must be a JSON object, sent with the header 'Content-Type: application/json'"
+        )
     problem = min(error.errors(), key=lambda one: str(one["type"]).endswith("_type"))
-    where = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
-    name = ".".join(where) or None
+    names = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
+    name = ".".join(names)[:_LONGEST] or None
     message = problem["msg"]
     return bad_request(f"{name}: {message}" if name else str(message), name)
+
+
+def of_no_json(error: Exception) -> APIError:
+    """Of a body that cannot be read."""
+    if isinstance(error, RecursionError):
+        return bad_request("the body is nested too deeply")
+    return bad_request(f"the body is not JSON: {error}"[:_LONGEST])

@@ -3,14 +3,36 @@ llama.cpp's sampling is there, too. Fields that are not known are ignored, as ot
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 #: Bounds of one request. A body is bounded in bytes before it is looked at (access.py).
 MOST_MESSAGES, MOST_PARTS, MOST_STOPS, MOST_BIASES = 4096, 256, 16, 300
 MOST_CHOICES, MOST_LOGPROBS, MOST_TOKENS_GIVEN = 8, 20, 2**20
 
+
+def _writable(value: Any) -> Any:
+    """JSON can name half of a surrogate pair, of which no text consists."""
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start]!a} is no character") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+_Text = Annotated[str, AfterValidator(_writable)]
+_JSON = Annotated[Any, AfterValidator(_writable)]
 _Name = Annotated[str, StringConstraints(max_length=256)]
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -30,12 +52,12 @@ class _Model(BaseModel):
 
 class TextPart(_Model):
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class FunctionCall(_Model):
     name: _Name
-    arguments: str = ""
+    arguments: _Text = ""
 
 
 class ToolCall(_Model):
@@ -46,7 +68,7 @@ class ToolCall(_Model):
 
 class Message(_Model):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS)] | None = None
+    content: _Text | Annotated[list[TextPart], Field(max_length=MOST_PARTS)] | None = None
     name: _Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: _Name | None = None
@@ -121,10 +143,10 @@ class ChatRequest(_Completion):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     # these are checked in tools.py
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
-    response_format: Any = None
+    tools: _JSON = None
+    tool_choice: _JSON = None
+    parallel_tool_calls: _JSON = None
+    response_format: _JSON = None
 
     @property
     def longest(self) -> int | None:
@@ -135,11 +157,11 @@ class TextRequest(_Completion):
     """Of POST /v1/completions."""
 
     prompt: (
-        str
+        _Text
         | Annotated[
             list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MOST_TOKENS_GIVEN)
         ]
-        | Annotated[list[str], Field(min_length=1, max_length=1)]
+        | Annotated[list[_Text], Field(min_length=1, max_length=1)]
     )
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -159,5 +181,5 @@ class TextRequest(_Completion):
 class TokenizeRequest(_Model):
     """Of POST /tokenize."""
 
-    content: str
+    content: _Text
     add_special: bool = False

@@ -12,9 +12,10 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from sse_starlette.sse import EventSourceResponse
 from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
 from kvp_edge.server.access import Rules
-from kvp_edge.server.asked import Asked
+from kvp_edge.server.asked import Asked, until_gone
 from kvp_edge.server.chats import Chats
 from kvp_edge.server.context import Ask, Context
 from kvp_edge.server.errors import APIError, as_answer
@@ -119,12 +120,11 @@ class Serving:
             await asyncio.wait([first], timeout=self.settings.patience)
             if first.done() and isinstance(error := first.exception(), Exception):
                 raise as_answer(error) from error
-            return EventSourceResponse(
-                _stream(job, first, form, include_usage), ping=self.settings.ping
-            )
+            return _Stream(job, _stream(job, first, form, include_usage), self.settings.ping)
+        gone = asyncio.ensure_future(until_gone(request))
         try:
             while True:
-                event = await job.next_or_gone(request)
+                event = await job.next_or_gone(gone)
                 if isinstance(event, Began):
                     form.began(event)
                 elif isinstance(event, Piece):
@@ -135,6 +135,22 @@ class Serving:
             raise
         except Exception as error:
             raise as_answer(error) from error
+        finally:
+            gone.cancel()
+
+
+class _Stream(EventSourceResponse):
+    """A stream whose job ends with it, even if not a chunk of it could be sent."""
+
+    def __init__(self, job: Asked, chunks: AsyncIterator[dict[str, str]], ping: float) -> None:
+        super().__init__(chunks, ping=ping)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancelled = True
 
 
 async def _stream(
@@ -159,5 +175,3 @@ async def _stream(
         raise
     except Exception as error:
         yield {"data": json.dumps(as_answer(error).body)}
-    finally:
-        job.cancelled = True

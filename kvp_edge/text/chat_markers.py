@@ -66,6 +66,8 @@ def template_markers(handler: Callable[..., Any]) -> list[bytes]:
             text = rendered.prompt
         except Exception:  # a template may refuse system messages, or be no text template at all
             continue
+        else:
+            continue
         for word in _CONTENTS:
             text = text.replace(word.encode(), b"\0")
         for marker in text.split(b"\0"):

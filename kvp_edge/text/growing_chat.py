@@ -18,7 +18,6 @@ Any other template, and any other chat, is rendered whole.
 
 from __future__ import annotations
 
-import inspect
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from typing import Any
 from jinja2 import Environment, Template, Undefined, filters, nodes, tests
 from jinja2.visitor import NodeTransformer
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from kvp_edge.text.formatters import formatter_of
 
 #: Names of our own in templates; one that uses such names itself is rendered whole.
 _OURS = "kvp_chat_"
@@ -156,19 +157,13 @@ class _Run:
         return self._environment.getitem(self._messages, number)
 
 
-#: Of the functions that llama_cpp makes of its formatters.
-_HANDLER = Jinja2ChatFormatter("", "", "").to_chat_handler().__code__
-
-
 def remember_messages(handler: Callable[..., Any]) -> bool:
     """Have one of llama_cpp's chat completion handlers render only what is new.
 
     Returns:
         Whether it is one of those that render a template of the model's file.
     """
-    if getattr(handler, "__code__", None) is not _HANDLER:
-        return False
-    formatter: Any = inspect.getclosurevars(handler).nonlocals["chat_formatter"]
+    formatter = formatter_of(handler)
     if type(formatter) is not Jinja2ChatFormatter:
         return False
     if isinstance(formatter._environment, Template):

@@ -18,29 +18,27 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
 from kvp_edge.arrays import TokenIds
+from kvp_edge.text.special_tokens import SpecialTokens
 
 #: Shorter texts are not worth remembering.
 WORTH_BYTES = 4096
 
-# enum llama_token_attr in llama.h: what the tokenizer cuts texts at
-_UNKNOWN, _CONTROL, _USER_DEFINED = 1, 8, 16
-_STRIPS_BEFORE = 128  # LSTRIP
 _VOCAB_TYPE_WPM = 3  # ends texts with a token of its own
 
 
-def marks(vocab: object, template: bytes) -> list[bytes]:
+def marks(vocab: object, template: bytes, whole: bytes = b"") -> list[bytes]:
     """Where texts may be cut: the isolated special tokens that a chat template writes.
 
     Args:
         vocab: a llama_vocab.
         template: what the template writes around messages.
+        whole: nothing may be cut within this text.
 
     Returns:
         Their texts; none if the tokenizer adds tokens of its own at the end of texts.
@@ -49,21 +47,13 @@ def marks(vocab: object, template: bytes) -> list[bytes]:
         return []
     if llama_cpp.llama_vocab_get_add_eos(vocab):
         return []
-    attributes = map(
-        partial(llama_cpp.llama_vocab_get_attr, vocab),
-        range(llama_cpp.llama_vocab_n_tokens(vocab)),
-    )
-    special = {
-        token: attribute
-        for token, attribute in enumerate(attributes)
-        if attribute & (_UNKNOWN | _CONTROL | _USER_DEFINED)
-    }
-    texts = {token: llama_cpp.llama_vocab_get_text(vocab, token) for token in special}
+    special = SpecialTokens.of(vocab)
+    others = [*special.texts.values(), whole]
     return [
         text
-        for token, text in texts.items()
-        if text in template and not special[token] & _STRIPS_BEFORE
-        if isolated(text, texts.values())
+        for token, text in special.texts.items()
+        if text in template and not special.strips_before(token) and isolated(text, others)
+        if len(text.decode(errors="replace")) > 1  # a seal (text/seals.py) is within longer ones
     ]
 
 

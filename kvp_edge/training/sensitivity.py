@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvp_edge.arrays import BoolArray, FloatArray
+from kvp_edge.sensitive_heads import heads_with_half
 from kvp_edge.training.simulator import evicted_loss, simulated_loss
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class Sensitivity:
 
     def heads_with_half(self) -> int:
         """How many heads, the heaviest first, carry half of the loss together."""
-        heaviest = np.sort(self.weights, axis=None)[::-1].astype(np.float64)
-        return int(np.searchsorted(heaviest.cumsum(), heaviest.sum() / 2) + 1)
+        return heads_with_half(self.weights)
 
 
 def head_sensitivity(

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from kvp_edge.arrays import FloatArray
 from kvp_edge.evaluation.markdown import escape, table
 from kvp_edge.policy_file import PolicyInfo, PolicyWeights, outtype_of, read_policy
+from kvp_edge.sensitive_heads import in_words
 from kvp_edge.training.checkpoint import load_agents
 from kvp_edge.training.settings import Settings
 
@@ -26,6 +28,8 @@ _COLUMNS = {
     "token_cost": "whole tokens: cost",
     "token_lost": "lost",
 }
+_BY_SENSITIVITY = "cost, heads by their sensitivity"
+_SENSITIVITY = " *Sensitivity*: how much of the loss of later text hangs on what a head remembers."
 _DOCS = "docs/training-policies.md"
 
 
@@ -77,9 +81,10 @@ def card(
         "",
         f"Measured on {measured}. *Cost*: importance lost, summed over all budgets, relative to "
         "the best ranking (1). *Lost*: importance lost beyond the best ranking; what importance "
-        f"is, `--importance` says ({_DOCS}). Lower is better.",
+        f"is, `--importance` says ({_DOCS}). Lower is better."
+        + ("" if weights.sensitivity is None else _SENSITIVITY),
         "",
-        *table(("policy", *_COLUMNS.values()), _rows(figures)),
+        *table(("policy", *_titles(weights.sensitivity)), _rows(figures, weights.sensitivity)),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -99,6 +104,8 @@ def _facts(
         ("objective", info.objective),
         ("networks", f"one for each {'layer' if info.scope == 'layer' else 'KV head'}, "
          f"{info.hidden} + {info.hidden} hidden units, context width {info.context}"),
+        *([] if weights.sensitivity is None else
+          [("sensitive heads", in_words(weights.sensitivity))]),
         ("never dropped in training", f"the first {info.sinks} and newest {info.recent} tokens"),
         ("trained on", escape(texts)),
         ("licence", info.license or "not said"),
@@ -117,15 +124,22 @@ def _changed(settings: Mapping[str, Any]) -> str:
     return ", ".join(changed) or "none"
 
 
-def _rows(figures: Mapping[str, Any]) -> list[list[str]]:
+def _titles(sensitivity: FloatArray | None) -> list[str]:
+    return [*_COLUMNS.values(), *([] if sensitivity is None else [_BY_SENSITIVITY])]
+
+
+def _rows(figures: Mapping[str, Any], sensitivity: FloatArray | None) -> list[list[str]]:
     """The policy first, then the others as they come."""
     found = {name: f for name, f in figures.items() if isinstance(f, Mapping) and "cost" in f}
-    rows = sorted(found.items(), key=lambda item: item[0] != "policy")
-    return [
-        ["**this policy**" if name == "policy" else name]
-        + [f"{np.mean(f[column]):.{2 if 'cost' in column else 3}f}" for column in _COLUMNS]
-        for name, f in rows
-    ]
+    rows = []
+    for name, f in sorted(found.items(), key=lambda item: item[0] != "policy"):
+        row = [f"{np.mean(f[column]):.{2 if 'cost' in column else 3}f}" for column in _COLUMNS]
+        if sensitivity is not None:
+            each = np.ravel(f["cost"])
+            known = each.size == sensitivity.size
+            row.append(f"{np.average(each, weights=sensitivity.ravel()):.2f}" if known else "")
+        rows.append(["**this policy**" if name == "policy" else name, *row])
+    return rows
 
 
 def write_card(run: Path, policy: Path, *, texts: str, command: str) -> Path:

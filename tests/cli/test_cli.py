@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -340,6 +341,19 @@ def test_run_reads_a_document_far_beyond_the_cache_and_prints_json(
     assert usage["prompt_tokens"] + usage["completion_tokens"] >= cache["seen"]
 
 
+def test_messages_spell_special_tokens_only_if_that_is_asked_for(kvp: Type) -> None:
+    def seen(argv: list[str]) -> int:
+        typed = "Say <|end|>." if argv[0] == "chat" else ""
+        got = kvp(*argv, "--max-tokens", "1", "--temperature", "0", typed=typed)
+        found = re.search(r"(\d+) tokens seen", got.err)
+        assert found is not None, got.err
+        return int(found[1])
+
+    run = ["run", "-p", "Say <|end|>."]
+    for argv in (["chat"], run):  # "<", "|", "end", "|", ">" are five tokens instead of one
+        assert seen(argv) - seen([*argv, "--special-in-messages"]) == 4
+
+
 def test_run_raw_continues_the_text_without_a_template(kvp: Type) -> None:
     got = kvp("run", "--raw", "--json", "--max-tokens", "5", "-p", "My dog is called", typed="")
     result = json.loads(got.out)
@@ -428,6 +442,7 @@ def sentence(got: Output) -> str:
         (["run", "-f", "-"], "give a question"),
         (["run", "--raw"], "the text to read is empty"),
         (["run", "--raw", "-p", "a", "--system", "b"], "--system"),
+        (["run", "--raw", "-p", "a", "--special-in-messages"], "--special-in-messages"),
         (["run", "-p", "many words " * 300, "--n-ctx", "100"], "--n-ctx 100"),
         (["demo", "--length", "50"], "nothing would be dropped"),
         (["demo", "--kv-budget", "5"], "larger than sinks + recent"),

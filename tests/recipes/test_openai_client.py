@@ -229,6 +229,55 @@ def test_a_reply_ends_before_a_stop_word(client: Any, streams: bool) -> None:
     assert ending == "stop"
 
 
+def test_a_chat_goes_on_after_a_stop_word_and_after_its_length(client: Any, server: Server) -> None:
+    first, number = opening()
+    messages: Messages = []
+    before = 0
+    for ending in ({"stop": number}, {"max_tokens": 5}, {}):
+        messages.append(user(first if not messages else QUESTION))
+        reply = client.chat.completions.create(messages=messages, **{**GREEDY, **ending})
+        messages.append(reply.choices[0].message)
+        assert turn(reply.usage).cached >= before
+        before = reply.usage.prompt_tokens
+    assert reply.chat_id == assert_one_chat(server, first, 6)
+
+
+def test_of_two_replies_the_last_is_gone_on_with_and_the_first_makes_a_branch(
+    client: Any, server: Server
+) -> None:
+    messages = [user(opening()[0])]
+    wild = {"max_tokens": 12, "temperature": 4.0, "extra_body": {"min_p": 0.0}, "seed": 7}
+    two = client.chat.completions.create(model=MODEL, messages=messages, n=2, **wild)
+    one, other = (choice.message for choice in two.choices)
+    assert one.content != other.content
+
+    def say(reply: Any) -> Any:
+        asked = [*messages, reply, user("Thank you.")]
+        return client.chat.completions.create(messages=asked, **GREEDY)
+
+    branch, same = say(one), say(other)
+    assert same.chat_id == two.chat_id != branch.chat_id
+    parents = {c["id"]: c["parent"] for c in server.ask("/kvp/chats").body["chats"]}
+    assert parents[branch.chat_id] == two.chat_id
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_letters_that_are_many_tokens_arrive_whole(client: Any, streams: bool) -> None:
+    text = "Grüße 😀 日本"
+    schema = {"type": "json_schema", "json_schema": {"name": "text", "schema": {"enum": [text]}}}
+    ask = {"messages": [user(opening()[0])], "response_format": schema, **GREEDY}
+    ask["max_tokens"] = 100
+    if streams:
+        pieces = [
+            chunk.choices[0].delta.content or ""
+            for chunk in client.chat.completions.create(stream=True, **ask)
+        ]
+        assert "😀" in pieces
+    else:
+        pieces = [client.chat.completions.create(**ask).choices[0].message.content]
+    assert "".join(pieces) == f'"{text}"'
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_a_reply_of_so_many_tokens_ends_for_its_length(client: Any, name: str) -> None:
     reply = client.chat.completions.create(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -118,6 +119,7 @@ def test_the_notebook_goes_on_where_it_ended(tmp_path: Path, book: str) -> None:
             text=True,
             timeout=300,
             check=True,
+            env={**os.environ, "OMP_THREAD_LIMIT": "1"},  # the cores may be busy
         )
         return done.stdout.splitlines(), done.stderr
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import kvp_edge  # noqa: E402
 from kvp_edge.bundled import bundled_model  # noqa: E402
 from kvp_edge.export import export  # noqa: E402
 from kvp_edge.policies.policy_of_model import own_policy  # noqa: E402
-from kvp_edge.policy_file import read_policy  # noqa: E402
+from kvp_edge.policy_file import read_policy, write_policy  # noqa: E402
 from kvp_edge.training.settings import Settings  # noqa: E402
 from kvp_edge.training.train import train  # noqa: E402
 from makers.synthetic_traces import SyntheticTraces  # noqa: E402
@@ -75,6 +75,27 @@ def test_held_out_figures_come_before_those_of_validation(run: Path, tmp_path: P
     (path,) = run.glob("kvp-*.md")
     assert "| **this policy** | 2.00 | 0.100 | 3.00 | 0.400 |" in path.read_text()
     assert "Measured on held-out traces." in path.read_text()
+
+
+def test_a_policy_that_knows_sensitive_heads_has_its_costs_weighed_by_them(
+    run: Path, tmp_path: Path
+) -> None:
+    (made,) = run.glob("kvp-*.gguf")
+    info, weights = read_policy(made)
+    shape = (info.n_layer, info.n_head_kv)
+    found = np.zeros(shape, np.float32)
+    found[-1, -1], found[0, 0] = 0.75 * found.size, 0.25 * found.size
+    costs = np.full(shape, 9.0)
+    costs[-1, -1], costs[0, 0] = 2, 4
+    path = tmp_path / "kvp-sensitive.gguf"
+    write_policy(path, info, replace(weights, sensitivity=found))
+    figures = {"cost": costs.ravel().tolist(), "lost": [0.1], "token_cost": 3, "token_lost": 0.4}
+    told = card(path, {}, {"policy": figures}, texts="", command="", measured="")
+    assert "cost, heads by their sensitivity |" in told
+    assert f"| **this policy** | {costs.mean():.2f} | 0.100 | 3.00 | 0.400 | 2.50 |" in told
+    assert f"| sensitive heads | 1 of {found.size} carry half of the loss; most is head " in told
+    silent = card(made, {}, {"policy": figures}, texts="", command="", measured="")
+    assert "sensitiv" not in silent
 
 
 def test_a_folder_with_several_policies_needs_one_named(

@@ -54,6 +54,7 @@ def test_a_handler_that_renders_nothing_has_no_markers() -> None:
         raise RuntimeError("no template here")
 
     assert template_markers(broken) == []
+    assert template_markers(lambda **_: None) == []
 
 
 def test_tokens_that_hold_part_of_a_marker_belong_to_it() -> None:

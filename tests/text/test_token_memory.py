@@ -114,6 +114,14 @@ def test_where_texts_are_cut(vocabulary: Vocabulary, request: pytest.FixtureRequ
     }
     assert sorted(found) == sorted([*want[name], b"<s>", b"</s>"])
     assert marks(model.vocab, b"nothing special") == []
+    assert b"<|end|>" not in marks(model.vocab, b"<|end|>", whole=b"1<")
+
+
+def test_texts_that_a_seal_does_not_break_are_not_cut_at(tmp_path: Path) -> None:
+    write_vocabulary(tmp_path / "v.gguf", "bpe", {"<|end|>": CONTROL, "é": CONTROL})
+    llm = llama_cpp.Llama(str(tmp_path / "v.gguf"), vocab_only=True, verbose=False)
+    assert marks(llm._model.vocab, "é<|end|>".encode()) == [b"<|end|>"]
+    llm.close()
 
 
 def test_cutting_at_a_token_that_others_overlap_would_be_wrong(tmp_path: Path) -> None:
