@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from kvp_edge.server.context import Ask
 from kvp_edge.server.errors import APIError, ErrorBody, bad_request
@@ -22,6 +22,8 @@ _REPLIES: dict[int | str, dict[str, Any]] = {
     200: {"description": "a reply, or its chunks", "content": {"text/event-stream": {}}},
     503: {"model": ErrorBody, "description": "the queue is full, or the server is stopping"},
 }
+
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
 
 def openai_routes(serving: Serving) -> APIRouter:
@@ -104,7 +106,7 @@ def openai_routes(serving: Serving) -> APIRouter:
     async def health() -> Any:
         return {"status": "ok"}
 
-    @routes.get("/metrics", response_class=PlainTextResponse)
+    @routes.get("/metrics", response_class=Response, responses=_TEXT)
     async def show_metrics() -> Any:
         text, kind = serving.metrics.text()
         return Response(text, media_type=kind)
