@@ -3,7 +3,7 @@
 
     python scripts/eval_labels.py --model model.gguf --out labels.jsonl --data DIR
     python scripts/eval_labels.py --model model.gguf --out labels.jsonl --policies my-policy.gguf
-    python scripts/eval_labels.py --out labels.jsonl --table
+    python scripts/eval_labels.py --out labels.jsonl --table [--against my-policy.gguf]
 
 A label says how much a token may be asked for later: the attention that the rest of the text pays,
 or the model's own continuation, questions and repetition (kvp_edge/traces/labels.py). A policy is
@@ -88,6 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default=bundled_model(), help="GGUF file (the bundled model)")
     add("--out", type=Path, required=True, help="file of measurements, continued if it exists")
     add("--table", action="store_true", help="measure nothing; print the file as Markdown tables")
+    add("--against", metavar="ROW", help="with --table: this row against every other one")
     add("--labels", type=names, default=list(labels.DEFAULT), help="see below")
     add("--rules", type=names, default=list(RULES), help=f"policies by name ({','.join(RULES)})")
     add("--policies", type=names, default=[], help="policy files, like a.gguf,b.gguf")
@@ -347,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         if args.table:
-            print("\n".join(render(records.read(args.out))))
+            print("\n".join(render(records.read(args.out), args.against)))
             return 0
         evaluation = Evaluation(args)
         json_lines.drop_unfinished_line(args.out)

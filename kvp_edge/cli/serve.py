@@ -122,7 +122,7 @@ def _main(args: Options) -> int:
         )
         config = uvicorn.Config(
             app.make_app(llms, store, settings),
-            log_level="warning",
+            log_level="error",  # its warnings are about what clients sent
             access_log=False,
             server_header=False,
             ws="none",

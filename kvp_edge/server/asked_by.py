@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import llama_cpp
 
@@ -11,6 +13,10 @@ from kvp_edge.server.served import ServedLlama
 
 #: Words at most, the newest: to ask of each what it attends to takes a pass over the log.
 _WORDS = 16
+
+
+#: Bytes by which the end of a question is found.
+_TAIL = 60
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,12 @@ class Word:
     attention: float
 
 
-def asked_by(llm: ServedLlama, go_on: Callable[[], bool]) -> list[Word]:
+def asked_by(llm: ServedLlama, question: str, go_on: Callable[[], bool]) -> list[Word]:
     """The words whose queries asked for what came back before the last reply, in their order.
 
     Args:
         llm: nobody else uses it.
+        question: words of the chat template around it are left out.
         go_on: asked before every word; the words until then are returned.
     """
     event, asked, kv = llm.turn.recalled, llm.turn.asked, llm.kv
@@ -41,7 +48,8 @@ def asked_by(llm: ServedLlama, go_on: Callable[[], bool]) -> list[Word]:
     if int(asked.indices[-1]) >= kv.seen:  # the conversation has gone back since
         return []
     found: list[Word] = []
-    for start, end in words(llm, first, first + len(asked))[-_WORDS:]:
+    within = _within(llm, question, first, first + len(asked))
+    for start, end in words(llm, *within)[-_WORDS:]:
         if not go_on():
             break
         attention = kv.attention_to(event.heads[:first], asked[start - first : end - first])
@@ -65,6 +73,22 @@ def words(llm: ServedLlama, start: int, end: int) -> list[tuple[int, int]]:
             found.append((i, i + 1))
         open_ = not text[-1].isspace()
     return found
+
+
+def _within(llm: ServedLlama, question: str, start: int, end: int) -> tuple[int, int]:
+    """Those of the tokens [start, end) that are of the question, which may begin before them; all,
+    if it is not there."""
+    text = question.strip().encode()
+    ends = list(accumulate(len(llm.piece([int(llm.input_ids[i])])) for i in range(start, end)))
+    said = llm.piece([int(llm.input_ids[i]) for i in range(start, end)])
+    tail = text[-_TAIL:]
+    at = said.rfind(tail) if tail else -1
+    if at < 0:
+        return start, end
+    last = bisect_left(ends, at + len(tail))
+    begins = said.rfind(text)
+    first = bisect_right(ends, begins) if begins >= 0 else 0
+    return start + first, min(start + last + 1, end)
 
 
 def _text(llm: ServedLlama, tokens: Sequence[int]) -> str:

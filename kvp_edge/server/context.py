@@ -73,6 +73,7 @@ class Context:
         self.chat: Chat | None = None
         self.tokens_per_second: float | None = None
         self.asked_by: list[Word] = []
+        self._question = ""  # what the user said last
         self._watched_until = 0.0
         self._is_kept = True
 
@@ -89,7 +90,7 @@ class Context:
         """While nobody waits: find out which words asked for what came back last."""
         self.llm.keeps_queries = time.monotonic() < self._watched_until
         if self.llm.keeps_queries:
-            self.asked_by = asked_by(self.llm, idle)
+            self.asked_by = asked_by(self.llm, self._question, idle)
 
     # -- a request ---------------------------------------------------------------------------
 
@@ -209,6 +210,8 @@ class Context:
         llm = self.llm
         self.asked_by = []
         messages = list(ask.messages or [])
+        asked = (m["content"] for m in reversed(messages) if m["role"] == "user")
+        self._question = next(asked, "")
         turns, cached, said = list[Turn](), None, None
         self._is_kept = False
         try:

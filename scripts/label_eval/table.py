@@ -20,12 +20,22 @@ _NONE = "none"
 Column = tuple[str, int]  # task, share
 
 
-def render(records: Sequence[Record]) -> Iterator[str]:
-    """The lines of all tables."""
+def render(records: Sequence[Record], against: str | None = None) -> Iterator[str]:
+    """The lines of all tables.
+
+    Args:
+        against: a row: it is compared with every other one instead.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    if against is not None and against not in (known := {r["row"] for r in records} - {FULL}):
+        raise ValueError(f"there is no row '{against}': there are {', '.join(sorted(known))}")
     for model, length in dict.fromkeys((r["model"], r["length"]) for r in records):
         found = [r for r in records if (r["model"], r["length"]) == (model, length)]
         yield from (f"## {model}, {length:,} tokens", "", _ABOUT, "")
-        yield from _OneLength(found).lines()
+        tables = _OneLength(found)
+        yield from tables.lines() if against is None else tables.against(against)
 
 
 _ABOUT = (
@@ -77,6 +87,35 @@ class _OneLength:
                     ],
                 )
                 yield ""
+
+    def against(self, own: str) -> Iterator[str]:
+        """By how much more a row loses than each other one, on what both were measured on."""
+        others = [row for row in self._rows if row != own]
+        for task in self._tasks:
+            columns = [
+                (task, share) for share in self._shares if (own, (task, share)) in self._cells
+            ]
+            if not columns:
+                continue
+            yield from (f"### {task}", "", self._about(task), "")
+            yield from markdown.table(
+                [f"{markdown.escape(own)} loses more than", *(f"1/{s}" for _, s in columns)],
+                [
+                    [markdown.escape(row), *(self._differs(own, row, column) for column in columns)]
+                    for row in others
+                ],
+            )
+            yield ""
+
+    def _differs(self, own: str, other: str, column: Column) -> str:
+        of_own, of_other = (
+            {_asked(r): r for r in self._cells.get((row, column), ())} for row in (own, other)
+        )
+        both = [asked for asked in of_own if asked in of_other]
+        if not both:
+            return _NONE
+        pair = (_by_item(of[asked] for asked in both) for of in (of_own, of_other))
+        return markdown.signed_nats(difference(*pair))
 
     def _about(self, task: str) -> str:
         asked = [r for r in self._full.values() if r["task"] == task]

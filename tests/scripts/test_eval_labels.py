@@ -164,6 +164,17 @@ def test_intervals_are_of_items_paired_with_the_full_cache(
     table = capsys.readouterr().out
     assert "+0.000 [+0.000, +0.000] (6 of 6)" in table
     assert "The full cache answers 6 of 6 questions rightly." in table
+    found = losses(measured)
+    less = np.mean(
+        [
+            found["look-ups", question, "asked", 4] - found["look-ups", question, "recency", 4]
+            for question in (0, 1)
+        ]
+    )
+    assert main(["--out", str(more), "--table", "--against", "asked"]) == 0
+    assert f"| {less:+.3f} [{less:+.3f}, {less:+.3f}] |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no row 'nobody': there are"):
+        main(["--out", str(more), "--table", "--against", "nobody"])
 
 
 def test_questions_that_the_full_cache_gets_wrong_do_not_count(

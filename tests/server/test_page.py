@@ -251,6 +251,23 @@ def test_escape_leaves_an_edited_message_as_it_was(open_page: Open) -> None:
     expect(version(page)).to_have_count(0)
 
 
+def test_after_a_branch_that_failed_the_chat_can_be_opened_again(open_page: Open) -> None:
+    page = open_page()
+    say(page, DOG)
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=": ping\n\n"),
+    )
+    box(page).press("ArrowUp")
+    editor_of(page).fill("My dog is called Rex.")
+    editor_of(page).press("Enter")
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect(bubbles(page)).to_contain_text("Rex")
+    entries(page).first.get_by_role("link").click()
+    expect(bubbles(page)).to_contain_text(DOG)
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
 def test_another_reply_makes_a_branch(open_page: Open, server: Server) -> None:
     page = open_page()
     page.evaluate("localStorage['kvp-settings'] = JSON.stringify({temperature: 2, maxTokens: 40})")

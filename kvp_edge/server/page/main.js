@@ -279,7 +279,12 @@ async function changeSettings() {
 }
 
 byId("chat-list").addEventListener("click", (event) => {
-  if (event.target.closest("a")) list.closeDrawer(); // also where the address stays the same
+  const link = event.target.closest("a");
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return; // another tab or window
+  event.preventDefault(); // the address may be this one already, of a branch that failed
+  const id = link.hash.slice(1);
+  if (id === open.id) list.closeDrawer();
+  else openChat(id);
 });
 byId("new-chat").addEventListener("click", newChat);
 byId("open-settings").addEventListener("click", changeSettings);
