@@ -9,7 +9,7 @@ from typing import Any
 
 from kvp_edge.server.events import Began, Done, Piece
 from kvp_edge.server.served import Written
-from kvp_edge.server.tool_calls import merge
+from kvp_edge.server.tools.calls import merge
 
 #: The bytes of a token.
 TextOf = Callable[[int], bytes]

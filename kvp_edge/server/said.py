@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvp_edge.server.served import Turn, Written
-from kvp_edge.server.tool_calls import merge
 from kvp_edge.server.tools import Reply
+from kvp_edge.server.tools.calls import merge
 
 
 class Said:

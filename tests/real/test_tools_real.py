@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kvp_edge import Llama
-from kvp_edge.server.template_messages import shows_tools
-from kvp_edge.server.tool_calls import merge
 from kvp_edge.server.tools import Reply, check
+from kvp_edge.server.tools.calls import merge
+from kvp_edge.server.tools.messages import shows_tools
 
 pytestmark = pytest.mark.real
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any
 
 from kvp_edge import Llama
-from kvp_edge.server.template_messages import for_template, shows_tools
+from kvp_edge.server.tools.messages import for_template, shows_tools
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 

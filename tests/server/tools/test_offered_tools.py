@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from kvp_edge import Llama
-from kvp_edge.server.grammar import MAX_READINGS
-from kvp_edge.server.tool_calls import merge
-from kvp_edge.server.tools import (
+from kvp_edge.server.tools.calls import merge
+from kvp_edge.server.tools.grammar import MAX_READINGS
+from kvp_edge.server.tools.offered import (
     MAX_SHAPES,
     MAX_TOOLS,
     MAX_TOOLS_BYTES,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvp_edge.files import json_values
-from kvp_edge.server.grammar import json_text
-from kvp_edge.server.json_schema import check_size
+from kvp_edge.server.tools.grammar import json_text
+from kvp_edge.server.tools.json_schema import check_size
 
 #: Larger arguments stay text.
 MAX_ARGUMENTS_BYTES = 256 * 1024

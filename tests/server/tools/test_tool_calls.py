@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvp_edge.server.tool_calls import MAX_DEPTH, ReplyParser, merge
+from kvp_edge.server.tools.calls import MAX_DEPTH, ReplyParser, merge
 
 NAMES = ("f", "get_weather")
 CALL = '{"name": "f", "arguments": {"x": 1}}'

@@ -1,4 +1,4 @@
-"""JSON schemas as shapes that a grammar can keep (kvp_edge.server.grammar).
+"""JSON schemas as shapes that a grammar can keep (kvp_edge.server.tools.grammar).
 
 What a grammar cannot keep (``minimum``, ``pattern``...) is refused in a strict schema, and left out
 of account in another. What is written in the grammar of a strict schema fits it, always. ``format``
@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from kvp_edge.files.json_values import shortened
-from kvp_edge.server.grammar import (
+from kvp_edge.server.tools.grammar import (
     Choice,
     Grammar,
     GrammarError,

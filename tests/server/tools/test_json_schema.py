@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from llama_cpp import LlamaGrammar
 
 from kvp_edge import Llama
-from kvp_edge.server.grammar import MAX_READINGS, Grammar, GrammarError, rule
-from kvp_edge.server.json_schema import (
+from kvp_edge.server.tools.grammar import MAX_READINGS, Grammar, GrammarError, rule
+from kvp_edge.server.tools.json_schema import (
     MAX_BYTES,
     MAX_COUNT,
     MAX_DEPTH,

@@ -20,20 +20,10 @@ from typing import Any
 from llama_cpp import LlamaGrammar
 
 from kvp_edge.files.json_values import shortened
-from kvp_edge.server.grammar import Grammar, GrammarError, Plain, json_text, literal, rule
-from kvp_edge.server.json_schema import add_schema, check_size
-from kvp_edge.server.template_messages import for_template, shows_tools
-from kvp_edge.server.tool_calls import ReplyParser
-
-__all__ = [
-    "MAX_SHAPES",
-    "MAX_TOOLS",
-    "MAX_TOOLS_BYTES",
-    "BadRequest",
-    "Reply",
-    "check",
-    "for_template",
-]
+from kvp_edge.server.tools.calls import ReplyParser
+from kvp_edge.server.tools.grammar import Grammar, GrammarError, Plain, json_text, literal, rule
+from kvp_edge.server.tools.json_schema import add_schema, check_size
+from kvp_edge.server.tools.messages import for_template, shows_tools
 
 MAX_TOOLS = 128
 #: Of all tools together, as JSON.
