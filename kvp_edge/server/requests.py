@@ -142,7 +142,7 @@ class ChatRequest(_Completion):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    # these are checked in tools.py
+    # what these hold is checked in kvp_edge.server.tools
     tools: _JSON = None
     tool_choice: _JSON = None
     parallel_tool_calls: _JSON = None
