@@ -26,7 +26,10 @@ from kvp_edge.server.chats import Chats  # noqa: E402
 from kvp_edge.server.context import Context  # noqa: E402
 from kvp_edge.server.served import ServedLlama  # noqa: E402
 
-OPTIONS: dict[str, Any] = {"kv_budget": 128, "n_ctx": 1024, "verbose": False, "n_threads": 1}
+OPTIONS: dict[str, Any] = {
+    **{"kv_budget": 128, "n_ctx": 1024, "verbose": False},
+    **{"n_threads": 1, "n_threads_batch": 1},
+}
 DOG = [{"role": "user", "content": "My dog is called Ralph."}]
 LONG = [{"role": "user", "content": "snow fell on all roofs where we sang " * 20}]
 
