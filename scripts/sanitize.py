@@ -32,7 +32,9 @@ LEFT_OUT = {
     "tests/export": "PyTorch, ONNX and Python",
     "tests/llamacpp/test_abort_hook.py": "programs that die on purpose",
     "tests/processor": "llama.cpp's kernels, not kvp_edge's",
+    "tests/recipes": "programs that serve chats",
     "tests/scripts": "Python alone",
+    "tests/server": "chats as those of tests/test_llama.py and tests/test_session.py",
     "tests/text": "Python alone, and chats as those of tests/test_llama.py",
     "tests/training": "PyTorch",
 }
