@@ -30,6 +30,7 @@ from typing import Any
 
 import httpx2 as httpx
 
+from kvp_edge import Llama
 from kvp_edge.bundled import bundled_model
 
 #: Tokens of a message, about.
@@ -43,7 +44,9 @@ def running(command: list[str], ready: str) -> Iterator[tuple[httpx.Client, int]
     Args:
         ready: pattern of the line on stderr that says that it is, with its address or port.
     """
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         found, said = None, []
         for line in process.stderr:
@@ -112,10 +115,8 @@ class Talk:
         self.messages.append({"role": "assistant", "content": said})
         return (first or time.perf_counter()) - began
 
-    def grow(self, tokens: int, text: str) -> float:
-        """Tell it a text in messages; returns the seconds it took to read."""
-        words = text.split()
-        per = len(words) * PIECE // max(1, self._count(" ".join(words)))
+    def grow(self, tokens: int, words: list[str], per: int) -> float:
+        """Tell it a text in messages of ``per`` words; returns the seconds it took to read."""
         read, at, seconds = 0, 0, 0.0
         while read + PIECE <= tokens:
             piece = " ".join(words[at : at + per])
@@ -124,9 +125,15 @@ class Talk:
             read += PIECE
         return seconds
 
-    def _count(self, text: str) -> int:
-        answer = self._client.post("/tokenize", json={"content": text})
-        return len(answer.json()["tokens"]) if answer.is_success else len(text) // 4
+
+def pieces(model: str) -> tuple[list[str], int]:
+    """The words of a text, and how many of them have PIECE tokens."""
+    text = (resources.files("kvp_edge") / "data" / "prose.txt").read_text(encoding="utf-8")
+    llm = Llama(model, vocab_only=True, verbose=False)
+    n = len(llm.tokenize(text.encode(), add_bos=False))
+    llm.close()
+    words = text.split()
+    return words, len(words) * PIECE // n
 
 
 def rss(pid: int) -> float:
@@ -134,9 +141,9 @@ def rss(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
 
-def first_tokens(args: Any, client: httpx.Client, text: str) -> dict[str, float]:
+def first_tokens(args: Any, client: httpx.Client, text: tuple[list[str], int]) -> dict[str, float]:
     one, other = Talk(client, "First"), Talk(client, "Second")
-    read = statistics.mean([one.grow(args.tokens, text), other.grow(args.tokens, text)])
+    read = statistics.mean([one.grow(args.tokens, *text), other.grow(args.tokens, *text)])
     change, follow = [], []
     for i in range(args.rounds):
         for talk in (one, other):
@@ -179,12 +186,15 @@ def meanwhile(args: Any, client: httpx.Client) -> dict[str, float]:
         thread.join()
 
 
-def idle_chats(args: Any, client: httpx.Client, pid: int, text: str, n: int = 8) -> float:
+def idle_chats(
+    args: Any, client: httpx.Client, pid: int, text: tuple[list[str], int], n: int = 8
+) -> float:
     """MiB of memory that a chat takes which nobody talks to."""
-    Talk(client, "Warm").grow(args.tokens // 4, text)
+    tokens = max(args.tokens // 4, PIECE)
+    Talk(client, "Warm").grow(tokens, *text)
     before = rss(pid)
     for i in range(n):
-        Talk(client, f"Chat {i}").grow(args.tokens // 4, text)
+        Talk(client, f"Chat {i}").grow(tokens, *text)
     return (rss(pid) - before) / n
 
 
@@ -203,7 +213,7 @@ def main() -> None:
     parser.add_argument("--beside", action="store_true", help="llama_cpp.server, too")
     parser.add_argument("--port", type=int, default=8765, help="of llama_cpp.server (8765)")
     args = parser.parse_args()
-    text = (resources.files("kvp_edge") / "data" / "prose.txt").read_text(encoding="utf-8")
+    text = pieces(args.model)
     ready = r"(http://127\.0\.0\.1:\d+) is ready"
     rows: list[tuple[str, dict[str, float]]] = []
     with running(ours(args), ready) as (client, _):
@@ -237,7 +247,7 @@ def main() -> None:
     ):
         on_disk = idle_chats(args, client, pid, text)
     print(
-        f"An idle chat of {args.tokens // 4} tokens takes {memory:.1f} MiB of memory, "
+        f"An idle chat of about {max(args.tokens // 4, PIECE)} tokens takes {memory:.1f} MiB of memory, "
         f"{on_disk:.1f} with --chats."
     )
 
