@@ -247,8 +247,8 @@ def main() -> None:
     ):
         on_disk = idle_chats(args, client, pid, text)
     print(
-        f"An idle chat of about {max(args.tokens // 4, PIECE)} tokens takes {memory:.1f} MiB of memory, "
-        f"{on_disk:.1f} with --chats."
+        f"An idle chat of about {max(args.tokens // 4, PIECE)} tokens takes {memory:.1f} MiB of "
+        f"memory, {on_disk:.1f} with --chats."
     )
 
 
