@@ -32,6 +32,7 @@ import httpx2 as httpx
 
 from kvp_edge import Llama
 from kvp_edge.bundled import bundled_model
+from makers.command import COMMAND
 
 #: Tokens of a message, about.
 PIECE = 700
@@ -64,7 +65,7 @@ def running(command: list[str], ready: str) -> Iterator[tuple[httpx.Client, int]
 
 def ours(args: Any, *more: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "kvp_edge", "serve", args.model, "--port", "0"),
+        *(*COMMAND, "serve", args.model, "--port", "0"),
         *("--kv-budget", str(args.budget), "--n-ctx", str(args.tokens + 2048), *more),
         *(("--threads", str(args.threads)) if args.threads else ()),
     ]

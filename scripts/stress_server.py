@@ -41,6 +41,7 @@ import httpx2 as httpx
 
 from kvp_edge import Llama
 from kvp_edge.bundled import bundled_model
+from makers.command import COMMAND
 
 TEXT = "the old man went to sea and my dog is called Rex snow fell on all roofs where we sang"
 WORDS = TEXT.split()
@@ -56,7 +57,7 @@ class Server:
     """A process of ``kvp-edge serve``. What it says on stderr is in ``said``."""
 
     def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "kvp_edge", "serve", "--port", "0", "--threads", "1"]
+        command = [*COMMAND, "serve", "--port", "0", "--threads", "1"]
         for name, value in CACHE.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)

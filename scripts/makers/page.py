@@ -10,19 +10,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-#: What the console script does. "-m" would put the current folder first on the path, where a
-#: checkout has the package without its compiled library.
-_COMMAND = [
-    sys.executable,
-    "-c",
-    "import sys; sys.path.remove(''); from kvp_edge.cli import main; sys.exit(main())",
-]
+from makers.command import COMMAND
+
 _READY = re.compile(r"(http://[\d.]+:\d+) is ready")
 
 
@@ -52,7 +46,7 @@ class Server:
         """
         options = ["--port", str(self.port), "--threads", "1", *self._arguments]
         self._process = subprocess.Popen(
-            [*_COMMAND, "serve", *options], stderr=subprocess.PIPE, text=True
+            [*COMMAND, "serve", *options], stderr=subprocess.PIPE, text=True
         )
         assert self._process.stderr is not None
         for line in self._process.stderr:

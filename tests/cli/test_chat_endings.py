@@ -16,8 +16,9 @@ import pytest
 
 import kvp_edge
 from kvp_edge.cli.progress import WatchedLlama
+from makers.command import COMMAND
 from makers.gguf_models import ModelShape
-from support.command_line import COMMAND, GREEDY, Terminal, Type
+from support.command_line import GREEDY, Terminal, Type
 
 SHORT = [*GREEDY, "--threads", "1", "--max-tokens", "12"]
 TELL = "My dog is called Ralph."

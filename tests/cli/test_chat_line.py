@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from makers.command import COMMAND
 from makers.gguf_models import ModelShape
-from support.command_line import COMMAND, GREEDY, Terminal
+from support.command_line import GREEDY, Terminal
 
 SHORT = [*GREEDY, "--threads", "1", "--max-tokens", "12"]
 TELL = "My dog is called Ralph."

@@ -18,8 +18,9 @@ import pytest
 import kvp_edge
 from kvp_edge.cli.progress import rate
 from kvp_edge.policies import POLICIES
+from makers.command import COMMAND
 from makers.gguf_models import ModelShape, write_mamba
-from support.command_line import COMMAND, FEW_CELLS, GREEDY, STATUS, Output, Terminal, Type
+from support.command_line import FEW_CELLS, GREEDY, STATUS, Output, Terminal, Type
 
 # -- chat --------------------------------------------------------------------------------------
 

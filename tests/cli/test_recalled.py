@@ -20,7 +20,8 @@ from kvp_edge.cache import recall
 from kvp_edge.cache.recall import Recall
 from kvp_edge.cli import options, parse, recalled
 from kvp_edge.cli.chat import Chat
-from support.command_line import COMMAND, FEW_CELLS, GREEDY, Type
+from makers.command import COMMAND
+from support.command_line import FEW_CELLS, GREEDY, Type
 from support.interrupt import interrupted
 from support.more_than_softmax import write_more_than_a_softmax
 

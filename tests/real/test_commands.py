@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support.command_line import COMMAND, STATUS
+from makers.command import COMMAND
+from support.command_line import STATUS
 from support.real_models import ALL, GEMMA
 
 pytestmark = pytest.mark.real

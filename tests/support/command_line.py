@@ -14,14 +14,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvp_edge.cli import main
+from makers.command import COMMAND
 
-# What the console script does. "-m" would put the current folder first on the path, where a
-# checkout has the package without its compiled library.
-COMMAND = [
-    sys.executable,
-    "-c",
-    "import sys; sys.path.remove(''); from kvp_edge.cli import main; sys.exit(main())",
-]
 FEW_CELLS = ["--kv-budget", "64", "--recent", "16", "--threads", "1"]
 GREEDY = ["--temperature", "0"]
 

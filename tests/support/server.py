@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from support.command_line import COMMAND
+from makers.command import COMMAND
 from support.packages import needs
 
 _READY = re.compile(r"(http://\S+) is ready")
