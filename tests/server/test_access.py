@@ -150,6 +150,7 @@ def test_other_names_are_refused_where_only_this_machine_may_ask(host: str) -> N
     status, body = asked(Rules(), {"host": host})
     assert status == 403
     assert "names of this machine" in body["error"]["message"]
+    assert f"not to {host!r}" in body["error"]["message"]
 
 
 def test_the_name_that_it_is_bound_to_is_one() -> None:
