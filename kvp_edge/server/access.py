@@ -94,12 +94,14 @@ class Access:
             raise _too_large()
         if rules.keys and scope["method"] != "OPTIONS" and not _OPEN.fullmatch(scope["path"]):
             kind, _, key = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not rules.knows(key.strip()):
-                raise APIError(
-                    401,
-                    "this server needs its API key: send it as 'Authorization: Bearer KEY'",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
+            if kind.lower() != "bearer" or not key.strip():
+                raise _no_key(
+                    "this server needs its API key: send it as 'Authorization: Bearer KEY'"
+                )
+            if not rules.knows(key.strip()):
+                raise _no_key(
+                    "this server needs its API key, and was sent another: its keys are in the file "
+                    "that --api-key-file names"
                 )
 
     def _is_ours(self, origin: str, headers: Headers) -> bool:
@@ -112,6 +114,11 @@ def _name(host: str) -> str:
     """Without a port."""
     bare = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d+)?", host)
     return bare.group(1).strip("[]").lower() if bare else ""
+
+
+def _no_key(sentence: str) -> APIError:
+    headers = {"WWW-Authenticate": "Bearer"}
+    return APIError(401, sentence, code="invalid_api_key", headers=headers)
 
 
 def _too_large() -> APIError:
