@@ -206,8 +206,15 @@ def _store(args: Options, limit: int, llm: Any) -> Any:
     chats = importlib.import_module("kvp_edge.server.chats")
     folder = Path(os.path.expanduser(args.chats)) if args.chats is not None else None
     _require_kept(llm, folder)
+
+    def forgot(chat: Any) -> None:
+        note(
+            f"{_now()} deleted chat {chat.id} ({len(chat.tokens)} tokens), the least recently used "
+            f"one: all chats took more than --chats-limit {args.chats_limit}"
+        )
+
     try:
-        store = chats.Chats(folder, limit)
+        store = chats.Chats(folder, limit, forgot)
     except OSError as error:
         raise ValueError(
             f"--chats: '{folder}' cannot be used: {error.strerror}. Name a folder that you may "
@@ -232,11 +239,15 @@ def _require_kept(llm: Any, folder: Path | None) -> None:
     )
 
 
+def _now() -> str:
+    return time.strftime("%H:%M:%S")
+
+
 def _log(done: Any, seconds: float) -> None:
     back = sum(turn.n_recalled for turn in done.turns)
     came_back = f", {back} came back" if back else ""
     note(
-        f"{time.strftime('%H:%M:%S')} read {done.n_prompt - done.n_cached} of {done.n_prompt} "
+        f"{_now()} read {done.n_prompt - done.n_cached} of {done.n_prompt} "
         f"tokens{came_back}, wrote {done.n_written} in {seconds:.1f} s"
     )
 

@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -88,14 +88,17 @@ class Chats:
     Args:
         folder: for session files; None: in memory.
         limit: bytes.
+        forgot: called with each chat that was deleted because of it.
 
     Raises:
         SessionError: another server uses this folder.
         OSError: the folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path | None, limit: int) -> None:
-        self.folder, self._limit = folder, limit
+    def __init__(
+        self, folder: Path | None, limit: int, forgot: Callable[[Chat], None] = lambda _: None
+    ) -> None:
+        self.folder, self._limit, self._forgot = folder, limit, forgot
         self._lock = threading.RLock()
         self._chats: dict[str, Chat] = {}  # the least recently used first
         self._held = contextlib.ExitStack()
@@ -245,6 +248,7 @@ class Chats:
             if chat is not but and not chat.busy:
                 total -= chat.nbytes
                 self.delete(chat.id)
+                self._forgot(chat)
 
     def path_of(self, chat: Chat) -> Path:
         assert self.folder is not None

@@ -80,6 +80,15 @@ def test_errors_name_options_of_the_command_line() -> None:
     assert "--kv-budget 128 is too small" in answer.body["error"]["message"]
 
 
+def test_a_chat_that_the_limit_deletes_is_told() -> None:
+    with Server("--chats-limit", "1KiB") as server:
+        asked = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello.", "Bye.")]
+        first, _ = (server.ask("/v1/chat/completions", {**a, "max_tokens": 2}) for a in asked)
+        server.stop()
+    assert f"deleted chat {first.body['chat_id']} (" in server.said
+    assert "more than --chats-limit 1KiB" in server.said
+
+
 def test_a_port_that_is_taken_is_told(kvp: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
