@@ -49,6 +49,7 @@ class Chat:
         created, updated: seconds since 1970.
         busy: a worker is at it.
         deleted: somebody did, or it was the oldest.
+        file: held while its file is read or written: another context may want to branch from it.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -61,6 +62,7 @@ class Chat:
     updated: float = field(default_factory=time.time)
     busy: bool = False
     deleted: bool = False
+    file: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def title(self) -> str:
@@ -263,7 +265,8 @@ class Chats:
         kept: SavedState | Path
         if self.folder is not None:
             kept = self.path_of(chat)
-            llm.save_session(kept, _facts(chat))
+            with chat.file:
+                llm.save_session(kept, _facts(chat))
         else:
             kept = llm.save_state()
         with self._lock:
@@ -286,7 +289,8 @@ def bring(llm: Llama, chat: Chat) -> None:
         KVPError: it cannot be read.
     """
     if isinstance(chat.kept, Path):
-        llm.load_session(chat.kept)
+        with chat.file:
+            llm.load_session(chat.kept)
     elif chat.kept is not None:
         llm.load_state(chat.kept)
     else:
