@@ -117,10 +117,18 @@ def of_validation(error: RequestValidationError) -> APIError:
     problem = min(error.errors(), key=lambda one: str(one["type"]).endswith("_type"))
     names = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
     name = ".".join(names)[:_LONGEST] or None
-    message, found = problem["msg"], problem.get("input")
-    if problem["type"] != "missing" and not isinstance(found, (dict, list)):
-        message += f", not {shortened(found)}"
+    message = problem["msg"]
+    if problem["type"] != "missing":
+        message += _as_given(problem["input"], str(problem["type"]))
     return bad_request(f"{name}: {message}" if name else str(message), name)
+
+
+def _as_given(value: Any, problem: str) -> str:
+    """The value that is wrong; of what holds others the kind, if that is wrong."""
+    if not isinstance(value, (dict, list)):
+        return f" (it is {shortened(value)})"
+    kind = "an object" if isinstance(value, dict) else "a list"
+    return f" (it is {kind})" if problem == "literal_error" or problem.endswith("_type") else ""
 
 
 def of_no_json(error: Exception) -> APIError:
