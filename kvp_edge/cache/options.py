@@ -69,9 +69,8 @@ class CacheOptions:
     n_ctx: int | None = field(
         default=None,
         metadata=_about(
-            "logical context: the longest conversation, in tokens; costs almost no memory "
-            "(0: the model's trained length)",
-            means="the model's trained length",
+            "logical context: the longest conversation, in tokens; costs almost no memory",
+            means="the model's trained length, which 0 means, too",
             metavar="N",
             session="any",
         ),
@@ -101,7 +100,7 @@ class CacheOptions:
         default="keep",
         metadata=_about(
             "keep: a token keeps its position; compact: kept tokens move to the front before "
-            "positions exceed the trained length, so a conversation never has to end",
+            "positions exceed the trained length, so a conversation may be longer: raise n_ctx",
             choices=("keep", "compact"),
             metavar="HOW",
             session="asked",

@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from kvp_edge.cache.limits import memory_bytes
 from kvp_edge.cli import chat_format, options
 from kvp_edge.cli.chat_format import ChatFormatOptions
+from kvp_edge.cli.option_names import as_options
 from kvp_edge.cli.parameters import option
 from kvp_edge.cli.shown import note
 from kvp_edge.cli.subcommands import Command
@@ -118,6 +120,7 @@ def _main(args: Options) -> int:
             rules=rules,
             most_waiting=args.queue,
             longest_reply=args.longest_reply,
+            worded=lambda message: as_options(message, Options),
             log=_log,
         )
         config = uvicorn.Config(
@@ -128,7 +131,8 @@ def _main(args: Options) -> int:
             ws="none",
             timeout_graceful_shutdown=2,
         )
-        _greet(args, listening, llms[0])
+        options.warn_beyond_training(llms[0].n_ctx(), path, args)
+        _greet(listening, llms[0])
         uvicorn.Server(config).run(sockets=[listening])
     return 0
 
@@ -138,15 +142,28 @@ def _rules(args: Options) -> Any:
     loopback = access.is_loopback(args.host)
     keys: tuple[str, ...] = ()
     if args.api_key_file is not None:
-        keys = access.read_keys(Path(args.api_key_file).read_text(encoding="utf-8").splitlines())
+        keys = access.read_keys(_lines(args.api_key_file))
         if not keys:
-            raise ValueError(f"--api-key-file: '{args.api_key_file}' has no key in it")
+            raise ValueError(
+                f"--api-key-file: '{args.api_key_file}' has no key in it: write one on a line"
+            )
     if not loopback and not keys:
         raise ValueError(
             f"--host {args.host} can be reached from other machines: give --api-key-file, so that "
             "only those can use the server who have a key"
         )
     return access.Rules(keys=keys, loopback=loopback, host=args.host)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"--api-key-file: cannot read '{path}': {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--api-key-file: '{path}' is no text in UTF-8: write keys into it, a line each"
+        ) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -167,7 +184,9 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listening.close()
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot answer at {host}, port {port}: {reason}") from error
+        raise ValueError(
+            f"cannot answer at {host}, port {port}: {reason}. Give another --port or --host"
+        ) from error
 
 
 def _load(path: str, args: Options) -> Any:
@@ -178,6 +197,7 @@ def _load(path: str, args: Options) -> Any:
     chat_format.choose(llm, args)
     if llm.lacks_chat_template:
         llm.chat_format = transcript.NAME
+        note(f"kvp-edge: {chat_format.AS_TRANSCRIPTS} (--chat-template names another form)")
     chat_format.check(llm, [])
     return llm
 
@@ -185,24 +205,54 @@ def _load(path: str, args: Options) -> Any:
 def _store(args: Options, limit: int, llm: Any) -> Any:
     chats = importlib.import_module("kvp_edge.server.chats")
     folder = Path(os.path.expanduser(args.chats)) if args.chats is not None else None
-    store = chats.Chats(folder, limit)
+    _require_kept(llm, folder)
+
+    def forgot(chat: Any) -> None:
+        note(
+            f"{_now()} deleted chat {chat.id} ({len(chat.tokens)} tokens), the least recently used "
+            f"one: all chats took more than --chats-limit {args.chats_limit}"
+        )
+
+    try:
+        store = chats.Chats(folder, limit, forgot)
+    except OSError as error:
+        raise ValueError(
+            f"--chats: '{folder}' cannot be used: {error.strerror}. Name a folder that you may "
+            "write to"
+        ) from error
     if folder is not None:
         for problem in store.read_folder(llm):
             note(f"kvp-edge: left alone: {problem}")
-        note(f"{len(store)} chats in '{folder}'.")
+        note(f"{len(store)} {'chat' if len(store) == 1 else 'chats'} in '{folder}'.")
     return store
+
+
+def _require_kept(llm: Any, folder: Path | None) -> None:
+    """Without its queries a policy cannot go on with a cache that was kept."""
+    if not llm.kv.policy.n_queries:
+        return
+    problem = f"--policy {llm.kv.policy.name} needs queries, which are not kept with a chat"
+    if folder is not None:
+        raise ValueError(f"{problem}: leave out --chats, or choose another --policy")
+    warnings.warn(
+        f"{problem}: one that comes back into the cells is read again, all of it", stacklevel=2
+    )
+
+
+def _now() -> str:
+    return time.strftime("%H:%M:%S")
 
 
 def _log(done: Any, seconds: float) -> None:
     back = sum(turn.n_recalled for turn in done.turns)
     came_back = f", {back} came back" if back else ""
     note(
-        f"{time.strftime('%H:%M:%S')} read {done.n_prompt - done.n_cached} of {done.n_prompt} "
+        f"{_now()} read {done.n_prompt - done.n_cached} of {done.n_prompt} "
         f"tokens{came_back}, wrote {done.n_written} in {seconds:.1f} s"
     )
 
 
-def _greet(args: Options, listening: socket.socket, llm: Any) -> None:
+def _greet(listening: socket.socket, llm: Any) -> None:
     host, port = listening.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     stats = llm.kv_stats

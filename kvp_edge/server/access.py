@@ -6,11 +6,12 @@ import hmac
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvp_edge.files.json_values import shortened
 from kvp_edge.server.errors import APIError
 
 #: Bytes of a body.
@@ -19,7 +20,8 @@ MOST_BYTES = 16 * 2**20
 #: What needs no key: whether the server lives, and the page, which asks for one.
 _OPEN = re.compile(r"/(health|page/[^/]+)?")
 
-_LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
+#: Pages of this machine.
+LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _NAMES = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -36,10 +38,6 @@ class Rules:
     keys: tuple[str, ...] = ()
     loopback: bool = True
     host: str = "127.0.0.1"
-    _bytes: tuple[bytes, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_bytes", tuple(key.encode() for key in self.keys))
 
     def knows(self, key: str) -> bool:
         """In a time that does not tell how much of a key is right.
@@ -48,7 +46,7 @@ class Rules:
             key: as a header has it, a character for each byte.
         """
         given = key.encode("latin-1")
-        return any([hmac.compare_digest(given, known) for known in self._bytes])
+        return any([hmac.compare_digest(given, known.encode()) for known in self.keys])
 
 
 def is_loopback(host: str) -> bool:
@@ -79,36 +77,48 @@ class Access:
     def _check(self, scope: Scope, headers: Headers) -> None:
         rules = self._rules
         if rules.loopback and _name(headers.get("host", "")) not in {*_NAMES, rules.host}:
-            raise APIError(403, "this server answers only to the names of this machine")
+            raise APIError(
+                403,
+                "this server answers only to the names of this machine, such as 127.0.0.1, not to "
+                f"{shortened(headers.get('host', ''))}",
+            )
         origin = headers.get("origin")
         if origin is not None and not self._is_ours(origin, headers):
-            raise APIError(403, "web pages of other sites may not use this server")
+            raise APIError(
+                403,
+                f"web pages of other sites may not use this server, as one of {shortened(origin)} "
+                "did: only its own page and those of this machine may",
+            )
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BYTES:
             raise _too_large()
         if rules.keys and scope["method"] != "OPTIONS" and not _OPEN.fullmatch(scope["path"]):
             kind, _, key = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not rules.knows(key.strip()):
-                raise APIError(
-                    401,
-                    "this server needs its API key: send it as 'Authorization: Bearer KEY'",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
+            if kind.lower() != "bearer" or not key.strip():
+                raise _no_key(
+                    "this server needs its API key: send it as 'Authorization: Bearer KEY'"
+                )
+            if not rules.knows(key.strip()):
+                raise _no_key(
+                    "this server needs its API key, and was sent another: its keys are in the file "
+                    "that --api-key-file names"
                 )
 
     def _is_ours(self, origin: str, headers: Headers) -> bool:
         own = re.fullmatch(r"https?://(.+)", origin)
         same = own is not None and own.group(1) == headers.get("host")
-        return same or _LOCAL_ORIGIN.fullmatch(origin) is not None
-
-
-LOCAL_ORIGINS = _LOCAL_ORIGIN.pattern
+        return same or re.fullmatch(LOCAL_ORIGINS, origin) is not None
 
 
 def _name(host: str) -> str:
     """Without a port."""
     bare = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d+)?", host)
     return bare.group(1).strip("[]").lower() if bare else ""
+
+
+def _no_key(sentence: str) -> APIError:
+    headers = {"WWW-Authenticate": "Bearer"}
+    return APIError(401, sentence, code="invalid_api_key", headers=headers)
 
 
 def _too_large() -> APIError:

@@ -51,9 +51,7 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
         CORSMiddleware,
         allow_origin_regex=LOCAL_ORIGINS,
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=[
-            "*"
-        ],  # clients in pages of this machine name themselves in some of their own
+        allow_headers=["*"],  # clients in pages name themselves in some of their own
     )
     app.add_middleware(Access, rules=settings.rules)
     app.add_middleware(Answers, headers=_HEADERS, seen=serving.metrics.answered)
@@ -76,13 +74,13 @@ def make_app(llms: list[ServedLlama], store: Chats, settings: Settings) -> FastA
             return cause.response()
         if isinstance(cause, (RecursionError, ValueError)):
             return of_no_json(cause).response()
-        where = f"{request.method} {request.url.path[:80]}"
-        sentences = {
-            404: f"there is nothing at {where}; OpenAI's paths begin with /v1/",
-            405: f"there is nothing at {where}; other methods there are",
+        method, path, headers = request.method, request.url.path[:80], dict(error.headers or {})
+        hints = {
+            404: "OpenAI's paths begin with /v1/",
+            405: f"use {headers.get('Allow', 'another method')}",
         }
-        sentence = sentences.get(error.status_code, str(error.detail))
-        headers = dict(error.headers or {})
+        hint = hints.get(error.status_code)
+        sentence = f"there is nothing at {method} {path}; {hint}" if hint else str(error.detail)
         return APIError(error.status_code, sentence, headers=headers).response()
 
     @app.exception_handler(Exception)

@@ -14,7 +14,6 @@ from kvp_edge.server.served import ServedLlama
 #: Words at most, the newest: to ask of each what it attends to takes a pass over the log.
 _WORDS = 16
 
-
 #: Bytes by which the end of a question is found.
 _TAIL = 60
 

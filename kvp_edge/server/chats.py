@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -49,6 +49,7 @@ class Chat:
         created, updated: seconds since 1970.
         busy: a worker is at it.
         deleted: somebody did, or it was the oldest.
+        file: held while its file is read or written: another context may want to branch from it.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -61,6 +62,7 @@ class Chat:
     updated: float = field(default_factory=time.time)
     busy: bool = False
     deleted: bool = False
+    file: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def title(self) -> str:
@@ -88,14 +90,17 @@ class Chats:
     Args:
         folder: for session files; None: in memory.
         limit: bytes.
+        forgot: called with each chat that was deleted because of it.
 
     Raises:
         SessionError: another server uses this folder.
         OSError: the folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path | None, limit: int) -> None:
-        self.folder, self._limit = folder, limit
+    def __init__(
+        self, folder: Path | None, limit: int, forgot: Callable[[Chat], None] = lambda _: None
+    ) -> None:
+        self.folder, self._limit, self._forgot = folder, limit, forgot
         self._lock = threading.RLock()
         self._chats: dict[str, Chat] = {}  # the least recently used first
         self._held = contextlib.ExitStack()
@@ -245,6 +250,7 @@ class Chats:
             if chat is not but and not chat.busy:
                 total -= chat.nbytes
                 self.delete(chat.id)
+                self._forgot(chat)
 
     def path_of(self, chat: Chat) -> Path:
         assert self.folder is not None
@@ -259,7 +265,8 @@ class Chats:
         kept: SavedState | Path
         if self.folder is not None:
             kept = self.path_of(chat)
-            llm.save_session(kept, _facts(chat))
+            with chat.file:
+                llm.save_session(kept, _facts(chat))
         else:
             kept = llm.save_state()
         with self._lock:
@@ -282,7 +289,8 @@ def bring(llm: Llama, chat: Chat) -> None:
         KVPError: it cannot be read.
     """
     if isinstance(chat.kept, Path):
-        llm.load_session(chat.kept)
+        with chat.file:
+            llm.load_session(chat.kept)
     elif chat.kept is not None:
         llm.load_state(chat.kept)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -11,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from kvp_edge.errors import BudgetError, ContextLengthError, KVPError
+from kvp_edge.files.json_values import shortened
 
 #: What pydantic puts among the names of fields to tell of a type.
 _TYPE = re.compile(r"^(str|constrained-str)$|\[")
@@ -79,16 +81,20 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return APIError(400, message, param=param, code=code)
 
 
-def as_answer(error: Exception) -> APIError:
-    """What is told of an error, and with which status."""
+def as_answer(error: Exception, worded: Callable[[str], str] = str) -> APIError:
+    """What is told of an error, and with which status.
+
+    Args:
+        worded: see Settings.
+    """
     if isinstance(error, APIError):
         return error
     if isinstance(error, ContextLengthError):
-        return bad_request(str(error), "messages", "context_length_exceeded")
+        return bad_request(worded(str(error)), "messages", "context_length_exceeded")
     if isinstance(error, BudgetError):
-        return bad_request(str(error), "messages")
+        return bad_request(worded(str(error)), "messages")
     if isinstance(error, (KVPError, MemoryError)):
-        return APIError(500, str(error) or "out of memory")
+        return APIError(500, worded(str(error)) or "out of memory")
     sys.excepthook(type(error), error, error.__traceback__)
     return unforeseen()
 
@@ -112,7 +118,17 @@ def of_validation(error: RequestValidationError) -> APIError:
     names = [str(part) for part in problem["loc"][1:] if not _TYPE.search(str(part))]
     name = ".".join(names)[:_LONGEST] or None
     message = problem["msg"]
+    if problem["type"] != "missing":
+        message += _as_given(problem["input"], str(problem["type"]))
     return bad_request(f"{name}: {message}" if name else str(message), name)
+
+
+def _as_given(value: Any, problem: str) -> str:
+    """The value that is wrong; of what holds others the kind, if that is wrong."""
+    if not isinstance(value, (dict, list)):
+        return f" (it is {shortened(value)})"
+    kind = "an object" if isinstance(value, dict) else "a list"
+    return f" (it is {kind})" if problem == "literal_error" or problem.endswith("_type") else ""
 
 
 def of_no_json(error: Exception) -> APIError:

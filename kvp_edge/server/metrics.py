@@ -11,7 +11,6 @@ from kvp_edge.server.events import Done
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
-
 #: What is measured when it is asked for.
 _NOW = {
     "queue": "requests that wait",

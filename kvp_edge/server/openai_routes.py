@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from kvp_edge.files.json_values import shortened
 from kvp_edge.server.context import Ask
 from kvp_edge.server.errors import APIError, ErrorBody, bad_request
 from kvp_edge.server.replies import ChatForm, TextForm
@@ -81,7 +82,8 @@ def openai_routes(serving: Serving) -> APIRouter:
     @routes.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
         if name != settings.model:
-            raise APIError(404, f"there is no model '{name}' here", code="model_not_found")
+            sentence = f"there is no model {shortened(name)} here, only '{settings.model}'"
+            raise APIError(404, sentence, code="model_not_found")
         return model_card()
 
     def model_card() -> dict[str, Any]:

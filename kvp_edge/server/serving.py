@@ -37,6 +37,7 @@ class Settings:
         patience: seconds in which what is wrong with a request is told with its status; after
             them a stream begins, which gets signs of life, and an error is a part of it.
         ping: seconds between these.
+        worded: what an error says to Llama's caller, in words of who started the server.
         log: called with what was measured of every reply, and the seconds it took, waiting
             included. No text is logged.
     """
@@ -47,6 +48,7 @@ class Settings:
     longest_reply: int = 4096
     patience: float = 1.0
     ping: float = 10.0
+    worded: Callable[[str], str] = str
     log: Callable[[Done, float], None] = lambda *_: None
 
 
@@ -119,8 +121,9 @@ class Serving:
             first = asyncio.ensure_future(job.next())
             await asyncio.wait([first], timeout=self.settings.patience)
             if first.done() and isinstance(error := first.exception(), Exception):
-                raise as_answer(error) from error
-            return _Stream(job, _stream(job, first, form, include_usage), self.settings.ping)
+                raise self._told(error) from error
+            chunks = _stream(job, first, form, include_usage, self._told)
+            return _Stream(job, chunks, self.settings.ping)
         gone = asyncio.ensure_future(until_gone(request))
         try:
             while True:
@@ -134,9 +137,12 @@ class Serving:
         except APIError:
             raise
         except Exception as error:
-            raise as_answer(error) from error
+            raise self._told(error) from error
         finally:
             gone.cancel()
+
+    def _told(self, error: Exception) -> APIError:
+        return as_answer(error, self.settings.worded)
 
 
 class _Stream(EventSourceResponse):
@@ -154,7 +160,11 @@ class _Stream(EventSourceResponse):
 
 
 async def _stream(
-    job: Asked, first: asyncio.Future[Event], form: ChatForm | TextForm, include_usage: bool
+    job: Asked,
+    first: asyncio.Future[Event],
+    form: ChatForm | TextForm,
+    include_usage: bool,
+    told: Callable[[Exception], APIError],
 ) -> AsyncIterator[dict[str, str]]:
     try:
         event = await first
@@ -174,4 +184,4 @@ async def _stream(
     except asyncio.CancelledError:  # the client is gone
         raise
     except Exception as error:
-        yield {"data": json.dumps(as_answer(error).body)}
+        yield {"data": json.dumps(told(error).body)}

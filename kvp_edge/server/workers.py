@@ -75,10 +75,11 @@ class Line:
                 self._jobs = deque(job for job in self._jobs if not job.cancelled)
             if len(self._jobs) >= self._most:
                 wait = max(1, round(self._seconds * len(self._jobs) / len(self._threads)))
+                n = len(self._jobs)
+                waiting = "1 request is" if n == 1 else f"{n} requests are"
                 raise APIError(
                     503,
-                    f"{len(self._jobs)} requests are waiting, and no more may (--queue): try again "
-                    f"in about {wait} seconds",
+                    f"{waiting} waiting, and no more may (--queue): try again in about {wait} s",
                     code="queue_full",
                     headers={"Retry-After": str(wait)},
                 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from support.packages import needs
+from support.server import ONE_THREAD, Server
 
 needs("fastapi", "server")
 
@@ -28,6 +29,64 @@ def test_a_file_without_keys_is_refused(kvp: Callable[..., Any], tmp_path: Path)
     run = kvp("serve", "--api-key-file", str(file))
     assert run.status == 2
     assert f"'{file}' has no key in it" in run.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot read '{}': No such file or directory"), (b"\xbb", "'{}' is no text in UTF-8")],
+)
+def test_a_file_of_keys_that_cannot_be_read_is_told(
+    kvp: Callable[..., Any], tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    run = kvp("serve", "--api-key-file", str(file))
+    assert run.status == 2
+    assert f"--api-key-file: {said.format(file)}" in run.err
+
+
+def test_a_folder_of_chats_that_is_a_file_is_told(kvp: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "chats"
+    file.touch()
+    run = kvp("serve", "--port", "0", *ONE_THREAD, "--chats", str(file))
+    assert run.status == 2
+    assert f"--chats: '{file}' cannot be used: File exists. Name a folder" in run.err
+
+
+def test_chats_are_not_kept_in_files_with_a_policy_whose_queries_are_not(
+    kvp: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = kvp("serve", "--port", "0", *ONE_THREAD, "--policy", "tova", "--chats", str(tmp_path))
+    assert run.status == 2
+    assert "leave out --chats, or choose another --policy" in run.err
+
+
+def test_what_makes_chats_worse_is_said_at_the_start(bare: str) -> None:
+    """A model without a template, more tokens than it was trained for, chats that are not kept."""
+    with Server(bare, "--policy", "tova", "--n-ctx", "8192") as server:
+        said = server.said
+    assert "the model has no chat template" in said
+    assert "up to 8192 tokens will be read, but the model was trained for 4096" in said
+    assert "--policy tova needs queries, which are not kept with a chat" in said
+
+
+def test_errors_name_options_of_the_command_line() -> None:
+    system = {"role": "system", "content": "Be kind. " * 100}
+    asked = {"messages": [system, {"role": "user", "content": "Hello."}], "max_tokens": 1}
+    with Server("--kv-budget", "128", "--protect-system") as server:
+        answer = server.ask("/v1/chat/completions", asked)
+    assert answer.status == 400
+    assert "--kv-budget 128 is too small" in answer.body["error"]["message"]
+
+
+def test_a_chat_that_the_limit_deletes_is_told() -> None:
+    with Server("--chats-limit", "1KiB") as server:
+        asked = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello.", "Bye.")]
+        first, _ = (server.ask("/v1/chat/completions", {**a, "max_tokens": 2}) for a in asked)
+        server.stop()
+    assert f"deleted chat {first.body['chat_id']} (" in server.said
+    assert "more than --chats-limit 1KiB" in server.said
 
 
 def test_a_port_that_is_taken_is_told(kvp: Callable[..., Any]) -> None:

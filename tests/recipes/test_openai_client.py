@@ -392,7 +392,7 @@ def test_a_full_queue_says_when_to_try_again_and_the_client_does(tmp_path: Path)
             )
             waits.start()
             until(lambda: re.search(r"(?m)^kvp_queue 1\.0$", server.ask("/metrics").body))
-            with pytest.raises(openai.InternalServerError, match="requests are waiting") as found:
+            with pytest.raises(openai.InternalServerError, match="1 request is waiting") as found:
                 client.chat.completions.create(messages=[user("Hello.")], **GREEDY)
             assert found.value.status_code == 503
             assert found.value.code == "queue_full"

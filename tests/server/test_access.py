@@ -91,18 +91,17 @@ def test_anything_else_is_not(given: str) -> None:
     assert body["error"]["code"] == "invalid_api_key"
 
 
+def test_no_key_and_a_wrong_one_are_told_apart() -> None:
+    for given, said in (("", "send it as 'Authorization: Bearer KEY'"), ("x", "was sent another")):
+        _, body = asked(KEYS, {"host": "anything", "authorization": f"Bearer {given}"})
+        assert said in body["error"]["message"]
+
+
 def test_without_a_key_only_health_and_the_page_answer() -> None:
     for path in ("/", "/health", "/page/style.css"):
         assert asked(KEYS, {"host": "x"}, path)[0] == 200
     for path in (
-        *(
-            "/v1/models",
-            "/metrics",
-            "/kvp/chats",
-            "/openapi.json",
-            "/health/",
-            "/page/../v1/models",
-        ),
+        *("/v1/models", "/metrics", "/kvp/chats", "/openapi.json", "/page/../v1/models"),
         *("//", "", "/page/", "/page/a/b", "/health/", "/health\n"),
     ):
         assert asked(KEYS, {"host": "x"}, path)[0] == 401, path
@@ -150,6 +149,7 @@ def test_other_names_are_refused_where_only_this_machine_may_ask(host: str) -> N
     status, body = asked(Rules(), {"host": host})
     assert status == 403
     assert "names of this machine" in body["error"]["message"]
+    assert f"not to {host!r}" in body["error"]["message"]
 
 
 def test_the_name_that_it_is_bound_to_is_one() -> None:

@@ -231,8 +231,14 @@ def test_token_ids_are_a_prompt(client: TestClient, llm: Llama) -> None:
         ({}, "messages", "Field required"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "'user'"),
-        ({"messages": DOG, "temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"messages": DOG, "n": 99}, "n", "less than or equal to 8"),
+        (
+            {"messages": DOG, "temperature": -1},
+            "temperature",
+            "greater than or equal to 0 (it is -1)",
+        ),
+        ({"messages": DOG, "n": 99}, "n", "less than or equal to 8 (it is 99)"),
+        ({"messages": "x" * 99}, "messages", f"valid list (it is '{'x' * 59}..."),
+        ({"messages": [{"role": {}}]}, "messages.0.role", "(it is an object)"),
         ({"messages": DOG, "stop": [""]}, "stop", "at least 1"),
         ({"messages": DOG, "logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
     ],
@@ -286,7 +292,9 @@ def test_what_is_not_there_is_told(client: TestClient) -> None:
     wrong = client.get("/v1/chat/completions")
     assert wrong.status_code == 405
     assert wrong.headers["Allow"] == "POST"
-    assert "nothing at GET /v1/chat/completions" in wrong.json()["error"]["message"]
+    assert wrong.json()["error"]["message"] == (
+        "there is nothing at GET /v1/chat/completions; use POST"
+    )
     assert client.get("/v1/models/gpt").json()["error"]["code"] == "model_not_found"
     assert client.get("/kvp/chats/0123456789abcdef").json()["error"]["code"] == "chat_not_found"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from support.packages import needs
 
 needs("fastapi", "server")
 
-from kvp_edge.server.chats import Chat, Chats, Message, continues, n_equal  # noqa: E402
+from kvp_edge.server.chats import Chat, Chats, Message, bring, continues, n_equal  # noqa: E402
 from kvp_edge.server.context import Ask, Context  # noqa: E402
 from kvp_edge.server.events import Began, Done, Event, Piece  # noqa: E402
 from kvp_edge.server.served import Cancelled, ServedLlama  # noqa: E402
@@ -384,6 +385,35 @@ def test_a_chat_that_went_on_in_another_context_is_brought_from_there(tmp_path: 
     back, _, cached = one(*chat.messages, user("And then?"))
     assert back == first
     assert cached >= n - 2
+    for served in (one, other):
+        served.context.close()
+    store.close()
+
+
+def test_a_chat_is_not_read_while_another_context_writes_it(tmp_path: Path) -> None:
+    store = Chats(tmp_path, 2**30)
+    one, other = Served(store), Served(store)
+    first, text, _ = one(user(LONG))
+    chat = store.get(first)
+    assert chat is not None
+    read = threading.Event()
+
+    def branch() -> None:
+        bring(other.llm, chat)
+        read.set()
+
+    reader = threading.Thread(target=branch)
+
+    def meanwhile() -> None:
+        reader.start()
+        assert not read.wait(0.3)
+
+    one.llm.meanwhile = meanwhile  # type: ignore[method-assign]
+    one(user(LONG), assistant(text), user("And then?"))
+    reader.join()
+    assert read.is_set()
+    assert np.array_equal(other.llm.input_ids[: other.llm.n_tokens], chat.tokens)
+    one.llm.meanwhile = lambda: None  # type: ignore[method-assign]
     for served in (one, other):
         served.context.close()
     store.close()

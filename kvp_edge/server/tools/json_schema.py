@@ -164,9 +164,10 @@ class _Reader:
         """Refuse other words if the schema is strict."""
         others = sorted(set(schema) - _ANNOTATIONS - set(words))
         if others and self._strict:
+            rest = sorted(set(schema) - {others[0]})
+            beside = f" beside {shortened(rest)}" if rest else ""
             raise self._fault(
-                f"{shortened(others[0])} cannot be kept beside {shortened(sorted(schema))}: "
-                "leave it out, or strict"
+                f"{shortened(others[0])} cannot be kept{beside}: leave it out, or strict"
             )
 
     def _resolve(self, ref: object) -> object:
