@@ -198,10 +198,10 @@ class Context:
             self._store.keep(chat, self.llm)
         except (KVPError, OSError, MemoryError) as error:
             chat.kept = None
-            warnings.warn(
-                f"a chat cannot be kept, and will be read again: {error or 'out of memory'}",
-                stacklevel=2,
-            )
+            problem = f"a chat cannot be kept, and will be read again: {error or 'out of memory'}"
+            if self._store.folder is not None:
+                problem += ". Its last turn is lost when the server ends"
+            warnings.warn(problem, stacklevel=2)
         self._is_kept = True
 
     def _reply(

@@ -354,7 +354,7 @@ def test_a_chat_that_cannot_be_kept_is_read_again(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(served.llm, "meanwhile", full)
-    with pytest.warns(UserWarning, match="a chat cannot be kept.*No space left"):
+    with pytest.warns(UserWarning, match="a chat cannot be kept.*No space.*last turn is lost"):
         served(user(LONG), assistant(text), user("And then?"))
     chat = store.get(first)
     assert chat is not None
