@@ -419,6 +419,21 @@ def test_an_error_is_a_sentence_and_what_was_asked_can_be_tried_again(open_page:
     expect(alert).to_have_count(0)
 
 
+def test_a_message_that_was_refused_is_not_asked_again_with_the_next(open_page: Open) -> None:
+    page = open_page(quiet=False)
+    send(page, DOG)
+    idle(page)
+    send(page, "word " * 6000)  # longer than the context
+    expect(page.get_by_role("alert")).to_be_visible()
+    with page.expect_request("**/v1/chat/completions") as asked:
+        send(page, "What is my dog called?")
+    said = [m["content"] for m in asked.value.post_data_json["messages"] if m["role"] == "user"]
+    assert said == [DOG, "What is my dog called?"]
+    idle(page)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(replies(page)).to_have_count(2)
+
+
 def test_a_reply_that_breaks_off_is_written_again_and_not_gone_on_with(open_page: Open) -> None:
     page = open_page()
     chunk = {"chat_id": "feedfeedfeedfeed", "choices": [{"delta": {"content": "Half a rep"}}]}

@@ -17,6 +17,7 @@ export class Conversation {
   messages = [];
   versions = []; // see branches.js
   error = null; // why there is no reply to the last message, or why it ends early
+  refused = false; // the server will not take the last message, however often it is tried
   finish = null; // the server's reason why the last reply ended
   #stopping = null; // an AbortController, while a reply is written
   #settled = Promise.resolve();
@@ -50,6 +51,7 @@ export class Conversation {
     if (this.writing) return;
     const stopping = (this.#stopping = new AbortController());
     this.error = this.finish = null;
+    this.refused = false;
     this.#onChange(this, "all");
     await this.#settled; // the server may know the end of a stopped reply better
     // a reply that broke off is not gone on with, but written again
@@ -73,7 +75,7 @@ export class Conversation {
       }
     } catch (error) {
       if (stopping.signal.aborted) this.finish = "stopped";
-      else this.error = error.message;
+      else [this.error, this.refused] = [error.message, error.status === 400];
     }
     this.#stopping = null;
     this.#settled = this.#settle(asked, said);

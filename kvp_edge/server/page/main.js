@@ -173,7 +173,9 @@ async function send() {
   draft.set("");
   message.value = "";
   fitHeight(message);
-  open.messages = [...open.messages, { role: "user", content: text }];
+  // what was refused would be refused again: the new message takes its place
+  const before = open.refused && open.unanswered ? open.messages.slice(0, -1) : open.messages;
+  open.messages = [...before, { role: "user", content: text }];
   await reply(open);
 }
 
