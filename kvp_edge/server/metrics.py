@@ -16,7 +16,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from kvp_edge.server.events import Done
 
-disable_created_metrics()  # when each counter began would be half of all lines
+# when each counter began would be half of all lines
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
