@@ -99,6 +99,8 @@ class Server:
 
 @contextlib.contextmanager
 def running(*options: str) -> Iterator[Server]:
+    # in the background of a shell script SIGINT is ignored, and the server would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     server = Server(*options)
     try:
         yield server
