@@ -212,7 +212,7 @@ class Chats:
     def put(self, chat: Chat) -> None:
         """A chat was gone on with: it is the most recently used one, and no longer busy."""
         with self._lock:
-            chat.busy, chat.updated = False, time.time()
+            chat.busy = False
             if chat.deleted:
                 return
             self._chats.pop(chat.id, None)

@@ -115,11 +115,11 @@ class Context:
         place = self._store.find(ask.messages, tokens, resident)
         try:
             self._go_to(place.source, place.chat)
-            self.chat = place.chat
-            self._reply(place.chat, ask, tokens, cancelled, send)
         except BaseException:
             self._store.release(place.chat)
             raise
+        self.chat = place.chat
+        self._reply(place.chat, ask, tokens, cancelled, send)
 
     def _require_possible(self, ask: Ask) -> None:
         """Refuse what is surely too long before it is tokenized, which takes seconds for
@@ -266,10 +266,10 @@ class Context:
         reply = said.message() if said is not None else None
         chat.messages = messages + ([reply] if reply and messages else [])
         chat.tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
-        self._store.put(chat)
+        chat.updated = time.time()
         if self._keeps_at_once:
             self._keep()
-            self._store.put(chat)  # its bytes are known now
+        self._store.put(chat)  # last: another context may go on with it from here on
 
     def _fail(self, chat: Chat) -> None:
         """Nothing was answered: a chat that was there before is what it was, in as many tokens as

@@ -417,3 +417,19 @@ def test_a_chat_is_not_read_while_another_context_writes_it(tmp_path: Path) -> N
     for served in (one, other):
         served.context.close()
     store.close()
+
+
+def test_a_chat_is_busy_until_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another context goes on with it meanwhile, and both write its file."""
+    store = Chats(tmp_path, 2**30)
+    served = Served(store)
+    first, text, _ = served(user(LONG))
+    chat = store.get(first)
+    assert chat is not None
+    seen: list[bool] = []
+    monkeypatch.setattr(served.llm, "meanwhile", lambda: seen.append(chat.busy))
+    served(user(LONG), assistant(text), user("And then?"))
+    assert seen == [True]
+    assert not chat.busy
+    served.context.close()
+    store.close()
