@@ -138,6 +138,11 @@ class Recall:
         many = np.flatnonzero(self.heads >= min(_MANY, self.heads.max()))
         return spans(many.astype(np.int32))
 
+    def largest_spans(self, n: int) -> list[tuple[int, int]]:
+        """Of ``spans`` those that heads took most of back, at most ``n``, in their order."""
+        most = sorted(self.spans, key=lambda one: -float(self.heads[slice(*one)].sum()))
+        return sorted(most[:n])
+
 
 def _held(indices: TokenIndices, seen: int) -> BoolArray:
     """bool [heads, seen]; at token granularity all heads are one."""

@@ -27,8 +27,7 @@ def passages(event: Recall, text_of: Callable[[int, int], str]) -> list[str]:
     Args:
         text_of: the text of the tokens [start, end).
     """
-    most = sorted(event.spans, key=lambda one: -float(event.heads[slice(*one)].sum()))
-    return [f'  "{_shortened(text_of(*one))}"' for one in sorted(most[:_PASSAGES])]
+    return [f'  "{_shortened(text_of(*one))}"' for one in event.largest_spans(_PASSAGES)]
 
 
 def _shortened(text: str) -> str:

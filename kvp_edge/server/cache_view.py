@@ -56,7 +56,6 @@ def _recall(context: Context) -> dict[str, Any] | None:
     event, llm = context.llm.turn.recalled, context.llm
     if event is None:
         return None
-    most = sorted(event.spans, key=lambda one: -float(event.heads[slice(*one)].sum()))
     return {
         "n_tokens": event.n_tokens,
         "n_rows": event.n_rows,
@@ -71,6 +70,6 @@ def _recall(context: Context) -> dict[str, Any] | None:
                 "end": end,
                 "text": llm.piece(llm.input_ids[start:end].tolist()).decode(errors="replace"),
             }
-            for start, end in sorted(most[:_PASSAGES])
+            for start, end in event.largest_spans(_PASSAGES)
         ],
     }

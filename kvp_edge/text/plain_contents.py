@@ -34,7 +34,6 @@ from kvp_edge.text.special_tokens import SpecialTokens
 
 _SPACE = b" \t\n\v\f\r"  # C's isspace
 _NORMAL, _BYTE = 4, 32  # enum llama_token_attr in llama.h
-_VOCAB_TYPE_WPM = 3  # begins texts with a token of its own
 
 #: Of a text: a special token, or [start, end) of what is no special token.
 _Part = int | tuple[int, int]
@@ -92,7 +91,7 @@ class PlainContents:
         added = self._tokenize(b"", add_bos, True)
         n_before = int(
             llama_cpp.llama_vocab_get_add_bos(self._vocab)
-            or llama_cpp.llama_vocab_type(self._vocab) == _VOCAB_TYPE_WPM
+            or llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_WPM
         )
         return added[:n_before], added[n_before:]
 

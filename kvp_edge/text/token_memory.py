@@ -29,8 +29,6 @@ from kvp_edge.text.special_tokens import SpecialTokens
 #: Shorter texts are not worth remembering.
 WORTH_BYTES = 4096
 
-_VOCAB_TYPE_WPM = 3  # ends texts with a token of its own
-
 
 def marks(vocab: object, template: bytes, whole: bytes = b"") -> list[bytes]:
     """Where texts may be cut: the isolated special tokens that a chat template writes.
@@ -43,7 +41,7 @@ def marks(vocab: object, template: bytes, whole: bytes = b"") -> list[bytes]:
     Returns:
         Their texts; none if the tokenizer adds tokens of its own at the end of texts.
     """
-    if llama_cpp.llama_vocab_type(vocab) == _VOCAB_TYPE_WPM:
+    if llama_cpp.llama_vocab_type(vocab) == llama_cpp.LLAMA_VOCAB_TYPE_WPM:
         return []
     if llama_cpp.llama_vocab_get_add_eos(vocab):
         return []
