@@ -43,7 +43,7 @@ from kvp_edge.text.chat_head import Head
 from kvp_edge.text.chat_text import ChatText
 from kvp_edge.text.growing_chat import remember_messages
 from kvp_edge.text.plain_contents import PlainContents
-from kvp_edge.text.retokenize import begin_as_known
+from kvp_edge.text.retokenize import begin_as_known, n_equal
 from kvp_edge.text.seals import new_seal
 from kvp_edge.text.spans import Span
 from kvp_edge.text.token_memory import WORTH_BYTES, PromptTokens, TokenMemory, marks
@@ -572,8 +572,7 @@ class Llama(BaseLlama):
         if ids is None and self._token_memory is not None:
             ids = self._token_memory.ids(tokens)
         new = np.asarray(tokens[start:n], np.intc) if ids is None else ids[start:n]
-        differ = np.flatnonzero(known[start:n] != new)
-        return start + int(differ[0]) if len(differ) else n
+        return start + n_equal(known[start:n], new)
 
     def evict(self) -> None:
         """Drop tokens now, down to the budget, and not only when the cells are full: after a long

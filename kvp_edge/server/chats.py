@@ -21,11 +21,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kvp_edge import files, sessions
-from kvp_edge.arrays import TokenIndices
+from kvp_edge.arrays import TokenIds
 from kvp_edge.cache import session_file
 from kvp_edge.cache.saved_state import SavedState
 from kvp_edge.errors import SessionError
 from kvp_edge.llama import Llama
+from kvp_edge.text.retokenize import n_equal
 
 Message = dict[str, Any]
 
@@ -55,7 +56,7 @@ class Chat:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     parent: str | None = None
     messages: list[Message] = field(default_factory=list)
-    tokens: TokenIndices = field(default_factory=lambda: np.empty(0, np.int32))
+    tokens: TokenIds = field(default_factory=lambda: np.empty(0, np.int32))
     kept: SavedState | Path | None = None
     nbytes: int = 0
     created: float = field(default_factory=time.time)
@@ -155,7 +156,7 @@ class Chats:
     # -- where a request belongs -------------------------------------------------------------
 
     def find(
-        self, messages: Sequence[Message] | None, tokens: TokenIndices, resident: str | None
+        self, messages: Sequence[Message] | None, tokens: TokenIds, resident: str | None
     ) -> Place:
         """The chat that a request goes on with, which is busy from now on, or a new one.
 
@@ -173,7 +174,7 @@ class Chats:
             new = Chat(parent=parent.id if parent else None, busy=True)
             return Place(new, self._alike(tokens, resident))
 
-    def _continued(self, messages: Sequence[Message] | None, tokens: TokenIndices) -> Chat | None:
+    def _continued(self, messages: Sequence[Message] | None, tokens: TokenIds) -> Chat | None:
         found, length = None, 0
         for chat in self._chats.values():
             if messages is None:
@@ -195,7 +196,7 @@ class Chats:
                 found, best = chat, n
         return found
 
-    def _alike(self, tokens: TokenIndices, resident: str | None) -> Chat | None:
+    def _alike(self, tokens: TokenIds, resident: str | None) -> Chat | None:
         """The chat with the longest equal beginning, if that is long enough; of several the one in
         the cells, or the newest."""
         found, best = None, _WORTH_BRANCHING - 1
@@ -325,14 +326,7 @@ def _calls(message: Message) -> list[tuple[str, str]]:
     return [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
 
 
-def n_equal(one: TokenIndices, other: TokenIndices) -> int:
-    """The length of the longest equal beginning."""
-    n = min(len(one), len(other))
-    differ = np.flatnonzero(one[:n] != other[:n])
-    return int(differ[0]) if len(differ) else n
-
-
-def _begins(tokens: TokenIndices, known: TokenIndices) -> bool:
+def _begins(tokens: TokenIds, known: TokenIds) -> bool:
     return len(known) > 0 and n_equal(tokens, known) == len(known)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvp_edge.arrays import TokenIndices
+from kvp_edge.arrays import TokenIds
 from kvp_edge.errors import ContextLengthError, KVPError
 from kvp_edge.server import chats, events
 from kvp_edge.server.asked_by import Word, asked_by
@@ -137,7 +137,7 @@ class Context:
                 "--n-ctx"
             )
 
-    def _tokens_of(self, ask: Ask) -> TokenIndices:
+    def _tokens_of(self, ask: Ask) -> TokenIds:
         if ask.messages is not None:
             shown = ask.tools.tools if ask.tools is not None else None
             how = {"tools": shown} if shown else {}
@@ -205,7 +205,7 @@ class Context:
         self._is_kept = True
 
     def _reply(
-        self, chat: Chat, ask: Ask, tokens: TokenIndices, cancelled: Callable[[], bool], send: Send
+        self, chat: Chat, ask: Ask, tokens: TokenIds, cancelled: Callable[[], bool], send: Send
     ) -> None:
         llm = self.llm
         self.asked_by = []

@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import numpy as np
+
+from kvp_edge.arrays import TokenIds
+
 
 def begin_as_known(
     known: Sequence[int], tokens: Sequence[int], piece: Callable[[int], bytes]
@@ -35,3 +39,10 @@ def begin_as_known(
             n_known, n_new = i, new_ends[end]
         at = end
     return [*known[:n_known], *tokens[n_new:]]
+
+
+def n_equal(one: TokenIds, other: TokenIds) -> int:
+    """The length of the longest equal beginning of two texts, int32 [n] each."""
+    n = min(len(one), len(other))
+    differ = np.flatnonzero(one[:n] != other[:n])
+    return int(differ[0]) if len(differ) else n

@@ -12,11 +12,12 @@ import pytest
 
 from kvp_edge.bundled import bundled_model
 from kvp_edge.errors import SessionError
+from kvp_edge.text.retokenize import n_equal
 from support.packages import needs
 
 needs("fastapi", "server")
 
-from kvp_edge.server.chats import Chat, Chats, Message, bring, continues, n_equal  # noqa: E402
+from kvp_edge.server.chats import Chat, Chats, Message, bring, continues  # noqa: E402
 from kvp_edge.server.context import Ask, Context  # noqa: E402
 from kvp_edge.server.events import Began, Done, Event, Piece  # noqa: E402
 from kvp_edge.server.served import Cancelled, ServedLlama  # noqa: E402
