@@ -96,18 +96,20 @@ class _ModelOptions:
     )
     gpu_layers: int = option(0, panel=_MODEL, metavar="N", help="layers on the GPU; -1: all")
     flash_attn: bool = option(False, panel=_MODEL, help="use flash attention")
-    type_k: str = option(
-        "f16",
+    type_k: str | None = option(
+        None,
         panel=_MODEL,
         metavar="TYPE",
         choices=CACHE_TYPES,
+        shown="f16",
         help=f"keys in the cache: {', '.join(CACHE_TYPES)}",
     )
-    type_v: str = option(
-        "f16",
+    type_v: str | None = option(
+        None,
         panel=_MODEL,
         metavar="TYPE",
         choices=CACHE_TYPES,
+        shown="f16",
         help="values in the cache; quantised types need --flash-attn (kvp-edge trace and learn "
         "turn it on)",
     )
@@ -135,6 +137,7 @@ class CacheFlags:
     """The flags that bound the cache. Each is named after a field of kvp_edge.CacheOptions."""
 
     kv_budget: str = llama_option("kv_budget", _CACHE, default=DEFAULT_BUDGET)
+    kv_type: str = llama_option("kv_type", _CACHE)
     policy: str = llama_option("policy", _CACHE)
     granularity: str = llama_option("granularity", _CACHE)
     positions: str = llama_option("positions", _CACHE)
@@ -254,11 +257,12 @@ def engine_options(args: ModelOptions) -> dict[str, Any]:
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
         "n_gpu_layers": args.gpu_layers,
-        "flash_attn": args.flash_attn,
-        "type_k": ggml_type(args.type_k),
-        "type_v": ggml_type(args.type_v),
         "repack": args.repack,
         "verbose": args.verbose,
+        # what nobody asked for is left to kv_type
+        **({"flash_attn": True} if args.flash_attn else {}),
+        **({"type_k": ggml_type(args.type_k)} if args.type_k else {}),
+        **({"type_v": ggml_type(args.type_v)} if args.type_v else {}),
     }
 
 
