@@ -172,7 +172,7 @@ class Llama(BaseLlama):
             verbose=verbose,
             **kwargs,
         )
-        self._kv_bytes = self.reported_kv_bytes
+        self._kv_bytes = self.reported.cells
         self._kv_type = str(KVTypes(self.context_params.type_k, self.context_params.type_v))
         if self._opening is not None:
             try:

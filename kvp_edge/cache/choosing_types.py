@@ -13,11 +13,13 @@ from typing import Any
 
 import llama_cpp
 
+from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
 from kvp_edge.binding.model import ModelShape
 from kvp_edge.cache.options import CacheOptions
 from kvp_edge.cache.type_table import shipped_table
 from kvp_edge.cache.types import F16, KVTypes, bytes_of, type_name
 from kvp_edge.errors import OptionError
+from kvp_edge.policy_file import PolicyInfo
 
 #: llama.cpp turns flash attention off for these (llama_init_from_model in src/llama-context.cpp).
 _NO_FLASH_ATTENTION = ("grok",)
@@ -101,7 +103,7 @@ def choose_types(
     if named is not None:
         if options.kv_type == "auto":
             return ChosenTypes(named, {})
-        why_not = _obstacle(named, options, engine, shape)
+        why_not = obstacle(named, options, engine, shape)
         if why_not:
             raise OptionError(f"kv_type='{named}' is not possible: {why_not}")
         return ChosenTypes(named, _engine_for(named))
@@ -115,8 +117,22 @@ def choose_types(
     if types == F16:
         return ChosenTypes(F16, {})
     chosen = ChosenTypes(types, _engine_for(types), by_itself=True)
-    why_not = _obstacle(types, options, engine, shape) or _drawback(types, options, engine, shape)
+    why_not = obstacle(types, options, engine, shape) or _drawback(types, options, engine, shape)
     return chosen.plain(why_not) if why_not else chosen
+
+
+def types_of_policy(info: PolicyInfo | None, model_path: str, architecture: str) -> str:
+    """What the policy file says of the cache's types, if it is this very model's; else "".
+
+    Args:
+        info: of a policy; None: it has no file.
+    """
+    if info is None or not info.kv_type or info.architecture != architecture:
+        return ""
+    own = info.fingerprint == model_fingerprint(model_path) or (
+        info.model_identity != "" and info.model_identity == model_identity(model_path)
+    )
+    return info.kv_type if own else ""
 
 
 def _engine_for(types: KVTypes) -> dict[str, Any]:
@@ -126,7 +142,7 @@ def _engine_for(types: KVTypes) -> dict[str, Any]:
     return found
 
 
-def _obstacle(
+def obstacle(
     types: KVTypes, options: CacheOptions, engine: Mapping[str, Any], shape: ModelShape
 ) -> str:
     """Why a cache of this model cannot have these types; "" if it can."""

@@ -17,7 +17,7 @@ from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.binding.structs import CacheLocation, CacheShape
-from kvp_edge.cache.choosing_types import ChosenTypes, choose_types
+from kvp_edge.cache.choosing_types import ChosenTypes, choose_types, types_of_policy
 from kvp_edge.cache.kv_log import InMemory, KVLog, LogStore
 from kvp_edge.cache.limits import CacheLimits, budget_bytes, memory_bytes
 from kvp_edge.cache.log_file import LogFile
@@ -102,7 +102,7 @@ class Opening:
         budget, asks = self._options.kv_budget, ""
         memory = budget_bytes(budget) if isinstance(budget, str) else None
         if memory is not None and self._options.kv_type == "auto":
-            asks = self._types_of_policy()
+            asks = types_of_policy(self._policy.info, self._model_path, self._architecture)
         return choose_types(
             self._options,
             engine,
@@ -111,17 +111,6 @@ class Opening:
             n_ctx=self._n_ctx,
             of_policy=asks,
         )
-
-    def _types_of_policy(self) -> str:
-        """What the model's own policy file says of its cache's types; "" if there is none."""
-        info = self._policy.info
-        if info is None or not info.kv_type or info.architecture != self._architecture:
-            return ""
-        path = self._model_path
-        own = info.fingerprint == model_fingerprint(path) or (
-            info.model_identity != "" and info.model_identity == model_identity(path)
-        )
-        return info.kv_type if own else ""
 
     def _count_cells(self, chosen: ChosenTypes, shape: ModelShape, trained: int) -> None:
         """

@@ -297,7 +297,7 @@ class CacheOptions:
                 "nothing back: leave one of them out"
             )
         if self.kv_type != "auto":
-            KVTypes.parse("kv_type", self.kv_type)
+            KVTypes.parse("kv_type", self.kv_type, also="auto, ")
         check_callable(on_evict=self.on_evict, on_recall=self.on_recall)
 
     @property

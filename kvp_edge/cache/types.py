@@ -42,11 +42,12 @@ class KVTypes:
     values: int
 
     @classmethod
-    def parse(cls, name: str, text: str) -> KVTypes:
+    def parse(cls, name: str, text: str, *, also: str = "") -> KVTypes:
         """What "q8_0" (keys and values) or "q8_0/q4_0" (keys, values) stands for.
 
         Args:
             name: of what says so, for the error.
+            also: what else it may be, for the error.
 
         Raises:
             OptionError: a name that is not in ``CACHE_TYPES``.
@@ -55,7 +56,7 @@ class KVTypes:
         for one in (keys, values) if slash else (keys,):
             if one not in CACHE_TYPES:
                 raise OptionError(
-                    f"{name} must be auto, a type ({', '.join(CACHE_TYPES)}), or one for keys and "
+                    f"{name} must be {also}a type ({', '.join(CACHE_TYPES)}), or one for keys and "
                     f"one for values like q8_0/q4_0, not '{text}'"
                 )
         return cls(ggml_type(keys), ggml_type(values if slash else keys))

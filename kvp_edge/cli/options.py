@@ -133,10 +133,15 @@ def n_ctx_option(default: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheFlags:
-    """The flags that bound the cache. Each is named after a field of kvp_edge.CacheOptions."""
-
+class _BudgetFlag:
     kv_budget: str = llama_option("kv_budget", _CACHE, default=DEFAULT_BUDGET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheWays:
+    """How a cache is bounded, but for its size. Each is named after a field of
+    kvp_edge.CacheOptions."""
+
     kv_type: str = llama_option("kv_type", _CACHE)
     policy: str = llama_option("policy", _CACHE)
     granularity: str = llama_option("granularity", _CACHE)
@@ -152,6 +157,11 @@ class CacheFlags:
     kv_log: str | None = llama_option("kv_log", _CACHE)
     kv_log_limit: str = llama_option("kv_log_limit", _CACHE)
     kv_log_type: str = llama_option("kv_log_type", _CACHE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFlags(CacheWays, _BudgetFlag):
+    """The flags that bound the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +325,7 @@ def trained_context(path: str) -> int:
         return read_model_shape(path).n_ctx_train
 
 
-def warn_beyond_training(n_tokens: int, path: str, args: CacheFlags) -> None:
+def warn_beyond_training(n_tokens: int, path: str, args: CacheWays) -> None:
     """Say so if a text is longer than any that the model has been trained on."""
     if args.positions == "compact":
         return

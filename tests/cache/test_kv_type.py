@@ -83,7 +83,7 @@ def test_bytes_promised_are_bytes_allocated_to_one_unit_of_cells(
         taken = cells // CELL_UNIT * unit
         assert taken <= asked < taken + unit
         assert llm.kv_stats.kv_bytes == taken
-        assert abs(llm.reported_kv_bytes - taken) <= 0.005 * 2**20 + 1  # two decimals in the log
+        assert abs(llm.reported.cells - taken) <= 0.005 * 2**20 + 1  # two decimals in the log
         assert llm.kv_stats.kv_type == name
         shape = llm.kv.cache.shape  # type: ignore[union-attr]  # learned from llama.cpp's state
         assert shape.bytes_per_cell * CELL_UNIT == unit
