@@ -29,13 +29,16 @@ for all sizes. Memory of a GPU counts like any other. Python, the program and th
 top.
 
 For every type of keys and values the table shows the most cells that fit. Smaller types hold more
-tokens, each less precisely:
-  kept      tokens in the cells when --length tokens are read
-  log       memory of the log by then; none if nothing is dropped, if --kv-log
-            names a file, or with --recall off
-  loss      how much more the model errs than with a full f16 cache, in nats per
-            token, where it was measured: with recall, and without. It is of
-            the nearest share of a full cache that was measured, on the mean
+tokens, each less precisely.
+
+in the table:
+  kept  tokens in the cells when --length tokens are read
+  log   memory of the log by then; none if nothing is dropped, if --kv-log names
+        a file, or with --recall off
+  all   the sum, with the weights
+  loss  how much more the model errs than with a full f16 cache, in nats per
+        token, with recall and with it off: the mean of what was measured at
+        the nearest share of a full cache
 
 (auto) is what kvp-edge chooses by itself for this memory. The last line is the command for it.
 
