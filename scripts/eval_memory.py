@@ -33,8 +33,8 @@ from pathlib import Path
 import json_lines
 import kvp_edge  # noqa: F401  # says what is missing, before anything else is imported
 from kvp_edge.bundled import bundled_model
-from kvp_edge.cache.types import CACHE_TYPES
-from kvp_edge.errors import KVPError
+from kvp_edge.cache.types import CACHE_TYPES, F16, KVTypes
+from kvp_edge.errors import KVPError, OptionError
 from kvp_edge.evaluation.estimate import duration
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import transcribe_without_template
@@ -42,13 +42,12 @@ from label_eval.items import Item, known_tasks, make_items
 from lists import names, numbers
 from memory_eval import records
 from memory_eval.plot import draw
-from memory_eval.records import F16
-from memory_eval.settings import Setting, Types
+from memory_eval.settings import Setting
 from memory_eval.shipped import write
 from memory_eval.subject import Subject
 from memory_eval.table import render
 
-TYPES = "f16,q8_0,q8_0/q4_0,q5_1,q4_0"
+TYPES = "f16,q8_0/f16,q4_0/f16,q8_0,q8_0/q4_0,q4_0"
 TASKS = ("look-ups", "dialogues", "books")
 
 #: Tokens of a reply that are measured: the answer is in them, and little else.
@@ -110,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 f"1/{max(args.shares)} of half of {args.length} tokens is less than {_SMALLEST}: "
                 "ask for a greater --length or larger shares"
             )
-    except ValueError as error:
+    except (ValueError, OptionError) as error:
         parser.error(str(error))
     return args
 
@@ -118,7 +117,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _settings(args: argparse.Namespace) -> Iterator[Setting]:
     """All that are asked for, the full f16 cache first."""
     yield REFERENCE
-    for types in map(Types.parse, args.types):
+    for name in args.types:
+        types = KVTypes.parse("--types", name)
         for share in args.shares:
             whole = Setting(types, 1, REFERENCE.recent, REFERENCE.sinks, REFERENCE.log_type)
             if share == 1:
@@ -129,7 +129,7 @@ def _settings(args: argparse.Namespace) -> Iterator[Setting]:
                 yield Setting(types, share, *rest)
 
 
-REFERENCE = Setting(Types(F16, F16), share=1, recent=4, sinks=4, log_type="cache")
+REFERENCE = Setting(F16, share=1, recent=4, sinks=4, log_type="cache")
 
 
 @dataclass(frozen=True)

@@ -4,36 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvp_edge.cache.types import CACHE_TYPES, ggml_type
-from memory_eval.records import F16
-
-
-@dataclass(frozen=True)
-class Types:
-    """The types of keys and of values, as in "q8_0", or "q8_0/q4_0" if they differ."""
-
-    keys: str
-    values: str
-
-    @classmethod
-    def parse(cls, text: str) -> Types:
-        """
-        Raises:
-            ValueError: there is no such type.
-        """
-        keys, _, values = text.partition("/")
-        for name in filter(None, (keys, values)):
-            if name not in CACHE_TYPES:
-                raise ValueError(f"no type '{name}': there are {', '.join(CACHE_TYPES)}")
-        return cls(keys, values or keys)
-
-    def __str__(self) -> str:
-        return self.keys if self.keys == self.values else f"{self.keys}/{self.values}"
-
-    @property
-    def numbers(self) -> tuple[int, int]:
-        """In enum ggml_type."""
-        return ggml_type(self.keys), ggml_type(self.values)
+from kvp_edge.cache.types import F16, KVTypes
 
 
 @dataclass(frozen=True)
@@ -49,7 +20,7 @@ class Setting:
         log_type: of its log, see kvp_edge.CacheOptions.
     """
 
-    types: Types
+    types: KVTypes
     share: int
     recent: int
     sinks: int
@@ -57,7 +28,7 @@ class Setting:
 
     @property
     def is_reference(self) -> bool:
-        return self.share == 1 and str(self.types) == F16
+        return self.share == 1 and self.types == F16
 
     def record(self, recall: bool) -> dict[str, object]:
         """Its fields of a record."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from kvp_edge.cache.limits import CELL_UNIT, round_up
 from kvp_edge.cache.manager import EvictionManager
+from kvp_edge.cache.types import KVTypes
 from kvp_edge.measuring import MeasuringLlama
-from memory_eval.settings import Setting, Types, limits_in
+from memory_eval.settings import Setting, limits_in
 
 
 class Subject(MeasuringLlama):
@@ -24,14 +25,13 @@ class Subject(MeasuringLlama):
     def __init__(
         self,
         model_path: str,
-        types: Types,
+        types: KVTypes,
         longest: int,
         *,
         policy: str,
         kv_log_type: str,
         **engine: Any,
     ) -> None:
-        keys, values = types.numbers
         cells = round_up(longest)
         super().__init__(
             model_path,
@@ -44,9 +44,9 @@ class Subject(MeasuringLlama):
             recall="reply",
             kv_log_type=kv_log_type,
             recent=1,
-            type_k=keys,
-            type_v=values,
-            flash_attn=True,
+            type_k=types.keys,
+            type_v=types.values,
+            flash_attn=types.quantised_values,  # as kv_type does
             verbose=False,
             **engine,
         )
