@@ -179,6 +179,13 @@ def _drawback(
             "that are not quantised"
         )
     device = engine.get("n_gpu_layers", 0) != 0 and llama_cpp.llama_supports_gpu_offload()
+    unlike = types.keys != types.values or shape.head_size_k < shape.head_size_v
+    if device and types.quantised_values and unlike:
+        # ggml_metal_device_supports_op in ggml-metal-device.m; it would be computed on the CPU
+        return (
+            "not every device has flash attention for values of another type than the keys, or "
+            "longer than they are"
+        )
     if device and options.pack != "state" and options.granularity != "token":
         rows = bytes_of(types.keys, shape.head_size_k), bytes_of(types.values, shape.head_size_v)
         if any(row is None or row % _WORD for row in rows):

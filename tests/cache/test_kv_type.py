@@ -252,6 +252,18 @@ def test_where_a_device_packs_words_heads_of_other_sizes_are_not_chosen(
     assert state.kv_stats.kv_type == "q8_0"
 
 
+def test_where_a_device_may_lack_flash_attention_for_types_that_differ_they_are_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, table: None, bundled_model: str, load: Loader
+) -> None:
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    options = {"kv_budget": "1MiB", "n_ctx": 2600, "n_gpu_layers": 1}  # a share of 0.16
+    with pytest.warns(UserWarning, match="not q8_0/q4_0, because not every device has flash"):
+        assert load(bundled_model, **options).kv_stats.kv_type == "f16"
+    assert load(bundled_model, **options, kv_type="q8_0/q4_0").kv_stats.kv_type == "q8_0/q4_0"
+    options["n_ctx"] = 1000  # 0.41
+    assert load(bundled_model, **options).kv_stats.kv_type == "q8_0"
+
+
 def test_the_models_own_policy_overrules_the_table(
     model: Path,  # noqa: F811
     load: Loader,
