@@ -127,6 +127,13 @@ def test_what_fits_whole_in_f16_stays_f16_and_a_byte_less_does_not(
     assert (less.kv_type, less.cells) == ("q8_0", 256)
 
 
+def test_what_fits_whole_is_counted_in_units_of_cells(bundled_model: str, load: Loader) -> None:
+    """257 tokens need 512 cells, for which f16 has no room here."""
+    budget = kib(2 * unit_of("q8_0", "q8_0"))
+    stats = load(bundled_model, n_ctx=257, kv_budget=budget).kv_stats
+    assert (stats.kv_type, stats.cells) == ("q8_0", 512)
+
+
 @pytest.mark.parametrize(
     ("named", "types"),
     [
@@ -169,8 +176,10 @@ def test_llama_cpps_own_cache_has_the_types_too(bundled_model: str, load: Loader
     assert load(bundled_model, kv_type="q8_0", vocab_only=True)
 
 
-@pytest.mark.parametrize("wrong", ["", "/", "q8_0/", "/q8_0", "Q8_0", "auto/q8_0", "f16/f16/f16"])
-def test_what_is_no_type_is_refused(bundled_model: str, wrong: str) -> None:
+@pytest.mark.parametrize(
+    "wrong", ["", "/", "q8_0/", "/q8_0", "Q8_0", "auto/q8_0", "f16/f16/f16", 8, None]
+)
+def test_what_is_no_type_is_refused(bundled_model: str, wrong: Any) -> None:
     with pytest.raises(OptionError, match=f"kv_type must be auto, a type .*, not '{wrong}'"):
         Llama(bundled_model, kv_type=wrong)
 
