@@ -11,11 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvp_edge.binding.model import read_model_shape
-from kvp_edge.cache.choosing_types import asked_types, choose_types, obstacle, types_of_policy
+from kvp_edge.cache.choosing_types import (
+    asked_types,
+    choose_types,
+    full_bytes,
+    obstacle,
+    types_of_policy,
+)
 from kvp_edge.cache.limits import CELL_UNIT, CacheLimits, memory_bytes, round_up
 from kvp_edge.cache.options import CacheOptions
 from kvp_edge.cache.type_table import shipped_table
-from kvp_edge.cache.types import KVTypes, bytes_of, ggml_type
+from kvp_edge.cache.types import KVTypes, bytes_of
 from kvp_edge.errors import BudgetError
 from kvp_edge.llama import Llama
 from kvp_edge.llamacpp.dry_model import DryModel
@@ -88,13 +94,14 @@ class Planner:
     Args:
         path: model file.
         options: of the cache; ``kv_budget`` does not count, ``n_ctx`` is given.
-        engine: arguments of llama_cpp.Llama, and ``repack``.
+        engine: arguments of llama_cpp.Llama.
         length: tokens to plan for, at most n_ctx.
 
     Attributes:
         weights: bytes, as llama.cpp reports them. Of a model that is larger than ``memory`` or this
             machine's: as its file says.
         full: bytes of an f16 cache of ``n_ctx`` tokens.
+        named: types that the options or the engine name; None: they leave the choice.
 
     Raises:
         UnsupportedModelError: the file cannot be read, or the model's cache cannot be bounded.
@@ -111,33 +118,39 @@ class Planner:
     ) -> None:
         assert options.n_ctx is not None
         self.memory, self.length = memory, length
-        self._path, self._options, self._engine = path, options, dict(engine)
+        self._path, self._options = path, options
+        self._engine = {name: engine[name] for name in engine if name != "repack"}
         self._n_ctx = options.n_ctx
         with listen(pass_on=False):
             self._shape = read_model_shape(path)
-        n_gpu_layers = self._engine.get("n_gpu_layers", 0)
-        repack = self._engine.pop("repack", "auto")
-        self._dry = DryModel(
-            path,
-            n_gpu_layers=n_gpu_layers,
-            repacks=use_extra_buffers(repack, path, n_gpu_layers=n_gpu_layers),
-        )
+        self._dry = self._dry_model()
+        try:
+            self._weigh()
+        except BaseException:
+            self.close()
+            raise
+
+    def _dry_model(self) -> DryModel:
+        layers = self._engine.get("n_gpu_layers", 0)
+        repacks = use_extra_buffers(self._options.repack, self._path, n_gpu_layers=layers)
+        return DryModel(self._path, n_gpu_layers=layers, repacks=repacks)
+
+    def _weigh(self) -> None:
+        options, path = self._options, self._path
         self.weights = self._dry.weights
         self._window = self._dry.window if options.granularity != "token" else 0
         self._n_heads = sum(self._shape.n_head_kv)
         self._recalls = options.recall != "off"
-        self.loaded = self.weights <= min(memory, _machine_memory())
-        if self.loaded:
-            self._policy = self._load(repack)
-        else:
-            self._policy = get_policy(options.policy, path)
-        self.full = self._n_ctx * self._shape.bytes_per_cell(ggml_type("f16"), ggml_type("f16"))
-        self._of_policy = types_of_policy(self._policy.info, path, self._shape.architecture)
+        self.named = asked_types(options, self._engine)
+        self.loaded = self.weights <= min(self.memory, _machine_memory())
+        policy = self._load() if self.loaded else get_policy(options.policy, path)
+        self.full = full_bytes(self._shape, self._n_ctx)
+        self._of_policy = types_of_policy(policy.info, path, self._shape.architecture)
 
     def close(self) -> None:
         self._dry.close()
 
-    def _load(self, repack: str) -> Policy:
+    def _load(self) -> Policy:
         """Load the model with a small cache, which shows whether that can be bounded.
 
         Returns:
@@ -147,7 +160,7 @@ class Planner:
         least = o.sinks + (o.recent or 16) + 1
         small = replace(o, kv_budget=max(least, 64), kv_type="auto", kv_log=None)
         engine = {**self._engine, "verbose": False}
-        llm = Llama(self._path, **{**small.asked(), **engine, "repack": repack})
+        llm = Llama(self._path, **small.asked(), **engine)
         try:
             self.weights = llm.reported.weights
             kv = llm.kv
@@ -163,10 +176,9 @@ class Planner:
 
     def types(self) -> list[KVTypes]:
         """Those to compare, the largest first."""
-        named = asked_types(self._options, self._engine)
         some = [*COMPARED, *(one.types for one in shipped_table().choice), self._of_policy]
         every = {KVTypes.parse("types", one) for one in some if one}
-        every |= {named} if named is not None else set()
+        every |= {self.named} if self.named is not None else set()
         return sorted(every, key=lambda t: (-self._bytes_per_head(t), str(t)))
 
     def _bytes_per_head(self, types: KVTypes) -> float:

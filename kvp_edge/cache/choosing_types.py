@@ -15,6 +15,7 @@ import llama_cpp
 
 from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
 from kvp_edge.binding.model import ModelShape
+from kvp_edge.cache.limits import round_up
 from kvp_edge.cache.options import CacheOptions
 from kvp_edge.cache.type_table import shipped_table
 from kvp_edge.cache.types import F16, KVTypes, bytes_of, type_name
@@ -112,13 +113,18 @@ def choose_types(
     if of_policy:
         types = KVTypes.parse("kvp.kv_type", of_policy)
     else:
-        full = n_ctx * shape.bytes_per_cell(F16.keys, F16.values)
+        full = full_bytes(shape, n_ctx)
         types = shipped_table().types_for(budget_bytes / full if full else 1.0)
     if types == F16:
         return ChosenTypes(F16, {})
     chosen = ChosenTypes(types, _engine_for(types), by_itself=True)
     why_not = obstacle(types, options, engine, shape) or _drawback(types, options, engine, shape)
     return chosen.plain(why_not) if why_not else chosen
+
+
+def full_bytes(shape: ModelShape, n_ctx: int) -> int:
+    """Bytes of an f16 cache that holds ``n_ctx`` tokens, of which shares are counted."""
+    return round_up(n_ctx) * shape.bytes_per_cell(F16.keys, F16.values)
 
 
 def types_of_policy(info: PolicyInfo | None, model_path: str, architecture: str) -> str:
@@ -179,6 +185,13 @@ def _drawback(
             "that are not quantised"
         )
     device = engine.get("n_gpu_layers", 0) != 0 and llama_cpp.llama_supports_gpu_offload()
+    unlike = types.keys != types.values or shape.head_size_k < shape.head_size_v
+    if device and types.quantised_values and unlike:
+        # ggml_metal_device_supports_op in ggml-metal-device.m; it would be computed on the CPU
+        return (
+            "not every device has flash attention for values of another type than the keys, or "
+            "longer than they are"
+        )
     if device and options.pack != "state" and options.granularity != "token":
         rows = bytes_of(types.keys, shape.head_size_k), bytes_of(types.values, shape.head_size_v)
         if any(row is None or row % _WORD for row in rows):

@@ -42,7 +42,7 @@ class KVTypes:
     values: int
 
     @classmethod
-    def parse(cls, name: str, text: str, *, also: str = "") -> KVTypes:
+    def parse(cls, name: str, text: object, *, also: str = "") -> KVTypes:
         """What "q8_0" (keys and values) or "q8_0/q4_0" (keys, values) stands for.
 
         Args:
@@ -52,7 +52,7 @@ class KVTypes:
         Raises:
             OptionError: a name that is not in ``CACHE_TYPES``.
         """
-        keys, slash, values = text.partition("/")
+        keys, slash, values = str(text).partition("/")
         for one in (keys, values) if slash else (keys,):
             if one not in CACHE_TYPES:
                 raise OptionError(

@@ -40,7 +40,8 @@ in the table:
         token, with recall and with it off: the mean of what was measured at
         the nearest share of a full cache
 
-(auto) is what kvp-edge chooses by itself for this memory. The last line is the command for it.
+(auto) is what kvp-edge chooses by itself for this memory; (asked) are types that you name. The last
+line is the command for it.
 
 examples:
   kvp-edge plan model.gguf --memory 4GiB
@@ -90,7 +91,10 @@ def _main(args: Options) -> int:
         say(_told_weights(path, planner))
         for line in _lines(planner, found, chosen):
             say(line)
-    if not fits:
+    lacks_named = chosen is None and planner.named is not None
+    if lacks_named:
+        found = [one for one in found if one.types == planner.named]
+    if not fits or lacks_named:
         raise BudgetError(_missing(found, planner))
     if chosen is None:  # what is chosen by itself does not fit
         whole = [fit for fit in fits if length <= fit.limits.cells]
@@ -132,7 +136,7 @@ def _row(one: Fit | Missing, planner: Planner, chosen: bool) -> list[str]:
     kept, f = one.kept(planner.length), one.footprint
     share = one.share(planner.full)
     return [
-        f"{one.types}{' (auto)' if chosen else ''}",
+        f"{one.types}{_mark(planner) if chosen else ''}",
         str(one.limits.cells),
         str(kept),
         f"{100 * kept / planner.length:.0f} %",
@@ -143,6 +147,10 @@ def _row(one: Fit | Missing, planner: Planner, chosen: bool) -> list[str]:
         _loss(str(one.types), share, recall=True),
         _loss(str(one.types), share, recall=False),
     ]
+
+
+def _mark(planner: Planner) -> str:
+    return " (auto)" if planner.named is None else " (asked)"
 
 
 def _loss(types: str, share: float, *, recall: bool) -> str:
@@ -172,9 +180,10 @@ def _about(fit: Fit, length: int, args: Options, forced: bool) -> Iterator[str]:
 
 
 def _missing(found: Sequence[Fit | Missing], planner: Planner) -> str:
-    needs = [one.needs for one in found if isinstance(one, Missing) and one.needs]
+    missing = [one for one in found if isinstance(one, Missing)]
+    needs = [one.needs for one in missing if not one.why]
     if not needs:
-        return "no cache is possible for this model with these options"
+        return "; ".join(f"{one.types} is not possible: {one.why}" for one in missing)
     least = min(needs)
     text = (
         f"nothing fits into --memory {_size(planner.memory)}: the smallest cache, with the weights "

@@ -127,6 +127,13 @@ def test_what_fits_whole_in_f16_stays_f16_and_a_byte_less_does_not(
     assert (less.kv_type, less.cells) == ("q8_0", 256)
 
 
+def test_what_fits_whole_is_counted_in_units_of_cells(bundled_model: str, load: Loader) -> None:
+    """257 tokens need 512 cells, for which f16 has no room here."""
+    budget = kib(2 * unit_of("q8_0", "q8_0"))
+    stats = load(bundled_model, n_ctx=257, kv_budget=budget).kv_stats
+    assert (stats.kv_type, stats.cells) == ("q8_0", 512)
+
+
 @pytest.mark.parametrize(
     ("named", "types"),
     [
@@ -169,8 +176,10 @@ def test_llama_cpps_own_cache_has_the_types_too(bundled_model: str, load: Loader
     assert load(bundled_model, kv_type="q8_0", vocab_only=True)
 
 
-@pytest.mark.parametrize("wrong", ["", "/", "q8_0/", "/q8_0", "Q8_0", "auto/q8_0", "f16/f16/f16"])
-def test_what_is_no_type_is_refused(bundled_model: str, wrong: str) -> None:
+@pytest.mark.parametrize(
+    "wrong", ["", "/", "q8_0/", "/q8_0", "Q8_0", "auto/q8_0", "f16/f16/f16", 8, None]
+)
+def test_what_is_no_type_is_refused(bundled_model: str, wrong: Any) -> None:
     with pytest.raises(OptionError, match=f"kv_type must be auto, a type .*, not '{wrong}'"):
         Llama(bundled_model, kv_type=wrong)
 
@@ -250,6 +259,18 @@ def test_where_a_device_packs_words_heads_of_other_sizes_are_not_chosen(
         assert load(path, **options, n_gpu_layers=1).kv_stats.kv_type == "f16"
     state = load(path, **options, n_gpu_layers=1, pack="state")
     assert state.kv_stats.kv_type == "q8_0"
+
+
+def test_where_a_device_may_lack_flash_attention_for_types_that_differ_they_are_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, table: None, bundled_model: str, load: Loader
+) -> None:
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    options = {"kv_budget": "1MiB", "n_ctx": 2600, "n_gpu_layers": 1}  # a share of 0.16
+    with pytest.warns(UserWarning, match="not q8_0/q4_0, because not every device has flash"):
+        assert load(bundled_model, **options).kv_stats.kv_type == "f16"
+    assert load(bundled_model, **options, kv_type="q8_0/q4_0").kv_stats.kv_type == "q8_0/q4_0"
+    options["n_ctx"] = 1000  # 0.41
+    assert load(bundled_model, **options).kv_stats.kv_type == "q8_0"
 
 
 def test_the_models_own_policy_overrules_the_table(

@@ -113,13 +113,19 @@ def test_a_log_in_a_file_takes_no_memory(bundled_model: str) -> None:
     assert not Path("chat.kvlog").exists()
 
 
-def test_types_that_cannot_be_are_told(random_model: Callable[..., Any]) -> None:
+def test_types_that_cannot_be_are_told(random_model: Callable[..., Any], kvp: Type) -> None:
     path = str(random_model(ModelShape("llama", head_dim=48)).path)
     with closing(planned(path, 64, n_ctx=4096)) as planner:
         fit = planner.fit(KVTypes.parse("it", "q8_0"))
         assert isinstance(fit, Missing)
         assert "48 numbers, which are no whole blocks" in fit.why
         assert isinstance(planner.fit(KVTypes.parse("it", "f16")), Fit)
+    got = kvp("plan", path, "--memory", "64MiB", "--threads", "1")
+    assert "q8_0 is not possible: the model's heads" in got.out
+    assert got.status == 0
+    got = kvp("plan", path, "--memory", "64MiB", "--threads", "1", "--kv-type", "q8_0")
+    assert "q8_0 is not possible: the model's heads" in got.err
+    assert got.status == 2
 
 
 @pytest.mark.parametrize(
@@ -149,9 +155,8 @@ def test_the_printed_command_allocates_what_the_plan_says(
 def test_a_plan_says_when_all_fits(kvp: Type) -> None:
     got = kvp("plan", "--memory", "64MiB", "--threads", "1")
     assert "All 4096 tokens fit in full: nothing is dropped." in got.out
-    assert row_of(got.out, "f16") | {"cells": 4096, "kept": 4096, "share": 100, "log": 0} == row_of(
-        got.out, "f16"
-    )
+    row = row_of(got.out, "f16")
+    assert (row["cells"], row["kept"], row["share"], row["log"]) == (4096, 4096, 100, 0)
     assert re.search(r"^f16 \(auto\) .* none +none$", got.out, re.MULTILINE)
     less = kvp("plan", "--memory", "18MiB", "--recall", "off", "--threads", "1")
     assert "in full" not in less.out
@@ -166,6 +171,18 @@ def test_where_nothing_fits_it_says_what_is_missing(kvp: Type) -> None:
     assert float(found[1]) - float(found[2]) == pytest.approx(12, abs=0.02)
     assert "--kv-log FILE" in got.err
     assert kvp("plan", "--memory", f"{float(found[1]) + 0.01}MiB", "--threads", "1").status == 0
+
+
+def test_types_that_are_asked_for_are_marked_or_what_they_lack_is_said(kvp: Type) -> None:
+    asked = ["--kv-type", "f32", "--recall", "off", "--threads", "1"]
+    got = kvp("plan", "--memory", "18MiB", *asked)
+    assert re.search(r"^f32 \(asked\) ", got.out, re.MULTILINE)
+    assert "(auto)" not in got.out
+    assert "--kv-type f32" in got.out.splitlines()[-1]
+    less = kvp("plan", "--memory", "10MiB", *asked)
+    assert less.status == 2
+    assert re.search(r"^q4_0 +\d+ ", less.out, re.MULTILINE)  # others fit
+    assert re.search(r"takes [\d.]+ MiB, which is [\d.]+ MiB more", less.err)
 
 
 def test_weights_that_alone_are_too_large_are_not_loaded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from contextlib import closing
 
@@ -33,7 +34,7 @@ def loaded_as(argv: list[str]) -> tuple[Footprint, int, str]:
 def row_of(printed: str, types: str) -> dict[str, float]:
     """The row of a plan."""
     (line,) = (one for one in printed.splitlines() if one.split()[:1] == [types])
-    cells, kept, share, _, mib, compute, log, total = line.replace("(auto)", "").split()[1:9]
+    cells, kept, share, _, mib, compute, log, total = re.sub(r"\(\w+\)", "", line).split()[1:9]
     numbers = {"cells": cells, "kept": kept, "share": share, "mib": mib, "compute": compute}
     numbers |= {"log": log.replace("-", "0"), "total": total}
     return {name: float(value) for name, value in numbers.items()}
@@ -41,7 +42,7 @@ def row_of(printed: str, types: str) -> dict[str, float]:
 
 def assert_kept(printed: str, memory: int) -> None:
     """What the printed command allocates is what the plan says of the row that it marks."""
-    (marked,) = (one.split()[0] for one in printed.splitlines() if "(auto)" in one)
+    (marked,) = re.findall(r"^(\S+) \((?:auto|asked)\)", printed, re.MULTILINE)
     row = row_of(printed, marked)
     reported, cells, types = loaded_as(command_of(printed))
     assert (cells, types) == (row["cells"], marked)
