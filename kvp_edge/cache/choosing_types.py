@@ -114,7 +114,8 @@ def choose_types(
         types = KVTypes.parse("kvp.kv_type", of_policy)
     else:
         full = full_bytes(shape, n_ctx)
-        types = shipped_table().types_for(budget_bytes / full if full else 1.0)
+        share = budget_bytes / full if full else 1.0
+        types = shipped_table().types_for(share, on_device=_on_device(engine))
     if types == F16:
         return ChosenTypes(F16, {})
     chosen = ChosenTypes(types, _engine_for(types), by_itself=True)
@@ -125,6 +126,10 @@ def choose_types(
 def full_bytes(shape: ModelShape, n_ctx: int) -> int:
     """Bytes of an f16 cache that holds ``n_ctx`` tokens, of which shares are counted."""
     return round_up(n_ctx) * shape.bytes_per_cell(F16.keys, F16.values)
+
+
+def _on_device(engine: Mapping[str, Any]) -> bool:
+    return bool(engine.get("n_gpu_layers", 0)) and bool(llama_cpp.llama_supports_gpu_offload())
 
 
 def types_of_policy(info: PolicyInfo | None, model_path: str, architecture: str) -> str:
@@ -184,7 +189,7 @@ def _drawback(
             "granularity='auto' may become token granularity, where positions='compact' needs keys "
             "that are not quantised"
         )
-    device = engine.get("n_gpu_layers", 0) != 0 and llama_cpp.llama_supports_gpu_offload()
+    device = _on_device(engine)
     unlike = types.keys != types.values or shape.head_size_k < shape.head_size_v
     if device and types.quantised_values and unlike:
         # ggml_metal_device_supports_op in ggml-metal-device.m; it would be computed on the CPU

@@ -16,10 +16,14 @@ _DEFAULTS = {"recent": 4, "sinks": 4, "log_type": "cache"}
 
 
 def write(path: Path, records: Sequence[Record], command: str, date: str) -> None:
-    """Put the measurements into the file. What it chooses stays: a person reads the tables and
-    decides."""
+    """Put the measurements into the file, of all models that it has. What it chooses stays: a
+    person reads the tables and decides."""
     table = json.loads(path.read_text(encoding="utf-8"))
-    table |= {"commands": [command], "date": date, "rows": list(_rows(records))}
+    rows = _rows(records)
+    models = {row["model"] for row in rows}
+    table["rows"] = [*(row for row in table["rows"] if row["model"] not in models), *rows]
+    table["commands"] = list(dict.fromkeys([*table["commands"], command]))
+    table["date"] = date
     text = json.dumps(table, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 

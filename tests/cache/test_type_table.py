@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvp_edge.cache.type_table import Choice, Row, TypeTable, parse_table, shipped_table
+from kvp_edge.cache.type_table import Choice, Row, Speed, TypeTable, parse_table, shipped_table
 from kvp_edge.cache.types import CACHE_TYPES, KVTypes
 from kvp_edge.errors import OptionError
 
@@ -21,17 +21,23 @@ def row(**changed: Any) -> dict[str, Any]:
 
 
 SOUND: dict[str, Any] = {
-    "commands": ["python scripts/eval_types.py"],
+    "commands": ["python scripts/eval_memory.py"],
     "date": "2026-11-30",
     "rows": [row(), row(share=0.1, types="q8_0/q4_0", loss_increase=0)],
     "choice": [{"below_share": 0.1, "types": "q4_0"}, {"types": "q8_0"}],
+    "choice_on_device": [{"types": "q5_1"}],
+    "speeds": [
+        {"model": "a", "types": "q8_0", "cells": 1024, "reads": 0.5, "writes": 0.75},
+        {"model": "b", "types": "q8_0", "cells": 1024, "reads": 0.25, "writes": 1},
+    ],
 }
 
 
 def test_the_shipped_table_is_consistent() -> None:
     """Parsing it checks form and order."""
     table = shipped_table()
-    for types in (*(r.types for r in table.rows), *(c.types for c in table.choice)):
+    choices = [*table.choice, *table.choice_on_device]
+    for types in (one.types for one in (*table.rows, *table.speeds, *choices)):
         assert set(types.split("/")) <= set(CACHE_TYPES)
     for r in table.rows:
         assert 0 < r.share <= 1
@@ -39,13 +45,20 @@ def test_the_shipped_table_is_consistent() -> None:
         assert r.low <= r.loss_increase <= r.high
     assert bool(table.commands) == bool(table.rows)
     if table.rows:
-        assert {c.types for c in table.choice} <= {r.types for r in table.rows}
+        assert {c.types for c in choices} <= {r.types for r in table.rows}
+        assert {r.types for r in table.rows} <= {s.types for s in table.speeds}
+        # who has no device reads no slower for what was chosen unasked
+        assert all(table.speed(c.types) > (0.9, 0.9) for c in table.choice)
 
 
 def test_a_table_is_read() -> None:
     table = parse_table(json.dumps(SOUND))
     assert table.rows[0] == Row(**row())
     assert table.choice == [Choice("q4_0", 0.1), Choice("q8_0", math.inf)]
+    assert table.choice_on_device == [Choice("q5_1", math.inf)]
+    assert table.speeds[0] == Speed("a", "q8_0", 1024, 0.5, 0.75)
+    assert table.speed("q8_0") == (0.375, 0.875)
+    assert table.speed("q4_0") is None
 
 
 @pytest.mark.parametrize(
@@ -63,6 +76,8 @@ def test_a_table_is_read() -> None:
         (lambda t: t["choice"][0].update(below_share=0), "below_share must ascend"),
         (lambda t: t["choice"].insert(0, {"below_share": 0.1, "types": "q4_1"}), "must ascend"),
         (lambda t: t["choice"][0].update(types="q3_k"), "not 'q3_k'"),
+        (lambda t: t["choice_on_device"].clear(), "the last choice must take any share"),
+        (lambda t: t["speeds"][0].update(reads="fast"), "'reads' cannot be 'fast'"),
     ],
 )
 def test_what_is_no_table_is_refused(change: Any, said: str) -> None:
@@ -78,6 +93,14 @@ def test_what_is_no_table_is_refused(change: Any, said: str) -> None:
 )
 def test_the_choice_goes_by_the_share_of_bytes(share: float, types: str) -> None:
     assert parse_table(json.dumps(SOUND)).types_for(share) == KVTypes.parse("it", types)
+
+
+def test_a_cache_on_a_device_has_a_choice_of_its_own() -> None:
+    table = parse_table(json.dumps(SOUND))
+    assert table.types_for(0.05, on_device=True) == KVTypes.parse("it", "q5_1")
+    assert table.types_for(1, on_device=True) == KVTypes.parse("it", "f16")
+    alike = TypeTable([], "", [], table.choice)
+    assert alike.types_for(0.05, on_device=True) == KVTypes.parse("it", "q4_0")
 
 
 def test_the_nearest_rows_are_those_of_the_nearest_share() -> None:

@@ -125,7 +125,8 @@ def test_the_shipped_file_gets_rows_and_keeps_its_choice(tmp_path: Path) -> None
     arguments = command(out, "--tasks", "books", "--items", "2", "--types", "f16,q8_0")
     assert main(arguments) == 0
     choice = [{"types": "q8_0"}]
-    old = {"commands": [], "date": "", "rows": [], "choice": choice}
+    old = {"commands": [], "date": "", "rows": [], "speeds": []}
+    old |= {"choice": choice, "choice_on_device": choice}
     shipped.write_text(json.dumps(old), encoding="utf-8")
     assert main(["--out", str(out), "--ship", str(shipped)]) == 0
     table = parse_table(shipped.read_bytes())
