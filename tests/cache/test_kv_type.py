@@ -34,6 +34,13 @@ BLOCKS_PER_CELL = 5 * 2 * 2 * 64 // 32
 F16, Q8_0 = llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0
 
 
+@pytest.fixture(autouse=True)
+def plain_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always q8_0, whatever the shipped table says by now."""
+    made = TypeTable([], "", [], [Choice("q8_0")])
+    monkeypatch.setattr(choosing_types, "shipped_table", lambda: made)
+
+
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """q4_0 below a tenth, then q8_0/q4_0 below a quarter, then q8_0."""
@@ -119,7 +126,7 @@ def test_memory_is_filled_with_what_the_table_says(
 
 
 def test_what_fits_whole_in_f16_stays_f16_and_a_byte_less_does_not(
-    table: None, bundled_model: str, load: Loader
+    bundled_model: str, load: Loader
 ) -> None:
     whole = unit_of("f16", "f16")
     assert load(bundled_model, n_ctx=256, kv_budget=kib(whole)).kv_stats.kv_type == "f16"
@@ -127,9 +134,7 @@ def test_what_fits_whole_in_f16_stays_f16_and_a_byte_less_does_not(
     assert (less.kv_type, less.cells) == ("q8_0", 256)
 
 
-def test_what_fits_whole_is_counted_in_units_of_cells(
-    table: None, bundled_model: str, load: Loader
-) -> None:
+def test_what_fits_whole_is_counted_in_units_of_cells(bundled_model: str, load: Loader) -> None:
     """257 tokens need 512 cells, for which f16 has no room here."""
     budget = kib(2 * unit_of("q8_0", "q8_0"))
     stats = load(bundled_model, n_ctx=257, kv_budget=budget).kv_stats
