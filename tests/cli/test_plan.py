@@ -33,6 +33,11 @@ def planned(path: str, mib: float, length: int = 4096, **options: Any) -> Planne
     return Planner(path, asked, ENGINE, length=length, memory=round(mib * MIB))
 
 
+def allocated(llm: Llama) -> int:
+    """Bytes of all buffers of llama.cpp's, as it reports them."""
+    return llm.reported.weights + llm.reported.cells + llm.reported.compute
+
+
 @pytest.mark.parametrize("types", [*COMPARED, "q8_0/q4_0", "f32"])
 @examples(3)
 @given(mib=st.floats(15, 30), recall=st.sampled_from(["off", "reply"]), length=st.integers(1, 4096))
@@ -57,12 +62,15 @@ def test_what_is_planned_is_allocated_and_more_does_not_fit(
         for name in ("weights", "cells", "compute"):
             want = getattr(fit.footprint, name)
             assert getattr(llm.reported, name) == pytest.approx(want, abs=SLACK)
+        assert allocated(llm) + fit.log <= mib * MIB + SLACK
+        # nothing is dropped, and so nothing logged, of what fits into the cells
+        assert bool(fit.log) == (recall == "reply" and length > llm.n_cells)
     if fit.limits.cells == 4096:  # all that can be used
         return
     more = (fit.limits.cells + CELL_UNIT) * fit.bytes_per_cell
     with closing(loaded(f"{more / 1024!r}KiB")) as llm:
         assert llm.n_cells == fit.limits.cells + CELL_UNIT
-        assert llm.reported.total + fit.log > mib * MIB - SLACK or length <= llm.n_cells
+        assert allocated(llm) + fit.log > mib * MIB - SLACK or length <= llm.n_cells
 
 
 def test_exactly_what_is_needed_is_enough_and_a_byte_less_is_not(bundled_model: str) -> None:
@@ -94,6 +102,23 @@ def test_the_log_becomes_no_larger_than_planned(
         assert stats.logged > 0
         assert stats.log_bytes * length == fit.log * stats.logged  # bytes of a token
         assert stats.log_bytes <= fit.log
+
+
+def test_what_the_cells_hold_just_so_needs_no_log(bundled_model: str) -> None:
+    f16 = KVTypes.parse("it", "f16")
+    with closing(planned(bundled_model, 17)) as planner:
+        fit = planner.fit(f16)
+    assert isinstance(fit, Fit)
+    full = fit.limits.cells
+    with closing(planned(bundled_model, 17, full, recall="reply")) as planner:
+        same = planner.fit(f16)
+    assert isinstance(same, Fit)
+    assert (same.limits, same.log) == (fit.limits, 0)
+    with closing(planned(bundled_model, 17, full + 1, recall="reply")) as planner:
+        less = planner.fit(f16)
+    assert isinstance(less, Fit)
+    assert less.limits.cells < full
+    assert less.log == (full + 1) * 2560
 
 
 def test_a_log_past_its_limit_loses_tokens(bundled_model: str) -> None:
