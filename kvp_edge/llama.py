@@ -18,7 +18,8 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 from kvp_edge import sessions
 from kvp_edge.argument_checks import check_engine
 from kvp_edge.arrays import TokenIndices
-from kvp_edge.binding.model import require_model_file
+from kvp_edge.binding.model import read_model_shape, require_model_file
+from kvp_edge.cache.choosing_types import choose_types
 from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.opening import Opening, queries_needed
@@ -27,6 +28,7 @@ from kvp_edge.cache.recall import Choice, Recall
 from kvp_edge.cache.saved_state import SavedState
 from kvp_edge.cache.session_file import file_identity
 from kvp_edge.cache.stats import Eviction, KVStats
+from kvp_edge.cache.types import KVTypes
 from kvp_edge.errors import (
     ContextLengthError,
     KVCacheError,
@@ -113,6 +115,7 @@ class Llama(BaseLlama):
         model_path: str,
         *,
         kv_budget: int | str | None = None,
+        kv_type: str = "auto",
         n_ctx: int | None = None,
         policy: str | Policy = "auto",
         granularity: str = "head",
@@ -150,8 +153,12 @@ class Llama(BaseLlama):
             if self.options.bounded:
                 self._opening = Opening(self.options, model_path, kwargs)
                 n_ctx = self._opening.cells
+                kwargs |= self._opening.engine
             else:
                 get_policy(policy)  # if there is one of this name
+                if kv_type != "auto" and not kwargs.get("vocab_only"):
+                    shape = read_model_shape(model_path)
+                    kwargs |= choose_types(self.options, kwargs, shape).engine
             self._repacks = use_extra_buffers(
                 repack,
                 model_path,
@@ -165,7 +172,8 @@ class Llama(BaseLlama):
             verbose=verbose,
             **kwargs,
         )
-        self._kv_bytes = self.reported_kv_bytes
+        self._kv_bytes = self.reported.cells
+        self._kv_type = str(KVTypes(self.context_params.type_k, self.context_params.type_v))
         if self._opening is not None:
             try:
                 self._open(self._opening)
@@ -241,9 +249,12 @@ class Llama(BaseLlama):
             if self._kv is not None:
                 when = "off" if self._kv.log is None else self.options.recall
                 when = "reply" if when == "auto" else when
-                return replace(self._kv.stats(self._kv_bytes, self.n_cells), recall=when)
+                stats = self._kv.stats(self._kv_bytes, self.n_cells)
+                return replace(stats, recall=when, kv_type=self._kv_type)
             n = int(self.n_tokens)
-            return KVStats(n, n, 0, 0, cells=self.n_cells, kv_bytes=self._kv_bytes)
+            return KVStats(
+                n, n, 0, 0, cells=self.n_cells, kv_bytes=self._kv_bytes, kv_type=self._kv_type
+            )
 
     @property
     def kv_indices(self) -> TokenIndices:

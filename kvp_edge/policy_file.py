@@ -13,7 +13,8 @@ from typing import Any, Literal, get_type_hints
 import numpy as np
 
 from kvp_edge.arrays import FloatArray
-from kvp_edge.errors import PolicyFileError
+from kvp_edge.cache.types import KVTypes
+from kvp_edge.errors import OptionError, PolicyFileError
 from kvp_edge.files import open_regular, replacing
 from kvp_edge.files.gguf_file import MAGIC, GGUFFile
 from kvp_edge.files.json_values import is_a, require, shortened
@@ -62,7 +63,8 @@ _Q8_0_BLOCK = 32
 class PolicyInfo:
     """What a policy file says of itself. ``n_layer`` counts the layers of the base KV cache;
     ``horizon`` is of gates (objective "global", kvp_edge.policies.retention); ``fingerprint`` and
-    ``model_identity`` are of the traced model (kvp_edge.binding.fingerprint), or empty."""
+    ``model_identity`` are of the traced model (kvp_edge.binding.fingerprint), or empty; ``kv_type``
+    is what suits that model's cache best if its budget is memory ("q8_0/q4_0"), or empty."""
 
     architecture: str
     n_layer: int
@@ -82,6 +84,7 @@ class PolicyInfo:
     training_data: str = ""
     license: str = ""
     scope: Scope = "head"
+    kv_type: str = ""
 
     @property
     def n_networks(self) -> int:
@@ -264,6 +267,8 @@ def _write(path: str, info: PolicyInfo, weights: PolicyWeights, outtype: OutType
     writer.add_string("kvp.base_model.fingerprint", info.fingerprint)
     if info.model_identity:
         writer.add_string("kvp.base_model.identity", info.model_identity)
+    if info.kv_type:
+        writer.add_string("kvp.kv_type", info.kv_type)
 
     arrays, shapes = weights.arrays(), _stored_shapes(info)
     for attribute, name in _TENSORS.items():
@@ -475,6 +480,7 @@ def _read_info(path: str | os.PathLike[str], values: dict[str, Any]) -> PolicyIn
         training_data=optional("kvp.training.data", ""),
         license=optional("general.license", ""),
         scope=get("kvp.scope", str) if version > 1 else "head",
+        kv_type=optional("kvp.kv_type", ""),
     )
     _check_info(info, f"the policy file '{path}'")
     return info
@@ -491,6 +497,7 @@ def info_of(values: object) -> PolicyInfo:
         values = {
             "scope": PolicyInfo.scope,
             "model_identity": PolicyInfo.model_identity,
+            "kv_type": PolicyInfo.kv_type,
             **values,
         }
     info = PolicyInfo(**{name: require(values, hints)[name] for name in hints})
@@ -523,6 +530,14 @@ def _check_info(info: PolicyInfo, whose: str) -> None:
             f"{whose} has the kvp.scope {shortened(info.scope)}, but this kvp_edge knows "
             f"{', '.join(FORMAT_VERSIONS)}: update kvp_edge"
         )
+    if info.kv_type:
+        try:
+            KVTypes.parse("kvp.kv_type", info.kv_type)
+        except OptionError as error:
+            raise PolicyFileError(
+                f"{whose} has the kvp.kv_type {shortened(info.kv_type)}, which names no types of a "
+                "cache"
+            ) from error
 
 
 def _check_weights(info: PolicyInfo, weights: PolicyWeights, whose: str) -> None:

@@ -50,6 +50,7 @@ INFO = PolicyInfo(
     model_identity="1dea",
     training_data="12 traces",
     license="mit",
+    kv_type="q8_0/q4_0",
 )
 
 
@@ -306,6 +307,9 @@ def test_another_model_s_cache_is_refused_when_scored(policy_file: Path) -> None
         ({"general__license": ["a"]}, "general.license .*, which has the wrong type"),
         ({"kvp__base_model__fingerprint": 5}, "fingerprint 5, which has the wrong type"),
         ({"kvp__base_model__identity": 5}, "identity 5, which has the wrong type"),
+        ({"kvp__kv_type": 8}, "kvp.kv_type 8, which has the wrong type"),
+        ({"kvp__kv_type": "auto"}, "kvp.kv_type 'auto', which names no types of a cache"),
+        ({"kvp__kv_type": "q8_0/q2_k"}, "kvp.kv_type 'q8_0/q2_k', which names no types"),
         ({"drop": "kvp_aggregate.weight"}, "lacks the tensor kvp_aggregate.weight"),
     ],
 )
@@ -472,6 +476,9 @@ def test_a_saved_session_can_tell_two_policies_apart(policy_file: Path, tmp_path
     write_policy(tmp_path / "other.gguf", INFO, random_weights(INFO, seed=1), "f32")
     assert Learned(policy_file).identity() == Learned(policy_file).identity()
     assert Learned(policy_file).identity() != Learned(tmp_path / "other.gguf").identity()
+    # no score depends on the cache's types that it proposes
+    write_policy(tmp_path / "same.gguf", replace(INFO, kv_type=""), random_weights(INFO), "f32")
+    assert Learned(policy_file).identity() == Learned(tmp_path / "same.gguf").identity()
 
 
 def test_inspect_explains_a_file(
@@ -487,6 +494,7 @@ def test_inspect_explains_a_file(
         "12 traces",
         "mit",
         "1dea",
+        "q8_0/q4_0",
     ):
         assert part in told
     assert "6 networks, one per KV head, of 32 + 32 hidden units" in " ".join(told.split())

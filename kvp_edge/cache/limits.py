@@ -57,6 +57,24 @@ def memory_bytes(name: str, text: str) -> int:
     return int(amount)
 
 
+def budget_bytes(memory: str) -> int:
+    """The bytes of a ``kv_budget`` that is memory.
+
+    Raises:
+        BudgetError: it is none.
+    """
+    match = _MEMORY.fullmatch(memory)
+    if not match:
+        raise BudgetError(
+            "kv_budget must be a number of tokens (an int such as 512) or memory (a text "
+            f"such as '256MiB'), not '{memory}'"
+        )
+    amount = float(match.group(1)) * _UNIT[match.group(2).lower()]
+    if amount >= 2**63:  # of bytes, inf among them
+        raise BudgetError(f"kv_budget={memory} is more memory than any machine has: lower it")
+    return int(amount)
+
+
 def parse_budget(text: str) -> int | str:
     """A command line's budget: a plain number is tokens (int), "256MiB" stays a string.
 
@@ -226,16 +244,7 @@ class CacheLimits:
 
     @staticmethod
     def _cells_in(memory: str, bytes_per_cell: int, least: int) -> int:
-        match = _MEMORY.fullmatch(memory)
-        if not match:
-            raise BudgetError(
-                "kv_budget must be a number of tokens (an int such as 512) or memory (a text "
-                f"such as '256MiB'), not '{memory}'"
-            )
-        amount = float(match.group(1)) * _UNIT[match.group(2).lower()]
-        if amount >= 2**63:  # of bytes, inf among them
-            raise BudgetError(f"kv_budget={memory} is more memory than any machine has: lower it")
-        size = int(amount)
+        size = budget_bytes(memory)
         cells = size // bytes_per_cell // CELL_UNIT * CELL_UNIT if bytes_per_cell else 0
         if cells == 0:
             beside = " beside the model's sliding window" if least > CELL_UNIT else ""

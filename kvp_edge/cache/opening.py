@@ -12,13 +12,14 @@ import llama_cpp
 
 from kvp_edge.binding.cache import NativeCache
 from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
-from kvp_edge.binding.model import read_model_shape
+from kvp_edge.binding.model import ModelShape, read_model_shape
 from kvp_edge.binding.observer import Observer
 from kvp_edge.binding.queries import QueryLog
 from kvp_edge.binding.rope import KeyFrequencies, measure_frequencies
 from kvp_edge.binding.structs import CacheLocation, CacheShape
+from kvp_edge.cache.choosing_types import ChosenTypes, choose_types, types_of_policy
 from kvp_edge.cache.kv_log import InMemory, KVLog, LogStore
-from kvp_edge.cache.limits import CacheLimits, memory_bytes
+from kvp_edge.cache.limits import CacheLimits, budget_bytes, memory_bytes
 from kvp_edge.cache.log_file import LogFile
 from kvp_edge.cache.manager import EvictionManager, SpanFinder
 from kvp_edge.cache.options import CacheOptions
@@ -29,8 +30,6 @@ from kvp_edge.cache.types import PLAIN_TYPES, ggml_type
 from kvp_edge.errors import BudgetError, PolicyFileError, UnsupportedModelError
 from kvp_edge.policies import FALLBACK, Policy, get_policy
 from kvp_edge.policy_file import check_model
-
-_F16 = llama_cpp.GGML_TYPE_F16
 
 #: Given a policy and the limits: of how many of the newest tokens queries are logged for it.
 QueryCount = Callable[[Policy, CacheLimits], int]
@@ -56,12 +55,14 @@ class Opening:
 
     Attributes:
         cells: of the cache; more beside a sliding window.
+        engine: arguments of llama_cpp.Llama that the cache's types need, in place of those given.
         limits: see ``size_context``.
 
     Raises:
         UnsupportedModelError: the model file cannot be read.
         PolicyError: there is no such policy.
         BudgetError: the numbers contradict each other.
+        OptionError: the cache cannot have the types that ``kv_type`` names.
     """
 
     limits: CacheLimits
@@ -85,15 +86,46 @@ class Opening:
         told = engine.get("kv_overrides") or {}
         trained = int(told.get(f"{shape.architecture}.context_length", shape.n_ctx_train))
         self._n_ctx = options.n_ctx or trained
-        types = (engine.get("type_k"), engine.get("type_v"))
-        self._bytes_per_cell = shape.bytes_per_cell(*(_F16 if t is None else t for t in types))
+        chosen = self._choose_types(engine, shape)
+        try:
+            self._count_cells(chosen, shape, trained)
+        except BudgetError as error:
+            if not chosen.by_itself:
+                raise
+            chosen = chosen.plain(f"then {error}")  # of the larger cells there are fewer
+            self._count_cells(chosen, shape, trained)
+        self.engine = chosen.engine
+        if chosen.instead_of:
+            warnings.warn(chosen.instead_of, stacklevel=2)
+
+    def _choose_types(self, engine: Mapping[str, Any], shape: ModelShape) -> ChosenTypes:
+        budget, asks = self._options.kv_budget, ""
+        memory = budget_bytes(budget) if isinstance(budget, str) else None
+        if memory is not None and self._options.kv_type == "auto":
+            asks = types_of_policy(self._policy.info, self._model_path, self._architecture)
+        return choose_types(
+            self._options,
+            engine,
+            shape,
+            budget_bytes=memory,
+            n_ctx=self._n_ctx,
+            of_policy=asks,
+        )
+
+    def _count_cells(self, chosen: ChosenTypes, shape: ModelShape, trained: int) -> None:
+        """
+        Raises:
+            BudgetError: the numbers contradict each other.
+        """
+        types = chosen.types
+        self._bytes_per_cell = shape.bytes_per_cell(types.keys, types.values)
         try:
             self.cells = self._plan().cells
         except BudgetError:
-            if options.granularity == "head":  # name what the file's window needs, too
+            if self._options.granularity == "head":  # name what the file's window needs, too
                 self._plan(shape.sliding_window)
             raise
-        if options.positions == "compact" and self.cells > trained:
+        if self._options.positions == "compact" and self.cells > trained:
             raise BudgetError(
                 f"positions='compact' allows at most {trained} cells (the trained length), "
                 f"not {self.cells}: lower kv_budget or reserve"

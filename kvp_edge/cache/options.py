@@ -17,7 +17,7 @@ from kvp_edge.argument_checks import check_callable, check_counts
 from kvp_edge.cache.limits import DEFAULT_SINKS, memory_bytes
 from kvp_edge.cache.recall import Recall
 from kvp_edge.cache.stats import Eviction
-from kvp_edge.cache.types import CACHE_TYPES
+from kvp_edge.cache.types import CACHE_TYPES, KVTypes
 from kvp_edge.errors import BudgetError, OptionError
 from kvp_edge.policies import FALLBACK, POLICIES, Policy
 from kvp_edge.processor.repack import REPACK
@@ -63,6 +63,16 @@ class CacheOptions:
             "tokens kept after an eviction, or the memory of the whole cache, such as 256MiB",
             means="none: llama_cpp's own cache",
             metavar="N",
+            session="settled",
+        ),
+    )
+    kv_type: str = field(
+        default="auto",
+        metadata=_about(
+            f"type of the keys and values in the cells: {', '.join(CACHE_TYPES)}; or one for keys "
+            "and one for values, like q8_0/q4_0; or auto: f16, or a smaller type if the budget is "
+            "memory, as more tokens then fit",
+            metavar="TYPE",
             session="settled",
         ),
     )
@@ -286,6 +296,8 @@ class CacheOptions:
                 f"kv_log='{self.kv_log}' is for what recall brings back, and recall='off' brings "
                 "nothing back: leave one of them out"
             )
+        if self.kv_type != "auto":
+            KVTypes.parse("kv_type", self.kv_type, also="auto, ")
         check_callable(on_evict=self.on_evict, on_recall=self.on_recall)
 
     @property

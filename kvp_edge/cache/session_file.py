@@ -29,9 +29,10 @@ from kvp_edge.binding.structs import LogLayout
 from kvp_edge.cache.block_records import StoredBlock, add_block
 from kvp_edge.cache.kv_log import Block
 from kvp_edge.cache.table import Table
+from kvp_edge.cache.types import KVTypes, type_name
 from kvp_edge.errors import SessionError
 from kvp_edge.files import records
-from kvp_edge.files.json_values import require, shortened
+from kvp_edge.files.json_values import is_a, require, shortened
 from kvp_edge.files.records import Array, Record, Writer
 
 MAGIC = b"kvpsess\n"
@@ -498,6 +499,13 @@ def require_same(name: str, saved: dict[str, Any], here: dict[str, Any]) -> None
                 f"{name} was saved with another model file (model = "
                 f"{str(saved.get(key))[:8]}..., here {str(value)[:8]}...): load that one to "
                 "continue"
+            )
+        types = [saved.get("type_k"), saved.get("type_v")]
+        if key in ("type_k", "type_v") and is_a(types, list[int]):
+            were = KVTypes(saved["type_k"], saved["type_v"])
+            raise SessionError(
+                f"{name} was saved with {key} = {type_name(saved[key])}, but here it is "
+                f"{type_name(value)}: load the model with kv_type='{were}' to resume it"
             )
         theirs = shortened(saved.get(key)).strip("'")
         raise SessionError(

@@ -21,6 +21,7 @@ class KVStats:
         evictions: evictions since the conversation was begun, or read again from its start.
         cells: cells of the cache; it never holds more tokens.
         kv_bytes: bytes of the K and V buffers, from llama.cpp's own report.
+        kv_type: types of keys and values: "f16" for both, or "q8_0/q4_0".
         eviction_ms: milliseconds spent reading keys, scoring and removing in these evictions.
         budget: tokens kept after an eviction; None when the cache is not bounded.
         policy: name of the policy; None when the cache is not bounded.
@@ -50,6 +51,7 @@ class KVStats:
     evictions: int
     cells: int
     kv_bytes: int
+    kv_type: str = "f16"
     eviction_ms: float = 0.0
     budget: int | None = None
     policy: str | None = None
@@ -66,6 +68,12 @@ class KVStats:
     recalled: int = 0
     recall_ms: float = 0.0
 
+    @property
+    def memory(self) -> str:
+        """``kv_bytes`` in words, with the types if they are not f16: "1.5 MiB q8_0"."""
+        types = "" if self.kv_type == "f16" else f" {self.kv_type}"
+        return f"{self.kv_bytes / 2**20:.1f} MiB{types}"
+
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)]
 
@@ -78,7 +86,7 @@ class KVStats:
 
     def __str__(self) -> str:
         text = f"{self.seen} tokens seen, {self.kept} kept in {self.cells} cells"
-        text += f" ({self.kv_bytes / 2**20:.1f} MiB)"
+        text += f" ({self.memory})"
         if self.policy is None:
             return text + ", cache not bounded"
         how = "through states"

@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "chat with a model; the cache stays small",
     "run": "read long texts and answer a question",
     "serve": "serve a model to OpenAI's clients, with a page to chat on",
+    "plan": "show what fits into so much memory, and the command for it",
     "demo": "compare policies on hidden facts, in one table",
     "policies": "list the policies, one line each",
     "learn": "train a policy for a model while it reads, and export it",

@@ -114,7 +114,7 @@ def _greet(llm: WatchedLlama, path: str, args: Options) -> None:
     trained = f" (trained with '{info.base_model}')" if info and info.base_model else ""
     note(
         f"{os.path.basename(path)}: conversations of up to {llm.n_ctx()} tokens, in {stats.cells} "
-        f"cells ({stats.kv_bytes / 2**20:.1f} MiB). When these are full, {stats.policy}{trained} "
+        f"cells ({stats.memory}). When these are full, {stats.policy}{trained} "
         f"keeps {stats.budget} tokens.\nType /help for the commands, Ctrl-D to leave."
     )
     if not _names_model(args):

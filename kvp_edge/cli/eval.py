@@ -164,7 +164,7 @@ def _main(args: Options) -> int:
         engine["n_threads"] = engine["n_threads_batch"] = max(
             1, (os.cpu_count() or 2) // args.workers
         )
-    the_run = run.Run(path, args.seed, args.type_k, args.type_v, engine)
+    the_run = run.Run(path, args.seed, args.type_k or "f16", args.type_v or "f16", engine)
     jobs = _jobs(args, the_run, tasks)
     file = out / "records.jsonl"
     known = {r.key(): r for r in records.read_records(file)} if file.exists() else {}

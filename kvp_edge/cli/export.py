@@ -6,12 +6,16 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+import typer
+
 from kvp_edge.binding.model import read_model_shape
+from kvp_edge.cache.types import KVTypes
 from kvp_edge.cli.options import verbose_option
 from kvp_edge.cli.parameters import argument, option
 from kvp_edge.cli.shown import say
 from kvp_edge.cli.subcommands import Command
 from kvp_edge.cli.train import open_traces, require_torch
+from kvp_edge.errors import OptionError
 from kvp_edge.llamacpp.log import listen
 from kvp_edge.policy_file import check_model
 
@@ -23,6 +27,13 @@ examples:
   kvp-edge export run        (writes kvp-<model>-w<context>-F16.gguf in run)
   kvp-edge export run --outtype q8_0 --onnx --traces traces
   kvp-edge export run --outfile kvp-{ftype}.gguf --base model.gguf"""
+
+
+def _kv_type(text: str) -> str:
+    try:
+        return str(KVTypes.parse("it", text)) if text else ""
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,13 @@ class Options:
         None, metavar="MODEL.gguf", help="the model, to check that the policy fits it"
     )
     license: str = option("", metavar="NAME", help="licence of the policy")
+    kv_type: str = option(
+        "",
+        metavar="TYPE",
+        parse=_kv_type,
+        help="cache types that suit the model, such as q8_0/q4_0: what --kv-type auto chooses when "
+        "it finds this policy",
+    )
     dry_run: bool = option(False, help="print what would be written, and exit")
     verbose: bool = verbose_option()
 
@@ -60,6 +78,7 @@ def _main(args: Options) -> int:
         "onnx": args.onnx,
         "architecture": shape.architecture if shape else "",
         "license": args.license,
+        "kv_type": args.kv_type,
     }
     planned = package.export(args.checkpoint, **options, dry_run=True)
     if shape is not None and not shape.sliding_window:  # a window's layers are not in the cache

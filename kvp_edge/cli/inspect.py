@@ -69,6 +69,7 @@ def _facts(path: str, info: PolicyInfo, weights: PolicyWeights) -> list[tuple[st
         ),
         *sensitive,
         ("trained with", f"{info.sinks} sinks and {info.recent} recent tokens protected"),
+        ("cache types", info.kv_type or "not said: --kv-type auto follows its table"),
         ("training data", info.training_data or "not said"),
         ("licence", info.license or "not said"),
         ("size", f"{numbers} weights, {os.path.getsize(path) / 1024:.0f} KiB"),

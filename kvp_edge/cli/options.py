@@ -96,18 +96,20 @@ class _ModelOptions:
     )
     gpu_layers: int = option(0, panel=_MODEL, metavar="N", help="layers on the GPU; -1: all")
     flash_attn: bool = option(False, panel=_MODEL, help="use flash attention")
-    type_k: str = option(
-        "f16",
+    type_k: str | None = option(
+        None,
         panel=_MODEL,
         metavar="TYPE",
         choices=CACHE_TYPES,
+        shown="f16",
         help=f"keys in the cache: {', '.join(CACHE_TYPES)}",
     )
-    type_v: str = option(
-        "f16",
+    type_v: str | None = option(
+        None,
         panel=_MODEL,
         metavar="TYPE",
         choices=CACHE_TYPES,
+        shown="f16",
         help="values in the cache; quantised types need --flash-attn (kvp-edge trace and learn "
         "turn it on)",
     )
@@ -131,10 +133,16 @@ def n_ctx_option(default: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheFlags:
-    """The flags that bound the cache. Each is named after a field of kvp_edge.CacheOptions."""
-
+class _BudgetFlag:
     kv_budget: str = llama_option("kv_budget", _CACHE, default=DEFAULT_BUDGET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheWays:
+    """How a cache is bounded, but for its size. Each is named after a field of
+    kvp_edge.CacheOptions."""
+
+    kv_type: str = llama_option("kv_type", _CACHE)
     policy: str = llama_option("policy", _CACHE)
     granularity: str = llama_option("granularity", _CACHE)
     positions: str = llama_option("positions", _CACHE)
@@ -149,6 +157,11 @@ class CacheFlags:
     kv_log: str | None = llama_option("kv_log", _CACHE)
     kv_log_limit: str = llama_option("kv_log_limit", _CACHE)
     kv_log_type: str = llama_option("kv_log_type", _CACHE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFlags(CacheWays, _BudgetFlag):
+    """The flags that bound the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,11 +267,12 @@ def engine_options(args: ModelOptions) -> dict[str, Any]:
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
         "n_gpu_layers": args.gpu_layers,
-        "flash_attn": args.flash_attn,
-        "type_k": ggml_type(args.type_k),
-        "type_v": ggml_type(args.type_v),
         "repack": args.repack,
         "verbose": args.verbose,
+        # what nobody asked for is left to kv_type
+        **({"flash_attn": True} if args.flash_attn else {}),
+        **({"type_k": ggml_type(args.type_k)} if args.type_k else {}),
+        **({"type_v": ggml_type(args.type_v)} if args.type_v else {}),
     }
 
 
@@ -311,7 +325,7 @@ def trained_context(path: str) -> int:
         return read_model_shape(path).n_ctx_train
 
 
-def warn_beyond_training(n_tokens: int, path: str, args: CacheFlags) -> None:
+def warn_beyond_training(n_tokens: int, path: str, args: CacheWays) -> None:
     """Say so if a text is longer than any that the model has been trained on."""
     if args.positions == "compact":
         return

@@ -134,7 +134,7 @@ class WatchedLlama(Llama):
         log = f", log {s.log_bytes / 2**20:.1f} MiB" if s.log_bytes else ""
         return (
             f"[kvp: {s.seen} tokens seen, {s.kept} kept, {s.dropped} dropped by {s.policy} "
-            f"({s.evictions} evictions), {s.kv_bytes / 2**20:.1f} MiB{log} | {self.pace}]"
+            f"({s.evictions} evictions), {s.memory}{log} | {self.pace}]"
         )
 
 
@@ -146,7 +146,8 @@ the status line on stderr after a reply:
   kept     tokens of these that are still in the cache: between the budget and
            the number of cells
   dropped  tokens of these that are not
-  MiB      memory of the cache, however long the conversation becomes
+  MiB      memory of the cache, however long the conversation becomes; q8_0 or
+           the like behind it is the type of keys and values, if not f16
   log      memory of what recall brings back: the keys and values of dropped
            tokens; up to --kv-log-limit, none with --recall off
   read     tokens of the prompt that were not read yet; recall counts as reading

@@ -258,7 +258,7 @@ def _greet(listening: socket.socket, llm: Any) -> None:
     stats = llm.kv_stats
     note(
         f"{os.path.basename(llm.model_path)}: conversations of up to {llm.n_ctx()} tokens, in "
-        f"{stats.cells} cells ({stats.kv_bytes / 2**20:.1f} MiB). {stats.policy} keeps "
+        f"{stats.cells} cells ({stats.memory}). {stats.policy} keeps "
         f"{stats.budget} tokens.\nhttp://{where}:{port} is ready: a page to chat on, and "
         f"OpenAI's protocol under http://{where}:{port}/v1. Ctrl-C ends it."
     )

@@ -36,7 +36,13 @@ class Exported:
 
 
 def policy_of(
-    agents: Agents, about: About, *, architecture: str = "", base_model: str = "", license: str = ""
+    agents: Agents,
+    about: About,
+    *,
+    architecture: str = "",
+    base_model: str = "",
+    license: str = "",
+    kv_type: str = "",
 ) -> tuple[PolicyInfo, PolicyWeights]:
     """The policy file's content for these agents: standardisation folded into the first layer.
 
@@ -68,6 +74,7 @@ def policy_of(
         training_data=f"{settings.get('n_traces', 0)} traces",
         license=license,
         scope=shape.scope,
+        kv_type=kv_type,
     )
 
     def per_layer(array: np.ndarray, *dims: int) -> np.ndarray:
@@ -120,6 +127,7 @@ def export(
     architecture: str = "",
     base_model: str = "",
     license: str = "",
+    kv_type: str = "",
     dry_run: bool = False,
 ) -> Exported:
     """Write the policy file of a checkpoint (or of the folder of a training run), and check it.
@@ -129,6 +137,8 @@ def export(
             checkpoint. ONNX lies beside it and is always f32.
         traces: what the parity check scores. None: random tokens like those of the training.
         architecture, base_model: of the model, where the traces did not say.
+        kv_type: what ``kv_type="auto"`` chooses for the model, in place of the measured table; "":
+            the table.
 
     Raises:
         TrainingError: no usable checkpoint.
@@ -136,7 +146,12 @@ def export(
     """
     agents, about = load_agents(checkpoint)
     info, weights = policy_of(
-        agents, about, architecture=architecture, base_model=base_model, license=license
+        agents,
+        about,
+        architecture=architecture,
+        base_model=base_model,
+        license=license,
+        kv_type=kv_type,
     )
     if traces is not None:
         trace = traces[0]

@@ -18,7 +18,7 @@ from llama_cpp import llama_chat_format
 
 from kvp_edge.arrays import FloatArray
 from kvp_edge.errors import KVCacheError, KVPError, SessionError, UnsupportedModelError
-from kvp_edge.llamacpp.log import listen
+from kvp_edge.llamacpp.log import Footprint, listen
 from kvp_edge.one_call import Closed
 
 #: The base class sends stdout, stderr and the level of its logger somewhere else for the process
@@ -45,13 +45,13 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
         engine: arguments of llama_cpp.Llama.
 
     Attributes:
-        reported_kv_bytes: bytes of all K and V buffers, after llama.cpp's log.
+        reported: what llama.cpp allocated, after its log.
 
     Raises:
         UnsupportedModelError: llama.cpp cannot load the model or the adapter; the message says why.
     """
 
-    reported_kv_bytes: int
+    reported: Footprint
 
     # set by the base class
     n_tokens: int
@@ -79,7 +79,7 @@ class BaseLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is untyped
                 if reason is None:
                     raise
                 raise UnsupportedModelError(f"'{model_path}' cannot be loaded: {reason}") from error
-        self.reported_kv_bytes = log.kv_bytes()
+        self.reported = log.footprint()
         if self.lora_path and not self._lora_adapter:  # the base class does not notice
             path, reason = (
                 self.lora_path,

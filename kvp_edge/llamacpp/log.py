@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp
@@ -18,6 +19,29 @@ _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 
 # src/llama-kv-cache.cpp: "size = %7.2f MiB (%6u cells, ..."; one line for each cache
 _KV_SIZE = re.compile(r"size =\s*([0-9.]+) MiB \(\s*([0-9]+) cells")
+
+# src/llama-model.cpp, src/llama-context.cpp: "%12s model buffer size = %8.2f MiB", for each device
+_BUFFER_SIZE = re.compile(r"(model|compute|output) buffer size =\s*([0-9.]+) MiB")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that llama.cpp allocates for a model and its context, on all devices together, as it
+    reports them: to a hundredth of a MiB for each buffer.
+
+    Attributes:
+        weights: of the model; a file that is mapped into memory counts.
+        cells: keys and values.
+        compute: what a batch takes while it is computed, and its logits.
+    """
+
+    weights: int
+    cells: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cells + self.compute
 
 
 class LlamaLog:
@@ -41,6 +65,15 @@ class LlamaLog:
     def kv_bytes(self) -> int:
         """Bytes of all KV caches together."""
         return round(sum(mib for mib, _ in self.kv_mib()) * 2**20)
+
+    def footprint(self) -> Footprint:
+        """What was allocated meanwhile."""
+        mib = {"model": 0.0, "compute": 0.0, "output": 0.0}
+        for _, text in self.lines:
+            if match := _BUFFER_SIZE.search(text):
+                mib[match.group(1)] += float(match.group(2))
+        compute = round((mib["compute"] + mib["output"]) * 2**20)
+        return Footprint(round(mib["model"] * 2**20), self.kv_bytes(), compute)
 
 
 class _Ears:

@@ -110,8 +110,8 @@ def test_sessions_are_checked_against_every_option_that_says_so(
     assert len(asked) > 1
     assert {name: settings[name] for name in asked} == llm.options.asked_of_sessions()
     settled = {o.name for o in OPTIONS.values() if o.session == "settled"}
-    # the limits stand for two of them
-    stands_for = {"kv_budget": "budget", "reserve": "cells"}
+    # the limits stand for two of them, the types of keys and values for another
+    stands_for = {"kv_budget": "budget", "kv_type": "type_k", "reserve": "cells"}
     assert {stands_for.get(name, name) for name in settled} <= settings.keys()
     assert not {o.name for o in OPTIONS.values() if o.session == "any"} & settings.keys()
 

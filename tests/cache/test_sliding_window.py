@@ -212,7 +212,7 @@ def test_memory_without_room_for_the_window_is_refused_and_what_is_named_works(
     random_model: Maker, load: Loader
 ) -> None:
     path = random_model(windowed(LARGE)).path
-    options: dict[str, Any] = {"n_ctx": 3000, "granularity": "head"}
+    options: dict[str, Any] = {"n_ctx": 3000, "granularity": "head", "kv_type": "f16"}
     # 2 layers of 2 heads of 64 keys and values in f16: 1 KiB a token
     with pytest.raises(BudgetError, match=r"window of 300 tokens .* need 512: give 0\.50 MiB"):
         load(path, kv_budget="256KiB", **options)
@@ -229,11 +229,11 @@ def test_memory_for_no_cell_at_all_is_told_what_the_window_needs_as_well(
 ) -> None:
     path = random_model(windowed(LARGE)).path
     with pytest.raises(BudgetError, match=r"beside .* window .512 cells. takes 0\.50 MiB"):
-        load(path, n_ctx=3000, granularity="head", kv_budget="100KiB")
+        load(path, n_ctx=3000, kv_type="f16", granularity="head", kv_budget="100KiB")
     for granularity in ("token", "auto"):  # which do without
         with pytest.raises(BudgetError, match=r"the smallest cache .256 cells. takes 0\.25 MiB"):
-            load(path, n_ctx=3000, granularity=granularity, kv_budget="100KiB")
-        load(path, n_ctx=3000, granularity=granularity, kv_budget="0.25MiB")
+            load(path, n_ctx=3000, kv_type="f16", granularity=granularity, kv_budget="100KiB")
+        load(path, n_ctx=3000, kv_type="f16", granularity=granularity, kv_budget="0.25MiB")
 
 
 def test_where_the_window_has_no_room_auto_is_token_granularity(

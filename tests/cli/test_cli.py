@@ -123,7 +123,7 @@ def test_stats_after_undo_tell_that_they_count_what_was_taken_back(kvp: Type) ->
 
 def test_a_small_budget_in_memory_says_that_reading_is_slow(kvp: Type) -> None:
     said = "reading is slow, 51 tokens at a time"
-    assert said in kvp("chat", "--kv-budget", "1MiB", "--threads", "1").err
+    assert said in kvp("chat", "--kv-budget", "1MiB", "--kv-type", "f16", "--threads", "1").err
     for budget in ("300", "4MiB"):
         assert "tokens at a time" not in kvp("chat", "--kv-budget", budget).err
 

@@ -126,11 +126,12 @@ def test_common_tokens_are_counted_at_every_budget() -> None:
 
 
 def test_what_the_training_knew_is_in_the_file(run: Path, tmp_path: Path) -> None:
-    export(run, outfile=tmp_path / "p.gguf", license="mit")
+    export(run, outfile=tmp_path / "p.gguf", license="mit", kv_type="q8_0/q4_0")
     info, _ = read_policy(tmp_path / "p.gguf")
     assert (info.architecture, info.base_model, info.fingerprint) == ("llama", "synthetic", "f00d")
     assert info.model_identity == "1dea"
     assert (info.context, info.hidden, info.license) == (5, 16, "mit")
+    assert info.kv_type == "q8_0/q4_0"
     assert Learned(tmp_path / "p.gguf").context == 2
 
 
@@ -155,6 +156,8 @@ def test_the_command_s_last_line_names_the_file(
     assert main(["export", str(run), "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("kvp-synthetic-w5-F16.gguf")
     assert main(["export", str(tmp_path / "none")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(run), "--kv-type", "q9_0"])
     assert "none' not found" in capsys.readouterr().err
     assert main(["export", str(run), "--base", bundled_model]) == 2
     assert "is for a cache of" in capsys.readouterr().err

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kvp_edge.cache.limits import memory_bytes
 from makers.command import COMMAND
 from support.command_line import STATUS
+from support.plans import assert_kept
 from support.real_models import ALL, GEMMA
 
 pytestmark = pytest.mark.real
@@ -41,6 +43,27 @@ def test_demo_compares_policies(
     assert full["dropped"] == 0
     assert rows["keydiff"]["dropped"] > 0
     assert rows["keydiff"]["kv_bytes"] < full["kv_bytes"]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--memory", "700MiB", "--recall", "off"],
+        ["--memory", "900MiB", "--length", "6000"],
+        ["--memory", "1GiB", "--n-ctx", "20000", "--kv-log", "chat.kvlog"],
+    ],
+)
+def test_a_plan_is_what_llama_cpp_allocates(
+    name: str,
+    asked: list[str],
+    real_model: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, _ = kvp_edge("plan", real_model(name), *asked, "--threads", "1", folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert_kept(out, memory_bytes("--memory", asked[1]))
 
 
 @pytest.mark.parametrize("name", ALL)

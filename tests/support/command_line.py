@@ -21,7 +21,7 @@ GREEDY = ["--temperature", "0"]
 
 STATUS = re.compile(
     r"\[kvp: (?P<seen>\d+) tokens seen, (?P<kept>\d+) kept, (?P<dropped>\d+) dropped by "
-    r"(?P<policy>[\w-]+) \((?P<evictions>\d+) evictions\), (?P<mib>[\d.]+) MiB"
+    r"(?P<policy>[\w-]+) \((?P<evictions>\d+) evictions\), (?P<mib>[\d.]+) MiB(?: \w+(?:/\w+)?)?"
     r"(, log (?P<log>[\d.]+) MiB)? \| "
     r"read (?P<read>\d+) at [\d.-]+ t/s, wrote (?P<wrote>\d+) at [\d.-]+ t/s\]"
 )

@@ -111,7 +111,8 @@ export class CachePanel {
 
   #drawAmounts({ stats, tokens_per_second: speed }) {
     byId("cells-used").textContent = `${count(stats.kept)} of ${count(stats.cells)} cells`;
-    byId("cells-size").textContent = mib(stats.kv_bytes);
+    byId("cells-size").textContent = mib(stats.kv_bytes)
+      + (stats.kv_type === "f16" ? "" : ` ${stats.kv_type}`);
     byId("cells").max = Math.max(1, stats.cells);
     byId("cells").value = stats.kept;
     const numbers = {

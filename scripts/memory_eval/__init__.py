@@ -1,0 +1,1 @@
+"""What scripts/eval_memory.py is made of."""

@@ -1,0 +1,57 @@
+"""The measurements as kvp_edge ships them: kvp_edge/data/kv_types.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from json_lines import Record
+from memory_eval.records import SETTING
+from memory_eval.table import of_each_length
+
+#: Only caches with the defaults of everything but types are shipped.
+_DEFAULTS = {"recent": 4, "sinks": 4, "log_type": "cache"}
+
+
+def write(path: Path, records: Sequence[Record], command: str, date: str) -> None:
+    """Put the measurements into the file, of all models that it has. What it chooses stays: a
+    person reads the tables and decides."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    rows = _rows(records)
+    models = {row["model"] for row in rows}
+    table["rows"] = [*(row for row in table["rows"] if row["model"] not in models), *rows]
+    table["commands"] = list(dict.fromkeys([*table["commands"], command]))
+    table["date"] = date
+    text = json.dumps(table, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _rows(records: Sequence[Record]) -> Sequence[dict[str, Any]]:
+    rows = []
+    for model, _, found in of_each_length(records):
+        for task in found.tasks:
+            for row in found.rows:
+                setting = dict(zip((n for n in SETTING if n != "share"), row, strict=True))
+                if any(setting[name] != value for name, value in _DEFAULTS.items()):
+                    continue
+                for share in found.shares:
+                    increase = found.increase(row, task, share)
+                    if increase is None or increase.n < 2:
+                        continue
+                    rows.append(
+                        {
+                            "model": model,
+                            "task": task,
+                            "tokens": found.tokens(task),
+                            "share": 1 / share,
+                            "recall": setting["recall"],
+                            "types": setting["types"],
+                            "items": increase.n,
+                            "loss_increase": round(increase.value, 4),
+                            "low": round(increase.low, 4),
+                            "high": round(increase.high, 4),
+                        }
+                    )
+    return rows
