@@ -33,6 +33,6 @@ class H2O(Policy):
     def score(self, view: CacheView) -> FloatArray:
         score = np.zeros(view.shape, np.float32)
         known = view.previous.shape[2]
-        score[:, :, :known] = view.previous
+        score[:, :, :known] = np.where(np.isfinite(view.previous), view.previous, 0)
         new = view.queries(view.shape[2] - known)
         return score + view.attention(new) if len(new) else score
