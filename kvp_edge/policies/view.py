@@ -57,6 +57,15 @@ class CacheView(ABC):
             PolicyError: none are logged here, or not for this policy (``Policy.n_queries``).
         """
 
+    def noted(self, score_shape: tuple[int, ...] = ()) -> FloatArray:
+        """f32 [n_layer, n_head_kv, n, *score_shape]: ``previous``, and 0 of tokens of which nothing
+        is known."""
+        found = np.zeros((*self.shape, *score_shape), np.float32)
+        known = self.previous.shape[2]
+        if known:
+            found[:, :, :known] = np.where(np.isfinite(self.previous), self.previous, 0)
+        return found
+
     @property
     @abstractmethod
     def frequencies(self) -> KeyFrequencies:
