@@ -86,10 +86,10 @@ class LazyEviction(Policy):
 
     def worth(self, scores: FloatArray, ages: IntArray) -> FloatArray:
         longest = scores[..., _LONGEST]
-        since = np.maximum(ages.astype(np.float32) - 1 - scores[..., _LAST], 0)
+        since: FloatArray = np.maximum(ages.astype(np.float32) - 1 - scores[..., _LAST], 0)
         comes = longest > 0
-        pause = np.where(comes, longest, np.float32(1))
-        h1, h2 = _twice_sigmoid(since / pause), _twice_sigmoid(1 / pause)
+        pause: FloatArray = np.where(comes, longest, np.float32(1))
+        h1, h2 = _twice_sigmoid(since / pause), _twice_sigmoid(np.float32(1) / pause)
         both = h1 * h2 if self.combine == "product" else h1 + h2
         return np.where(comes, both, 0).astype(np.float32)
 

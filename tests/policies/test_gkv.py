@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import kvp_edge
-from conftest import random_tokens
 from kvp_edge.binding.queries import Queries
 from kvp_edge.errors import PolicyError
 from kvp_edge.policies import GKV, ArrayView, CacheView
@@ -292,9 +291,9 @@ def test_in_a_chat_of_the_bundled_model_every_head_keeps_what_the_reference_rank
     llm.eval(llm.tokenize(text.encode())[:450])
     reference, before, held_before = Reference(policy), None, None
     assert len(kept) == len(policy.seen) >= 2
-    for (held, keys, queries, got), stay in zip(policy.seen, kept, strict=True):
+    for (indices, keys, queries, got), stay in zip(policy.seen, kept, strict=True):
         shape = keys.shape[:3]
-        held = np.broadcast_to(held, shape)
+        held = np.broadcast_to(indices, shape)
         remembered = np.zeros((*shape[:2], 0))
         if before is not None:
             rows = [

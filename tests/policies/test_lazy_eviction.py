@@ -269,15 +269,15 @@ def test_in_a_chat_of_the_bundled_model_every_head_notes_what_the_reference_coun
     llm.eval(llm.tokenize(text.encode())[:450])
     assert len(kept) == len(policy.seen) >= 2
     reference, since = Reference(threshold), 0
-    for (held, keys, queries, got), stay in zip(policy.seen, kept, strict=True):
+    for (indices, keys, queries, got), stay in zip(policy.seen, kept, strict=True):
         shape = keys.shape[:3]
+        held = np.broadcast_to(indices, shape)
         assert queries.indices[0] == since  # every query once
         reference.see(queries, keys, held, since)
         since = int(queries.indices[-1]) + 1
         want = reference.numbers(held, shape)
         near = np.isclose(got, want)
         assert near.mean() > 0.999  # an attention of just the threshold may fall to either side
-        held = np.broadcast_to(held, shape)
         if granularity == "head":
             worth = policy.worth(got, since - held)
             best = np.where(held < 4, 9, np.where(held >= since - 20, 8, worth))
