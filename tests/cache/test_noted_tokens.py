@@ -133,3 +133,18 @@ def test_a_policy_that_takes_over_begins_without_notes(
             llm.recall()
             llm.eval(random_tokens(200, seed=20 + turn)[1:])
     assert np.isfinite(llm.kv.snapshot().scores).all()
+
+
+def test_the_scores_of_the_policy_before_are_not_those_of_the_one_that_takes_over(
+    random_model: Maker, load: Loader
+) -> None:
+    kept = []
+    for first in (H2O(), KeyDiff()):
+        llm = load(random_model(LLAMA).path, **BOUND, policy=first, granularity="head")
+        assert llm.kv is not None
+        llm.eval(random_tokens(256))
+        llm.kv.score()  # of all that is held; nothing is read before the next eviction
+        llm.kv.replace_policy(KeyDiff())
+        llm.evict()
+        kept.append(llm.kv_indices)
+    np.testing.assert_array_equal(*kept)
