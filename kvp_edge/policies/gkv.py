@@ -47,7 +47,8 @@ class GKV(Policy):
       the softmax. R-KV also pools over neighbours, which is off in G-KV by default.
     - Where no key is alike, R-KV's code spares token 0; here none. G-KV's faster kernel spares the
       last alike key only once per head; here it is R-KV's own matrix.
-    - Cosines are of keys as cached, RoPE included, in both.
+    - Cosines are of keys as cached, RoPE included, in both. All pairs of a head's tokens are
+      compared at every eviction, so its time grows with the square of what is held.
 
     Args:
         window: queries.
