@@ -288,6 +288,8 @@ def _copied_log(
         return Logged()
     end = session_file.require_log(name, log, layout_numbers(kv.log.layout), table)
     blocks = saved.blocks(kv.log.layout, end, table.seen)
+    if any(block.scores.shape[3:] != table.scores.shape[3:] for block in blocks):
+        raise SessionError(f"{name} is inconsistent: its KV log has scores of another policy")
     return kv.log.copied(blocks, saved.fill, end, pinned=protected)
 
 

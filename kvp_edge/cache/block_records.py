@@ -61,8 +61,9 @@ class StoredBlock:
         first, n, rope_first = _numbers(self._reader.header)
         found = [(a.name, a.dtype.name, a.shape) for a in self._reader.arrays]
         k = sum(found[1][2][:1]) if len(found) == 3 else 0
+        score_shape = found[0][2][3:] if found else ()  # the policy's (kvp_edge.sessions)
         wanted: list[tuple[str, str, tuple[int, ...]]] = [
-            ("scores", "float32", (layout.n_layer, layout.n_head_kv, n)),
+            ("scores", "float32", (layout.n_layer, layout.n_head_kv, n, *score_shape)),
             ("spans", "int32", (k, 3)),
             ("rows", "uint8", (n * layout.bytes_per_token,)),
         ]

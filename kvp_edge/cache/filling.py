@@ -10,7 +10,7 @@ from kvp_edge.arrays import FloatArray, IntArray, LlamaPositions, TokenIndices
 from kvp_edge.binding.cache import RopeShift
 from kvp_edge.binding.rope import KeyFrequencies
 from kvp_edge.cache.kv_log import KVLog
-from kvp_edge.cache.table import Table
+from kvp_edge.cache.table import Table, scores_of
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,12 @@ def _scores(
     n_scored = t.scores.shape[2]
     shape = (*t.scores.shape[:2], tokens.shape[-1])
     rows, tokens = np.broadcast_to(rows, shape), np.broadcast_to(tokens, shape)
-    scores = np.take_along_axis(log.scores(t.seen), tokens, axis=2)
+    scores = scores_of(log.scores(t.seen, t.scores.shape[3:]), tokens)
     if n_scored:
-        held = np.take_along_axis(t.scores, np.clip(rows, 0, n_scored - 1), axis=2)
-        scores = np.where((rows >= 0) & (rows < n_scored), held, scores)
-    unknown = np.flatnonzero((scores[:, :, n_packed:] == -np.inf).all(axis=(0, 1)))
+        resident = (rows >= 0) & (rows < n_scored)
+        scores[resident] = scores_of(t.scores, np.clip(rows, 0, n_scored - 1))[resident]
+    tail = scores[:, :, n_packed:]
+    unknown = np.flatnonzero((tail == -np.inf).all(axis=(0, 1, *range(3, tail.ndim))))
     n = n_packed + (int(unknown[0]) if len(unknown) else shape[2] - n_packed)
     return np.ascontiguousarray(scores[:, :, :n], np.float32)
 

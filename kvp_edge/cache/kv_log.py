@@ -29,7 +29,8 @@ class Block:
         n: tokens.
         rope_first: RoPE position that the first token's keys carry; the others' follow one by one.
         rows: uint8 [n * bytes_per_token], as kvp_log_block says; it may be a memory map.
-        scores: f32 [n_layer, n_head_kv, n], the policy's when they were logged.
+        scores: f32 [n_layer, n_head_kv, n, *Policy.score_shape], the policy's when they were
+            logged.
         spans: int32 [k, 3], those that stay or go together and begin in it (Table.spans); the last
             one may end after it.
     """
@@ -177,12 +178,14 @@ class KVLog:
             held[block.first : block.end] = True
         return held
 
-    def scores(self, end: int) -> FloatArray:
-        """f32 [n_layer, n_head_kv, end]: the policy's of the first tokens; minus infinity where
-        they are not known."""
-        shape = self.layout.n_layer, self.layout.n_head_kv, end
+    def scores(self, end: int, score_shape: tuple[int, ...] = ()) -> FloatArray:
+        """f32 [n_layer, n_head_kv, end, *score_shape]: the policy's of the first tokens; minus
+        infinity where they are not known, and where another policy gave them another shape."""
+        shape = self.layout.n_layer, self.layout.n_head_kv, end, *score_shape
         found = np.full(shape, -np.inf, np.float32)
         for block in self.blocks:
+            if block.scores.shape[3:] != score_shape:
+                continue
             part = block.scores[:, :, : max(0, end - block.first)]
             found[:, :, block.first : block.first + part.shape[2]] = part
         return found

@@ -25,7 +25,7 @@ from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.recall import Choice, Recall, RecallSettings
 from kvp_edge.cache.selection import clipped, no_longer_held, spans, units
 from kvp_edge.cache.stats import Eviction, KVStats
-from kvp_edge.cache.table import Granularity, Table
+from kvp_edge.cache.table import Granularity, Table, scores_of
 from kvp_edge.cache.turns import choose_rows, choose_tokens, settled_before
 from kvp_edge.cache.view import LiveView
 from kvp_edge.errors import BudgetError, KVCacheError, PolicyError, UnsupportedModelError
@@ -115,7 +115,9 @@ class EvictionManager:
 
     def empty_table(self) -> Table:
         shape = self.cache.shape
-        return Table.empty(shape.n_layer, shape.n_head_kv, self.granularity)
+        return Table.empty(
+            shape.n_layer, shape.n_head_kv, self.granularity, self.policy.score_shape
+        )
 
     # -- what is held ------------------------------------------------------------------------
 
@@ -281,7 +283,7 @@ class EvictionManager:
     def replace_policy(self, policy: Policy) -> None:
         """Let another policy decide from now on, which fits this model (opening.check_policy). One
         that needs queries finds those that were logged: enough of them if the cache was opened
-        with a policy that needs as many.
+        with a policy that needs as many. One of scope "history" knows nothing of what is held.
 
         Raises:
             PolicyError: it needs queries, and none are logged.
@@ -291,7 +293,14 @@ class EvictionManager:
                 f"policy '{policy.name}' needs queries, and none are logged: load the model "
                 "with a policy that needs queries, too"
             )
-        self.policy = policy
+        t, before, self.policy = self._table, self.policy, policy
+        if policy.identity() == before.identity():
+            return
+        if policy.scope != "token":  # it scores all that is held
+            self._table = replace(t, scores=self.empty_table().scores)
+        elif before.score_shape:  # it scores what is read from now on
+            ages = t.seen - t.indices()[..., : t.scores.shape[2]]
+            self._table = replace(t, scores=before.worth(t.scores, ages).astype(np.float32))
 
     def replace_limits(self, limits: CacheLimits) -> None:
         """Let these limits hold from now on, which llama.cpp's cells and batch allow."""
@@ -636,7 +645,8 @@ class EvictionManager:
         tokens = np.arange(tail, dtype=np.int32)
         groups = t.packed_indices.shape[:-1]
         ages = np.arange(length, 0, -1, dtype=np.int32)
-        worth = self.policy.worth(log.scores(length), ages)[..., :tail]
+        scores = log.scores(length, self.policy.score_shape)
+        worth = self.policy.worth(scores, ages)[..., :tail]
         if self.granularity == "token":
             worth = np.where(np.isfinite(worth), worth, 0).mean(axis=(0, 1), keepdims=True)
         available = np.broadcast_to(log.holds(tail), (*groups, tail))
@@ -858,7 +868,7 @@ class EvictionManager:
                 packed_rope_positions=rope_positions[..., :n_packed],
                 packed_llama_positions=llama_positions[:n_packed],
                 wanted=np.take_along_axis(t.wanted_rows(), keep, axis=-1)[..., :n_packed],
-                scores=self._final(np.take_along_axis(t.scores, keep, axis=-1), n_packed, n_keep),
+                scores=self._final(scores_of(t.scores, keep), n_packed, n_keep),
             )
 
     def _with_recalled(self, t: Table, worth: FloatArray, protected: BoolArray) -> FloatArray:
@@ -894,6 +904,8 @@ class EvictionManager:
         """
         t = self._table
         t = t.with_spans(self._find_spans(t.unsure_from, t.seen))
+        if t.scores.shape[3:] != self.policy.score_shape:  # of the policy when it was stored
+            t = replace(t, scores=self.empty_table().scores)
         first = t.scores.shape[2]
         if first == t.kept:
             return t
@@ -906,11 +918,12 @@ class EvictionManager:
         indices = tokens if start < t.n_packed and self.granularity == "head" else tokens[0, 0]
         previous = t.scores if self.policy.scope == "history" else t.scores[:, :, :0]
         view = LiveView(self.cache, present, indices, previous, self.query_log)
-        new = self.policy.score(view)
-        if new.shape != view.shape:
+        new, wanted = self.policy.score(view), (*view.shape, *self.policy.score_shape)
+        if new.shape != wanted:
+            axes = ["n_layer", "n_head_kv", "n_tokens", *map(str, self.policy.score_shape)]
             raise PolicyError(
                 f"policy '{self.policy.name}' returned scores of shape {new.shape}, not "
-                f"[n_layer, n_head_kv, n_tokens] = {view.shape}"
+                f"[{', '.join(axes)}] = {wanted}"
             )
         new = new[:, :, first - start :].astype(np.float32)
         return replace(t, scores=np.concatenate((t.scores[:, :, :first], new), axis=2))

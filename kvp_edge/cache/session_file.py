@@ -20,7 +20,7 @@ import os
 import struct
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -61,14 +61,14 @@ _RESCUED = {"rescue": str, "model": str, "protected_prefix": int, "extra": Any}
 _COUNTS = {"protected_prefix", "evictions", "evictions_as_state", "eviction_ms", *_LATER}
 _MOST = 2**31 - 1
 
-#: Arrays of a conversation: type and number of dimensions.
+#: Arrays of a conversation: type and number of dimensions; None: as many as the policy gives them.
 _ARRAYS = {
     "tokens": ("int32", 1),
     "packed_indices": ("int32", 3),
     "packed_rope_positions": ("int32", 3),
     "packed_llama_positions": ("int32", 1),
     "wanted": ("float32", 3),
-    "scores": ("float32", 3),
+    "scores": ("float32", None),
     "spans": ("int32", 2),
     "state": ("uint8", 1),
 }
@@ -426,7 +426,7 @@ def _require(
     header: dict[str, Any],
     fields: dict[str, Any],
     arrays: dict[str, Array],
-    kinds: dict[str, tuple[str, int]],
+    kinds: Mapping[str, tuple[str, int | None]],
 ) -> None:
     try:
         require(header, fields)
@@ -435,9 +435,11 @@ def _require(
                 raise ValueError(f"'{count}' cannot be {shortened(header[count])}")
         if arrays.keys() != kinds.keys():
             raise ValueError(f"it has the arrays {shortened(sorted(arrays))}")
-        for array, kind in kinds.items():
-            if (arrays[array].dtype.name, arrays[array].ndim) != kind:
-                raise ValueError(f"its {array} must be {kind[0]} of {kind[1]} dimensions")
+        for array, (dtype, ndim) in kinds.items():
+            found = arrays[array]
+            if found.dtype.name != dtype or ndim not in (None, found.ndim):
+                dimensions = "" if ndim is None else f" of {ndim} dimensions"
+                raise ValueError(f"its {array} must be {dtype}{dimensions}")
     except ValueError as error:
         raise SessionError(f"{name} is inconsistent: {error}") from error
 

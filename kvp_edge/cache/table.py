@@ -44,7 +44,7 @@ class Table:
             ascending. At head granularity merely a row's name: attention never looks at it.
         wanted: f32 [*groups, n_packed], how much questions have wanted the rows that they recalled
             (kvp_edge.cache.recall), fading; 0 for all others.
-        scores: f32 [n_layer, n_head_kv, n] of the first n rows, n <= kept.
+        scores: f32 [n_layer, n_head_kv, n, *Policy.score_shape] of the first n rows, n <= kept.
         spans: int32 [k, 3], (start, end, kind) of tokens that stay or go together (whole_spans);
             ascending, disjoint. Before the tail, only of what is held, and the newest that begins a
             turn.
@@ -63,10 +63,16 @@ class Table:
     marked: int
 
     @classmethod
-    def empty(cls, n_layer: int, n_head_kv: int, granularity: Granularity) -> Table:
+    def empty(
+        cls,
+        n_layer: int,
+        n_head_kv: int,
+        granularity: Granularity,
+        score_shape: tuple[int, ...] = (),
+    ) -> Table:
         groups = (n_layer, n_head_kv) if granularity == "head" else (1, 1)
         none, unwanted = np.empty((*groups, 0), np.int32), np.empty((*groups, 0), np.float32)
-        scores = np.empty((n_layer, n_head_kv, 0), np.float32)
+        scores = np.empty((n_layer, n_head_kv, 0, *score_shape), np.float32)
         no_spans = np.empty((0, 3), np.int32)
         return cls(0, 0, 0, none, none, np.empty(0, np.int32), unwanted, scores, no_spans, 0)
 
@@ -113,8 +119,9 @@ class Table:
             == self.wanted.shape
             == (*empty.packed_indices.shape[:2], n_packed)
             and self.packed_llama_positions.shape == (n_packed,)
-            and self.scores.ndim == 3
+            and self.scores.ndim == empty.scores.ndim
             and self.scores.shape[:2] == empty.scores.shape[:2]
+            and self.scores.shape[3:] == empty.scores.shape[3:]
             and self.scores.shape[2] <= self.kept
             and self.spans.ndim == 2
             and self.spans.shape[1] == 3
@@ -217,6 +224,21 @@ class Table:
         stays = several_held(self.indices(), spans) | (spans[:, 1] > self.tail)
         stays[np.flatnonzero((spans[:, 2] == TURN) & (spans[:, 1] <= self.tail))[-1:]] = True
         return replace(self, spans=spans[stays], marked=self.seen)
+
+
+def scores_of(scores: FloatArray, rows: IntArray) -> FloatArray:
+    """The scores of some rows.
+
+    Args:
+        scores: f32 [n_layer, n_head_kv, n, *score_shape].
+        rows: int [n_layer, n_head_kv, m].
+
+    Returns:
+        f32 [n_layer, n_head_kv, m, *score_shape].
+    """
+    of_rows = rows.reshape(*rows.shape, *(1 for _ in scores.shape[3:]))
+    found: FloatArray = np.take_along_axis(scores, of_rows, axis=2)
+    return found
 
 
 def _ascend(numbers: IntArray) -> bool:

@@ -13,10 +13,12 @@ import os
 from kvp_edge.errors import PolicyError
 from kvp_edge.policies.base import Policy
 from kvp_edge.policies.expected_attention import ExpectedAttention
+from kvp_edge.policies.gkv import GKV
 from kvp_edge.policies.h2o import H2O
 from kvp_edge.policies.keydiff import KeyDiff
 from kvp_edge.policies.knorm import KNorm
 from kvp_edge.policies.lagkv import LagKV
+from kvp_edge.policies.lazy_eviction import LazyEviction
 from kvp_edge.policies.learned import Learned
 from kvp_edge.policies.onnx import Onnx
 from kvp_edge.policies.policy_of_model import own_policy
@@ -33,7 +35,8 @@ HEURISTICS: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, KNorm, Recen
 #: All that can be asked for by name, in the order in which they are presented.
 POLICIES: dict[str, type[Policy]] = {
     **HEURISTICS,
-    **{p.name: p for p in (LagKV, ValueRange, SnapKV, TOVA, H2O, ExpectedAttention)},
+    **{p.name: p for p in (LagKV, ValueRange, SnapKV, TOVA, H2O, GKV, LazyEviction)},
+    ExpectedAttention.name: ExpectedAttention,
 }
 
 
@@ -73,6 +76,7 @@ def get_policy(
 
 __all__ = [
     "FALLBACK",
+    "GKV",
     "H2O",
     "HEURISTICS",
     "POLICIES",
@@ -83,6 +87,7 @@ __all__ = [
     "KNorm",
     "KeyDiff",
     "LagKV",
+    "LazyEviction",
     "Learned",
     "Onnx",
     "Policy",

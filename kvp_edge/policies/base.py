@@ -35,6 +35,11 @@ class Policy(ABC):
     #: "history": so it does, and on what they scored before (``CacheView.previous``).
     scope: ClassVar[Literal["token", "cache", "history"]] = "token"
 
+    #: The shape of what ``score`` gives each token: (), one number; (2,), two numbers, and so on.
+    #: Several numbers are what a policy of scope "history" keeps of a token from one eviction to
+    #: the next. They follow it wherever it goes, and ``worth`` ranks tokens by them.
+    score_shape: ClassVar[tuple[int, ...]] = ()
+
     #: Whether RoPE's frequencies are measured for ``CacheView.frequencies``. A model in which they
     #: cannot be is then refused at load.
     needs_frequencies: ClassVar[bool] = False
@@ -72,16 +77,18 @@ class Policy(ABC):
         """Score tokens.
 
         Returns:
-            f32 [n_layer, n_head_kv, n], of all tokens in the view; larger = keep.
+            f32 [n_layer, n_head_kv, n, *score_shape], of all tokens in the view; larger = keep,
+            unless ``worth`` says otherwise.
         """
 
     def worth(self, scores: FloatArray, ages: IntArray) -> FloatArray:
         """What tokens are worth at an eviction: the scores themselves, unless a policy's scores say
-        how fast a token's worth decays.
+        how fast a token's worth decays, or have several numbers for a token.
 
         Args:
-            scores: f32 [n_layer, n_head_kv, n], as ``score`` gave them.
-            ages: int32, broadcast to that: tokens read since, the token itself included.
+            scores: f32 [n_layer, n_head_kv, n, *score_shape], as ``score`` gave them.
+            ages: int32, broadcast to [n_layer, n_head_kv, n]: tokens read since, the token itself
+                included.
 
         Returns:
             f32 [n_layer, n_head_kv, n]; larger = keep.

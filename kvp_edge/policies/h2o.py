@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvp_edge.arrays import FloatArray
 from kvp_edge.policies.base import EVERY_QUERY, Policy
 from kvp_edge.policies.view import CacheView
@@ -31,8 +29,6 @@ class H2O(Policy):
     n_queries = EVERY_QUERY
 
     def score(self, view: CacheView) -> FloatArray:
-        score = np.zeros(view.shape, np.float32)
-        known = view.previous.shape[2]
-        score[:, :, :known] = view.previous
-        new = view.queries(view.shape[2] - known)
+        score = view.noted()
+        new = view.queries(view.shape[2] - view.previous.shape[2])
         return score + view.attention(new) if len(new) else score

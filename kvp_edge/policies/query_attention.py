@@ -39,6 +39,21 @@ def attention(queries: Queries, keys: FloatArray, indices: TokenIndices) -> Iter
         yield softmax(logits, seen)
 
 
+def largest_attention(
+    queries: Queries, keys: FloatArray, indices: TokenIndices
+) -> Iterator[tuple[int, TokenIndices, FloatArray]]:
+    """What ``attention`` gives, the largest of a KV head's query heads, some queries at a time.
+
+    Yields:
+        A layer; the indices of some queries, int32 [m], in every layer the oldest first; f32
+        [n_head_kv, m, n].
+    """
+    for start in range(0, len(queries), _CHUNK):
+        some = queries[start : start + _CHUNK]
+        for layer, paid in enumerate(attention(some, keys, indices)):
+            yield layer, some.indices, paid.max(axis=1)
+
+
 def total_attention(queries: Queries, keys: FloatArray, indices: TokenIndices) -> FloatArray:
     """f32 [n_layer, n_head_kv, n]: attention summed over queries, averaged over a KV head's query
     heads."""

@@ -22,9 +22,11 @@ class CacheView(ABC):
         indices: int32 [n], the tokens' indices in the conversation, ascending. At head granularity,
             where every head holds its own tokens, [n_layer, n_head_kv, n] for policies of another
             scope than "token".
-        previous: f32 [n_layer, n_head_kv, m], what a policy of scope "history" has scored the first
-            m of the tokens when tokens were last dropped; the others came in since. m is 0 for
-            other policies.
+        previous: f32 [n_layer, n_head_kv, m, *Policy.score_shape], what a policy of scope "history"
+            has scored the first m of the tokens when tokens were last dropped; the others came in
+            since. Of a row that came back from the KV log, what it had scored when it was logged,
+            before any head dropped it; minus infinity where another policy was in charge then. m is
+            0 for other policies.
     """
 
     indices: TokenIndices
@@ -54,6 +56,15 @@ class CacheView(ABC):
         Raises:
             PolicyError: none are logged here, or not for this policy (``Policy.n_queries``).
         """
+
+    def noted(self, score_shape: tuple[int, ...] = ()) -> FloatArray:
+        """f32 [n_layer, n_head_kv, n, *score_shape]: ``previous``, and 0 of tokens of which nothing
+        is known."""
+        found = np.zeros((*self.shape, *score_shape), np.float32)
+        known = self.previous.shape[2]
+        if known:
+            found[:, :, :known] = np.where(np.isfinite(self.previous), self.previous, 0)
+        return found
 
     @property
     @abstractmethod

@@ -105,12 +105,38 @@ def ragged_counts(scores: FloatArray, protected: BoolArray, budget: int) -> Bool
     Scores are compared across heads as they are. Arguments and result are those of
     ``equal_counts``; on average over heads as many tokens stay.
     """
-    n_layer, n_head_kv, n = scores.shape
-    n_keep = n_layer * n_head_kv * min(n, max(budget, int(protected.sum())))
+    return _best(scores, np.broadcast_to(protected, scores.shape), budget, protected)
+
+
+def layer_counts(
+    scores: FloatArray, protected: BoolArray, budget: int, floor: float = 0.2
+) -> BoolArray:
+    """The same layer by layer: the best ``budget`` * n_head_kv tokens of a layer's heads, but of
+    every head at least its own best ``floor`` (Ada-KV, arXiv:2407.11550).
+
+    The paper adds a floor and a share of each head's part in the layer, and rounds; here as in
+    kvpress a head's floor is kept first and the rest competes, so that the numbers are exact.
+    Arguments and result are those of ``equal_counts``; on average over a layer's heads as many
+    tokens stay.
+
+    Args:
+        floor: share of the unprotected budget. 1: equal counts.
+    """
+    n_protected = int(protected.sum())
+    room = min(scores.shape[2], max(budget, n_protected)) - n_protected
+    first = equal_counts(scores, protected, n_protected + int(floor * room))
+    layers = zip(scores, first, strict=True)
+    return np.stack([_best(layer, own, budget, protected) for layer, own in layers])
+
+
+def _best(scores: FloatArray, first: BoolArray, budget: int, protected: BoolArray) -> BoolArray:
+    """What is ``first``, and of the rest the best, of all heads together: as many as ``budget`` of
+    each on average, or as are protected. bool [..., n]"""
+    n = scores.shape[-1]
+    n_keep = scores.size // n * min(n, max(budget, int(protected.sum())))
     score = np.where(np.isfinite(scores), scores, -np.inf).ravel()
     newest = np.broadcast_to(np.arange(n), scores.shape).ravel()
-    last = ~np.broadcast_to(protected, scores.shape).ravel()
-    best = np.lexsort((-newest, -score, last))[:n_keep]  # the last key decides first
+    best = np.lexsort((-newest, -score, ~first.ravel()))[:n_keep]  # the last key decides first
     keep = np.zeros(scores.size, np.bool_)
     keep[best] = True
     return keep.reshape(scores.shape)

@@ -127,6 +127,8 @@ def test_parameters_are_the_identity() -> None:
         "snapkv(window=32, kernel=5)",
         "tova",
         "h2o",
+        "gkv(window=16, decay=0.8, balance=0.5, alike=0.5, memory='max')",
+        "lazy-eviction(threshold=0.0001, combine='product')",
         "expected-attention(future=512, sinks=4)",
     }
     assert SnapKV(window=8).identity() == "snapkv(window=8, kernel=5)"

@@ -16,7 +16,7 @@ from kvp_edge import Llama
 from kvp_edge.cache.recall import RecallSettings
 from makers.gguf_models import ModelShape
 from support.closeness import difference
-from support.noise import CacheNoise, Noise
+from support.noise import CacheNoise, Noise, NotedNoise
 from support.watch import Watch
 
 Maker = Callable[[ModelShape], RandomModel]
@@ -83,7 +83,7 @@ def any_history(
         "recent": draw(st.integers(1, 20)),
         "sinks": draw(st.integers(0, 6)),
         "reserve": draw(st.integers(100, 200)),
-        "policy": draw(st.sampled_from([Noise, CacheNoise]))(),
+        "policy": draw(st.sampled_from([Noise, CacheNoise, NotedNoise]))(),
         "logits_all": True,
         "recall": "reply" if recall else "off",
         "verbose": False,

@@ -20,7 +20,12 @@ torch = needs("torch", "train")
 from conftest import RandomModel, random_tokens  # noqa: E402
 from kvp_edge.measuring import MeasuringLlama  # noqa: E402
 from kvp_edge.policies import ArrayView  # noqa: E402
-from kvp_edge.training.simulator import equal_counts, ragged_counts, simulated_loss  # noqa: E402
+from kvp_edge.training.simulator import (  # noqa: E402
+    equal_counts,
+    layer_counts,
+    ragged_counts,
+    simulated_loss,
+)
 from kvp_edge.training.twin import Twin  # noqa: E402
 from makers.gguf_models import ModelShape  # noqa: E402
 from support.noise import Noise  # noqa: E402
@@ -68,7 +73,7 @@ def test_with_equal_counts_the_loss_is_that_of_a_real_eviction(
 
 
 @pytest.mark.parametrize("budget", [2, 10, BORDER])
-@pytest.mark.parametrize("counts", [equal_counts, ragged_counts])
+@pytest.mark.parametrize("counts", [equal_counts, layer_counts, ragged_counts])
 def test_the_loss_is_the_references_when_heads_do_not_see_what_they_dropped(
     random_model: Maker, counts: Any, budget: int
 ) -> None:
@@ -175,3 +180,51 @@ def test_with_one_head_both_are_the_same() -> None:
     for budget in (0, 7, BORDER):
         both = (f(scores, protected_of(2, 3), budget) for f in (equal_counts, ragged_counts))
         np.testing.assert_array_equal(*both)
+
+
+def ada_kv(scores: Any, protected: Any, budget: int, floor: float) -> Any:
+    """Ada-KV, token after token: bool [layer, head, n]."""
+    n_layer, n_head_kv, n = scores.shape
+    room = max(0, min(n, budget) - int(protected.sum()))
+    keep = np.broadcast_to(protected, scores.shape).copy()
+
+    def rank(layer: int, head: int, token: int) -> tuple[float, int]:
+        score = float(scores[layer, head, token])
+        return (score if np.isfinite(score) else -np.inf), token
+
+    for layer in range(n_layer):
+        free = [(h, t) for h in range(n_head_kv) for t in range(n) if not protected[t]]
+        for head in range(n_head_kv):
+            own = sorted((t for h, t in free if h == head), key=lambda t: rank(layer, head, t))
+            for token in own[len(own) - min(len(own), int(floor * room)) :]:
+                keep[layer, head, token] = True
+        left = n_head_kv * room - int(keep[layer][:, ~protected].sum())
+        rest = [(h, t) for h, t in free if not keep[layer, h, t]]
+        # of equal scores the newer token, and of one token the first head
+        rest.sort(key=lambda at: (*rank(layer, *at), -at[0]), reverse=True)
+        for head, token in rest[:left]:
+            keep[layer, head, token] = True
+    return keep
+
+
+@given(
+    SCORES,
+    st.integers(0, 4),
+    st.integers(0, 9),
+    st.integers(0, BORDER + 2),
+    st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+)
+def test_layer_counts_are_ada_kvs(
+    scores: Any, sinks: int, recent: int, budget: int, floor: float
+) -> None:
+    protected = protected_of(sinks, recent)
+    got = layer_counts(scores, protected, budget, floor)
+    np.testing.assert_array_equal(got, ada_kv(scores, protected, budget, floor))
+    each = min(BORDER, max(budget, sinks + recent))
+    assert (got.sum(axis=(1, 2)) == 2 * each).all()
+    if floor == 1:
+        np.testing.assert_array_equal(got, equal_counts(scores, protected, budget))
+    if floor == 0:
+        for layer in range(2):
+            alone = ragged_counts(scores[layer : layer + 1], protected, budget)
+            np.testing.assert_array_equal(got[layer], alone[0])
