@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             if name not in ("cache", *CACHE_TYPES):
                 raise ValueError(f"no type '{name}': there are cache, {', '.join(CACHE_TYPES)}")
         args.settings = list(_settings(args))
-        args.recalls = {False: None, True: RecallSettings(), **_recalls(args.recalls)}
+        args.recalls = _recalls(args.recalls)
         if args.length // 2 // max(args.shares) < _SMALLEST:  # the context is half of it at least
             raise ValueError(
                 f"1/{max(args.shares)} of half of {args.length} tokens is less than {_SMALLEST}: "
@@ -140,14 +140,17 @@ def _settings(args: argparse.Namespace) -> Iterator[Setting]:
 REFERENCE = Setting(Types(F16, F16), share=1, recent=4, sinks=4, log_type="cache", one_shot=False)
 
 
-def _recalls(text: str) -> dict[str, RecallSettings | None]:
-    """What "after=4;after=8,floor=0.25" describes, by its own text.
+def _recalls(text: str) -> dict[bool | str, RecallSettings | None]:
+    """No recall, recall, and what "after=4;after=8,floor=0.25" describes, by its own text.
 
     Raises:
         ValueError: no such setting, or no such value.
     """
-    texts = [part.strip() for part in text.split(";") if part.strip()]
-    return {way.name: way.settings for t in texts for way in parse_ways(f"{t}:{t}")}
+    found: dict[bool | str, RecallSettings | None] = {False: None, True: RecallSettings()}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        for way in parse_ways(f"{part}:{part}"):
+            found[way.name] = way.settings
+    return found
 
 
 @dataclass(frozen=True)

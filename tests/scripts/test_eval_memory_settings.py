@@ -108,8 +108,9 @@ def test_an_unknown_setting_of_recall_is_refused(
 @pytest.fixture(scope="module")
 def subject() -> Iterator[Subject]:
     types = Types("f16", "f16")
-    made: dict[str, Any] = {"policy": "keydiff", "kv_log_type": "cache", "n_threads": 1}
-    with closing(Subject(bundled_model(), types, 500, **made)) as subject:
+    made: dict[str, Any] = {"policy": "keydiff", "kv_log_type": "cache"}
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    with closing(Subject(bundled_model(), types, 500, **made, **threads)) as subject:
         yield subject
 
 
