@@ -20,10 +20,11 @@ from kvp_edge.argument_checks import check_engine
 from kvp_edge.arrays import TokenIndices
 from kvp_edge.binding.model import read_model_shape, require_model_file
 from kvp_edge.cache.choosing_types import choose_types
-from kvp_edge.cache.limits import DEFAULT_SINKS, CacheLimits
+from kvp_edge.cache.limits import CacheLimits
 from kvp_edge.cache.manager import EvictionManager
 from kvp_edge.cache.opening import Opening, queries_needed
 from kvp_edge.cache.options import CacheOptions
+from kvp_edge.cache.protection import DEFAULT_SINKS
 from kvp_edge.cache.recall import Choice, Recall
 from kvp_edge.cache.saved_state import SavedState
 from kvp_edge.cache.session_file import file_identity

@@ -4,6 +4,7 @@
     python scripts/eval_memory.py --model model.gguf --out memory.jsonl --data DIR
     python scripts/eval_memory.py --out memory.jsonl --types q8_0 --recents 4,8,16
     python scripts/eval_memory.py --out memory.jsonl --types f16 --log-types cache,q8_0,q4_0
+    python scripts/eval_memory.py --out memory.jsonl --types f16 --recalls "after=4;floor=0.25"
     python scripts/eval_memory.py --out memory.jsonl --table
     python scripts/eval_memory.py --out memory.jsonl --plot memory.png
     python scripts/eval_memory.py --out memory.jsonl --ship kvp_edge/data/kv_types.json
@@ -15,8 +16,10 @@ text, without recall and with it.
 
 Measured is a loss, and no answers are written: of questions that of the first tokens of the
 reply of the full f16 cache, where it is right, of texts that of the 128 tokens that follow; less
-what the full f16 cache loses on the same. With share 1 all tokens stay, whatever that takes: what a
-type costs by itself.
+what the full f16 cache loses on the same. With --one-shot each text is read once into cells for all
+of it, and cut 32 tokens before its end, which ask: then all keys and values are those of the full
+cache, only the choice of tokens counts, and many settings share one reading. With share 1 all
+tokens stay, whatever that takes: what a type costs by itself.
 """
 
 from __future__ import annotations
@@ -27,12 +30,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import json_lines
 import kvp_edge  # noqa: F401  # says what is missing, before anything else is imported
 from kvp_edge.bundled import bundled_model
+from kvp_edge.cache.recall import RecallSettings
 from kvp_edge.cache.types import CACHE_TYPES, F16, KVTypes
 from kvp_edge.errors import KVPError, OptionError
 from kvp_edge.evaluation.estimate import duration
@@ -46,6 +50,7 @@ from memory_eval.settings import Setting
 from memory_eval.shipped import write
 from memory_eval.subject import Subject
 from memory_eval.table import render
+from recall_eval.ways import parse_ways
 
 TYPES = "f16,q8_0/f16,q4_0/f16,q8_0,q8_0/q4_0,q4_0"
 TASKS = ("look-ups", "dialogues", "books")
@@ -80,6 +85,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shares", type=numbers, default=[1, 4, 8, 16], help="1/N of the full f16 cache's bytes")
     add("--recents", type=numbers, default=[4], help="recent window: 1/N of the budget (4)")
     add("--sinks", type=numbers, default=[4], help="first tokens that are protected (4)")
+    add("--recalls", default="", help='also recall with other settings, "after=4;floor=0.25"')
+    add("--one-shot", action="store_true", help="read each text into cells for all of it, then cut")
     add("--log-types", type=names, default=["cache"], help="types of the log (cache)")
     add("--policy", default="auto", help="as of kvp_edge.Llama (auto)")
     add("--length", type=int, default=2000, help="tokens of a conversation or text (2000)")
@@ -104,6 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             if name not in ("cache", *CACHE_TYPES):
                 raise ValueError(f"no type '{name}': there are cache, {', '.join(CACHE_TYPES)}")
         args.settings = list(_settings(args))
+        args.recalls = _recalls(args.recalls)
         if args.length // 2 // max(args.shares) < _SMALLEST:  # the context is half of it at least
             raise ValueError(
                 f"1/{max(args.shares)} of half of {args.length} tokens is less than {_SMALLEST}: "
@@ -120,16 +128,29 @@ def _settings(args: argparse.Namespace) -> Iterator[Setting]:
     for name in args.types:
         types = KVTypes.parse("--types", name)
         for share in args.shares:
-            whole = Setting(types, 1, REFERENCE.recent, REFERENCE.sinks, REFERENCE.log_type)
+            whole = replace(REFERENCE, types=types)
             if share == 1:
                 if not whole.is_reference:
                     yield whole
                 continue
             for rest in itertools.product(args.recents, args.sinks, args.log_types):
-                yield Setting(types, share, *rest)
+                yield Setting(types, share, *rest, args.one_shot)
 
 
-REFERENCE = Setting(F16, share=1, recent=4, sinks=4, log_type="cache")
+REFERENCE = Setting(F16, share=1, recent=4, sinks=4, log_type="cache", one_shot=False)
+
+
+def _recalls(text: str) -> dict[bool | str, RecallSettings | None]:
+    """No recall, recall, and what "after=4;after=8,floor=0.25" describes, by its own text.
+
+    Raises:
+        ValueError: no such setting, or no such value.
+    """
+    found: dict[bool | str, RecallSettings | None] = {False: None, True: RecallSettings()}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        for way in parse_ways(f"{part}:{part}"):
+            found[way.name] = way.settings
+    return found
 
 
 @dataclass(frozen=True)
@@ -185,7 +206,7 @@ class Evaluation:
 
     # -- what is to be done ------------------------------------------------------------------
 
-    def _key(self, item: Item, number: int, setting: Setting, recall: bool) -> records.Record:
+    def _key(self, item: Item, number: int, setting: Setting, recall: bool | str) -> records.Record:
         return {
             "model": self.model,
             "seed": self.args.seed,
@@ -198,7 +219,7 @@ class Evaluation:
         }
 
     def _record(
-        self, item: Item, number: int, setting: Setting, recall: bool
+        self, item: Item, number: int, setting: Setting, recall: bool | str
     ) -> records.Record | None:
         return self.done.get(records.key(self._key(item, number, setting, recall)))
 
@@ -217,9 +238,9 @@ class Evaluation:
                 asked.append(Asked(number, question.tokens, full["reply"]))
         return asked
 
-    def _missing(self, item: Item, setting: Setting) -> list[tuple[Asked, bool]]:
-        """What is asked, and whether with recall."""
-        ways = (False,) if setting.share == 1 else (False, True)
+    def _missing(self, item: Item, setting: Setting) -> list[tuple[Asked, bool | str]]:
+        """What is asked, and whether with recall, and how."""
+        ways = (False,) if setting.share == 1 else self.args.recalls
         return [
             (one, recall)
             for one in self._asked(item)
@@ -258,7 +279,7 @@ class Evaluation:
         subject = self._subject(setting)
         subject.begin(item.context, setting, full * len(item.context) // setting.share)
         for one, recall in missing:
-            loss = subject.loss(one.question, one.reply, recall)
+            loss = subject.loss(one.question, one.reply, self.args.recalls[recall])
             self._write(subject, item, one.number, setting, recall, {"loss": loss})
 
     def _measure_reference(self, item: Item) -> None:
@@ -276,7 +297,7 @@ class Evaluation:
                 subject.read(asked)
                 whole = subject.reply(question.most)
                 reply, score = whole[:REPLY], question.score(subject.text(whole))
-            loss = subject.loss(asked, reply, recall=False) if score == 1 else None
+            loss = subject.loss(asked, reply, recall=None) if score == 1 else None
             outcome = {"loss": loss, "score": score, "reply": reply}
             self._write(subject, item, number, REFERENCE, False, outcome)
 
@@ -286,7 +307,7 @@ class Evaluation:
         item: Item,
         number: int,
         setting: Setting,
-        recall: bool,
+        recall: bool | str,
         outcome: dict[str, object],
     ) -> None:
         record = {

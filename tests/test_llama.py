@@ -373,6 +373,26 @@ def test_a_reserve_of_one_cell_works_token_by_token(random_model: Maker, load: L
     check_stats(llm)
 
 
+@pytest.mark.parametrize("recall", ["reply", "off"])
+@pytest.mark.parametrize("kv_budget", [6, 8, 16])
+def test_a_budget_of_a_few_tokens_works_by_itself(
+    random_model: Maker, load: Loader, kv_budget: int, recall: str
+) -> None:
+    asked = {"kv_budget": kv_budget, "granularity": "head", "recall": recall}
+    llm = load(random_model(LLAMA).path, n_ctx=2000, **asked)
+    prompt = random_tokens(900)
+    llm.eval(prompt)
+    llm.evict()
+    held = llm.kv_indices
+    assert held.shape[-1] == kv_budget
+    assert (held[..., :4] == np.arange(4)).all(), "the sinks"
+    assert (held[..., -1] == 899).all()
+    written = llm.generate([*prompt, *random_tokens(9, seed=1)], temp=0.0)
+    assert len(list(itertools.islice(written, 300))) == 300, "over another eviction"
+    assert (llm.kv_stats.recalled > 0) == (recall == "reply")
+    check_stats(llm)
+
+
 def test_a_whole_book_through_512_cells(bundled_model: str, load: Loader, book: str) -> None:
     events: list[kvp_edge.Eviction] = []
     llm = load(bundled_model, n_ctx=10**6, kv_budget=256, on_evict=events.append, policy="keydiff")

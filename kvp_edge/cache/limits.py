@@ -7,12 +7,12 @@ import operator
 import re
 from dataclasses import dataclass, replace
 
+from kvp_edge.cache.protection import DEFAULT_SINKS, default_recent
 from kvp_edge.errors import BudgetError
 
 #: llama.cpp rounds n_ctx up to this (llama_context's constructor in src/llama-context.cpp).
 CELL_UNIT = 256
 
-DEFAULT_SINKS = 4
 MIN_DEFAULT_RESERVE = 256
 DEFAULT_BATCH = 512
 #: Beside a sliding window a batch is not made smaller than this to save cells or memory: a batch of
@@ -212,7 +212,7 @@ class CacheLimits:
         never_full = cells >= n_ctx
 
         if recent is None:
-            recent = max(1, min(256, budget // 4))
+            recent = default_recent(budget)
         if budget <= sinks + recent:
             raise BudgetError(
                 f"kv_budget={budget} must be larger than sinks + recent = {sinks} + {recent} "

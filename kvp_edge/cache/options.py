@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from kvp_edge.argument_checks import check_callable, check_counts
-from kvp_edge.cache.limits import DEFAULT_SINKS, memory_bytes
+from kvp_edge.cache.limits import memory_bytes
+from kvp_edge.cache.protection import DEFAULT_SINKS
 from kvp_edge.cache.recall import Recall
 from kvp_edge.cache.stats import Eviction
 from kvp_edge.cache.types import CACHE_TYPES, KVTypes

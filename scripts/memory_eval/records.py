@@ -1,5 +1,7 @@
 """One line of JSON for every measurement; what identifies it, and what is known of it.
 
+``recall`` is False, True, or the settings that were changed, like "after=4,floor=0.25".
+
 Beside the fields of ``KEY``: ``loss`` in nats per token, ``policy`` (weights of policy files
 included), ``context``, ``cells`` and ``budget`` in tokens, ``bytes`` of these cells, ``log_bytes``.
 Of the full cache of f16 also ``score`` (whether the reply is right) and ``reply``, the tokens that
@@ -14,7 +16,7 @@ import json_lines
 from json_lines import Record
 
 #: These fields say how a cache was made.
-SETTING = ("types", "share", "recent", "sinks", "log_type", "recall")
+SETTING = ("types", "share", "recent", "sinks", "log_type", "one_shot", "recall")
 
 #: These fields identify a measurement.
 KEY = ("model", "seed", "length", "facts", "task", "item", "question", *SETTING)
@@ -49,6 +51,7 @@ def read(path: Path) -> list[Record]:
 
 
 def _check(record: Record) -> None:
+    record.setdefault("one_shot", False)
     key(record)
     for name in (*_OTHERS, *(("score", "reply") if is_reference(record) else ())):
         record[name]

@@ -18,6 +18,7 @@ class Setting:
         recent: 1/recent of the budget is its recent window, at most 256 tokens.
         sinks: first tokens that are protected.
         log_type: of its log, see kvp_edge.CacheOptions.
+        one_shot: the text is read into cells for all of it, and cut to the budget at its end.
     """
 
     types: KVTypes
@@ -25,12 +26,13 @@ class Setting:
     recent: int
     sinks: int
     log_type: str
+    one_shot: bool
 
     @property
     def is_reference(self) -> bool:
         return self.share == 1 and self.types == F16
 
-    def record(self, recall: bool) -> dict[str, object]:
+    def record(self, recall: bool | str) -> dict[str, object]:
         """Its fields of a record."""
         return {
             "types": str(self.types),
@@ -38,6 +40,7 @@ class Setting:
             "recent": self.recent,
             "sinks": self.sinks,
             "log_type": self.log_type,
+            "one_shot": self.one_shot,
             "recall": recall,
         }
 

@@ -12,7 +12,7 @@ from memory_eval.records import SETTING
 from memory_eval.table import of_each_length
 
 #: Only caches with the defaults of everything but types are shipped.
-_DEFAULTS = {"recent": 4, "sinks": 4, "log_type": "cache"}
+_DEFAULTS = {"recent": 4, "sinks": 4, "log_type": "cache", "one_shot": False}
 
 
 def write(path: Path, records: Sequence[Record], command: str, date: str) -> None:
@@ -34,7 +34,8 @@ def _rows(records: Sequence[Record]) -> Sequence[dict[str, Any]]:
         for task in found.tasks:
             for row in found.rows:
                 setting = dict(zip((n for n in SETTING if n != "share"), row, strict=True))
-                if any(setting[name] != value for name, value in _DEFAULTS.items()):
+                changed = any(setting[name] != value for name, value in _DEFAULTS.items())
+                if changed or not isinstance(setting["recall"], bool):
                     continue
                 for share in found.shares:
                     increase = found.increase(row, task, share)

@@ -7,7 +7,7 @@ draws items, of which each is the mean of its questions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 
 from json_lines import Record
@@ -21,8 +21,8 @@ _ABOUT = (
     "Loss beyond the full f16 cache's, in nats per token, of a text that was read through a cache "
     "of 1/N of the bytes that all its tokens take in f16. Of questions: the loss of the beginning "
     "of the full cache's own reply, where that is right. Of texts: the loss of the 128 tokens "
-    "after them. Share 1 holds all tokens, in whatever type. Intervals: a paired bootstrap of "
-    "items, 95 %."
+    "after them. One-shot: read into cells for all of it, then cut. Share 1 holds all tokens, in "
+    "whatever type. Intervals: a paired bootstrap of items, 95 %."
 )
 
 
@@ -70,18 +70,23 @@ class Increases:
                 ],
             )
             yield ""
-            others = [s for s in self.shares if s > 1]
-            base = [row for row in self.rows if row[0] == F16]
-            if not others or not base:
-                continue
-            yield from markdown.table(
-                ["more than f16", "recall", *(_name(s) for s in others)],
-                [
-                    [*_title(row), *(self._against(row, task, share) for share in others)]
-                    for row in self.rows
-                    if row[0] != F16 and any((row, task, s) in self._cells for s in others)
-                ],
-            )
+            for title, base in (("more than f16", _as_f16), ("more than by default", _by_default)):
+                yield from self._compared(title, base, task)
+
+    def _compared(self, title: str, base: Callable[[Row], Row], task: str) -> Iterator[str]:
+        """By how much more rows lose than others; nothing where there are none of these.
+
+        Args:
+            base: which row one is compared with.
+        """
+        shares = [share for share in self.shares if share > 1]
+        rows = []
+        for row in self.rows:
+            cells = [self._against(row, base(row), task, share) for share in shares]
+            if row != base(row) and any(cells):
+                rows.append([*_title(row), *cells])
+        if rows:
+            yield from markdown.table([title, "recall", *map(_name, shares)], rows)
             yield ""
 
     def _about(self, task: str) -> str:
@@ -116,9 +121,8 @@ class Increases:
         found = self.increase(row, task, share)
         return "" if found is None else markdown.signed_nats(found)
 
-    def _against(self, row: Row, task: str, share: int) -> str:
-        """By how much more it loses than f16 with the same other settings."""
-        base = (F16, *row[1:])
+    def _against(self, row: Row, base: Row, task: str, share: int) -> str:
+        """By how much more it loses than another row, on what both were measured on."""
         own, other = (
             {asked(r): r for r in self._cells.get((one, task, share), ())} for one in (row, base)
         )
@@ -134,8 +138,19 @@ def _row(record: Record) -> Row:
     return tuple(record[name] for name in SETTING if name != "share")
 
 
+def _as_f16(row: Row) -> Row:
+    """The row of f16 with the same other settings."""
+    return (F16, *row[1:])
+
+
+def _by_default(row: Row) -> Row:
+    """The row of the same types with the defaults of all other settings."""
+    types, _, _, _, one_shot, recall = row
+    return (types, 4, 4, "cache", one_shot, bool(recall))
+
+
 def _title(row: Row) -> list[str]:
-    types, recent, sinks, log_type, recall = row
+    types, recent, sinks, log_type, one_shot, recall = row
     told = [str(types)]
     if recent != 4:
         told.append(f"recent 1/{recent}")
@@ -143,7 +158,9 @@ def _title(row: Row) -> list[str]:
         told.append(f"{sinks} sinks")
     if log_type != "cache":
         told.append(f"log {log_type}")
-    return [", ".join(told), "on" if recall else "off"]
+    if one_shot:
+        told.append("one-shot")
+    return [", ".join(told), recall if isinstance(recall, str) else "on" if recall else "off"]
 
 
 def _name(share: int) -> str:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvp_edge.cache.limits import CELL_UNIT, CacheLimits, parse_budget
+from kvp_edge.cache.protection import default_recent
 from kvp_edge.errors import BudgetError
 
 
@@ -73,6 +74,35 @@ def test_budget_must_exceed_what_is_protected() -> None:
     with pytest.raises(BudgetError, match="larger than sinks \\+ recent = 4 \\+ 60 = 64"):
         plan(kv_budget=64, recent=60)
     assert plan(kv_budget=65, recent=60).budget == 65
+
+
+@given(st.integers(6, 10**6))
+def test_from_six_tokens_on_a_budget_protects_less_than_all_of_it_by_itself(budget: int) -> None:
+    limits = plan(kv_budget=budget, n_ctx=10**7)
+    assert (limits.budget, limits.sinks) == (budget, 4)
+    assert 1 <= limits.recent <= 256
+    assert limits.sinks + limits.recent < budget
+
+
+def test_the_default_recent_window_is_a_quarter_of_the_budget_and_at_most_256() -> None:
+    budgets = (1, 3, 4, 7, 8, 62, 1023, 1024, 1027, 1028, 10**6)
+    recent = (1, 1, 1, 1, 2, 15, 255, 256, 256, 256, 256)
+    assert tuple(map(default_recent, budgets)) == recent
+
+
+def test_a_budget_of_five_tokens_leaves_nothing_beside_the_sinks_and_the_newest() -> None:
+    with pytest.raises(
+        BudgetError, match="larger than sinks \\+ recent = 4 \\+ 1 = 5.* to 6 or more"
+    ):
+        plan(kv_budget=5)
+    assert plan(kv_budget=6).recent == 1
+    assert plan(kv_budget=5, sinks=3).recent == 1
+    assert plan(kv_budget=2, sinks=0).recent == 1
+
+
+def test_what_a_user_asks_to_protect_wins() -> None:
+    limits = plan(kv_budget=512, sinks=9, recent=300)
+    assert (limits.sinks, limits.recent) == (9, 300)
 
 
 def test_a_batch_that_an_eviction_cannot_make_room_for_is_refused() -> None:
