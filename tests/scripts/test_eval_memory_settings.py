@@ -13,8 +13,9 @@ import pytest
 
 from kvp_edge.bundled import bundled_model
 from kvp_edge.cache.recall import RecallSettings
+from kvp_edge.cache.types import F16
 from memory_eval.records import key, read
-from memory_eval.settings import Setting, Types, limits_in
+from memory_eval.settings import Setting, limits_in
 from memory_eval.subject import ASKING, Subject
 from scripts.eval_memory import main
 
@@ -107,7 +108,7 @@ def test_an_unknown_setting_of_recall_is_refused(
 
 @pytest.fixture(scope="module")
 def subject() -> Iterator[Subject]:
-    types = Types("f16", "f16")
+    types = F16
     made: dict[str, Any] = {"policy": "keydiff", "kv_log_type": "cache"}
     threads = {"n_threads": 1, "n_threads_batch": 1}
     with closing(Subject(bundled_model(), types, 500, **made, **threads)) as subject:
@@ -120,7 +121,7 @@ def text(subject: Subject, n: int = 400) -> list[int]:
 
 def test_a_cut_text_holds_its_sinks_its_newest_and_what_was_read_since(subject: Subject) -> None:
     context = text(subject)
-    setting = Setting(Types("f16", "f16"), 4, recent=8, sinks=9, log_type="cache", one_shot=True)
+    setting = Setting(F16, 4, recent=8, sinks=9, log_type="cache", one_shot=True)
     subject.begin(context, setting, 100 * subject.bytes_per_cell)
     budget, _ = limits_in(100)
     held, cut = subject.kv_indices, len(context) - ASKING
@@ -133,7 +134,7 @@ def test_a_text_is_read_once_and_another_setting_finds_it_as_if_it_were_read_aga
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, reply = text(subject), text(subject, 20)
-    types = Types("f16", "f16")
+    types = F16
     first = Setting(types, 4, recent=2, sinks=1, log_type="cache", one_shot=True)
     then = Setting(types, 8, recent=16, sinks=4, log_type="cache", one_shot=True)
     n_bytes = 60 * subject.bytes_per_cell
