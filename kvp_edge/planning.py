@@ -30,7 +30,7 @@ from kvp_edge.policies import Policy, get_policy
 from kvp_edge.processor.repack import use_extra_buffers
 
 #: Compared in a plan, if the model can have them; types that the table chooses are, too.
-COMPARED = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+COMPARED = ("f16", "q8_0/f16", "q4_0/f16", "q8_0", "q8_0/q4_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 #: llama_cpp's default.
 _N_UBATCH = 512
@@ -176,8 +176,11 @@ class Planner:
 
     def types(self) -> list[KVTypes]:
         """Those to compare, the largest first."""
-        some = [*COMPARED, *(one.types for one in shipped_table().choice), self._of_policy]
-        every = {KVTypes.parse("types", one) for one in some if one}
+        table = shipped_table()
+        choices = [one.types for one in (*table.choice, *table.choice_on_device)]
+        every = {
+            KVTypes.parse("types", one) for one in (*COMPARED, *choices, self._of_policy) if one
+        }
         every |= {self.named} if self.named is not None else set()
         return sorted(every, key=lambda t: (-self._bytes_per_head(t), str(t)))
 

@@ -36,6 +36,8 @@ in the table:
   log   memory of the log by then; none if nothing is dropped, if --kv-log names
         a file, or with --recall off
   all   the sum, with the weights
+  reads how fast a long text is read from a full cache, next to an f16 one of as
+        many bytes, both on the CPU: the mean of what was measured
   loss  how much more the model errs than with a full f16 cache, in nats per
         token, with recall and with it off: the mean of what was measured at
         the nearest share of a full cache
@@ -89,7 +91,7 @@ def _main(args: Options) -> int:
         fits = [one for one in found if isinstance(one, Fit)]
         chosen = planner.chosen(fits)
         say(_told_weights(path, planner))
-        for line in _lines(planner, found, chosen):
+        for line in _lines(planner, found, chosen, args):
             say(line)
     lacks_named = chosen is None and planner.named is not None
     if lacks_named:
@@ -117,22 +119,24 @@ def _told_weights(path: str, planner: Planner) -> str:
     return f"{os.path.basename(path)}: {source} {weights} of weights; {rest}."
 
 
-def _lines(planner: Planner, found: Sequence[Fit | Missing], chosen: Fit | None) -> Iterator[str]:
+def _lines(
+    planner: Planner, found: Sequence[Fit | Missing], chosen: Fit | None, args: Options
+) -> Iterator[str]:
     head = [
         *(("types", 11), ("cells", 8), ("kept", 8), (f"of {planner.length}", 9)),
         *(("MiB: cells", 12), ("compute", 9), ("log", 9), ("all", 9)),
-        *(("loss: recall", 14), ("off", 14)),
+        *(("reads", 7), ("loss: recall", 14), ("off", 14)),
     ]
-    yield from table(head, [_row(one, planner, one is chosen) for one in found])
+    yield from table(head, [_row(one, planner, one is chosen, args) for one in found])
     for one in found:
         if isinstance(one, Missing) and one.why:
             yield f"{one.types} is not possible: {one.why}"
 
 
-def _row(one: Fit | Missing, planner: Planner, chosen: bool) -> list[str]:
+def _row(one: Fit | Missing, planner: Planner, chosen: bool, args: Options) -> list[str]:
     if isinstance(one, Missing):
         needs = f"needs {_mib(one.needs)}" if one.needs else "-"
-        return [str(one.types), *["-"] * 6, needs, "-", "-"]
+        return [str(one.types), *["-"] * 6, needs, "-", "-", "-"]
     kept, f = one.kept(planner.length), one.footprint
     share = one.share(planner.full)
     return [
@@ -144,6 +148,7 @@ def _row(one: Fit | Missing, planner: Planner, chosen: bool) -> list[str]:
         _mib(f.compute),
         _mib(one.log) if one.log else "-",
         _mib(one.total),
+        _reads(str(one.types), args),
         _loss(str(one.types), share, recall=True),
         _loss(str(one.types), share, recall=False),
     ]
@@ -151,6 +156,11 @@ def _row(one: Fit | Missing, planner: Planner, chosen: bool) -> list[str]:
 
 def _mark(planner: Planner) -> str:
     return " (auto)" if planner.named is None else " (asked)"
+
+
+def _reads(types: str, args: Options) -> str:
+    speed = None if args.gpu_layers else shipped_table().speed(types)
+    return "-" if speed is None else f"x {speed[0]:.2f}"
 
 
 def _loss(types: str, share: float, *, recall: bool) -> str:
