@@ -16,6 +16,7 @@ from kvp_edge.cache.choosing_types import (
     choose_types,
     full_bytes,
     obstacle,
+    on_device,
     types_of_policy,
 )
 from kvp_edge.cache.limits import CELL_UNIT, CacheLimits, memory_bytes, round_up
@@ -176,11 +177,9 @@ class Planner:
 
     def types(self) -> list[KVTypes]:
         """Those to compare, the largest first."""
-        table = shipped_table()
-        choices = [one.types for one in (*table.choice, *table.choice_on_device)]
-        every = {
-            KVTypes.parse("types", one) for one in (*COMPARED, *choices, self._of_policy) if one
-        }
+        choices = shipped_table().choices(on_device=on_device(self._engine))
+        some = [*COMPARED, *(one.types for one in choices), self._of_policy]
+        every = {KVTypes.parse("types", one) for one in some if one}
         every |= {self.named} if self.named is not None else set()
         return sorted(every, key=lambda t: (-self._bytes_per_head(t), str(t)))
 

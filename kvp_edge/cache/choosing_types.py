@@ -115,7 +115,7 @@ def choose_types(
     else:
         full = full_bytes(shape, n_ctx)
         share = budget_bytes / full if full else 1.0
-        types = shipped_table().types_for(share, on_device=_on_device(engine))
+        types = shipped_table().types_for(share, on_device=on_device(engine))
     if types == F16:
         return ChosenTypes(F16, {})
     chosen = ChosenTypes(types, _engine_for(types), by_itself=True)
@@ -128,7 +128,8 @@ def full_bytes(shape: ModelShape, n_ctx: int) -> int:
     return round_up(n_ctx) * shape.bytes_per_cell(F16.keys, F16.values)
 
 
-def _on_device(engine: Mapping[str, Any]) -> bool:
+def on_device(engine: Mapping[str, Any]) -> bool:
+    """Whether the cache, or some of it, will be on a device: arguments of llama_cpp.Llama."""
     return bool(engine.get("n_gpu_layers", 0)) and bool(llama_cpp.llama_supports_gpu_offload())
 
 
@@ -189,7 +190,7 @@ def _drawback(
             "granularity='auto' may become token granularity, where positions='compact' needs keys "
             "that are not quantised"
         )
-    device = _on_device(engine)
+    device = on_device(engine)
     unlike = types.keys != types.values or shape.head_size_k < shape.head_size_v
     if device and types.quantised_values and unlike:
         # ggml_metal_device_supports_op in ggml-metal-device.m; it would be computed on the CPU

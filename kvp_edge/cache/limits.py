@@ -33,6 +33,24 @@ def _mib(n_bytes: int) -> str:
     return f"{math.ceil(n_bytes * 100 / 2**20) / 100:.2f}"
 
 
+def _least_budget(sinks: int, recent: int | None) -> int:
+    """The smallest budget that leaves something to evict."""
+    if recent is not None:
+        return sinks + recent + 1
+    budget = sinks + 2
+    while budget <= sinks + default_recent(budget):
+        budget = sinks + default_recent(budget) + 1
+    return budget
+
+
+def _least_cells(budget: int, reserve: int | None, n_batch: int | None) -> int:
+    """The fewest cells of a memory that have room for a budget."""
+    if reserve is not None:
+        return round_up(budget + reserve)
+    # a fifth of them, rounded down, is the reserve: see ``CacheLimits.plan``
+    return round_up(max((budget - 1) * 5 // 4 + 1, budget + (n_batch or 0)))
+
+
 def _require_whole(name: str, number: int) -> None:
     try:
         operator.index(number)
@@ -53,7 +71,7 @@ def memory_bytes(name: str, text: str) -> int:
         raise BudgetError(f"{name} is memory, a text like '256MiB', not '{text}'")
     amount = float(match.group(1)) * _UNIT[match.group(2).lower()]
     if amount >= 2**63:  # inf among them
-        raise BudgetError(f"{name} is more memory than any machine has")
+        raise BudgetError(f"{name}={text} is more memory than any machine has: lower it")
     return int(amount)
 
 
@@ -186,6 +204,7 @@ class CacheLimits:
         if n_batch is not None and n_batch < 1:
             raise BudgetError(f"n_batch must be at least 1 token, not {n_batch}")
 
+        asked_reserve = reserve
         in_sight = max(0, window - 1)  # tokens read that the next one sees through the window
         if isinstance(kv_budget, str):
             least = round_up(max(1, in_sight + (n_batch or MIN_WINDOW_BATCH) if window else 1))
@@ -211,14 +230,22 @@ class CacheLimits:
         cells = min(cells, round_up(n_ctx))
         never_full = cells >= n_ctx
 
-        if recent is None:
-            recent = default_recent(budget)
-        if budget <= sinks + recent:
+        settled = default_recent(budget) if recent is None else recent
+        if budget <= sinks + settled:
+            protected = f"sinks + recent = {sinks} + {settled} = {sinks + settled}"
+            least = _least_budget(sinks, recent)
+            if isinstance(kv_budget, str):
+                needed = _least_cells(least, asked_reserve, n_batch) * bytes_per_cell
+                raise BudgetError(
+                    f"kv_budget={kv_budget} keeps {budget} tokens beside a reserve of {reserve}: "
+                    f"it must keep more than {protected}, which are never evicted. Give "
+                    f"{_mib(needed)} MiB or more, or lower recent"
+                )
             raise BudgetError(
-                f"kv_budget={budget} must be larger than sinks + recent = {sinks} + {recent} "
-                f"= {sinks + recent}, which are never evicted. Raise kv_budget to "
-                f"{sinks + recent + 1} or more, or lower recent"
+                f"kv_budget={budget} must be larger than {protected}, which are never evicted. "
+                f"Raise kv_budget to {least} or more, or lower recent"
             )
+        recent = settled
         if never_full:
             batch = min(n_batch or DEFAULT_BATCH, cells)
         else:

@@ -90,6 +90,10 @@ class TypeTable:
     choice_on_device: Sequence[Choice] = ()
     speeds: Sequence[Speed] = ()
 
+    def choices(self, *, on_device: bool) -> Sequence[Choice]:
+        """Those for a cache on the CPU, or for one on a device."""
+        return (on_device and self.choice_on_device) or self.choice
+
     def types_for(self, share: float, *, on_device: bool = False) -> KVTypes:
         """The types for a cache of this share of the bytes of a full f16 cache.
 
@@ -100,8 +104,7 @@ class TypeTable:
         """
         if share >= 1:
             return KVTypes.parse("types", "f16")
-        choice = (on_device and self.choice_on_device) or self.choice
-        found = next(one for one in choice if share < one.below_share)
+        found = next(one for one in self.choices(on_device=on_device) if share < one.below_share)
         return KVTypes.parse("types", found.types)
 
     def speed(self, types: str) -> tuple[float, float] | None:

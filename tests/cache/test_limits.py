@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvp_edge.cache.limits import CELL_UNIT, CacheLimits, parse_budget
+from kvp_edge.cache.limits import CELL_UNIT, CacheLimits, memory_bytes, parse_budget
 from kvp_edge.cache.protection import default_recent
 from kvp_edge.errors import BudgetError
 
@@ -103,6 +103,39 @@ def test_a_budget_of_five_tokens_leaves_nothing_beside_the_sinks_and_the_newest(
 def test_what_a_user_asks_to_protect_wins() -> None:
     limits = plan(kv_budget=512, sinks=9, recent=300)
     assert (limits.sinks, limits.recent) == (9, 300)
+
+
+@pytest.mark.parametrize("sinks", [4, 100, 900, 2000])
+@pytest.mark.parametrize("recent", [None, 300, 509])
+def test_the_budget_that_a_refusal_names_is_the_smallest(sinks: int, recent: int | None) -> None:
+    asked = {"sinks": sinks, "recent": recent, "n_ctx": 10_000}
+    with pytest.raises(BudgetError, match="^kv_budget=4 must be larger than sinks") as refused:
+        plan(kv_budget=4, **asked)
+    named = int(re.findall(r"Raise kv_budget to (\d+) or more", str(refused.value))[0])
+    assert plan(kv_budget=named, **asked).budget == named
+    with pytest.raises(BudgetError):
+        plan(kv_budget=named - 1, **asked)
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(202, 3), (4, 300), (4, 508), (900, 300)])
+@pytest.mark.parametrize("more", [{}, {"reserve": 77}, {"n_batch": 200}])
+def test_a_memory_without_room_for_what_is_protected_is_told_as_memory(
+    sinks: int, recent: int, more: dict[str, int]
+) -> None:
+    asked = {"sinks": sinks, "recent": recent, "n_ctx": 10_000, "bytes_per_cell": 1024, **more}
+    with pytest.raises(BudgetError, match="^kv_budget=256KiB keeps") as refused:
+        plan(kv_budget="256KiB", **asked)
+    named = re.findall(r"Give ([\d.]+) MiB or more", str(refused.value))[0]
+    cells = plan(kv_budget=f"{named}MiB", **asked).cells
+    assert cells == round(float(named) * 1024)
+    if cells > CELL_UNIT:
+        with pytest.raises(BudgetError):
+            plan(kv_budget=f"{cells - CELL_UNIT}KiB", **asked)
+
+
+def test_an_impossible_memory_is_named() -> None:
+    with pytest.raises(BudgetError, match="^kv_log_limit=99999999999999GiB is more memory than"):
+        memory_bytes("kv_log_limit", "99999999999999GiB")
 
 
 def test_a_batch_that_an_eviction_cannot_make_room_for_is_refused() -> None:

@@ -198,6 +198,20 @@ def test_where_nothing_fits_it_says_what_is_missing(kvp: Type) -> None:
     assert kvp("plan", "--memory", f"{float(found[1]) + 0.01}MiB", "--threads", "1").status == 0
 
 
+@pytest.mark.parametrize(("layers", "chosen"), [(0, "q4_1/q4_0"), (1, "q5_1/q4_0")])
+def test_types_that_would_be_chosen_are_compared_on_a_device_too(
+    bundled_model: str, monkeypatch: pytest.MonkeyPatch, layers: int, chosen: str
+) -> None:
+    table = TypeTable([], "", [], [Choice("q4_1/q4_0")], [Choice("q5_1/q4_0")])
+    monkeypatch.setattr("kvp_edge.planning.shipped_table", lambda: table)
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: True)
+    engine = {**ENGINE, "n_gpu_layers": layers}
+    asked = CacheOptions(**OFF)
+    with closing(Planner(bundled_model, asked, engine, length=4096, memory=MIB)) as planner:
+        named = {str(one) for one in planner.types()}
+    assert named == {*COMPARED, chosen}
+
+
 def test_types_that_are_asked_for_are_marked_or_what_they_lack_is_said(kvp: Type) -> None:
     asked = ["--kv-type", "f32", "--recall", "off", "--threads", "1"]
     got = kvp("plan", "--memory", "18MiB", *asked)
