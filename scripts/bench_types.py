@@ -36,6 +36,7 @@ from kvp_edge.cache.limits import CELL_UNIT
 from kvp_edge.cache.types import F16, KVTypes
 from lists import names
 from makers.plain_llama import PlainLlama
+from memory_eval.shipped import save
 
 TEXT = ROOT / "tests" / "data" / "penelope_brandling.txt"
 TYPES = "f16,q8_0/f16,q4_0/f16,q8_0,q8_0/q4_0,q4_0"
@@ -112,8 +113,7 @@ def ship(path: Path, model: str, caches: Sequence[Measured], command: str) -> No
         )
     table["speeds"] = speeds
     table["commands"] = list(dict.fromkeys([*table["commands"], command]))
-    text = json.dumps(table, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    save(path, table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import llama_cpp
 
 from kvp_edge.binding.fingerprint import model_fingerprint, model_identity
 from kvp_edge.binding.model import ModelShape
-from kvp_edge.cache.limits import round_up
+from kvp_edge.cache.limits import CELL_UNIT, round_up
 from kvp_edge.cache.options import CacheOptions
 from kvp_edge.cache.type_table import shipped_table
 from kvp_edge.cache.types import F16, KVTypes, bytes_of, type_name
@@ -120,7 +120,17 @@ def choose_types(
         return ChosenTypes(F16, {})
     chosen = ChosenTypes(types, _engine_for(types), by_itself=True)
     why_not = obstacle(types, options, engine, shape) or _drawback(types, options, engine, shape)
-    return chosen.plain(why_not) if why_not else chosen
+    if why_not:
+        return chosen.plain(why_not)
+    if _units(budget_bytes, types, shape) <= _units(budget_bytes, F16, shape):
+        return ChosenTypes(F16, {})  # no more cells, so nothing is gained
+    return chosen
+
+
+def _units(n_bytes: int, types: KVTypes, shape: ModelShape) -> int:
+    """Units of cells of these types in so many bytes."""
+    per_cell = shape.bytes_per_cell(types.keys, types.values)
+    return n_bytes // per_cell // CELL_UNIT if per_cell else 0
 
 
 def full_bytes(shape: ModelShape, n_ctx: int) -> int:

@@ -110,8 +110,8 @@ class _ModelOptions:
         metavar="TYPE",
         choices=CACHE_TYPES,
         shown="f16",
-        help="values in the cache; quantised types need --flash-attn (kvp-edge trace and learn "
-        "turn it on)",
+        help="values in the cache; quantised types need --flash-attn, which --kv-type (kvp-edge "
+        "trace and learn, too) turns on by itself",
     )
 
 

@@ -24,8 +24,19 @@ def write(path: Path, records: Sequence[Record], command: str, date: str) -> Non
     table["rows"] = [*(row for row in table["rows"] if row["model"] not in models), *rows]
     table["commands"] = list(dict.fromkeys([*table["commands"], command]))
     table["date"] = date
-    text = json.dumps(table, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    save(path, table)
+
+
+def save(path: Path, table: dict[str, Any]) -> None:
+    """Write the file, one row of a list on every line."""
+    fields = []
+    for name, value in table.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list) and value:
+            lines = (f"  {json.dumps(one, ensure_ascii=False)}" for one in value)
+            text = "[\n" + ",\n".join(lines) + "\n ]"
+        fields.append(f' "{name}": {text}')
+    path.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
 
 
 def _rows(records: Sequence[Record]) -> Sequence[dict[str, Any]]:

@@ -134,6 +134,16 @@ def test_what_fits_whole_in_f16_stays_f16_and_a_byte_less_does_not(
     assert (less.kv_type, less.cells) == ("q8_0", 256)
 
 
+def test_f16_stays_where_smaller_types_make_no_more_cells(bundled_model: str, load: Loader) -> None:
+    """Cells come in units of 256."""
+    f16, q8_0 = unit_of("f16", "f16"), unit_of("q8_0", "q8_0")
+    one = load(bundled_model, n_ctx=9000, kv_budget=kib(2 * q8_0 - 1)).kv_stats
+    assert f16 < 2 * q8_0 - 1
+    assert (one.kv_type, one.cells) == ("f16", 256)
+    two = load(bundled_model, n_ctx=9000, kv_budget=kib(2 * q8_0)).kv_stats
+    assert (two.kv_type, two.cells) == ("q8_0", 512)
+
+
 def test_what_fits_whole_is_counted_in_units_of_cells(bundled_model: str, load: Loader) -> None:
     """257 tokens need 512 cells, for which f16 has no room here."""
     budget = kib(2 * unit_of("q8_0", "q8_0"))
