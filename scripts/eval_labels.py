@@ -15,8 +15,8 @@ The whole context is read into a full cache, before any question is known, then 
 keeps as many tokens as any other, sinks and newest ones protected as in `kvp-edge eval`. The label
 "asked" is made of what is measured, so it bounds what any ranking can do.
 
-Measured is a loss, and no answers are written. Of questions it is that of the first 14 tokens of
-the full cache's own reply, read after the question, less what the full cache loses on them; only
+Measured is a loss, and no answers are written. Of questions it is that of the first --reply tokens
+of the full cache's own reply, read after the question, less what the full cache loses on them; only
 questions that the full cache answers rightly count. "Same reply" means that each of these tokens is
 still the likeliest. Of texts it is the loss of the 128 tokens that follow. One short read per
 setting takes the place of a reply of 26 tokens or more, written one by one: several times cheaper
@@ -55,7 +55,7 @@ from lists import names, numbers
 
 RULES = ("keydiff", "knorm", "lagkv", "value-range", "snapkv", "recency", "random")
 
-#: Tokens of a reply that are measured: the answer is in them, and little else.
+#: Tokens of a reply that are measured: of a short one the answer is in them, and little else.
 REPLY = 14
 
 _EPILOG = f"""\
@@ -95,6 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shares", type=numbers, default=[2, 4, 8], help="2,4,8: keep 1/2, 1/4 and 1/8")
     add("--length", type=int, default=1000, help="tokens of a conversation or text (1000)")
     add("--items", type=int, default=8, help="of each task (8)")
+    add("--reply", type=int, default=REPLY, help="tokens of a reply that are measured (14)")
     add("--facts", type=int, default=5, help="in a conversation of look-ups, each asked for (5)")
     add("--data", type=Path, help="folder with more texts, see docs/evaluation.md")
     add(
@@ -118,6 +119,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 raise ValueError(f"no task '{name}': there are {', '.join(known)}")
         args.tasks = {name: known[name] for name in args.tasks}
         args.rows = _rows(args)
+        if args.reply < 1:
+            raise ValueError(f"--reply must be 1 token or more, not {args.reply}")
         if args.facts < 2:
             raise ValueError("--facts must be 2 or more: one question is asked beside another")
         # the context of a text is at least half of it
@@ -227,6 +230,7 @@ class Evaluation:
             "seed": self.args.seed,
             "length": self.args.length,
             "facts": self.args.facts if item.task == items.LOOK_UPS else None,
+            "measured": self.args.reply if item.questions else items.ENDING,
             "task": item.task,
             "item": item.number,
             "question": question,
@@ -311,7 +315,7 @@ class Evaluation:
             if question is not None:
                 subject.read(question.tokens)
                 whole = subject.reply(question.most)
-                reply, score = whole[:REPLY], question.score(subject.text(whole))
+                reply, score = whole[: self.args.reply], question.score(subject.text(whole))
             outcome: dict[str, Any] = {"loss": None, "same": None}
             one = Asked(number, question, reply)
             if score == 1:

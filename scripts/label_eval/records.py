@@ -20,8 +20,11 @@ Key = tuple[Any, ...]
 #: The row that everything is compared with. Its share is None.
 FULL = "full cache"
 
+#: Files without "measured", the tokens of a reply or text that are, had these.
+_REPLY, _ENDING = 14, 128
+
 #: These fields identify a measurement.
-KEY = ("model", "seed", "length", "facts", "task", "item", "question", "row", "share")
+KEY = ("model", "seed", "length", "facts", "measured", "task", "item", "question", "row", "share")
 
 _OTHERS = ("measure", "loss", "same", "policy", "context", "budget")
 
@@ -40,6 +43,7 @@ def read(path: Path) -> list[Record]:
 
 
 def _check(record: Record) -> None:
+    record.setdefault("measured", _REPLY if record["measure"] == "reply" else _ENDING)
     key(record)
     for name in (*_OTHERS, *(("score", "reply") if record["row"] == FULL else ())):
         record[name]

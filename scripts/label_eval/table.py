@@ -151,7 +151,7 @@ class _OneLength:
 
 
 def _asked(record: Record) -> tuple[object, ...]:
-    return tuple(record[name] for name in ("seed", "facts", "task", "item", "question"))
+    return tuple(record[name] for name in ("seed", "facts", "measured", "task", "item", "question"))
 
 
 def _by_item(records: Iterable[Record]) -> Scores:

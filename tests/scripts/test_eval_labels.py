@@ -55,6 +55,19 @@ def losses(path: Path) -> dict[tuple[Any, ...], float]:
     return {(r["task"], r["question"], r["row"], r["share"]): r["loss"] for r in read(path)}
 
 
+def test_a_longer_piece_of_a_reply_is_measured_anew(measured: Path, tmp_path: Path) -> None:
+    out = tmp_path / "longer.jsonl"
+    old = [{k: v for k, v in r.items() if k != "measured"} for r in read(measured)]
+    out.write_text("".join(json.dumps(r) + "\n" for r in old), encoding="utf-8")
+    arguments = [*command(out), "--tasks", "look-ups", "--labels", "", "--shares", "4"]
+    assert main(arguments) == 0
+    assert len(read(out)) == len(old), "files without the number have the default"
+    assert main([*arguments, "--reply", "2"]) == 0
+    new = read(out)[len(old) :]
+    assert {(r["row"], r["measured"]) for r in new} == {("full cache", 2), ("recency", 2)}
+    assert all(len(r["reply"]) == 2 for r in new if r["row"] == "full cache")
+
+
 def test_every_row_is_measured_once_on_every_question_that_the_full_cache_answers(
     measured: Path,
 ) -> None:
