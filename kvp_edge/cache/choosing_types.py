@@ -122,9 +122,8 @@ def choose_types(
     why_not = obstacle(types, options, engine, shape) or _drawback(types, options, engine, shape)
     if why_not:
         return chosen.plain(why_not)
-    if _units(budget_bytes, types, shape) <= _units(budget_bytes, F16, shape):
-        return ChosenTypes(F16, {})  # no more cells, so nothing is gained
-    return chosen
+    gains = _units(budget_bytes, types, shape) > _units(budget_bytes, F16, shape)
+    return chosen if gains else ChosenTypes(F16, {})
 
 
 def _units(n_bytes: int, types: KVTypes, shape: ModelShape) -> int:
