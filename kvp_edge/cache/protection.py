@@ -2,7 +2,15 @@
 
 A protected token takes a place that would go to a chosen one, so the recent window shrinks with the
 budget. Two uses pull at it: a question finds its answer among older tokens, and a text goes on from
-its newest ones.
+its newest ones. Measured on SmolLM2-135M in 1/16 of 1,100 tokens (62 of them; docs/results/memory.md),
+in nats per token more than with a quarter of the budget as recent window, without recall and with:
+
+    recent    questions       dialogues       books
+    1/2       +0.01, +0.07    -0.02, -0.17    +0.02, -0.05
+    1/8       -0.03, -0.22    +0.02, -0.10    -0.01, +0.02
+    1/16      -0.04, -0.33    +0.01, +0.24     0.00, +0.01
+
+With 2 or 3 texts each, none is better for all three. At 1/4 and 1/8 differences are smaller still.
 """
 
 from __future__ import annotations
