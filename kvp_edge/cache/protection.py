@@ -2,8 +2,9 @@
 
 A protected token takes a place that would go to a chosen one, so the recent window shrinks with the
 budget. Two uses pull at it: a question finds its answer among older tokens, and a text goes on from
-its newest ones. Measured on SmolLM2-135M in 1/16 of 1,100 tokens (62 of them; docs/results/memory.md),
-in nats per token more than with a quarter of the budget as recent window, without recall and with:
+its newest ones. Measured on SmolLM2-135M with a budget of 1/16 of some 1,100 tokens, in nats per
+token more than with a quarter of it as recent window, without recall and with
+(docs/results/memory.md):
 
     recent    questions       dialogues       books
     1/2       +0.01, +0.07    -0.02, -0.17    +0.02, -0.05
