@@ -152,11 +152,11 @@ def test_other_settings_are_refused_by_name_and_the_chat_at_hand_is_untouched(
 def test_a_session_of_other_types_names_those_it_was_saved_with(
     bundled_model: str, load: Loader, tmp_path: Path
 ) -> None:
-    """By themselves they may have been chosen otherwise then."""
+    """By itself kv_type may have chosen otherwise then."""
     llm = load(bundled_model, kv_budget="2MiB", kv_type="q8_0/q5_0")
     llm.eval(random_tokens(50))
     llm.save_session(tmp_path / "s")
-    other = load(bundled_model, kv_budget="2MiB")
+    other = load(bundled_model, kv_budget="2MiB", kv_type="q8_0")
     with pytest.raises(
         SessionError,
         match="with type_v = q5_0, but here it is q8_0: load the model with kv_type='q8_0/q5_0'",
