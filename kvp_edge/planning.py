@@ -67,6 +67,11 @@ class Fit:
         mib = f"{n / 2**20:.2f}MiB"
         return mib if memory_bytes("kv_budget", mib) >= n else f"{n / 2**20 + 0.01:.2f}MiB"
 
+    @property
+    def compute_weighs(self) -> bool:
+        """Whether the compute buffers take a quarter of what the cells do, or more."""
+        return 4 * self.footprint.compute >= self.footprint.cells
+
     def kept(self, length: int) -> int:
         """Tokens of a text of this length that are in the cells when it is read."""
         return length if length <= self.limits.cells else self.limits.budget

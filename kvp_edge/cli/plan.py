@@ -13,6 +13,7 @@ from typing import Any
 from kvp_edge.cache.limits import memory_bytes
 from kvp_edge.cache.options import OPTIONS, CacheOptions
 from kvp_edge.cache.type_table import shipped_table
+from kvp_edge.cache.types import KVTypes
 from kvp_edge.cli import options
 from kvp_edge.cli.parameters import names_of, option
 from kvp_edge.cli.shown import say
@@ -148,7 +149,7 @@ def _row(one: Fit | Missing, planner: Planner, chosen: bool, args: Options) -> l
         _mib(f.compute),
         _mib(one.log) if one.log else "-",
         _mib(one.total),
-        _reads(str(one.types), args),
+        _reads(one.types, args),
         _loss(str(one.types), share, recall=True),
         _loss(str(one.types), share, recall=False),
     ]
@@ -158,8 +159,10 @@ def _mark(planner: Planner) -> str:
     return " (auto)" if planner.named is None else " (asked)"
 
 
-def _reads(types: str, args: Options) -> str:
-    speed = None if args.gpu_layers else shipped_table().speed(types)
+def _reads(types: KVTypes, args: Options) -> str:
+    """Measured without flash attention where values do not need it."""
+    other = args.gpu_layers or (args.flash_attn and not types.quantised_values)
+    speed = None if other else shipped_table().speed(str(types))
     return "-" if speed is None else f"x {speed[0]:.2f}"
 
 
@@ -182,7 +185,12 @@ def _about(fit: Fit, length: int, args: Options, forced: bool) -> Iterator[str]:
         )
     if length <= fit.limits.cells:
         yield f"All {length} tokens fit in full: nothing is dropped."
-    elif fit.lost and args.recall != "off":
+    elif not args.flash_attn and not fit.types.quantised_values and fit.compute_weighs:
+        yield (
+            "The compute buffers are large beside the cells. With --flash-attn they are smaller, "
+            "and more cells fit; how fast it reads then depends on the types."
+        )
+    if fit.lost and args.recall != "off":
         yield (
             f"The log has room for the keys and values of {length - fit.lost} tokens. To keep all "
             f"{length} for recall, raise --kv-log-limit, or choose a smaller --kv-log-type."

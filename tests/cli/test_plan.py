@@ -280,6 +280,17 @@ def test_what_cannot_be_planned_is_refused(kvp: Type, asked: list[str], said: st
     assert said in got.err
 
 
+def test_large_compute_buffers_are_told_where_flash_attention_makes_them_smaller(kvp: Type) -> None:
+    asked = ["--memory", "30MiB", "--length", "100000", "--kv-log", "log", "--threads", "1"]
+    without, with_it = (kvp("plan", *asked, *more) for more in ([], ["--flash-attn"]))
+    assert "With --flash-attn they are smaller" in without.out
+    assert "With --flash-attn they are smaller" not in with_it.out
+    less, more = (row_of(got.out, "f16")["cells"] for got in (without, with_it))
+    assert less < more
+    assert "x 1.00" in without.out, "f16 is what the speeds are relative to"
+    assert "x 1.00" not in with_it.out, "which were measured without flash attention"
+
+
 def test_losses_are_means_of_the_nearest_share(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(share: float, recall: bool, increase: float) -> Row:
         return Row("m", "t", 4096, share, recall, "q8_0", 9, increase, 0, 1)
