@@ -114,7 +114,7 @@ class _OneLength:
         both = [asked for asked in of_own if asked in of_other]
         if not both:
             return _NONE
-        pair = (_by_item(of[asked] for asked in both) for of in (of_own, of_other))
+        pair = (by_item(of[asked] for asked in both) for of in (of_own, of_other))
         return markdown.signed_nats(difference(*pair))
 
     def _about(self, task: str) -> str:
@@ -133,7 +133,7 @@ class _OneLength:
         if not found:
             return None
         full = [self._full[_asked(record)] for record in found]
-        return _by_item(found), _by_item(full), found
+        return by_item(found), by_item(full), found
 
     def _mean(self, row: str, column: Column) -> str:
         pair = self._increase(row, column)
@@ -154,7 +154,7 @@ def _asked(record: Record) -> tuple[object, ...]:
     return tuple(record[name] for name in ("seed", "facts", "measured", "task", "item", "question"))
 
 
-def _by_item(records: Iterable[Record]) -> Scores:
+def by_item(records: Iterable[Record]) -> Scores:
     """The mean loss of each item, by task."""
     found: dict[str, dict[ItemId, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:

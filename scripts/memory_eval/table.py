@@ -7,12 +7,13 @@ draws items, of which each is the mean of its questions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 
 from json_lines import Record
 from kvp_edge.evaluation import markdown
-from kvp_edge.evaluation.statistics import Estimate, ItemId, Scores, difference
+from kvp_edge.evaluation.statistics import Estimate, difference
+from label_eval.table import by_item
 from memory_eval.records import F16, SETTING, asked, is_reference
 
 Row = tuple[object, ...]  # a setting but for its share
@@ -107,7 +108,7 @@ class Increases:
         found = self._cells.get((row, task, share))
         if not found:
             return None
-        return difference(_by_item(found), _by_item([self._full[asked(r)] for r in found]))
+        return difference(by_item(found), by_item([self._full[asked(r)] for r in found]))
 
     def mean_bytes(self, row: Row, share: int) -> float:
         """Of the cells, over all that was read."""
@@ -130,7 +131,7 @@ class Increases:
         if not both:
             return ""
         return markdown.signed_nats(
-            difference(_by_item(own[w] for w in both), _by_item(other[w] for w in both))
+            difference(by_item(own[w] for w in both), by_item(other[w] for w in both))
         )
 
 
@@ -165,14 +166,3 @@ def _title(row: Row) -> list[str]:
 
 def _name(share: int) -> str:
     return "all tokens" if share == 1 else f"1/{share}"
-
-
-def _by_item(records: Iterable[Record]) -> Scores:
-    """The mean loss of each item, by task."""
-    found: dict[str, dict[ItemId, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        found[record["task"]][record["seed"], record["item"]].append(record["loss"])
-    return {
-        task: {item: fmean(losses) for item, losses in items.items()}
-        for task, items in found.items()
-    }
