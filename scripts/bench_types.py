@@ -98,12 +98,10 @@ def ship(path: Path, model: str, caches: Sequence[Measured], command: str) -> No
     """Put the caches of as many bytes as the first, without flash attention where that can be, into
     the file of kvp_edge.cache.type_table."""
     table = json.loads(path.read_text(encoding="utf-8"))
-    largest = {one.types: one for one in caches if one.flash == one.types.quantised_values}
-    for one in caches:
-        if one.types in largest and one.flash == one.types.quantised_values:
-            largest[one.types] = max(one, largest[one.types], key=lambda cache: cache.cells)
+    # of each type the last, which has as many bytes
+    of_bytes = {one.types: one for one in caches if one.flash == one.types.quantised_values}
     speeds = [one for one in table["speeds"] if one["model"] != model]
-    for one in largest.values():
+    for one in of_bytes.values():
         reads, writes = one.relative(caches[0])
         speeds.append(
             {

@@ -42,7 +42,7 @@ from kvp_edge.errors import KVPError, OptionError
 from kvp_edge.evaluation.estimate import duration
 from kvp_edge.llama import Llama
 from kvp_edge.text.chat_prompt import transcribe_without_template
-from label_eval.items import Item, known_tasks, make_items
+from label_eval.items import LOOK_UPS, Item, known_tasks, make_items
 from lists import names, numbers
 from memory_eval import records
 from memory_eval.plot import draw
@@ -53,7 +53,7 @@ from memory_eval.table import render
 from recall_eval.ways import parse_ways
 
 TYPES = "f16,q8_0/f16,q4_0/f16,q8_0,q8_0/q4_0,q4_0"
-TASKS = ("look-ups", "dialogues", "books")
+TASKS = (LOOK_UPS, "dialogues", "books")
 
 #: Tokens of a reply that are measured: the answer is in them, and little else.
 REPLY = 14
@@ -211,7 +211,7 @@ class Evaluation:
             "model": self.model,
             "seed": self.args.seed,
             "length": self.args.length,
-            "facts": self.args.facts if item.task == "look-ups" else None,
+            "facts": self.args.facts if item.task == LOOK_UPS else None,
             "task": item.task,
             "item": item.number,
             "question": number,
